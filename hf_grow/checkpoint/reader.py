@@ -1,0 +1,261 @@
+"""Reading a sharded safetensors checkpoint whose files are not to be trusted.
+
+Only headers are read here; `Stored` says where each tensor's bytes lie, so that whoever needs them copies or reads just those.
+The header rules are those of the safetensors format: 8 bytes of length, JSON, then data that the offsets tile without hole or overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hf_grow.errors import SourceError
+from hf_grow.plan import DTYPE_BYTES, SourceInfo, TensorInfo
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+GROWTH = "growth.json"
+MAX_HEADER = 100_000_000  # the format's own limit
+MAX_JSON = 64_000_000
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in one file: bytes [start, stop) counted from the start of the file."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose config and headers were read and found sound. ``folder`` is None while the weights are only on the Hub."""
+
+    ref: str
+    revision: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+    files: Mapping[str, Mapping[str, Any]]
+    folder: Path | None = None
+    growth: Mapping[str, Any] | None = None
+    """The growth.json beside the weights, if it was grown."""
+
+    @cached_property
+    def info(self) -> SourceInfo:
+        return SourceInfo(
+            self.ref, self.revision, self.config, {n: t.info for n, t in self.tensors.items()}, self.files, _history(self.growth)
+        )
+
+    def path(self, file: str) -> Path:
+        assert self.folder is not None, "the weights are not on this machine"
+        return self.folder / file
+
+
+def _history(growth: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], ...]:
+    """Earlier growths, oldest first, without their maps."""
+    if not growth:
+        return ()
+    try:
+        step = {
+            "source": {k: growth["source"][k] for k in ("ref", "revision")},
+            **{k: growth["growth"][k] for k in ("method", "options", "guarantee")},
+            "layers": [_depth(growth["source"]["config"]), _depth(growth["target"]["config"])],
+        }
+        return (*growth["source"].get("history", ()), step)
+    except (KeyError, TypeError):
+        return ()
+
+
+def _depth(config: Mapping[str, Any]) -> Any:
+    return config.get("num_hidden_layers")
+
+
+def open_folder(folder: Path, *, ref: str | None = None, revision: str = "") -> Checkpoint:
+    """Reads config, index and headers of a checkpoint folder. Raises SourceError with what is wrong."""
+    ref = ref or str(folder)
+    config = read_json(folder / "config.json", f"{ref} is no checkpoint: it has no config.json.")
+    weight_map = _weight_map(folder, ref)
+    tensors: dict[str, Stored] = {}
+    files: dict[str, dict[str, Any]] = {}
+    for file in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
+        with _open(folder / file) as handle:
+            stat = os.fstat(handle.fileno())
+            found = read_header(handle.read(8), handle.read, stat.st_size, str(folder / file))
+        files[file] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        merge(tensors, found, file, weight_map, ref)
+    check_index(tensors, weight_map, ref)
+    growth = folder / GROWTH
+    return Checkpoint(ref, revision, config, tensors, files, folder, read_json(growth, "") if growth.is_file() else None)
+
+
+def merge(into: dict[str, Stored], found: Mapping[str, Stored], file: str, weight_map: Mapping[str, str], ref: str) -> None:
+    """Adds a shard's tensors. Raises SourceError for one that the index puts elsewhere, or that stands twice."""
+    for name, stored in found.items():
+        if name in into or (weight_map and weight_map.get(name) != file):
+            raise SourceError(
+                f"{ref}: {name} stands in {file}, but the index puts it in {weight_map.get(name, 'no file')}.",
+                hint="The index and the shards are of different checkpoints; download it again.",
+            )
+        into[name] = stored
+
+
+def check_index(tensors: Mapping[str, Stored], weight_map: Mapping[str, str], ref: str) -> None:
+    absent = [n for n in weight_map if n not in tensors]
+    if absent:
+        raise SourceError(
+            f"{ref}: the index promises {absent[0]} in {weight_map[absent[0]]}, which does not hold it ({len(absent)} such tensors).",
+            hint="The index and the shards are of different checkpoints; download it again.",
+        )
+
+
+def parse_index(data: Mapping[str, Any], where: str) -> dict[str, str]:
+    """The weight map of an index. Raises SourceError if a file name could lead out of the folder."""
+    weight_map = data.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{where} has no weight_map.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise SourceError(f"{where} points {name} at {file!r}; only plain names of .safetensors files in the same folder are allowed.")
+    return weight_map
+
+
+def _weight_map(folder: Path, ref: str) -> dict[str, str]:
+    """Name -> file for a sharded checkpoint; empty for a single file."""
+    if (folder / SINGLE).is_file():
+        return {}
+    if (folder / INDEX).is_file():
+        weight_map = parse_index(read_json(folder / INDEX, ""), str(folder / INDEX))
+        for file in sorted(set(weight_map.values())):
+            if not (folder / file).is_file():
+                raise SourceError(
+                    f"{ref}: shard {file} is missing.", hint="Download the checkpoint again; every shard of the index is needed."
+                )
+        return weight_map
+    raise no_safetensors([p.name for p in folder.iterdir()], ref)
+
+
+def no_safetensors(names: list[str], ref: str) -> SourceError:
+    """The right refusal for a checkpoint without model.safetensors and index, by the files it has."""
+    if any(n.startswith("adapter_model") for n in names):
+        return SourceError(f"{ref} is a PEFT adapter, not a model.", hint="Merge it first: merge_and_unload(), then save_pretrained().")
+    if any(n.endswith((".bin", ".pt", ".pth")) for n in names):
+        return SourceError(
+            f"{ref} has only pickled weights (.bin); pickles can run code and are never loaded.",
+            hint="Convert it once, where you trust it: AutoModelForCausalLM.from_pretrained(ID).save_pretrained(DIR) writes safetensors.",
+        )
+    if any(n.endswith(".gguf") for n in names):
+        return SourceError(f"{ref} is a GGUF checkpoint; growth needs the original safetensors.")
+    return SourceError(f"{ref} has no {SINGLE} and no {INDEX}.")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise SourceError(f"Cannot read {path}: {error.strerror}.") from None
+
+
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """A JSON object from an untrusted file."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise SourceError(f"{path} is {path.stat().st_size} bytes; that is no plausible file of its kind.")
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise SourceError(missing or f"{path} is missing.") from None
+    except OSError as error:
+        raise SourceError(f"Cannot read {path}: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise SourceError(f"{path} must hold a JSON object.")
+    return data
+
+
+def header_length(prefix: bytes, size: int, where: str) -> int:
+    """Length of the header from the first 8 bytes of a file of `size` bytes."""
+    if len(prefix) < 8:
+        raise SourceError(f"{where} is truncated: {size} bytes hold no safetensors header.", hint="Download the file again.")
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER:
+        raise SourceError(f"{where} announces a header of {length} bytes; it is damaged or no safetensors file.")
+    if length > size - 8:
+        raise SourceError(
+            f"{where} is truncated: its header alone needs {length + 8} bytes, the file has {size}.", hint="Download the file again."
+        )
+    return length
+
+
+def read_header(prefix: bytes, read: Any, size: int, where: str) -> dict[str, Stored]:
+    """The tensors of a safetensors file of `size` bytes, whose header `read(n)` gives after the first 8 bytes."""
+    length = header_length(prefix, size, where)
+    raw = read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{where} has a damaged header: {error}.") from None
+    if len(raw) != length or not isinstance(header, dict):
+        raise SourceError(f"{where} has a damaged header.")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise SourceError(f"{where} has metadata that are no strings.")
+    file, base = Path(where).name, 8 + length
+    tensors = {name: _stored(name, entry, file, base, where) for name, entry in header.items()}
+    at = base
+    for name, t in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if t.start != at:
+            raise SourceError(
+                f"{where}: the data of {name} {'overlap other data' if t.start < at else 'follow a hole'}; the file is damaged."
+            )
+        at = t.stop
+    if at != size:
+        raise SourceError(
+            f"{where} is {'truncated' if at > size else 'too long'}: its header accounts for {at} bytes, the file has {size}.",
+            hint="Download the file again.",
+        )
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a name stands twice")
+    return out
+
+
+def _stored(name: str, entry: Any, file: str, base: int, where: str) -> Stored:
+    def whole(values: Any) -> bool:
+        return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**62 for v in values)
+
+    if (
+        not isinstance(entry, dict)
+        or not whole(entry.get("shape"))
+        or not whole(entry.get("data_offsets"))
+        or len(entry["data_offsets"]) != 2
+    ):
+        raise SourceError(f"{where}: the header's entry for {name} is damaged.")
+    dtype, shape, (start, stop) = entry.get("dtype"), entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPE_BYTES:
+        raise SourceError(
+            f"{where}: {name} is {dtype!r}; hf-grow reads {', '.join(DTYPE_BYTES)}.", hint="Quantized weights must be dequantized first."
+        )
+    if stop - start != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise SourceError(
+            f"{where}: {name} of shape {shape} and dtype {dtype} needs {math.prod(shape) * DTYPE_BYTES[dtype]} bytes, its offsets span {stop - start}."
+        )
+    return Stored(file, dtype, tuple(shape), base + start, base + stop)

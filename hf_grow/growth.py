@@ -1,0 +1,119 @@
+"""What a growth method returns: the target config and, for every tensor of the target, an expression over the source.
+
+Nothing here knows a method by name, reads a weight or imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from hf_grow.axes import AxisMap
+from hf_grow.families import Architecture
+from hf_grow.recipe import Options
+from hf_grow.tensormap import Expr, Noise, substitute
+
+GuaranteeKind = Literal["lossless", "changes the function"]
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """lossless: source and target compute the same function in real arithmetic. ``because`` says why, or what changes."""
+
+    kind: GuaranteeKind
+    because: str
+
+    @property
+    def lossless(self) -> bool:
+        return self.kind == "lossless"
+
+
+@dataclass(frozen=True)
+class LayerOrigin:
+    """Where one target layer comes from: source layers and their weights (several when averaged).
+
+    ``new``: not the first appearance of its source. ``identity``: adds nothing to the residual stream yet.
+    """
+
+    sources: tuple[int, ...]
+    weights: tuple[float, ...] = (1.0,)
+    new: bool = False
+    identity: bool = False
+
+
+@dataclass(frozen=True)
+class Growth:
+    method: str
+    options: Mapping[str, Any]
+    """The options as asked for, so that the growth can be run again."""
+    config: Mapping[str, Any]
+    """The target's config.json."""
+    tensors: Mapping[str, Expr]
+    """Every tensor of the target, in the order of its table."""
+    guarantee: Guarantee
+    layers: tuple[LayerOrigin, ...]
+    axes: Mapping[str, AxisMap] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    """Source tensors that do not go into the target, with the reason."""
+    warnings: tuple[str, ...] = ()
+    seed: int = 0
+
+
+def compose(first: Growth, second: Growth) -> Growth:
+    """The growth that does `first`, then `second`, as one map: no intermediate checkpoint, one pass over the weights.
+
+    Exact by substitution. Noise of the second step gets keys of its own, so that equal tensor names do not draw equal numbers.
+    """
+    clash = [n for n in first.axes.keys() & second.axes.keys() if first.axes[n] != second.axes[n]]
+    if clash:
+        raise ValueError(f"both steps name different axis maps {sorted(clash)}")
+
+    def rekey(expr: Expr) -> Expr:
+        expr = replace(expr, key=f"{second.seed}/{second.method}/{expr.key}") if isinstance(expr, Noise) else expr
+        return expr.map_children(rekey)
+
+    tensors = {name: substitute(rekey(e), first.tensors) for name, e in second.tensors.items()}
+    read = {s.key for e in tensors.values() for s in e.sources()}
+    unread = {s.key for e in first.tensors.values() for s in e.sources()} - read
+    weakest = first.guarantee if not first.guarantee.lossless else second.guarantee
+    return Growth(
+        method=f"{first.method}+{second.method}",
+        options={"steps": [{"method": g.method, **g.options} for g in (first, second)]},
+        config=second.config,
+        tensors=tensors,
+        guarantee=Guarantee(weakest.kind, "; then ".join(dict.fromkeys((first.guarantee.because, second.guarantee.because)))),
+        layers=tuple(_through(first.layers, layer) for layer in second.layers),
+        axes={**first.axes, **second.axes},
+        dropped={**first.dropped, **{name: f"not used by {second.method}" for name in sorted(unread)}},
+        warnings=first.warnings + second.warnings,
+        seed=first.seed,
+    )
+
+
+def _through(earlier: tuple[LayerOrigin, ...], layer: LayerOrigin) -> LayerOrigin:
+    """The origin of a layer of the second step, told in layers of the first step's source."""
+    inner = [earlier[i] for i in layer.sources]
+    parts = [(s, w * v) for o, v in zip(inner, layer.weights, strict=True) for s, w in zip(o.sources, o.weights, strict=True)]
+    return LayerOrigin(
+        tuple(s for s, _ in parts),
+        tuple(w for _, w in parts),
+        new=layer.new or any(o.new for o in inner),
+        identity=layer.identity or all(o.identity for o in inner),
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A growth method, as the command line and the plan table know it."""
+
+    name: str
+    kind: Literal["depth", "width", "experts", "hybrid"]
+    summary: str
+    paper: str
+    guarantee: str
+    """In a few words, for the method table; the plan of a concrete growth states its own."""
+    options: type[Options]
+    build: Callable[[Architecture, Any], Growth]
+    for_size: Callable[[Architecture, int], Options | None]
+    """The options that come nearest to a number of parameters, or None where the method has no way there."""

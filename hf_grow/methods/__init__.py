@@ -1,0 +1,8 @@
+"""Growth methods: pure functions from an architecture and options to a Growth. METHODS is the one list of them."""
+
+from __future__ import annotations
+
+from hf_grow.growth import Method
+from hf_grow.methods.depth import DEPTH_METHODS
+
+METHODS: dict[str, Method] = {m.name: m for m in (*DEPTH_METHODS,)}

@@ -1,0 +1,330 @@
+"""Depth growth: the target's blocks are a list of source blocks.
+
+dus         SOLAR 10.7B (Kim et al. 2023, arXiv 2312.15166, section 2): layers [0, n-m) then [m, n), s = 2(n-m). Changes the function.
+stack       StackBERT (Gong et al. 2019) and G_stack (Du et al. 2024, arXiv 2405.15319): the whole stack g times. Changes the function.
+interleave  each layer repeated in place (AquilaMoE, arXiv 2408.06567; Chang et al. 2018), also by factors that are no integer.
+            Changes the function, less than stacking does.
+identity    LLaMA-Pro (Wu et al. 2024, arXiv 2401.02415, section 3): copies whose o_proj and down_proj are zero, spread evenly. Lossless:
+            both branches of the new block add exactly 0 to the residual stream.
+layers      any list of source layers, as `0-23,8-31`.
+
+Blocks are found by role, not by name: what writes the residual stream is whatever the table marks `out:hidden` first, so a new family,
+a bias or a mixture of experts needs nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from hf_grow.errors import PlanError
+from hf_grow.families import Architecture, Entry, portable_config
+from hf_grow.growth import Growth, Guarantee, LayerOrigin, Method
+from hf_grow.methods.sizing import TOLERANCE, block_parameters, measure, short
+from hf_grow.recipe import LayerList, Options, Size
+from hf_grow.tensormap import Expr, Fill, Noise, Source, Sum
+
+MAX_FACTOR = 8  # growing further in one hop has no precedent in the literature
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class DepthOptions(Options):
+    """What every depth method takes."""
+
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Gaussian noise on the matrices of repeated layers, in standard deviations of each matrix; breaks the symmetry of copies."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the noise."""
+
+
+class SizedOptions(DepthOptions):
+    to: Size | None = None
+    """Number of parameters to grow to, such as 10.7B; the nearest layer count is taken."""
+    layers_to: Positive | None = None
+    """Number of layers to grow to."""
+
+
+class DusOptions(SizedOptions):
+    drop: Annotated[int, Field(ge=0)] | None = None
+    """m of the paper: layers dropped from the end of the first copy and from the start of the second. Default: a quarter of the layers, as SOLAR."""
+    seam_average: Annotated[int, Field(ge=0)] = 0
+    """Cross-fade this many layers on each side of the seam: weighted means of the two copies' layers instead of a jump."""
+
+
+class StackOptions(SizedOptions):
+    factor: Annotated[int, Field(ge=2, le=MAX_FACTOR)] | None = None
+    """g of the paper: number of copies of the whole stack. Default: 2."""
+
+
+class InterleaveOptions(SizedOptions):
+    """Default: every layer twice."""
+
+
+class IdentityOptions(SizedOptions):
+    """Default: a quarter more layers, as LLaMA-Pro (32 to 40)."""
+
+    at: LayerList | None = None
+    """Source layers after which a new block goes, such as 3,7,11 (a repeated number inserts two). Default: spread evenly."""
+
+
+class LayersOptions(DepthOptions):
+    layers: LayerList
+    """Source layers of the target, in order, such as 0-23,8-31; both ends count."""
+
+
+def _evenly(n: int, target: int) -> list[LayerOrigin]:
+    """LLaMA-Pro's order: the n layers in target-n groups, each followed by a new copy of its last layer."""
+    extra = target - n
+    after = [((k + 1) * n) // extra - 1 if extra <= n else k * n // extra for k in range(extra)]
+    return _inserted(n, after)
+
+
+def _inserted(n: int, after: Sequence[int]) -> list[LayerOrigin]:
+    layers: list[LayerOrigin] = []
+    for i in range(n):
+        layers.append(LayerOrigin((i,)))
+        layers.extend(LayerOrigin((i,), new=True, identity=True) for _ in range(list(after).count(i)))
+    return layers
+
+
+def _listed(indices: Sequence[int]) -> list[LayerOrigin]:
+    """Source layers in a row; every appearance after the first is new."""
+    seen: set[int] = set()
+    return [LayerOrigin((i,), new=i in seen or seen.add(i) is not None) for i in indices]
+
+
+def _crossfaded(layers: list[LayerOrigin], n: int, drop: int, width: int) -> list[LayerOrigin]:
+    """The 2*width layers around the seam of DUS as weighted means of both copies, the weight of the second rising evenly."""
+    seam = n - drop
+    if not width <= drop:
+        raise PlanError(
+            f"seam_average {width} needs layers that both copies still have: at most the {drop} dropped ones.",
+            hint=f"Use --seam-average {drop} or less, or a larger --drop.",
+        )
+    for step in range(2 * width):
+        at = seam - width + step
+        second = (step + 1) / (2 * width + 1)
+        layers[at] = LayerOrigin((at, at - seam + drop), (1 - second, second), new=layers[at].new)
+    return layers
+
+
+def _dus_layers(n: int, target: int) -> list[LayerOrigin]:
+    drop = n - target // 2
+    return _listed([*range(n - drop), *range(drop, n)])
+
+
+Layout = Callable[[int, int], list[LayerOrigin]]  # (source layers, target layers) -> blocks
+
+
+def _target(
+    arch: Architecture, options: SizedOptions, layout: Layout, reachable: Sequence[int], explicit: dict[str, int | None], default: int
+) -> int:
+    """The number of layers asked for, by whichever option asks. Raises PlanError where the method cannot reach it."""
+    asked = {k: v for k, v in {"to": options.to, "layers_to": options.layers_to, **explicit}.items() if v is not None}
+    if len(asked) > 1:
+        raise PlanError(f"{' and '.join('--' + k.replace('_', '-') for k in asked)} each set the number of layers; give one.")
+    if options.to is None:
+        target = options.layers_to or next((v for v in explicit.values() if v is not None), default)
+        if target not in reachable:
+            near = sorted(reachable, key=lambda r: (abs(r - target), r))[:4]
+            raise PlanError(
+                f"{target} layers cannot be reached from {arch.layers} by this method.",
+                hint=f"Nearest layer counts: {', '.join(map(str, sorted(near)))}." if near else "",
+            )
+        return target
+    sizes = {r: grown_parameters(arch, layout(arch.layers, r)) for r in reachable}
+    if not sizes:
+        raise PlanError(f"A model of {arch.layers} layers cannot be grown by this method.")
+    best = min(sizes, key=lambda r: abs(sizes[r] - options.to))  # type: ignore[operator]
+    if abs(sizes[best] - options.to) > TOLERANCE * options.to:
+        near = sorted(sorted(sizes, key=lambda r: abs(sizes[r] - options.to))[:5])  # type: ignore[operator]
+        raise PlanError(
+            f"{short(options.to)} parameters cannot be met within {TOLERANCE:.0%}: "
+            f"the source has {short(measure(arch).total)}, the nearest reachable size is {short(sizes[best])}.",
+            hint="Reachable around it: " + ", ".join(f"{short(sizes[r])} ({r} layers)" for r in near) + ".",
+        )
+    return best
+
+
+def grown_parameters(arch: Architecture, layers: Sequence[LayerOrigin]) -> int:
+    blocks = block_parameters(arch)
+    return measure(arch).total - sum(blocks) + sum(blocks[o.sources[0]] for o in layers)
+
+
+def _more(n: int) -> range:
+    return range(n + 1, MAX_FACTOR * n + 1)
+
+
+def _even(n: int) -> list[int]:
+    return [s for s in range(n + 1, 2 * n + 1) if s % 2 == 0]
+
+
+def _whole(n: int) -> list[int]:
+    return [g * n for g in range(2, MAX_FACTOR + 1)]
+
+
+def _repeat_all(n: int, target: int) -> list[LayerOrigin]:
+    return _listed([i % n for i in range(target)])
+
+
+def _repeat_each(n: int, target: int) -> list[LayerOrigin]:
+    return _listed([i * n // target for i in range(target)])
+
+
+def build_dus(arch: Architecture, options: DusOptions) -> Growth:
+    n = arch.layers
+    if options.drop is not None and 2 * options.drop >= n:
+        raise PlanError(
+            f"--drop {options.drop} leaves 2(n-m) = {2 * (n - options.drop)} layers of {n}: nothing grows.",
+            hint=f"Use less than {n / 2:g}.",
+        )
+    explicit = None if options.drop is None else 2 * (n - options.drop)
+    target = _target(arch, options, _dus_layers, _even(n), {"drop": explicit}, 2 * (n - n // 4))
+    layers = _crossfaded(_dus_layers(n, target), n, n - target // 2, options.seam_average)
+    why = f"layers 0-{target // 2 - 1} are followed by a second pass through {n - target // 2}-{n - 1}; expect a dip, then continued pretraining"
+    return _build(arch, "dus", options, layers, Guarantee("changes the function", why))
+
+
+def build_stack(arch: Architecture, options: StackOptions) -> Growth:
+    n = arch.layers
+    target = _target(arch, options, _repeat_all, _whole(n), {"factor": options.factor and options.factor * n}, 2 * n)
+    return _build(
+        arch, "stack", options, _repeat_all(n, target), Guarantee("changes the function", f"the whole stack runs {target // n} times")
+    )
+
+
+def build_interleave(arch: Architecture, options: InterleaveOptions) -> Growth:
+    target = _target(arch, options, _repeat_each, _more(arch.layers), {}, 2 * arch.layers)
+    why = "each repeated layer adds its contribution again"
+    return _build(arch, "interleave", options, _repeat_each(arch.layers, target), Guarantee("changes the function", why))
+
+
+def build_identity(arch: Architecture, options: IdentityOptions) -> Growth:
+    n = arch.layers
+    if options.at is not None:
+        _check_layers(arch, options.at)
+    explicit = None if options.at is None else n + len(options.at)
+    target = _target(arch, options, _evenly, _more(n), {"at": explicit}, n + max(1, n // 4))
+    layers = _evenly(n, target) if options.at is None else _inserted(n, options.at)
+    why = "new blocks add exactly zero to the residual stream (o_proj and down_proj are zero)"
+    return _build(arch, "identity", options, layers, Guarantee("lossless", why))
+
+
+def build_layers(arch: Architecture, options: LayersOptions) -> Growth:
+    _check_layers(arch, options.layers)
+    same = options.layers == tuple(range(arch.layers))
+    guarantee = Guarantee("lossless", "the same layers") if same else Guarantee("changes the function", "the list of layers is free")
+    return _build(arch, "layers", options, _listed(options.layers), guarantee)
+
+
+def _check_layers(arch: Architecture, layers: Sequence[int]) -> None:
+    wrong = sorted({i for i in layers if not 0 <= i < arch.layers})
+    if wrong or not layers:
+        raise PlanError(f"The source has layers 0-{arch.layers - 1}; not {', '.join(map(str, wrong)) or 'an empty list'}.")
+
+
+def _build(arch: Architecture, method: str, options: DepthOptions, layers: list[LayerOrigin], guarantee: Guarantee) -> Growth:
+    config = portable_config({**arch.config, "num_hidden_layers": len(layers), **rederived(arch, layers)})
+    target = Architecture(config)
+    used = {i for origin in layers for i in origin.sources}
+    return Growth(
+        method=method,
+        options=options.given(),
+        config=config,
+        tensors={name: _tensor(arch, entry, layers, options.noise) for name, entry in target.tensors.items()},
+        guarantee=guarantee,
+        layers=tuple(layers),
+        dropped={n: "its layer is in no place of the list" for n, e in arch.tensors.items() if e.layer >= 0 and e.layer not in used},
+        warnings=tuple(_warnings(arch, layers)),
+        seed=options.seed,
+    )
+
+
+def _tensor(arch: Architecture, entry: Entry, layers: Sequence[LayerOrigin], noise: float) -> Expr:
+    if entry.layer < 0:
+        return Source(entry.name)
+    origin = layers[entry.layer]
+    if origin.identity and entry.writes_residual:
+        return Fill(entry.shape, 0.0)
+    names = [entry.at(layer=i) for i in origin.sources]
+    if any(name not in arch.tensors for name in names):
+        raise PlanError(
+            f"Layers {' and '.join(map(str, origin.sources))} cannot be averaged: one is dense, the other a mixture of experts.",
+            hint="Use --seam-average 0.",
+        )
+    expr: Expr = Source(names[0]) if len(names) == 1 else Sum(tuple(map(Source, names)), origin.weights)
+    if noise and origin.new and len(entry.shape) > 1:
+        expr = Sum((expr, Noise(entry.shape, noise, entry.name, expr)), (1.0, 1.0))
+    return expr
+
+
+def rederived(arch: Architecture, layers: Sequence[LayerOrigin]) -> dict[str, Any]:
+    """Config keys that speak of single layers, for the new list of blocks."""
+    n, first = arch.layers, [o.sources[0] for o in layers]
+    out: dict[str, Any] = {}
+    types = arch.config.get("layer_types") or _window_types(arch)
+    if types:
+        out["layer_types"] = types = [types[i] for i in first]
+    if arch.is_moe and arch.get("mlp_only_layers") is not None:
+        # A period (decoder_sparse_step) seldom survives a new order of layers; a list of the dense ones always does.
+        out["mlp_only_layers"] = [t for t, i in enumerate(first) if not arch.is_sparse(i)]
+        out["decoder_sparse_step"] = 1
+    window = arch.get("max_window_layers")
+    if window is not None:
+        if types and "sliding_attention" in types:
+            out["max_window_layers"] = types.index("sliding_attention")
+        else:
+            out["max_window_layers"] = len(layers) if window >= n else sum(i < window for i in first)
+    return out
+
+
+def _window_types(arch: Architecture) -> list[str] | None:
+    """layer_types of a config older than that key: layers from max_window_layers on look through the sliding window."""
+    window = arch.get("max_window_layers")
+    if window is None or not arch.get("use_sliding_window") or arch.get("sliding_window") is None:
+        return None
+    return ["full_attention" if i < window else "sliding_attention" for i in range(arch.layers)]
+
+
+def _warnings(arch: Architecture, layers: Sequence[LayerOrigin]) -> list[str]:
+    out = []
+    if len(layers) < arch.layers:
+        out.append(f"The target is smaller than the source: {len(layers)} of {arch.layers} layers.")
+    first = [o.sources[0] for o in layers]
+    window = arch.get("max_window_layers")
+    if arch.get("use_sliding_window") and window is not None:
+        full = [i < window for i in first]
+        if full != sorted(full, reverse=True):
+            out.append(
+                "Full and sliding attention alternate in the target: only readers of layer_types get it right (transformers 4.53 and later)."
+            )
+    return out
+
+
+def _sized(
+    options: type[SizedOptions], layout: Layout, reachable: Callable[[int], Sequence[int]]
+) -> Callable[[Architecture, int], Options | None]:
+    def nearest(arch: Architecture, target: int) -> Options | None:
+        counts = reachable(arch.layers)
+        if not counts:
+            return None
+        best = min(counts, key=lambda r: abs(grown_parameters(arch, layout(arch.layers, r)) - target))
+        return options(layers_to=best)
+
+    return nearest
+
+
+DEPTH_METHODS = (
+    Method("dus", "depth", "depth up-scaling: [0, n-m) then [m, n)", "SOLAR 10.7B, arXiv 2312.15166", "changes the function", DusOptions, build_dus,
+           _sized(DusOptions, _dus_layers, _even)),
+    Method("stack", "depth", "the whole stack of layers g times", "G_stack, arXiv 2405.15319", "changes the function", StackOptions, build_stack,
+           _sized(StackOptions, _repeat_all, _whole)),
+    Method("interleave", "depth", "each layer repeated in place", "AquilaMoE, arXiv 2408.06567", "changes the function", InterleaveOptions, build_interleave,
+           _sized(InterleaveOptions, _repeat_each, _more)),
+    Method("identity", "depth", "new blocks that add zero, spread evenly", "LLaMA-Pro, arXiv 2401.02415", "lossless", IdentityOptions, build_identity,
+           _sized(IdentityOptions, _evenly, _more)),
+    Method("layers", "depth", "any list of layers, such as 0-23,8-31", "", "changes the function", LayersOptions, build_layers, lambda arch, target: None),
+)  # fmt: skip

@@ -1,0 +1,241 @@
+"""The plan: a growth bound to one source checkpoint, checked, with its sizes. Pure: no weights, no torch.
+
+`make_plan` refuses whatever cannot work before a byte is written: a source that does not match the table of its family, a target tensor
+whose expression has another shape than the table says, a source tensor that would be lost without a word, an axis map that is not exact
+in a growth that claims to be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from hf_grow.axes import AxisMap
+from hf_grow.errors import PlanError, SourceError
+from hf_grow.families import DERIVED_BUFFERS, Architecture
+from hf_grow.growth import Growth, Guarantee, LayerOrigin
+from hf_grow.methods.sizing import Size, measure
+from hf_grow.tensormap import Expr, Scope, Shape, Source, from_json, to_json
+
+FORMAT = 1
+"""Version of growth.json. Raised when an older reader would misunderstand a newer file."""
+
+# Bytes of one value, by the names safetensors uses.
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    dtype: str
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What the plan knows of a source checkpoint: everything in its config and headers, nothing of its weights."""
+
+    ref: str
+    """Folder or Hub id, as given by the user."""
+    revision: str
+    """Commit on the Hub; empty for a folder."""
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Weight files: size, and what identifies their content (sha256 where the Hub gives it)."""
+    history: tuple[Mapping[str, Any], ...] = ()
+    """Earlier growths of this checkpoint, oldest first."""
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture(self.config)
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    source: SourceInfo
+    growth: Growth
+    targets: Mapping[str, TensorInfo]
+    """Shape and dtype of every tensor to write, in the order of the table."""
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture(self.growth.config)
+
+    @property
+    def guarantee(self) -> Guarantee:
+        return self.growth.guarantee
+
+    @cached_property
+    def sizes(self) -> tuple[Size, Size]:
+        """Sizes of source and target."""
+        return measure(self.source.architecture), measure(self.architecture)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.targets.values())
+
+    @property
+    def source_nbytes(self) -> int:
+        return sum(t.nbytes for t in self.source.tensors.values())
+
+    def copies(self) -> dict[str, str]:
+        """Targets that are byte copies -> the source tensor's name."""
+        return {
+            name: e.name
+            for name, e in self.growth.tensors.items()
+            if isinstance(e, Source) and not e.checkpoint and self.targets[name] == self.source.tensors[e.name]
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with anything that changes the output's bytes; tells whether a partial output belongs to this plan."""
+        data = {k: v for k, v in self.to_json().items() if k != "hf_grow"}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        g, s = self.growth, self.source
+        return {
+            "format": FORMAT,
+            "source": {
+                "ref": s.ref,
+                "revision": s.revision,
+                "config": dict(s.config),
+                "files": {k: dict(v) for k, v in s.files.items()},
+                "tensors": {n: [t.dtype, list(t.shape)] for n, t in s.tensors.items()},
+                "history": [dict(h) for h in s.history],
+            },
+            "growth": {
+                "method": g.method,
+                "options": dict(g.options),
+                "seed": g.seed,
+                "guarantee": asdict(g.guarantee),
+                "layers": [asdict(layer) for layer in g.layers],
+                "axes": {n: a.to_json() for n, a in g.axes.items()},
+                "dropped": dict(g.dropped),
+                "warnings": list(g.warnings),
+            },
+            "target": {
+                "config": dict(g.config),
+                "tensors": {n: [t.dtype, list(t.shape), to_json(g.tensors[n])] for n, t in self.targets.items()},
+            },
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> GrowthPlan:
+        """The plan stored in a growth.json. Raises SourceError for a file that holds none."""
+        if data.get("format") != FORMAT:
+            raise SourceError(f"growth.json has format {data.get('format')!r}; this version reads {FORMAT}.", hint="Update hf-grow.")
+        try:
+            s, g, t = data["source"], data["growth"], data["target"]
+            layers = tuple(LayerOrigin(tuple(o["sources"]), tuple(o["weights"]), bool(o["new"]), bool(o["identity"])) for o in g["layers"])
+            growth = Growth(
+                method=g["method"],
+                options=g["options"],
+                config=t["config"],
+                tensors={n: from_json(e) for n, (_, _, e) in t["tensors"].items()},
+                guarantee=Guarantee(**g["guarantee"]),
+                layers=layers,
+                axes={n: AxisMap.from_json(a) for n, a in g["axes"].items()},
+                dropped=g["dropped"],
+                warnings=tuple(g["warnings"]),
+                seed=g["seed"],
+            )
+            tensors = {n: TensorInfo(d, tuple(shape)) for n, (d, shape) in s["tensors"].items()}
+            source = SourceInfo(s["ref"], s["revision"], s["config"], tensors, s["files"], tuple(s["history"]))
+            return GrowthPlan(source, growth, {n: TensorInfo(d, tuple(shape)) for n, (d, shape, _) in t["tensors"].items()})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SourceError(f"growth.json is damaged: {error!r}.") from None
+
+
+def check_source(source: SourceInfo) -> dict[str, str]:
+    """The source tensors that are there but not in the table, with the reason why they may go. Raises SourceError for any other mismatch."""
+    expected = source.architecture.tensors
+    extra: dict[str, str] = {}
+    unknown = []
+    for name in source.tensors.keys() - expected.keys():
+        if name.endswith(DERIVED_BUFFERS):
+            extra[name] = "a buffer that every loader computes"
+        elif name == "lm_head.weight" and source.architecture.tied:
+            extra[name] = "tied to the embedding (tie_word_embeddings)"
+        else:
+            unknown.append(name)
+    missing = [n for n in expected if n not in source.tensors]
+    if missing or unknown:
+        lines = []
+        if missing:
+            lines.append(f"{len(missing)} missing: {_some(missing)}")
+        if unknown:
+            lines.append(f"{len(unknown)} unknown: {_some(sorted(unknown))}")
+        raise SourceError(
+            f"The weights of {source.ref} are not those of its config.json "
+            f"({source.architecture.family.architecture}, {source.architecture.layers} layers): {'; '.join(lines)}.",
+            hint="Check num_hidden_layers, tie_word_embeddings and that every shard is there; "
+            "a checkpoint of the base model without its head must be saved as ...ForCausalLM first.",
+        )
+    for name, entry in expected.items():
+        if source.tensors[name].shape != entry.shape:
+            raise SourceError(f"{name} has shape {list(source.tensors[name].shape)}, but config.json makes it {list(entry.shape)}.")
+    return extra
+
+
+def make_plan(source: SourceInfo, growth: Growth) -> GrowthPlan:
+    """Binds and checks. Raises SourceError if the source is not what its config says, PlanError if the growth does not fit it."""
+    extra = check_source(source)
+    growth = replace(growth, dropped={**growth.dropped, **extra})
+    scope = Scope({n: t.shape for n, t in source.tensors.items()}, growth.axes)
+    try:
+        expected = Architecture(growth.config).tensors
+    except SourceError as error:
+        raise PlanError(f"The target config cannot be built: {error.message}", hint=error.hint) from None
+    if growth.tensors.keys() != expected.keys():
+        raise PlanError(f"The map and the table differ in {_some(sorted(growth.tensors.keys() ^ expected.keys()))}.")
+    for name, expr in growth.tensors.items():
+        try:
+            shape = expr.shape(scope)
+        except (KeyError, ValueError) as error:
+            raise PlanError(f"{name} cannot be made: {error}") from None
+        if shape != expected[name].shape:
+            raise PlanError(f"{name} would have shape {list(shape)}, but the target config makes it {list(expected[name].shape)}.")
+    lost = source.tensors.keys() - {s.key for e in growth.tensors.values() for s in e.sources()} - growth.dropped.keys()
+    if lost:
+        raise PlanError(f"These source tensors would be lost: {_some(sorted(lost))}.")
+    if growth.guarantee.lossless:
+        inexact = [n for n, a in growth.axes.items() if not a.is_exact()]
+        if inexact:
+            raise PlanError(f"The growth claims to be lossless, but the axis maps {_some(inexact)} are not exact.")
+    dtypes = _Dtypes(source)
+    return GrowthPlan(source, growth, {n: TensorInfo(dtypes.of(n, e, growth), expected[n].shape) for n, e in growth.tensors.items()})
+
+
+class _Dtypes:
+    """The dtype of a target tensor: that of the first source it reads; else of its namesakes in other layers; else the commonest."""
+
+    def __init__(self, source: SourceInfo) -> None:
+        self.source = source
+        entries = source.architecture.tensors
+        self.by_template = {entries[n].spec.name: t.dtype for n, t in source.tensors.items() if n in entries}
+        self.commonest = Counter(t.dtype for t in source.tensors.values()).most_common(1)[0][0]
+        self.templates: dict[str, str] = {}
+
+    def of(self, name: str, expr: Expr, growth: Growth) -> str:
+        first = next(expr.sources(), None)
+        if first is not None and first.key in self.source.tensors:
+            return self.source.tensors[first.key].dtype
+        if not self.templates:
+            self.templates = {n: e.spec.name for n, e in Architecture(growth.config).tensors.items()}
+        return self.by_template.get(self.templates[name], self.commonest)
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,114 @@
+"""Options and recipes: one declaration gives the YAML keys, the command-line flags, their help and their defaults.
+
+An options class is a pydantic model; the docstring under a field is its help. YAML is read strictly (an unknown key or a string where a
+number belongs is an error), every mistake is reported at once, and a number that YAML reads as a string (``1e-5``) is named as such.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from hf_grow.errors import InputError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+class Options(BaseModel):
+    """Base of all option models."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    def given(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as JSON data."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+def parse_size(value: Any) -> Any:
+    """'10.7B' -> 10_700_000_000. Units K, M, B, T; plain integers pass."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", value, re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{value!r} is no size; write 10.7B, 350M or a plain number of parameters")
+    return round(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_bytes(value: Any) -> Any:
+    """'5GB' -> 5_000_000_000; 'KiB' and so on are powers of 1024. Plain integers pass."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{value!r} is no number of bytes; write 5GB, 512MiB or a plain number")
+    base = 1024 if match[3] else 1000
+    return round(float(match[1]) * base ** ["", "K", "M", "G", "T"].index(match[2].upper()))
+
+
+def parse_layers(value: Any) -> Any:
+    """'0-23,8-31' -> (0, ..., 23, 8, ..., 31): both ends count, as in the papers."""
+    if not isinstance(value, str):
+        return tuple(value) if isinstance(value, list) else value
+    layers: list[int] = []
+    for part in value.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
+        if not match:
+            raise ValueError(f"{part!r} is no layer range; write 0-23,8-31 (both ends count)")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"{part.strip()!r} runs backwards; write {last}-{first}, or single layers")
+        layers.extend(range(first, last + 1))
+    return tuple(layers)
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+LayerList = Annotated[tuple[int, ...], BeforeValidator(parse_layers)]
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse(model: type[M], data: Mapping[str, Any], *, where: str, strict: bool = True) -> M:
+    """`data` as a `model`. Raises InputError that lists every mistake, one line each."""
+    try:
+        return model.model_validate(dict(data), strict=strict)
+    except ValidationError as error:
+        lines = [f"  {_explain(model, e)}" for e in error.errors(include_url=False)]
+        raise InputError(f"{where} has {len(lines)} mistake{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from None
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "(whole)"
+    value = error.get("input")
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key. Known: {', '.join(sorted(model.model_fields))}."
+    if error["type"] == "missing":
+        return f"{where}: is missing."
+    if error["type"] in ("int_type", "float_type") and isinstance(value, str):
+        try:
+            float(value)
+        except ValueError:
+            pass
+        else:
+            return f"{where}: {value!r} is a string. YAML needs a plain number (1.0e-5, with the point; no quotes)."
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{where}: {message}" if error["type"] == "value_error" else f"{where}: should be {message}, got {value!r}."
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a mapping. Raises InputError if it cannot be read or is none."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
+        raise InputError(f"{path} must hold `key: value` lines, got {type(data).__name__}.")
+    return data
