@@ -54,7 +54,7 @@ class Expr:
     NODES: ClassVar[dict[str, type[Expr]]] = {}
 
     def __init_subclass__(cls) -> None:
-        assert cls.op and cls.op not in Expr.NODES, cls
+        assert cls.op not in Expr.NODES, cls
         Expr.NODES[cls.op] = cls
 
     def shape(self, scope: Scope) -> Shape:

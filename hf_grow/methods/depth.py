@@ -92,8 +92,7 @@ def _inserted(n: int, after: Sequence[int]) -> list[LayerOrigin]:
 
 def _listed(indices: Sequence[int]) -> list[LayerOrigin]:
     """Source layers in a row; every appearance after the first is new."""
-    seen: set[int] = set()
-    return [LayerOrigin((i,), new=i in seen or seen.add(i) is not None) for i in indices]
+    return [LayerOrigin((i,), new=i in indices[:at]) for at, i in enumerate(indices)]
 
 
 def _crossfaded(layers: list[LayerOrigin], n: int, drop: int, width: int) -> list[LayerOrigin]:

@@ -34,7 +34,7 @@ def _parameters(entries: Iterable[Entry]) -> int:
 
 
 def measure(arch: Architecture) -> Size:
-    total = active = 0
+    total, active = 0, 0.0
     for entry in arch.tensors.values():
         count = math.prod(entry.shape)
         total += count
