@@ -1,0 +1,298 @@
+"""Reading from the Hugging Face Hub: listing a commit, headers by byte range, downloads, the cache, and errors in plain words.
+
+huggingface_hub does the work and is imported only when needed. Nothing of a server's answer is repeated in a message: it could hold a token
+or a signed address.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from hf_grow.checkpoint.names import near
+from hf_grow.checkpoint.reader import MAX_JSON, Stored, header_length, read_header
+from hf_grow.errors import SourceError
+
+LOOK_UP_TIMEOUT = 15  # seconds without an answer
+TRIES = 3  # for a header whose connection breaks off
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class Unreachable(SourceError):
+    """No answer from the Hub, or none that helps; a copy in the cache will do."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """One commit of a Hub repository."""
+
+    ref: str
+    revision: str | None
+    """As asked for: a branch, a tag or a commit."""
+    commit: str
+    sizes: Mapping[str, int | None]
+    sha256: Mapping[str, str]
+    """Of the files that are stored with LFS, as the weights are."""
+
+
+def offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def cache_folder() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def check_id(ref: str) -> None:
+    """Raises SourceError for what is neither a folder nor possible as a Hub id."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(ref)
+    except HFValidationError:
+        raise SourceError(f"{ref!r} is neither a folder nor a Hub id.", hint="A Hub id reads OWNER/NAME, as in " + _example(ref)) from None
+
+
+def look_up(ref: str, revision: str | None) -> Remote:
+    """One request: which commit `revision` is, and which files it has. Raises SourceError; Unreachable if there was no answer to rely on."""
+    from huggingface_hub import HfApi
+
+    with explained(ref, revision):
+        try:
+            info = HfApi(library_name="hf-grow").model_info(ref, revision=revision, files_metadata=True, timeout=LOOK_UP_TIMEOUT)
+            files = info.siblings or []
+            sizes = {f.rfilename: f.size for f in files}
+            sha256 = {f.rfilename: f.lfs.sha256 for f in files if f.lfs is not None}
+            commit = info.sha
+        except (KeyError, TypeError, AttributeError, ValueError):
+            commit = None
+        if not commit or not re.fullmatch(r"[0-9a-f]{40}", commit):
+            raise Unreachable(f"{_page()} does not answer like a Hugging Face Hub.", hint="Check HF_ENDPOINT and the proxy settings.")
+    return Remote(ref, revision, commit, sizes, {n: s for n, s in sha256.items() if _SHA256.fullmatch(s)})
+
+
+def fetch_json(remote: Remote, name: str) -> Path:
+    """A small file of the repository, through the cache. Raises SourceError."""
+    from huggingface_hub import HfApi
+
+    if (remote.sizes.get(name) or 0) > MAX_JSON:
+        raise SourceError(f"{remote.ref}/{name} is {remote.sizes[name]} bytes; that is no plausible file of its kind.")
+    api = HfApi(library_name="hf-grow")
+    with explained(remote.ref, remote.revision), _no_bars():
+        # By the name asked for first: this notes in the cache which commit the branch is, and offline use finds it later.
+        path = Path(api.hf_hub_download(remote.ref, name, revision=remote.revision))
+        if path.parent.name != remote.commit:  # the branch moved on since we looked
+            path = Path(api.hf_hub_download(remote.ref, name, revision=remote.commit))
+    return path
+
+
+def fetch_header(remote: Remote, file: str) -> tuple[dict[str, Stored], int]:
+    """Tensors and size of a weight file, of which only the header is read: from the cache, else by byte ranges. Raises SourceError."""
+    from huggingface_hub import HfApi, hf_hub_url
+
+    where, listed = f"{remote.ref}/{file}", remote.sizes.get(file)
+    cached = cached_file(remote.ref, remote.commit, file)
+    if cached is not None:
+        with cached.open("rb") as handle:
+            stored = os.fstat(handle.fileno()).st_size
+            return read_header(handle.read(8), handle.read, stored, where), stored
+    if listed is not None and listed < 8:  # no range of it could be asked for
+        header_length(b"", listed, where)
+    url = hf_hub_url(remote.ref, file, revision=remote.commit, endpoint=HfApi().endpoint)
+    with explained(remote.ref, remote.revision):
+        # Two requests, the first for 8 bytes: asking for "surely enough" at once would fetch weights of a small file.
+        prefix, total = _read_range(url, 0, 8)
+        size = listed if total is None else total
+        if size is None or listed not in (None, size):
+            raise SourceError(f"{where} is served with {size} bytes, but listed with {listed}.", hint="Try again later.")
+        return read_header(prefix, lambda count: _read_range(url, 8, count)[0], size, where), size
+
+
+def _read_range(url: str, start: int, count: int) -> tuple[bytes, int | None]:
+    """`count` bytes from `start`, and the whole file's size if the server tells. Reads no more even from a server that ignores ranges."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for attempt in range(TRIES):
+        try:
+            return _read_range_once(url, start, count) if count else (b"", None)
+        except _http_error() as error:
+            if isinstance(error, HfHubHTTPError) or attempt == TRIES - 1:
+                raise
+            time.sleep(0.5 * 2**attempt)
+    raise AssertionError
+
+
+def _read_range_once(url: str, start: int, count: int) -> tuple[bytes, int | None]:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff  # type: ignore[attr-defined]
+
+    # identity: a range of a compressed answer would be of no use.
+    headers = {**build_hf_headers(library_name="hf-grow"), "Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with http_stream_backoff("GET", url, headers=headers, timeout=timeout, max_retries=2, retry_on_exceptions=()) as response:
+        hf_raise_for_status(response)
+        skip, total = start, response.headers.get("Content-Length")
+        if response.status_code == 206:
+            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+            if not span or int(span[1]) != start:
+                raise Unreachable(f"{_page()} answers byte ranges wrongly.", hint="Try again, or download the model first (hf download).")
+            skip, total = 0, span[2]
+        got = bytearray()
+        for chunk in response.iter_raw():
+            got += chunk
+            if len(got) >= skip + count:
+                break
+    return bytes(got[skip : skip + count]), int(total) if total and total.isdigit() else None
+
+
+def download(remote: Remote, files: Sequence[str]) -> Path:
+    """The snapshot folder holding `files`; those in the cache already are not fetched again. Raises SourceError."""
+    from huggingface_hub import HfApi
+
+    patterns = [glob.escape(f) for f in files]
+    with explained(remote.ref, remote.revision):
+        return Path(HfApi(library_name="hf-grow").snapshot_download(remote.ref, revision=remote.commit, allow_patterns=patterns))
+
+
+def bytes_to_fetch(remote: Remote, files: Sequence[str]) -> int:
+    """What `download` would transfer. Raises SourceError if the disk of the cache plainly has no room for it."""
+    missing = sum(remote.sizes.get(f) or 0 for f in files if cached_file(remote.ref, remote.commit, f) is None)
+    cache = there = cache_folder()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if missing > free:
+        raise SourceError(
+            f"{remote.ref} needs {missing / 1e9:.1f} GB more in {cache}, but only {free / 1e9:.1f} GB are free there.",
+            hint="Make room, or set HF_HOME to a folder on a larger disk.",
+        )
+    return missing
+
+
+def cached_file(ref: str, revision: str | None, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(ref, name, revision=revision)
+    return Path(path) if isinstance(path, str) else None
+
+
+def blob_sha256(path: Path) -> str | None:
+    """SHA-256 of an LFS file in the cache: the name of the blob that the snapshot links to. One link only: blobs may be links themselves."""
+    try:
+        name = Path(os.readlink(path)).name
+    except OSError:
+        return None
+    return name if _SHA256.fullmatch(name) else None
+
+
+@contextmanager
+def explained(ref: str, revision: str | None) -> Iterator[None]:
+    """Turns what huggingface_hub raises into SourceError."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except (_http_error(), OSError, ValueError) as error:
+        raise _explain(error, ref, revision) from None
+
+
+def _explain(error: BaseException, ref: str, revision: str | None) -> SourceError:
+    from huggingface_hub import errors, get_token
+
+    again = "Check the network and try again; files that were finished are kept."
+    if isinstance(error, errors.GatedRepoError):
+        page = f"{_page()}/{ref}"
+        if get_token():
+            return SourceError(
+                f"{ref} is gated, and the account of your token has no access.",
+                hint=f"Ask for access or accept the licence on {page}, then run this again. `hf auth whoami` names the account.",
+            )
+        return SourceError(
+            f"{ref} is gated: only accounts that accepted its licence may read it.",
+            hint=f"Accept the licence on {page}, then log in with `hf auth login` (or set HF_TOKEN).",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return SourceError(
+            f"{ref} has no revision {revision!r}.", hint=f"Its branches, tags and commits are listed on {_page()}/{ref}/tree/main."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        known = near(ref)
+        private = "check the id and the access of your token" if get_token() else "if it is private, log in with `hf auth login`"
+        hint = f"Did you mean {' or '.join(known)}? Otherwise {private}." if known else private[0].upper() + private[1:] + "."
+        return SourceError(f"There is no repository {ref} on {_page()} that you may see.", hint=hint)
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        # The library's way to say that something failed and the cache could not help; its cause is what matters.
+        return (
+            _explain(error.__cause__, ref, revision)
+            if error.__cause__
+            else Unreachable(f"{ref} could not be read from {_page()}.", hint=again)
+        )
+    if isinstance(error, errors.EntryNotFoundError):
+        return SourceError(f"A file of {ref} that the Hub lists is not there.", hint="Try again later.")
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        if status == 401:
+            return SourceError(f"{_page()} does not accept your token.", hint="Log in again with `hf auth login`, or unset HF_TOKEN.")
+        if status == 403:
+            return SourceError(
+                f"Your token does not give access to {ref}.", hint="Give it the right to read this repository, or use another."
+            )
+        return Unreachable(f"{_page()} answered with status {status} when asked for {ref}.", hint="Try again later.")
+    if isinstance(error, _http_error()):
+        return Unreachable(f"{_page()} cannot be reached ({type(error).__name__}).", hint=again)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return SourceError(f"The disk of {cache_folder()} is full.", hint="Make room, or set HF_HOME to a folder on a larger disk.")
+    if isinstance(error, OSError) and error.errno:
+        return SourceError(f"Cannot use the cache {cache_folder()}: {os.strerror(error.errno)}.", hint="Set HF_HOME to a folder of yours.")
+    return SourceError(f"The download of {ref} failed ({type(error).__name__}).", hint=again)
+
+
+def _page() -> str:
+    """Address of the Hub; without a user and password that an HF_ENDPOINT may hold."""
+    from huggingface_hub import constants
+
+    parts = urlsplit(constants.ENDPOINT)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _example(ref: str) -> str:
+    return f"{next(iter(near(ref)), 'mistralai/Mistral-7B-v0.1')}."
+
+
+def _http_error() -> Any:
+    """The base of network errors. Which HTTP library huggingface_hub uses depends on its version."""
+    from huggingface_hub import errors
+
+    return errors.HTTPError  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """No progress bars for files of a few kilobytes."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars  # type: ignore[attr-defined]
+
+    # A user's HF_HUB_DISABLE_PROGRESS_BARS has the last word; the library warns if it is contradicted.
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

@@ -1,0 +1,213 @@
+"""Opening a source checkpoint: a folder, or a repository on the Hugging Face Hub.
+
+Planning reads the config, the index and the headers of the weight files, never the weights: a 7B model costs a few hundred kilobytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from hf_grow.checkpoint import hub
+from hf_grow.checkpoint.names import ALIASES
+from hf_grow.checkpoint.reader import (
+    GROWTH,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    Stored,
+    check_index,
+    merge,
+    no_safetensors,
+    open_folder,
+    parse_index,
+    read_json,
+)
+from hf_grow.errors import InputError, SourceError
+
+CONFIG = "config.json"
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model*",  # Mistral's repositories have tokenizer.model.v3
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    "*.py",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+"""Files that come along with a grown checkpoint, whatever the case of their names. The model card does not: the grown model gets its own."""
+
+# Whatever they are called, weights and pickles are no companions.
+_NEVER = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".npy")
+
+
+def open_source(
+    ref: str, *, revision: str | None = None, weights: bool, notify: Callable[[str], None] = lambda message: None
+) -> Checkpoint:
+    """The checkpoint at `ref`, a folder or a Hub id; its weights are on this machine afterwards if `weights`.
+
+    `notify` gets what the user should know. Raises SourceError if it is missing, damaged, hostile or may not be read, and InputError for a
+    revision of a folder.
+    """
+    if _is_folder(ref):
+        if revision:
+            raise InputError(f"{ref} is a folder and has no revision {revision!r}.", hint="Leave --revision out, or give a Hub id.")
+        try:
+            return open_folder(Path(ref).expanduser(), ref=ref)
+        except OSError as error:
+            raise SourceError(f"Cannot read {ref}: {error.strerror}.") from None
+    name = ALIASES.get(ref.lower(), ref)
+    if name.lower() != ref.lower():
+        notify(f"{ref} is short for {name}.")
+    hub.check_id(name)
+    if hub.offline():
+        return _from_cache(name, revision, weights, notify)
+    try:
+        remote = hub.look_up(name, revision)
+    except hub.Unreachable as error:
+        try:
+            checkpoint = _from_cache(name, revision, weights, notify)
+        except SourceError:
+            raise error from None
+        notify(f"{error.message} Using the copy in the cache (commit {checkpoint.revision[:12]}).")
+        return checkpoint
+    checkpoint = _headers(remote)
+    return _download(remote, checkpoint, notify) if weights else checkpoint
+
+
+def is_companion(path: str) -> bool:
+    """Whether a file, by its path in the folder or repository, comes along with a grown checkpoint."""
+    # fnmatch's * matches a slash too, but LICENSE* must not reach into a folder LICENSES.
+    return not path.lower().endswith(_NEVER) and any(
+        pattern.count("/") == path.count("/") and fnmatchcase(path.lower(), pattern.lower()) for pattern in COMPANIONS
+    )
+
+
+def companions(folder: Path) -> list[Path]:
+    """The companion files in `folder`, as paths relative to it; none that a link leads out of it, but for those of the Hub's cache."""
+    candidates = [Path(n) for n in os.listdir(folder)]
+    candidates += [Path(p.parent.name, p.name) for p in folder.glob("*/*") if p.parent.name == "additional_chat_templates"]
+    return sorted(p for p in candidates if is_companion(p.as_posix()) and (folder / p).is_file() and _is_inside(folder, folder / p))
+
+
+def _is_inside(folder: Path, path: Path) -> bool:
+    if path.resolve().is_relative_to(folder.resolve()):
+        return True
+    if folder.parent.name != "snapshots" or not path.is_symlink():
+        return False
+    # A snapshot's files are links into ../../blobs. One link only: a blob may itself be a link, into a store that repositories share.
+    target = Path(os.path.normpath(path.parent.resolve() / os.readlink(path)))
+    return target.parent == folder.resolve().parent.parent / "blobs"
+
+
+def _is_folder(ref: str) -> bool:
+    path = os.path.expanduser(ref)
+    if os.path.isdir(path):
+        return True
+    if os.path.isfile(path):
+        raise SourceError(f"{ref} is a file.", hint=f"Give the folder of the whole checkpoint, as in {os.path.dirname(ref) or '.'}.")
+    if "://" in ref:
+        raise SourceError(f"{ref} is an address.", hint="Give the id of the Hub repository alone: OWNER/NAME.")
+    if not ref or ref.startswith((".", "/", "~")) or ref.count("/") > 1 or "\\" in ref:
+        raise SourceError(f"There is no folder {ref!r}.", hint="Check the path; a Hub id reads OWNER/NAME.")
+    return False
+
+
+def _headers(remote: hub.Remote) -> Checkpoint:
+    """Config, index and headers of a commit, without its weights."""
+    ref, names = remote.ref, remote.sizes
+    if SINGLE not in names and INDEX not in names:
+        raise no_safetensors([n for n in names if "/" not in n], ref)
+    if CONFIG not in names:
+        raise SourceError(f"{ref} is no checkpoint: it has no {CONFIG}.")
+    config = read_json(hub.fetch_json(remote, CONFIG), "")
+    weight_map = {} if SINGLE in names else parse_index(read_json(hub.fetch_json(remote, INDEX), ""), f"{ref}/{INDEX}")
+    shards = sorted(set(weight_map.values())) or [SINGLE]
+    missing = [s for s in shards if s not in names]
+    if missing:
+        raise SourceError(
+            f"{ref}: the index names {missing[0]}, which the repository does not have ({len(missing)} such files).",
+            hint="The repository is incomplete; use another revision, or tell its owner.",
+        )
+    tensors: dict[str, Stored] = {}
+    files: dict[str, Mapping[str, object]] = {}
+    with ThreadPoolExecutor(min(8, len(shards))) as pool:
+        for file, (found, size) in zip(shards, pool.map(lambda shard: hub.fetch_header(remote, shard), shards), strict=True):
+            merge(tensors, found, file, weight_map, ref)
+            files[file] = _identity(size, remote.sha256.get(file))
+    check_index(tensors, weight_map, ref)
+    growth = read_json(hub.fetch_json(remote, GROWTH), "") if GROWTH in names else None
+    return Checkpoint(ref, remote.commit, config, tensors, files, None, growth)
+
+
+def _download(remote: hub.Remote, checkpoint: Checkpoint, notify: Callable[[str], None]) -> Checkpoint:
+    wanted = [f for f in remote.sizes if f in checkpoint.files or f in (CONFIG, GROWTH) or is_companion(f)]
+    if SINGLE not in checkpoint.files:
+        wanted.append(INDEX)
+    size = hub.bytes_to_fetch(remote, wanted)
+    if size:
+        notify(f"Downloading {size / 1e9:.2f} GB of {remote.ref} to {hub.cache_folder()}.")
+    return _snapshot(hub.download(remote, wanted), remote.ref, remote.commit, remote.sha256)
+
+
+def _snapshot(folder: Path, ref: str, commit: str, sha256: Mapping[str, str]) -> Checkpoint:
+    checkpoint = open_folder(folder, ref=ref, revision=commit)
+    known = {file: sha256.get(file) or hub.blob_sha256(folder / file) for file in checkpoint.files}
+    # With a hash the time says nothing more, and a plan made from headers alone must have the same fingerprint.
+    return replace(
+        checkpoint, files={f: _identity(entry["size"], known[f]) if known[f] else entry for f, entry in checkpoint.files.items()}
+    )
+
+
+def _identity(size: int, sha256: str | None) -> dict[str, int | str]:
+    return {"size": size, "sha256": sha256} if sha256 else {"size": size}
+
+
+def _from_cache(ref: str, revision: str | None, weights: bool, notify: Callable[[str], None]) -> Checkpoint:
+    """A checkpoint that is whole in the Hub's cache. Raises SourceError that says what is missing."""
+    config = hub.cached_file(ref, revision, CONFIG)
+    if config is None:
+        raise _not_cached(f"{ref}{f' at revision {revision}' if revision else ''} is not in the cache", ref, revision)
+    folder = config.parent
+    missing = [SINGLE]
+    if (folder / SINGLE).is_file():
+        missing = []
+    elif (folder / INDEX).is_file():
+        shards = set(parse_index(read_json(folder / INDEX, ""), f"{ref}/{INDEX}").values())
+        missing = sorted(s for s in shards if not (folder / s).is_file())
+    if missing:
+        raise _not_cached(f"the cache holds {ref} (commit {folder.name[:12]}) without {_some(missing)}", ref, revision)
+    if weights and not companions(folder):
+        notify(f"The cached copy of {ref} has no tokenizer; the grown checkpoint will have none either.")
+    return _snapshot(folder, ref, folder.name, {})
+
+
+def _not_cached(what: str, ref: str, revision: str | None) -> SourceError:
+    return SourceError(
+        f"The Hub is not asked (HF_HUB_OFFLINE), and {what}.",
+        hint=f"Unset HF_HUB_OFFLINE, or download it first: hf download {ref}{f' --revision {revision}' if revision else ''}",
+    )
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more files" if len(names) > most else "")
