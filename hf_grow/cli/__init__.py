@@ -1,0 +1,82 @@
+"""The command line. One small file a command; help never imports torch, and each command loads only what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from hf_grow._version import __version__
+from hf_grow.errors import GrowError
+
+# command -> (module of its arguments and run, one line of help)
+COMMANDS = {
+    "plan": ("plan", "the ways to a size, side by side"),
+    "dus": ("grow", "depth up-scaling as SOLAR 10.7B"),
+    "depth": ("grow", "any depth method: dus, stack, interleave, identity, a list of layers"),
+    "grow": ("grow", "carry out a growth recipe (YAML)"),
+    "verify": ("verify", "prove that a grown checkpoint is what its plan says"),
+    "inspect": ("inspect", "what a checkpoint is, from config and headers"),
+    "demo": ("demo", "train a small model, grow it, go on training; nothing to download"),
+}
+
+EPILOG = """\
+examples:
+  hf-grow plan mistralai/Mistral-7B-v0.1 --to 10.7B
+  hf-grow dus mistralai/Mistral-7B-v0.1 --to 10.7B -o Mistral-10.7B
+  hf-grow depth ./my-model --method identity --layers-to 40 --dry-run
+  hf-grow verify ./my-model ./my-model-grown
+
+exit status: 0 done; 1 failed, or the verification failed; 2 the input cannot be used
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status. Errors are one message on stderr, never a traceback."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _run(arguments)
+    except GrowError as error:
+        print(f"hf-grow: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nhf-grow: interrupted. A growth goes on where it stopped when you repeat the command with --resume.", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        print("hf-grow: out of memory.\n  Use a smaller --memory-budget, or verify --structure-only.", file=sys.stderr)
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "hf-grow",
+        description="Grow a trained checkpoint into a larger one, and go on training it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hf-grow {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((a for a in argv if not a.startswith("-")), None)
+    for name, (_, text) in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+        if name == chosen:
+            _add_arguments(name, sub)
+    arguments = parser.parse_args(argv)
+    module = importlib.import_module(f"hf_grow.cli.{COMMANDS[arguments.command][0]}")
+    run = module.run_recipe if arguments.command == "grow" else module.run
+    return int(run(arguments))
+
+
+def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    module = importlib.import_module(f"hf_grow.cli.{COMMANDS[name][0]}")
+    if name == "grow":
+        module.add_recipe_arguments(parser)
+    elif module.__name__.endswith(".grow"):
+        module.add_arguments(parser, None if name == "depth" else name)
+    else:
+        module.add_arguments(parser)

@@ -1,0 +1,53 @@
+# The two commands of the README are `make demo` and `make test`; each makes its own virtual environment the first time.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+
+.PHONY: demo test test-slow check format bench bench-7b clean help
+
+help:  ## this list
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+
+# torch goes first: without a GPU its CPU build is enough, and saves gigabytes. uv knows where that build lies.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	if nvidia-smi -L >/dev/null 2>&1; then \
+		$(BIN)/pip install --quiet torch==$(TORCH); \
+	else \
+		$(BIN)/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null \
+		|| { $(BIN)/pip install --quiet uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend=cpu torch==$(TORCH); } \
+		|| $(BIN)/pip install --quiet torch==$(TORCH); \
+	fi
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[train,plot,dev]'
+	touch $@
+
+demo: $(VENV)/.installed  ## train a small model, grow it, go on training (about 3 minutes)
+	$(BIN)/hf-grow demo
+
+test: $(VENV)/.installed  ## the tests (some minutes, no GPU, no network)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.installed  ## tests that take minutes or gigabytes
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(VENV)/.installed  ## lint, format, types, and the order of the modules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+format: $(VENV)/.installed  ## let ruff format everything
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed  ## a 1.1B-shaped checkpoint, 22 to 34 layers, beside cp
+	$(BIN)/python benchmarks/conversion.py --size 1b --layers-to 34 --repeats 5
+
+bench-7b: $(VENV)/.installed  ## the exact Mistral-7B config to 10.7B (needs 60 GB of disk)
+	$(BIN)/python benchmarks/conversion.py --size 7b --layers-to 48 --repeats 1
+
+clean:  ## remove the virtual environment and everything made
+	rm -rf $(VENV) demo-out benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,94 @@
+"""The three verbs of hf-grow for Python: plan, grow, verify. The command line calls these too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.checkpoint.source import open_source
+from hf_grow.checkpoint.writer import DEFAULT_SHARD_SIZE
+from hf_grow.errors import InputError
+from hf_grow.execute import DEFAULT_MEMORY, Progress, Result, execute
+from hf_grow.growth import Method
+from hf_grow.methods import METHODS
+from hf_grow.plan import GrowthPlan, SourceInfo, check_source, make_plan
+from hf_grow.recipe import Options, parse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Notify = Callable[[str], None]
+
+
+def _quiet(message: str) -> None:
+    pass
+
+
+def find_method(name: str) -> Method:
+    if name not in METHODS:
+        raise InputError(f"Unknown method {name!r}.", hint=f"Methods: {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def plan_for(info: SourceInfo, method: Method, options: Options) -> GrowthPlan:
+    """A checked plan for a described source. The source is checked first: its faults explain themselves better than a plan's."""
+    check_source(info)
+    return make_plan(info, method.build(info.architecture, options))
+
+
+def plan(
+    source: str | Path | PreTrainedModel, method: str = "dus", *, revision: str | None = None, notify: Notify = _quiet, **options: Any
+) -> GrowthPlan:
+    """Plans a growth; reads only config and headers (of a folder, or of a Hub repository), or a model in memory.
+
+    ``options`` are those of the method, as on the command line: ``plan("mistralai/Mistral-7B-v0.1", "dus", to="10.7B")``.
+    Raises InputError (SourceError, PlanError) with what is wrong.
+    """
+    found = find_method(method)
+    parsed = parse(found.options, options, where=f"method {method}", strict=False)
+    if isinstance(source, str | Path):
+        info = open_source(str(source), revision=revision, weights=False, notify=notify).info
+    else:
+        from hf_grow.in_memory import describe
+
+        info = describe(source)
+    return plan_for(info, found, parsed)
+
+
+def grow(
+    source: str | Path,
+    out: str | Path,
+    method: str = "dus",
+    *,
+    revision: str | None = None,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    resume: bool = False,
+    overwrite: bool = False,
+    memory_budget: int = DEFAULT_MEMORY,
+    workers: int = 0,
+    allow_nonfinite: bool = False,
+    progress: Progress = lambda nbytes: None,
+    notify: Notify = _quiet,
+    **options: Any,
+) -> Result:
+    """Grows a checkpoint (folder or Hub id) into the folder `out`.
+
+    Raises InputError before a byte is written, ExecutionError if writing fails; see `hf_grow.execute.execute`.
+    """
+    found = find_method(method)
+    parsed = parse(found.options, options, where=f"method {method}", strict=False)
+    checkpoint: Checkpoint = open_source(str(source), revision=revision, weights=True, notify=notify)
+    return execute(
+        plan_for(checkpoint.info, found, parsed),
+        checkpoint,
+        Path(out),
+        max_shard_size=max_shard_size,
+        resume=resume,
+        overwrite=overwrite,
+        memory_budget=memory_budget,
+        workers=workers,
+        allow_nonfinite=allow_nonfinite,
+        progress=progress,
+    )

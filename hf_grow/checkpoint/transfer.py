@@ -1,0 +1,108 @@
+"""Moving and checking bytes: in-kernel copies, digests, and the search for values that are not finite.
+
+All of it works in pieces, releases the interpreter lock where the time goes, and keeps a few hundred kilobytes in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from hf_grow.errors import ExecutionError
+
+READ = 1 << 18  # fits the second-level cache: larger pieces were slower
+COPY = 1 << 25
+_ELSEWHERE = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
+
+Stop = Callable[[], None]
+"""Called between pieces; raises when the work is to stop."""
+
+
+def copy_range(source: int, target: int, start: int, at: int, length: int, stop: Stop) -> None:
+    """Copies bytes [start, start+length) of one open file to offset `at` of another, in the kernel where the platform can."""
+    for copy in (_by_copy_file_range, _by_sendfile, _by_read_write):
+        done = 0
+        try:
+            while done < length:
+                stop()
+                moved = copy(source, target, start + done, at + done, min(COPY, length - done))
+                if moved == 0:
+                    raise ExecutionError("The source ended early.", hint="It changed while it was read; run again.")
+                done += moved
+            return
+        except OSError as error:
+            if error.errno not in _ELSEWHERE or copy is _by_read_write:
+                raise
+        start, at, length = start + done, at + done, length - done
+
+
+def _by_copy_file_range(source: int, target: int, start: int, at: int, length: int) -> int:
+    if not hasattr(os, "copy_file_range"):
+        raise OSError(errno.ENOSYS, "no copy_file_range")
+    return os.copy_file_range(source, target, length, start, at)
+
+
+def _by_sendfile(source: int, target: int, start: int, at: int, length: int) -> int:
+    if os.uname().sysname != "Linux":
+        raise OSError(errno.ENOSYS, "sendfile to files is Linux only")
+    os.lseek(target, at, os.SEEK_SET)
+    return os.sendfile(target, source, start, length)
+
+
+def _by_read_write(source: int, target: int, start: int, at: int, length: int) -> int:
+    data = os.pread(source, min(length, READ), start)
+    write_all(target, data, at)
+    return len(data)
+
+
+def write_all(target: int, data: Any, at: int) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(target, view[: 1 << 26], at)
+        view, at = view[written:], at + written
+
+
+def pieces(handle: int, start: int, stop_at: int, stop: Stop) -> Iterator[memoryview]:
+    """Bytes [start, stop_at) of an open file, piece by piece, in one buffer that is used again."""
+    buffer = memoryview(bytearray(READ))
+    while start < stop_at:
+        stop()
+        count = os.preadv(handle, [buffer[: min(READ, stop_at - start)]], start)
+        if count == 0:
+            raise ExecutionError("A file ended early.", hint="It changed while it was read; run again.")
+        yield buffer[:count]
+        start += count
+
+
+def digest(handle: int, start: int, stop_at: int, stop: Stop, *also: Any) -> str:
+    """XXH3-128 of a byte range (against mistakes, not against malice); every hash in `also` is fed the same bytes."""
+    hasher = xxhash.xxh3_128()
+    for piece in pieces(handle, start, stop_at, stop):
+        hasher.update(piece)
+        for other in also:
+            other.update(piece)
+    return hasher.hexdigest()
+
+
+# Values that are not finite have all exponent bits set: as integers, they are the largest of either sign.
+_LIMITS = {"BF16": (np.int16, np.uint16, 0x7F80), "F16": (np.int16, np.uint16, 0x7C00),
+           "F32": (np.int32, np.uint32, 0x7F800000), "F64": (np.int64, np.uint64, 0x7FF0000000000000)}  # fmt: skip
+
+
+class FiniteCheck:
+    """Fed with bytes of one dtype like a hash; `finite` tells whether no value was NaN or infinite. Two vectorised maxima a piece."""
+
+    def __init__(self, dtype: str) -> None:
+        self.signed, self.unsigned, self.limit = _LIMITS[dtype]
+        self.negative = self.limit | 1 << (8 * np.dtype(self.signed).itemsize - 1)
+        self.finite = True
+
+    def update(self, piece: memoryview) -> None:
+        if self.finite and len(piece):
+            positive = np.frombuffer(piece, self.signed).max() >= self.limit
+            self.finite = not (positive or np.frombuffer(piece, self.unsigned).max() >= self.negative)

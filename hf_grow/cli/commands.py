@@ -1,0 +1,36 @@
+"""Pieces that several commands share: the source argument, output flags, and printing a result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from hf_grow.cli.render import console
+from hf_grow.errors import InputError
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="checkpoint folder, or Hub id such as mistralai/Mistral-7B-v0.1")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+
+
+def add_json(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--json", action="store_true", help="print one machine-readable result and nothing else")
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def show_next(*words: str | Path) -> None:
+    console.print(f"next: [bold]{shlex.join(['hf-grow', *map(str, words)])}[/]")
+
+
+def existing_folder(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise InputError(f"{text} is no folder.", hint="Give the folder that holds config.json and the weights.")
+    return path

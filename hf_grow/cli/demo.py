@@ -1,0 +1,20 @@
+"""`hf-grow demo`: the whole job on a small model, with nothing to download."""
+
+from __future__ import annotations
+
+import argparse
+
+from hf_grow.cli import flags
+from hf_grow.demo.run import DemoOptions
+from hf_grow.demo.run import run as run_demo
+from hf_grow.recipe import parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_flags(parser, [DemoOptions])
+
+
+def run(arguments: argparse.Namespace) -> int:
+    options = parse(DemoOptions, flags.given(arguments, DemoOptions), where="The command line", strict=False)
+    run_demo(options)
+    return 0

@@ -1,0 +1,153 @@
+"""`hf-grow dus`, `hf-grow depth` and `hf-grow grow`: plan, then carry out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hf_grow.api import find_method, plan_for
+from hf_grow.checkpoint.source import open_source
+from hf_grow.checkpoint.writer import DEFAULT_SHARD_SIZE, PartialFolder, check_room, layout
+from hf_grow.cli import flags, render
+from hf_grow.cli.commands import add_json, add_source, print_json, show_next
+from hf_grow.execute import DEFAULT_MEMORY, Result, execute
+from hf_grow.growth import Method
+from hf_grow.methods import METHODS
+from hf_grow.methods.sizing import short
+from hf_grow.plan import GrowthPlan
+from hf_grow.recipe import Bytes, Options, load_yaml, parse
+
+DEPTH = {m.name: m for m in METHODS.values() if m.kind == "depth"}
+
+
+class OutputOptions(Options):
+    """How the result is written; the same for every method."""
+
+    output: str | None = None
+    """Folder to write (also -o). Default: the source's name with method and size, in the current folder."""
+    max_shard_size: Bytes = DEFAULT_SHARD_SIZE
+    """Largest weight file, such as 5GB. Default: 50GB, as transformers."""
+    resume: bool = False
+    """Go on with an interrupted run: only unfinished tensors are written again."""
+    overwrite: bool = False
+    """Replace an existing output, or discard an interrupted one; the old one goes only when the new one is whole."""
+    dry_run: bool = False
+    """Print the plan and stop; reads config and headers only."""
+    memory_budget: Bytes = DEFAULT_MEMORY
+    """Memory for computing tensors that are no copies. Default: 256MiB."""
+    allow_nonfinite: bool = False
+    """Accept weights that are NaN or infinite."""
+
+
+class RecipeOptions(OutputOptions):
+    """The keys of a growth recipe besides those of its method."""
+
+    source: str
+    """Checkpoint folder or Hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub repository."""
+    method: str = "dus"
+    """Growth method."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, method: str | None) -> None:
+    """Flags of one method, or of all depth methods with --method to choose."""
+    add_source(parser)
+    if method is None:
+        parser.add_argument("--method", choices=list(DEPTH), help="depth method; default: dus, or layers where --layers is given")
+    flags.add_flags(parser.add_argument_group("growth"), [DEPTH[method].options] if method else [m.options for m in DEPTH.values()])
+    _add_output(parser.add_argument_group("output"))
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    flags.add_flags(group, [OutputOptions], short={"output": "-o"})
+    add_json(group)
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE.yaml",
+        help="keys: source, revision, method, the options of the method (see hf-grow METHOD --help) and the output options below, with _ for -",
+    )
+    output = parser.add_argument_group("output (these override the recipe)")
+    _add_output(output)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    method = find_method(arguments.command) if arguments.command in METHODS else _chosen(arguments)
+    options = parse(method.options, flags.given(arguments, method.options), where="The command line", strict=False)
+    output = parse(OutputOptions, flags.given(arguments, OutputOptions), where="The command line", strict=False)
+    return carry_out(arguments.source, arguments.revision, method, options, output, as_json=arguments.json)
+
+
+def run_recipe(arguments: argparse.Namespace) -> int:
+    data = load_yaml(Path(arguments.recipe))
+    method = find_method(str(data.get("method", "dus")))
+    # One model of both, so that every mistake of the recipe is told at once.
+    keys: type[RecipeOptions] = type("Recipe", (RecipeOptions, method.options), {"__module__": __name__})
+    recipe = parse(keys, data, where=arguments.recipe)
+    options = method.options(**recipe.model_dump(include=set(method.options.model_fields), exclude_unset=True))
+    flagged = parse(OutputOptions, flags.given(arguments, OutputOptions), where="The command line", strict=False)
+    output = OutputOptions(**(recipe.model_dump(include=set(OutputOptions.model_fields)) | flagged.model_dump(exclude_unset=True)))
+    return carry_out(recipe.source, recipe.revision, method, options, output, as_json=arguments.json)
+
+
+def _chosen(arguments: argparse.Namespace) -> Method:
+    listed = "layers" in flags.given(arguments, DEPTH["layers"].options)
+    method = find_method(arguments.method or ("layers" if listed else "dus"))
+    flags.refuse_foreign(arguments, method, DEPTH)
+    return method
+
+
+def carry_out(source: str, revision: str | None, method: Method, options: Options, output: OutputOptions, *, as_json: bool) -> int:
+    checkpoint = open_source(source, revision=revision, weights=False, notify=render.note)
+    plan = plan_for(checkpoint.info, method, options)
+    out = Path(output.output) if output.output else default_output(source, plan)
+    PartialFolder.check(out, resume=output.resume, overwrite=output.overwrite)
+    if not as_json:
+        render.show_plan(plan)
+    if output.dry_run:
+        check_room(out, sum(s.size for s in layout(plan.targets, output.max_shard_size)))
+        return _finish(plan, out, None, as_json)
+    if checkpoint.folder is None:
+        checkpoint = open_source(source, revision=checkpoint.revision, weights=True, notify=render.note)
+        plan = plan_for(checkpoint.info, method, options)
+    with render.bytes_bar("growing", plan.nbytes, quiet=as_json) as progress:
+        result = execute(
+            plan,
+            checkpoint,
+            out,
+            max_shard_size=output.max_shard_size,
+            resume=output.resume,
+            overwrite=output.overwrite,
+            memory_budget=output.memory_budget,
+            allow_nonfinite=output.allow_nonfinite,
+            progress=progress,
+        )
+    return _finish(plan, out, result, as_json)
+
+
+def default_output(source: str, plan: GrowthPlan) -> Path:
+    name = Path(source).resolve().name if Path(source).exists() else source.rsplit("/", 1)[-1]
+    return Path(f"{name}-{plan.growth.method}-{short(plan.sizes[1].total)}")
+
+
+def _finish(plan: GrowthPlan, out: Path, result: Result | None, as_json: bool) -> int:
+    if as_json:
+        facts: dict[str, Any] = {"output": str(out), "dry_run": result is None, "plan": render.plan_facts(plan)}
+        if result:
+            facts |= {"seconds": result.seconds, "bytes": result.nbytes, "shards": dict(result.shards), "resumed_tensors": result.resumed}
+        print_json(facts)
+    elif result is None:
+        render.console.print(f"output     {out} (nothing written: --dry-run)", markup=False)
+    else:
+        rate = result.nbytes / 1e9 / result.seconds
+        kept = f", {result.resumed} tensors kept from the interrupted run" if result.resumed else ""
+        render.console.print(
+            f"wrote      {out}: {render.gigabytes(result.nbytes)} in {result.seconds:.2f} s ({rate:.2f} GB/s), checked and synced{kept}",
+            markup=False,
+        )
+        show_next("verify", plan.source.ref, out)
+    return 0

@@ -1,0 +1,133 @@
+"""What plans, sizes and reports look like to people."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hf_grow.execute import Progress
+from hf_grow.growth import LayerOrigin
+from hf_grow.methods.sizing import short
+
+if TYPE_CHECKING:
+    from hf_grow.plan import GrowthPlan
+    from hf_grow.verification import Report
+
+console = Console(highlight=False, soft_wrap=True)
+notes = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def note(message: str) -> None:
+    notes.print(message, style="dim", markup=False)
+
+
+def gigabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def layer_ranges(layers: Sequence[LayerOrigin]) -> str:
+    """'0-23, 8-31'; identity blocks are marked +, averages ~."""
+    parts: list[str] = []
+    start = previous = -2
+    for o in [*layers, None]:
+        plain = o is not None and len(o.sources) == 1 and not o.identity
+        if plain and o is not None and o.sources[0] == previous + 1:
+            previous = o.sources[0]
+            continue
+        if previous >= 0:
+            parts.append(str(start) if start == previous else f"{start}-{previous}")
+        start = previous = -2
+        if plain and o is not None:
+            start = previous = o.sources[0]
+        elif o is not None:
+            parts.append(f"{o.sources[0]}+" if o.identity else "~".join(map(str, o.sources)))
+    return ", ".join(parts) if len(parts) <= 24 else ", ".join(parts[:23]) + f" ... ({len(parts)} runs)"
+
+
+def plan_facts(plan: GrowthPlan) -> dict[str, Any]:
+    """The figures of a plan, for --json."""
+    old, new = plan.sizes
+    return {
+        "method": plan.growth.method,
+        "options": dict(plan.growth.options),
+        "source": plan.source.ref,
+        "revision": plan.source.revision,
+        "layers": [plan.source.architecture.layers, plan.architecture.layers],
+        "layer_map": [list(o.sources) for o in plan.growth.layers],
+        "parameters": [old.total, new.total],
+        "active_parameters": [old.active, new.active],
+        "bytes": [plan.source_nbytes, plan.nbytes],
+        "flops_per_token": [old.flops, new.flops],
+        "kv_values_per_token": [old.kv_values, new.kv_values],
+        "guarantee": plan.guarantee.kind,
+        "because": plan.guarantee.because,
+        "dropped": dict(plan.growth.dropped),
+        "warnings": list(plan.growth.warnings),
+    }
+
+
+def show_plan(plan: GrowthPlan) -> None:
+    old, new = plan.sizes
+    a, b = plan.source.architecture, plan.architecture
+    table = Table(title=f"{plan.growth.method}: {plan.source.ref}", title_justify="left", title_style="bold")
+    for column in ("", "source", "target"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("layers", str(a.layers), str(b.layers))
+    table.add_row("parameters", short(old.total), short(new.total))
+    if a.is_moe or b.is_moe:
+        table.add_row("active parameters", short(old.active), short(new.active))
+    table.add_row("weights on disk", gigabytes(plan.source_nbytes), gigabytes(plan.nbytes))
+    table.add_row("forward FLOPs a token", short(old.flops), short(new.flops))
+    table.add_row("KV cache a token (16 bit)", f"{old.kv_values / 512:.0f} KiB", f"{new.kv_values / 512:.0f} KiB")
+    console.print(table)
+    console.print(f"layers     {layer_ranges(plan.growth.layers)}", markup=False)
+    copies = len(plan.copies())
+    console.print(f"tensors    {len(plan.targets)}: {copies} copied byte for byte, {len(plan.targets) - copies} computed")
+    style = "green" if plan.guarantee.lossless else "yellow"
+    console.print(f"guarantee  [{style}]{plan.guarantee.kind}[/]: {plan.guarantee.because}")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in plan.growth.dropped.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        console.print(f"dropped    {len(names)} tensors: {reason}", markup=False)
+    for warning in plan.growth.warnings:
+        console.print(f"warning    {warning}", style="yellow", markup=False)
+
+
+def show_report(report: Report) -> None:
+    table = Table(title=f"verify: {report.old} -> {report.new}", title_justify="left", title_style="bold")
+    for column in ("check", "", "found"):
+        table.add_column(column, overflow="fold")
+    marks = {"pass": "[green]ok[/]", "fail": "[red]FAIL[/]", "skip": "[yellow]-[/]"}
+    for check in report.checks:
+        table.add_row(check.name, marks[check.status], check.detail)
+    console.print(table)
+    m = report.metrics
+    if m:
+        console.print(f"{m['tokens']} tokens of {m['text']}, computed in {m['dtype']}", markup=False)
+        figures = Table(show_header=False, box=None, padding=(0, 2))
+        figures.add_row("perplexity before / after", f"{m['perplexity_old']:.4g} / {m['perplexity_new']:.4g}")
+        figures.add_row("KL(old || new)", f"{m['kl_nats_per_token']:.3g} nats a token")
+        figures.add_row("logit difference max / mean", f"{m['logit_difference_max']:.3g} / {m['logit_difference_mean']:.3g}")
+        figures.add_row("greedy agreement", f"{m['greedy_agreement']:.2%}")
+        console.print(figures)
+
+
+@contextmanager
+def bytes_bar(label: str, total: int, *, quiet: bool) -> Iterator[Progress]:
+    """A progress bar on stderr with bytes a second and the time left; silent where stderr is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda nbytes: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=notes, transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)

@@ -1,0 +1,78 @@
+"""`hf-grow verify OLD NEW`: prove that a grown checkpoint is what its plan says."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from hf_grow.checkpoint.reader import GROWTH, Checkpoint, open_folder
+from hf_grow.checkpoint.source import open_source
+from hf_grow.cli import render
+from hf_grow.cli.commands import add_json, existing_folder, print_json
+from hf_grow.errors import InputError
+from hf_grow.verification import Report, verify_checkpoints
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("old", metavar="OLD", help="the source: folder or Hub id")
+    parser.add_argument("new", metavar="NEW", help="the grown checkpoint's folder")
+    parser.add_argument("--revision", help="branch, tag or commit of OLD on the Hub; default: the one it was grown from")
+    parser.add_argument("--structure-only", action="store_true", help="tables, bytes and digests only; needs no model in memory")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="text to compare the models on; default: a small built-in one")
+    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="compare on at most this many tokens; default: 2048")
+    parser.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16", "float64"], default="auto", help="dtype to compute in"
+    )
+    parser.add_argument("--no-record", action="store_true", help="do not write the result into NEW/growth.json")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.tokens < 2:
+        raise InputError("--tokens must be at least 2.")
+    if arguments.text is not None and not arguments.text.is_file():
+        raise InputError(f"{arguments.text} is no file.")
+    new = open_folder(existing_folder(arguments.new))
+    old = open_source(arguments.old, revision=arguments.revision or _revision(arguments.old, new), weights=True, notify=render.note)
+    nbytes = sum(t.stop - t.start for t in new.tensors.values())
+    with render.bytes_bar("verifying", nbytes, quiet=arguments.json) as progress:
+        report = verify_checkpoints(
+            old,
+            new,
+            structure_only=arguments.structure_only,
+            text=arguments.text,
+            tokens=arguments.tokens,
+            dtype=arguments.dtype,
+            progress=progress,
+            notify=render.note,
+        )
+    if not arguments.no_record:
+        _record(new, report)
+    if arguments.json:
+        print_json(report.to_json())
+    else:
+        render.show_report(report)
+    return 0 if report.ok else 1
+
+
+def _revision(old: str, new: Checkpoint) -> str | None:
+    """The commit that NEW was grown from, where OLD names the same Hub repository."""
+    source = (new.growth or {}).get("source", {})
+    return source.get("revision") or None if isinstance(source, dict) and source.get("ref") == old and not Path(old).is_dir() else None
+
+
+def _record(new: Checkpoint, report: Report) -> None:
+    """Keeps the result in growth.json, where card and inspect find it."""
+    if new.growth is None or new.folder is None:
+        return
+    target = new.folder / GROWTH
+    temporary = target.with_suffix(".json.new")
+    try:
+        temporary.write_text(
+            json.dumps({**new.growth, "verification": report.to_json()}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        os.replace(temporary, target)
+    except OSError as error:
+        render.note(f"The result could not be recorded in {target}: {error.strerror}.")

@@ -1,0 +1,291 @@
+"""Carrying out a plan: every tensor streamed to its place.
+
+Two threads a shard. The first writes: a plain copy is moved by the kernel, anything else is evaluated by row blocks. The second follows a
+tensor behind: it reads back what stands on disk, compares its digest with the digest of what was meant, feeds the shard's SHA-256, and notes
+the tensor in the journal. So a tensor counts as done only when its bytes were seen on disk, and the hash costs no second pass.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import os
+import platform
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from hf_grow._version import __version__
+from hf_grow.checkpoint.reader import GROWTH, INDEX, Checkpoint
+from hf_grow.checkpoint.source import companions
+from hf_grow.checkpoint.transfer import FiniteCheck, copy_range, digest, write_all
+from hf_grow.checkpoint.writer import DEFAULT_SHARD_SIZE, PartialFolder, Shard, Slot, check_room, index_of, layout
+from hf_grow.errors import ExecutionError, GrowError, SourceError
+from hf_grow.plan import GrowthPlan
+from hf_grow.tensormap import Fill
+
+if TYPE_CHECKING:
+    from hf_grow.evaluate import Evaluator
+
+DEFAULT_MEMORY = 256 << 20
+Progress = Callable[[int], None]
+"""Told the number of bytes that were written and checked since the last call."""
+
+
+@dataclass(frozen=True)
+class Result:
+    out: Path
+    shards: Mapping[str, str]
+    """Weight file -> SHA-256."""
+    nbytes: int
+    seconds: float
+    resumed: int
+    """Tensors kept from an interrupted run."""
+
+
+@dataclass
+class _Job:
+    plan: GrowthPlan
+    checkpoint: Checkpoint
+    folder: PartialFolder
+    progress: Progress
+    memory_budget: int
+    allow_nonfinite: bool
+    halt: threading.Event = field(default_factory=threading.Event)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    """Source tensor -> digest of its bytes, taken once."""
+    evaluator_lock: threading.Lock = field(default_factory=threading.Lock)
+    evaluator: Evaluator | None = None
+
+    def stop(self) -> None:
+        if self.halt.is_set():
+            raise _Halted
+
+
+class _Halted(Exception):
+    """Another thread failed, or the user interrupted: stop quietly."""
+
+
+def execute(
+    plan: GrowthPlan,
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    resume: bool = False,
+    overwrite: bool = False,
+    memory_budget: int = DEFAULT_MEMORY,
+    workers: int = 0,
+    allow_nonfinite: bool = False,
+    progress: Progress = lambda nbytes: None,
+) -> Result:
+    """Writes the plan's target to the folder `out`.
+
+    Raises OutputError before a byte is written if `out` exists or the disk has no room; SourceError if a weight is not finite (unless
+    `allow_nonfinite`); ExecutionError if writing fails. After an error or an interruption `out`.partial can be gone on with by `resume`.
+    """
+    began = time.perf_counter()
+    shards = layout(plan.targets, max_shard_size)
+    total = sum(s.size for s in shards)
+    PartialFolder.check(out, resume=resume, overwrite=overwrite)
+    key = hashlib.sha256(f"{plan.fingerprint}\n{__version__}\n{[s.file for s in shards]}".encode()).hexdigest()
+    if not resume:
+        check_room(out, total)
+    with PartialFolder(out, key, resume=resume, overwrite=overwrite) as folder, _explained(folder):
+        job = _Job(plan, checkpoint, folder, progress, memory_budget, allow_nonfinite, copies=plan.copies())
+        hashes = _write_shards(job, shards, workers or min(4, os.cpu_count() or 1))
+        _check_unchanged(checkpoint)
+        files = _write_rest(job, shards, hashes, began)
+        folder.finish(files)
+        return Result(out, hashes, total, time.perf_counter() - began, len(folder.done))
+
+
+@contextmanager
+def _explained(folder: PartialFolder) -> Iterator[None]:
+    """Turns what the operating system says into what the user can do."""
+    go_on = f"What is written stays in {folder.path}; go on with --resume."
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ExecutionError(f"The disk of {folder.final} is full.", hint=f"Free some space. {go_on}") from None
+        raise ExecutionError(f"Writing {folder.final} failed: {error.strerror or error}.", hint=go_on) from None
+
+
+def _write_shards(job: _Job, shards: list[Shard], workers: int) -> dict[str, str]:
+    """All shards, some at a time. Any failure stops all threads before it is raised."""
+    with ThreadPoolExecutor(workers, "shard") as pool:
+        futures: list[Future[str]] = []
+        try:
+            futures = [pool.submit(_write_shard, job, shard) for shard in shards]
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            # Reached by KeyboardInterrupt too: `with` then waits for threads that stop at their next piece.
+            if not all(f.done() and f.exception() is None for f in futures):
+                job.halt.set()
+                for f in futures:
+                    f.cancel()
+    errors = [e for f in futures if not f.cancelled() and (e := f.exception()) is not None]
+    for error in sorted(errors, key=lambda e: isinstance(e, _Halted)):
+        raise error
+    return {shard.file: f.result() for shard, f in zip(shards, futures, strict=True)}
+
+
+def _write_shard(job: _Job, shard: Shard) -> str:
+    """Writes one shard and returns its SHA-256."""
+    target = os.open(job.folder.path / shard.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    written: queue.SimpleQueue[tuple[Slot, str] | None] = queue.SimpleQueue()
+    try:
+        os.ftruncate(target, shard.size)
+        write_all(target, shard.header, 0)
+        with ThreadPoolExecutor(2, "check") as helpers:
+            checked = helpers.submit(_check_shard, job, shard, target, written)
+            try:
+                for slot in shard.slots:
+                    written.put((slot, _write_tensor(job, slot, target)))
+                synced = helpers.submit(os.fsync, target)
+            except _Halted:
+                written.put(None)
+                checked.result()  # the checker's own error, if it was the checker that failed
+                raise
+            except BaseException:
+                job.halt.set()
+                raise
+            finally:
+                written.put(None)
+            synced.result()
+            return checked.result()
+    finally:
+        os.close(target)
+
+
+def _check_shard(job: _Job, shard: Shard, target: int, written: queue.SimpleQueue[tuple[Slot, str] | None]) -> str:
+    """Follows the writer: reads each tensor back, compares, notes it; returns the shard's SHA-256."""
+    try:
+        sha = hashlib.sha256(shard.header)
+        while (item := written.get()) is not None:
+            slot, meant = item
+            if digest(target, slot.start, slot.stop, job.stop, sha) != meant:
+                raise ExecutionError(
+                    f"{slot.name} on disk differs from what was written to {shard.file}.", hint="The disk may be failing; run again."
+                )
+            if job.folder.done.get(slot.name) != meant:
+                job.folder.note(slot.name, meant)
+            job.progress(slot.stop - slot.start)
+        job.stop()
+        return sha.hexdigest()
+    except BaseException:
+        job.halt.set()
+        raise
+
+
+def _write_tensor(job: _Job, slot: Slot, target: int) -> str:
+    """Puts one tensor into its slot and returns the digest its bytes must have."""
+    earlier = job.folder.done.get(slot.name)
+    if earlier and digest(target, slot.start, slot.stop, job.stop) == earlier:
+        return earlier
+    job.stop()
+    source = job.copies.get(slot.name)
+    return _evaluate_tensor(job, slot, target) if source is None else _copy_tensor(job, source, slot, target)
+
+
+def _copy_tensor(job: _Job, name: str, slot: Slot, target: int) -> str:
+    stored = job.checkpoint.tensors[name]
+    handle = os.open(job.checkpoint.path(stored.file), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if name not in job.digests:  # read once; the copy then comes from the page cache
+            values = FiniteCheck(stored.dtype)
+            found = digest(handle, stored.start, stored.stop, job.stop, values)
+            if not (values.finite or job.allow_nonfinite):
+                raise SourceError(
+                    f"{name} in {stored.file} holds NaN or infinite values; a model grown from it would be broken.",
+                    hint="Use an undamaged checkpoint (or --allow-nonfinite, if you know why they are there).",
+                )
+            job.digests[name] = found
+        copy_range(handle, target, stored.start, slot.start, stored.stop - stored.start, job.stop)
+    finally:
+        os.close(handle)
+    return job.digests[name]
+
+
+def _evaluate_tensor(job: _Job, slot: Slot, target: int) -> str:
+    expr = job.plan.growth.tensors[slot.name]
+    hasher = xxhash.xxh3_128()
+    at = slot.start
+    if isinstance(expr, Fill) and expr.value == 0:  # zeros need no arithmetic, and so no torch
+        zeros = bytes(min(1 << 20, slot.stop - slot.start))
+        while at < slot.stop:
+            job.stop()
+            piece = memoryview(zeros)[: slot.stop - at]
+            write_all(target, piece, at)
+            hasher.update(piece)
+            at += len(piece)
+        return hasher.hexdigest()
+    with job.evaluator_lock:  # torch uses all cores by itself; two evaluations at once only double the memory
+        if job.evaluator is None:
+            from hf_grow.evaluate import Evaluator, StoredTensors
+
+            job.evaluator = Evaluator(job.plan, StoredTensors(job.checkpoint))
+        from hf_grow.evaluate import raw_bytes
+
+        try:
+            for block in job.evaluator.blocks(expr, slot.info, job.memory_budget):
+                job.stop()
+                data = raw_bytes(block)
+                write_all(target, data, at)
+                hasher.update(data)
+                at += len(data)
+        except GrowError as error:
+            raise type(error)(f"{slot.name}: {error.message}", hint=error.hint) from None
+    return hasher.hexdigest()
+
+
+def _check_unchanged(checkpoint: Checkpoint) -> None:
+    for file, facts in checkpoint.files.items():
+        stat = checkpoint.path(file).stat()
+        if stat.st_size != facts["size"] or stat.st_mtime_ns != facts.get("mtime_ns", stat.st_mtime_ns):
+            raise ExecutionError(f"{file} of the source changed while it was read.", hint="Start again with --overwrite.")
+
+
+def _write_rest(job: _Job, shards: list[Shard], hashes: Mapping[str, str], began: float) -> set[str]:
+    """Config, index, provenance and the files that come along. Returns the names of all files of the folder."""
+    folder, files = job.folder, {s.file for s in shards} | {"config.json", GROWTH}
+    assert job.checkpoint.folder is not None
+    for relative in companions(job.checkpoint.folder):
+        folder.copy_in(job.checkpoint.folder, relative)
+        files.add(relative.parts[0])
+    folder.write_json("config.json", job.plan.growth.config)
+    index = index_of(shards)
+    if index:
+        folder.write_json(INDEX, index)
+        files.add(INDEX)
+    record = job.plan.to_json()
+    record["target"]["files"] = {s.file: {"size": s.size, "sha256": hashes[s.file]} for s in shards}
+    record["made"] = {
+        "by": versions(),
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+    folder.write_json(GROWTH, record)
+    return files
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a checkpoint, without importing any of it."""
+    out = {"hf_grow": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "safetensors", "numpy"):
+        try:
+            out[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out

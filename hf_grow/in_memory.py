@@ -1,0 +1,66 @@
+"""Growing a `PreTrainedModel` in memory: the same expressions over the same names on disk, so the same tensors as the command writes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hf_grow.errors import SourceError
+from hf_grow.evaluate import Evaluator, HeldTensors
+from hf_grow.plan import DTYPE_NAMES, GrowthPlan, SourceInfo, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+_DTYPES = {name: short for short, name in DTYPE_NAMES.items()}
+
+
+def disk_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's tensors under the names and in the form of a checkpoint on disk (transformers fuses experts in memory)."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = dict(revert_weight_conversion(model, model.state_dict()))
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    return state
+
+
+def describe(model: PreTrainedModel) -> SourceInfo:
+    """What a plan needs to know of a model in memory. Raises SourceError for a dtype that no checkpoint of ours holds."""
+    tensors = {}
+    for name, tensor in disk_tensors(model).items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in _DTYPES:
+            raise SourceError(f"{name} is {dtype}; hf-grow grows {', '.join(_DTYPES)}.")
+        tensors[name] = TensorInfo(_DTYPES[dtype], tuple(tensor.shape))
+    config = model.config.to_diff_dict() | {"model_type": model.config.model_type, "dtype": str(model.dtype).removeprefix("torch.")}
+    return SourceInfo(model.config.name_or_path or "(in memory)", "", config, tensors)
+
+
+def grow_model(model: PreTrainedModel, plan: GrowthPlan) -> PreTrainedModel:
+    """The grown model, on the CPU, in the same dtype and mode (train or eval) as `model`, which stays as it is.
+
+    ``plan`` comes from ``hf_grow.plan(model, ...)``, or from the checkpoint that the model was loaded from in its own dtype.
+    Raises SourceError if the model is not the one planned for.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    held = {name: tensor.detach().cpu() for name, tensor in disk_tensors(model).items()}
+    wrong = [
+        n for n, t in plan.source.tensors.items() if n not in plan.growth.dropped and (n not in held or tuple(held[n].shape) != t.shape)
+    ]
+    if wrong:
+        raise SourceError(f"The plan is for another model: {wrong[0]} has another shape here, or is missing ({len(wrong)} such tensors).")
+    evaluator = Evaluator(plan, HeldTensors(held))
+    copies = plan.copies()
+    state = {
+        name: held[copies[name]].clone() if name in copies else evaluator.whole(plan.growth.tensors[name], info)
+        for name, info in plan.targets.items()
+    }
+    config = dict(plan.growth.config)
+    target = AutoConfig.for_model(config.pop("model_type"), **config)
+    grown = AutoModelForCausalLM.from_pretrained(
+        None, config=target, state_dict=state, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+    )
+    grown.train(model.training)
+    return grown

@@ -1,0 +1,160 @@
+"""Running both models on the same text and comparing what they say.
+
+One model is in memory at a time. KL is summed over the vocabulary and averaged over tokens, in nats: KL(old || new).
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.errors import InputError
+from hf_grow.methods.sizing import measure
+from hf_grow.verification.report import Report
+
+if TYPE_CHECKING:
+    import torch
+
+WINDOW = 256
+LOGITS_BYTES = 1 << 30
+"""What the first model's logits may take while the second one runs; fewer tokens are compared where the vocabulary is large."""
+
+# Largest logit difference that rounding alone explains, relative to the largest logit, by the dtype of the computation.
+ROUNDING = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+def builtin_text() -> str:
+    return importlib.resources.files("hf_grow.verification").joinpath("text.txt").read_text(encoding="utf-8")
+
+
+def compare(
+    old: Checkpoint,
+    new: Checkpoint,
+    report: Report,
+    *,
+    text: Path | None,
+    tokens: int,
+    dtype: str,
+    notify: Callable[[str], None],
+    lossless: bool | None,
+) -> None:
+    """Fills the report's metrics, and checks what the guarantee promises. ``lossless`` None: nothing is promised."""
+    import torch
+
+    name = _dtype(old, new, dtype, notify)
+    vocab = min(old.info.architecture.size("vocab"), new.info.architecture.size("vocab"))
+    if old.info.architecture.size("vocab") != new.info.architecture.size("vocab"):
+        notify("The vocabularies differ in size; only the common part is compared.")
+    most = max(WINDOW, LOGITS_BYTES // (4 * vocab))
+    windows, what = _token_windows(old, text, min(tokens, most), vocab)
+    before = _logits(old, windows, name, vocab)
+    after = _logits(new, windows, name, vocab)
+    metrics = {"text": what, "tokens": int(sum(w.numel() for w in windows)), "dtype": name, **_measure(windows, before, after)}
+    report.metrics.update(metrics)
+    finite = all(bool(torch.isfinite(x).all()) for x in after)
+    report.add("logits", finite, "finite on every token" if finite else "NaN or infinite: the grown model is broken")
+    if lossless and finite:
+        floor = ROUNDING[name] * max(1.0, metrics["logits_max"])
+        found = metrics["logit_difference_max"]
+        report.add("lossless", found <= floor, f"largest logit difference {found:.2g}, rounding in {name} explains up to {floor:.2g}")
+    elif finite:
+        report.add("lossless", None, "not promised: " + ("the method changes the function" if lossless is False else "no growth.json"))
+
+
+def _dtype(old: Checkpoint, new: Checkpoint, asked: str, notify: Callable[[str], None]) -> str:
+    if asked != "auto":
+        return asked
+    if any(t.dtype == "F64" for t in old.tensors.values()):
+        return "float64"
+    need = 4 * max(measure(c.info.architecture).total for c in (old, new))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need < 0.7 * memory:
+        return "float32"
+    notify(f"fp32 would need {need / 1e9:.1f} GB of memory; comparing in bfloat16, so small differences drown in rounding.")
+    return "bfloat16"
+
+
+def _token_windows(old: Checkpoint, text: Path | None, tokens: int, vocab: int) -> tuple[list[torch.Tensor], str]:
+    """The text as windows of token ids; random ids where the checkpoint has no tokenizer."""
+    import torch
+    from transformers import AutoTokenizer
+
+    has_tokenizer = old.folder is not None and any((old.folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    if has_tokenizer:
+        try:
+            words = builtin_text() if text is None else text.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"Cannot read {text}: {error}.") from None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(old.folder, trust_remote_code=False)
+            ids = tokenizer(words)["input_ids"]
+        except Exception as error:  # tokenizers fail in many ways; each is a reason, none is ours
+            raise InputError(f"The tokenizer of {old.ref} cannot be used: {str(error).splitlines()[0]}") from None
+        what = str(text) if text else "built-in text"
+        ids = [i for i in ids if i < vocab][:tokens]
+    elif text is not None:
+        raise InputError(
+            f"{old.ref} has no tokenizer, so --text cannot be read.", hint="Leave --text out: random token ids are compared then."
+        )
+    else:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocab, (min(tokens, 4 * WINDOW),), generator=generator).tolist()
+        what = "random token ids (the checkpoint has no tokenizer)"
+    if len(ids) < 2:
+        raise InputError(f"{what} is too short: {len(ids)} tokens.", hint="At least two are needed to predict one.")
+    length = min(WINDOW, old.config.get("max_position_embeddings") or WINDOW)
+    windows = [torch.tensor(ids[i : i + length]) for i in range(0, len(ids), length)]
+    return [w for w in windows if w.numel() > 1], what
+
+
+def _logits(checkpoint: Checkpoint, windows: list[torch.Tensor], dtype: str, vocab: int) -> list[torch.Tensor]:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar of its own for each of two models tells nobody anything
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True
+    )
+    model.eval()
+    keep = torch.float64 if dtype == "float64" else torch.float32
+    with torch.no_grad():
+        return [model(w[None], use_cache=False).logits[0, :, :vocab].to(keep) for w in windows]
+
+
+def _measure(windows: list[torch.Tensor], before: list[torch.Tensor], after: list[torch.Tensor]) -> dict[str, Any]:
+    import torch.nn.functional as F
+
+    count = predicted = 0
+    kl = loss_old = loss_new = agree = largest = spread = top = 0.0
+    for ids, a, b in zip(windows, before, after, strict=True):
+        log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+        kl += float((log_a.exp() * (log_a - log_b)).sum().clamp(min=0))
+        loss_old += float(F.nll_loss(log_a[:-1], ids[1:], reduction="sum"))
+        loss_new += float(F.nll_loss(log_b[:-1], ids[1:], reduction="sum"))
+        agree += float((a.argmax(-1) == b.argmax(-1)).sum())
+        largest = max(largest, float((a - b).abs().max()))
+        spread += float((a - b).abs().mean(-1).sum())
+        top = max(top, float(a.abs().max()))
+        count += ids.numel()
+        predicted += ids.numel() - 1
+
+    def perplexity(loss: float) -> float:
+        return math.exp(min(loss / predicted, 700.0))
+
+    return {
+        "logit_difference_max": largest,
+        "logit_difference_mean": spread / count,
+        "logits_max": top,
+        "kl_nats_per_token": kl / count,
+        "loss_old": loss_old / predicted,
+        "loss_new": loss_new / predicted,
+        "perplexity_old": perplexity(loss_old),
+        "perplexity_new": perplexity(loss_new),
+        "greedy_agreement": agree / count,
+    }

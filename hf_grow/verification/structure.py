@@ -1,0 +1,169 @@
+"""Everything about a grown checkpoint that can be proved without running it.
+
+`check_tables`: config, headers and provenance agree. `rederive`: every tensor is computed again from the source, by the map in growth.json,
+and compared bit for bit with what is stored; the same pass over the bytes gives the SHA-256 of each shard. Memory stays small at any size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from hf_grow.checkpoint.reader import Checkpoint, Stored
+from hf_grow.checkpoint.transfer import pieces
+from hf_grow.errors import GrowError, SourceError
+from hf_grow.families import Architecture
+from hf_grow.plan import GrowthPlan, check_source
+from hf_grow.verification.report import Report
+
+if TYPE_CHECKING:
+    from hf_grow.evaluate import Evaluator
+
+MEMORY = 256 << 20
+
+
+def check_tables(new: Checkpoint, report: Report) -> GrowthPlan | None:
+    """Names, shapes, dtypes, config and provenance. Returns the plan of growth.json, where there is one to trust."""
+    try:
+        arch = new.info.architecture
+        check_source(new.info)
+        report.add(
+            "names and shapes", True, f"{len(new.tensors)} tensors, as {arch.family.architecture} with {arch.layers} layers has them"
+        )
+    except SourceError as error:
+        report.add("names and shapes", False, error.message)
+    if new.growth is None:
+        report.add("provenance", None, "no growth.json: how the weights were made cannot be checked")
+        return None
+    try:
+        plan = GrowthPlan.from_json(new.growth)
+    except SourceError as error:
+        report.add("provenance", False, error.message)
+        return None
+    stored = {name: t.info for name, t in new.tensors.items()}
+    if stored != dict(plan.targets):
+        differ = sorted(stored.keys() ^ plan.targets.keys()) or [n for n in stored if stored[n] != plan.targets[n]]
+        report.add("provenance", False, f"growth.json describes other tensors: {differ[0]} and {len(differ) - 1} more")
+        return None
+    changed = sorted(k for k in {**plan.growth.config, **new.config} if plan.growth.config.get(k) != new.config.get(k))
+    report.add("config.json", not changed, f"differs from the plan in {', '.join(changed)}" if changed else "as planned")
+    report.add("provenance", True, f"{plan.growth.method} from {plan.source.ref}: {plan.guarantee.kind}")
+    return plan
+
+
+def check_builds(new: Checkpoint, report: Report) -> None:
+    """The installed transformers builds the model from config.json and wants exactly the tensors that are there."""
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from hf_grow.in_memory import disk_tensors
+
+    name = f"builds in transformers {transformers.__version__}"
+    try:
+        config = AutoConfig.from_pretrained(new.folder, trust_remote_code=False)
+        with torch.device("meta"):
+            wanted = {n: tuple(t.shape) for n, t in disk_tensors(AutoModelForCausalLM.from_config(config)).items()}
+    except Exception as error:  # whatever it raises: it does not build
+        report.add(name, False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return
+    stored = {n: t.shape for n, t in new.tensors.items()}
+    differ = sorted(n for n in wanted.keys() | stored.keys() if wanted.get(n) != stored.get(n))
+    report.add(
+        name,
+        not differ,
+        f"wants another {differ[0]} ({len(differ)} differ)" if differ else f"{len(wanted)} tensors, none missing, none unexpected",
+    )
+
+
+def check_same_source(old: Checkpoint, plan: GrowthPlan, report: Report) -> bool:
+    """Whether `old` is the checkpoint that the plan was made for."""
+    known = {n: t.info for n, t in old.tensors.items()}
+    same = known == dict(plan.source.tensors) and Architecture(old.config).tensors.keys() == plan.source.architecture.tensors.keys()
+    detail = f"{old.ref} has the tensors the plan was made for" if same else f"{old.ref} is not the checkpoint that {plan.source.ref} was"
+    report.add("source", same, detail)
+    return same
+
+
+def rederive(old: Checkpoint, new: Checkpoint, plan: GrowthPlan, report: Report, progress: Callable[[int], None]) -> None:
+    """Computes every tensor again from the source and compares bit for bit; checks the SHA-256 of each shard."""
+    assert new.growth is not None
+    work = _Rederivation(old, new, plan, progress)
+    by_file: dict[str, list[tuple[str, Stored]]] = {file: [] for file in new.files}
+    for name, stored in sorted(new.tensors.items(), key=lambda item: item[1].start):
+        by_file[stored.file].append((name, stored))
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        try:
+            hashes = dict(zip(by_file, pool.map(work.shard, by_file, by_file.values()), strict=True))
+        except BaseException:
+            work.halt.set()
+            raise
+    total = len(plan.targets)
+    copies = len(plan.copies())
+    if work.wrong:
+        report.add("tensors", False, f"{len(work.wrong)} of {total} differ from the source's map: {', '.join(sorted(work.wrong)[:3])}")
+    else:
+        report.add(
+            "tensors", True, f"{total} derived again from the source, bit for bit equal ({copies} copies, {total - copies} computed)"
+        )
+    recorded = {f: facts.get("sha256") for f, facts in new.growth["target"].get("files", {}).items()}
+    broken = sorted(f for f in hashes.keys() | recorded.keys() if hashes.get(f) != recorded.get(f))
+    report.add("SHA-256", not broken, f"{broken[0]} is not the file that was written" if broken else f"{len(hashes)} shards as recorded")
+
+
+class _Rederivation:
+    def __init__(self, old: Checkpoint, new: Checkpoint, plan: GrowthPlan, progress: Callable[[int], None]) -> None:
+        self.old, self.new, self.plan, self.progress = old, new, plan, progress
+        self.copies = plan.copies()
+        self.wrong: set[str] = set()
+        self.halt = threading.Event()
+        self.lock = threading.Lock()
+        self.evaluator: Evaluator | None = None
+
+    def stop(self) -> None:
+        if self.halt.is_set():
+            raise GrowError("Interrupted.")
+
+    def shard(self, file: str, tensors: list[tuple[str, Stored]]) -> str:
+        sha = hashlib.sha256()
+        with self.new.path(file).open("rb", buffering=0) as handle:
+            header = min((t.start for _, t in tensors), default=self.new.files[file]["size"])
+            for piece in pieces(handle.fileno(), 0, header, self.stop):
+                sha.update(piece)
+            for name, stored in tensors:
+                same = self._copied if name in self.copies else self._computed
+                if not same(name, stored, handle.fileno(), sha):
+                    self.wrong.add(name)
+                self.progress(stored.stop - stored.start)
+        return sha.hexdigest()
+
+    def _copied(self, name: str, stored: Stored, handle: int, sha: Any) -> bool:
+        origin = self.old.tensors[self.copies[name]]
+        equal = True
+        with self.old.path(origin.file).open("rb", buffering=0) as source:
+            theirs = pieces(source.fileno(), origin.start, origin.stop, self.stop)
+            for ours in pieces(handle, stored.start, stored.stop, self.stop):
+                sha.update(ours)
+                equal = equal and ours == next(theirs)
+        return equal
+
+    def _computed(self, name: str, stored: Stored, handle: int, sha: Any) -> bool:
+        from hf_grow.evaluate import Evaluator, StoredTensors, raw_bytes
+
+        with self.lock:
+            if self.evaluator is None:
+                self.evaluator = Evaluator(self.plan, StoredTensors(self.old))
+            equal, at = True, stored.start
+            for block in self.evaluator.blocks(self.plan.growth.tensors[name], stored.info, MEMORY):
+                meant = raw_bytes(block)
+                done = 0
+                for piece in pieces(handle, at, at + len(meant), self.stop):
+                    sha.update(piece)
+                    equal = equal and piece == meant[done : done + len(piece)]
+                    done += len(piece)
+                at += len(meant)
+        return equal
