@@ -38,7 +38,7 @@ class Dim:
     def parse(text: str) -> Dim:
         role, _, axes = text.partition(":")
         dim = Dim(role, tuple(axes.split("*")))  # type: ignore[arg-type]
-        assert role in ("out", "in", "norm") and all(a in AXES for a in dim.axes), text
+        assert role in ("out", "in", "norm") and not set(dim.axes) - set(AXES), text
         return dim
 
 
@@ -137,7 +137,7 @@ _SIZE_KEYS = {
     "experts": "num_local_experts",
 }
 
-_DENSE = {"tie_word_embeddings": False, "head_dim": None}
+_DENSE = {"tie_word_embeddings": False, "head_dim": None, "rope_theta": 10000.0}
 
 FAMILIES: dict[str, Family] = {
     f.model_type: f
@@ -160,28 +160,29 @@ FAMILIES: dict[str, Family] = {
             "mixtral",
             "MixtralForCausalLM",
             _EMBEDDING + _NORMS + _ATTENTION + _rows("sparse", _MIXTRAL_EXPERTS) + _HEAD,
-            {**_DENSE, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2},
+            {**_DENSE, "rope_theta": 1e6, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2},
             sizes={"expert_inter": "intermediate_size"},
         ),
         Family(
             "qwen2",
             "Qwen2ForCausalLM",
             _EMBEDDING + _NORMS + _ATTENTION + _rows("", _QKV_BIAS) + _rows("", _FFN) + _HEAD,
-            {**_DENSE, "num_key_value_heads": 32, "rms_norm_eps": 1e-6, "max_window_layers": 28, "use_sliding_window": False},
+            {**_DENSE, "num_key_value_heads": 32, "rms_norm_eps": 1e-6, "max_window_layers": 28, "use_sliding_window": False,
+             "sliding_window": 4096},
         ),
         Family(
             "qwen3",
             "Qwen3ForCausalLM",
             _EMBEDDING + _NORMS + _ATTENTION + _QK_NORM + _rows("attention_bias", _QKVO_BIAS) + _rows("", _FFN) + _HEAD,
             {**_DENSE, "num_key_value_heads": 32, "head_dim": 128, "attention_bias": False, "rms_norm_eps": 1e-6,
-             "max_window_layers": 28, "use_sliding_window": False},
+             "max_window_layers": 28, "use_sliding_window": False, "sliding_window": 4096},
         ),
         Family(
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
             _EMBEDDING + _NORMS + _ATTENTION + _QK_NORM + _rows("attention_bias", _QKVO_BIAS)
             + _rows("dense", _FFN) + _rows("sparse", _QWEN_EXPERTS) + _HEAD,
-            {**_DENSE, "num_key_value_heads": 4, "attention_bias": False, "rms_norm_eps": 1e-6, "moe_intermediate_size": 768,
+            {**_DENSE, "num_key_value_heads": 4, "attention_bias": False, "rms_norm_eps": 1e-6, "moe_intermediate_size": 768, "use_sliding_window": False,
              "num_local_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False, "decoder_sparse_step": 1,
              "mlp_only_layers": []},
             aliases={"num_experts": "num_local_experts"},
@@ -235,6 +236,9 @@ class Architecture:
         self.config = dict(config)
         for axis in AXES:
             self.size(axis)
+        self._check_layers()
+        if self.size("head_dim") % 2:
+            raise SourceError(f"head_dim is {self.size('head_dim')}; rotary position embeddings need an even one.")
         if self.family.heads_divide_hidden and self.size("hidden") % self.heads:
             raise SourceError(
                 f"hidden_size {self.size('hidden')} is not a multiple of num_attention_heads {self.heads}, "
@@ -244,18 +248,40 @@ class Architecture:
             raise SourceError(f"config.json asks for {self.layers} layers and {self.size('experts')} experts; that is no real model.")
 
     def get(self, key: str) -> Any:
-        value = self.config.get(key)
-        if value is None:
-            for alias, canonical in self.family.aliases.items():
-                if canonical == key and self.config.get(alias) is not None:
-                    return self.config[alias]
-            value = self.family.defaults.get(key)
-        return value
+        """What the family's config class makes of a key: left out, its default; null, None, which is not the same."""
+        spellings = (key, *(alias for alias, canonical in self.family.aliases.items() if canonical == key))
+        given = [self.config[k] for k in spellings if k in self.config]
+        return next((v for v in given if v is not None), None) if given else self.family.defaults.get(key)
 
     def _positive(self, key: str, value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**40:
             raise SourceError(f"config.json: {key} must be a positive integer, got {value!r}.")
         return value
+
+    def _check_layers(self) -> None:
+        """Switches, and keys that speak of single layers: what would be misread later, or fail far from here."""
+
+        def refuse(key: str, wanted: str) -> None:
+            raise SourceError(f"config.json: {key} must be {wanted}, got {str(self.get(key))[:80]}.")
+
+        def whole(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        for key, default in self.family.defaults.items():
+            if isinstance(default, bool) and not isinstance(self.get(key), bool):
+                refuse(key, "true or false")
+        if self.top_k > self.size("experts"):
+            refuse("num_experts_per_tok", f"at most the number of experts, {self.size('experts')}")
+        if "decoder_sparse_step" in self.family.defaults:
+            self._positive("decoder_sparse_step", self.get("decoder_sparse_step"))
+            dense = self.get("mlp_only_layers")
+            if dense is not None and not (isinstance(dense, list) and all(map(whole, dense))):
+                refuse("mlp_only_layers", "a list of layers")
+        if self.get("max_window_layers") is not None and not whole(self.get("max_window_layers")):
+            refuse("max_window_layers", "a number of layers")
+        types = self.get("layer_types")
+        if types is not None and not (isinstance(types, list) and len(types) == self.layers and all(isinstance(t, str) for t in types)):
+            refuse("layer_types", f"a list of {self.layers} names, one a layer")
 
     @cached_property
     def layers(self) -> int:
@@ -279,9 +305,9 @@ class Architecture:
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a block's FFN is a mixture of experts."""
-        if not self.is_moe or layer in (self.get("mlp_only_layers") or []):
-            return False
-        return (layer + 1) % (self.get("decoder_sparse_step") or 1) == 0
+        if "mlp_only_layers" not in self.family.defaults:
+            return self.is_moe
+        return layer not in (self.get("mlp_only_layers") or ()) and (layer + 1) % self.get("decoder_sparse_step") == 0
 
     def size(self, axis: str) -> int:
         """Size of one axis; 0 for an axis this family has not."""
@@ -342,22 +368,19 @@ def portable_config(config: Config) -> dict[str, Any]:
     dtype = out.get("dtype") or out.get("torch_dtype")
     if dtype:
         out["dtype"] = out["torch_dtype"] = dtype
-    return {**out, **_rope(config)}
+    return {**out, **_rope(arch)}
 
 
-def _rope(config: Config) -> dict[str, Any]:
-    """The rotary settings in both spellings, or nothing where the config names none."""
-    rope = config.get("rope_parameters")
-    if isinstance(rope, Mapping) and "rope_theta" in rope:
-        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-        theta = rope["rope_theta"]
-    elif config.get("rope_theta") is not None:
-        theta = config["rope_theta"]
-        scaling = dict(config.get("rope_scaling") or {})
-        scaling.setdefault("rope_type", scaling.pop("type", "default"))
-    else:
-        return {}
-    plain = scaling.get("rope_type", "default") == "default"
+def _rope(arch: Architecture) -> dict[str, Any]:
+    """The rotary settings in both spellings. As transformers does, rope_scaling goes before rope_parameters, and a theta inside before one outside."""
+    given = arch.get("rope_scaling") or arch.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise SourceError(f"config.json: the rotary settings must be an object, got {str(given)[:80]}.")
+    scaling = dict(given)
+    theta = scaling.pop("rope_theta", arch.get("rope_theta"))
+    old_type = scaling.pop("type", "default")
+    scaling.setdefault("rope_type", old_type)
+    plain = scaling["rope_type"] == "default"
     return {
         "rope_theta": theta,
         "rope_scaling": None if plain else scaling,

@@ -267,7 +267,7 @@ def rederived(arch: Architecture, layers: Sequence[LayerOrigin]) -> dict[str, An
     types = arch.config.get("layer_types") or _window_types(arch)
     if types:
         out["layer_types"] = types = [types[i] for i in first]
-    if arch.is_moe and arch.get("mlp_only_layers") is not None:
+    if "mlp_only_layers" in arch.family.defaults:
         # A period (decoder_sparse_step) seldom survives a new order of layers; a list of the dense ones always does.
         out["mlp_only_layers"] = [t for t, i in enumerate(first) if not arch.is_sparse(i)]
         out["decoder_sparse_step"] = 1
