@@ -57,6 +57,6 @@ def block_parameters(arch: Architecture) -> list[int]:
 def short(count: float) -> str:
     """10_731_524_096 -> '10.73B'."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g}{unit}" if count >= 100 * scale else f"{count / scale:.2f}{unit}"
+        if count >= 0.9995 * scale:  # 999_999 is 1.00M, not 1000K
+            return f"{count / scale:.{0 if count >= 99.995 * scale else 2}f}{unit}"
     return f"{count:.0f}"
