@@ -1,0 +1,5 @@
+"""Fixtures for all tests."""
+
+from exact import exact_math
+
+__all__ = ["exact_math"]

@@ -1,0 +1,127 @@
+"""Tiny random models of every family, for all tests.
+
+CASES is every family in every variant that changes its tensors: tied and untied, biases, q/k norms, dense and sparse blocks, windows.
+Sizes hide nothing: 6 query heads on 2 key/value heads, a head_dim that is not hidden / heads where the family allows it, eps 1e-2, and no
+parameter left at zero or one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+torch.set_num_threads(1)  # tiny models run 30 times faster without a thread pool
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WIDE_HEADS = {"head_dim": 12}  # 6 * 12 != 48
+MOE = {"num_experts_per_tok": 2}
+WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    family: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """A config.json, as someone would write it by hand."""
+        return {"model_type": self.family, **SIZES, **self.options}
+
+
+CASES = [
+    Case("llama", "llama"),
+    Case("llama-tied", "llama", {"tie_word_embeddings": True}),
+    Case("llama-bias", "llama", {"attention_bias": True, "mlp_bias": True, **WIDE_HEADS}),
+    Case("llama-attention-bias", "llama", {"attention_bias": True, "rope_parameters": LLAMA3}),
+    Case("llama-multi-head", "llama", {"num_key_value_heads": 6}),
+    Case("mistral", "mistral", WIDE_HEADS),
+    Case("mistral-tied", "mistral", {"tie_word_embeddings": True, "sliding_window": 4}),
+    Case("mixtral", "mixtral", {"num_local_experts": 4, **MOE}),
+    Case("mixtral-tied", "mixtral", {"num_local_experts": 3, "tie_word_embeddings": True, **MOE, **WIDE_HEADS}),
+    Case("qwen2", "qwen2"),
+    Case("qwen2-tied", "qwen2", {"tie_word_embeddings": True}),
+    Case("qwen2-window", "qwen2", WINDOW),
+    Case("qwen3", "qwen3", WIDE_HEADS),
+    Case("qwen3-tied", "qwen3", {"tie_word_embeddings": True, **WIDE_HEADS}),
+    Case("qwen3-bias", "qwen3", {"attention_bias": True, **WIDE_HEADS}),
+    Case("qwen3-window", "qwen3", {**WINDOW, **WIDE_HEADS}),
+    Case("qwen3_moe", "qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 20, "norm_topk_prob": True, **MOE, **WIDE_HEADS}),
+    Case("qwen3_moe-tied", "qwen3_moe", {"num_experts": 3, "moe_intermediate_size": 20, "tie_word_embeddings": True, **MOE, **WIDE_HEADS}),
+    # Sparse: 1 and 5 only (every second layer, but not 3).
+    Case("qwen3_moe-mixed", "qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 20, "norm_topk_prob": True, **MOE, **WIDE_HEADS,
+                                          "num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}),
+    Case("qwen3_moe-bias", "qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 20, "attention_bias": True, **MOE, **WIDE_HEADS}),
+]  # fmt: skip
+BY_NAME = {case.name: case for case in CASES}
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def real_config(case: Case | Mapping[str, Any], **changes: Any) -> PreTrainedConfig:
+    """The config object that transformers makes of a config.json."""
+    data = {**(case.config if isinstance(case, Case) else case), **changes}
+    return AutoConfig.for_model(**data)
+
+
+def make(case: Case | Mapping[str, Any], *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model; slow but plain attention and experts, so that fp64 stays fp64 (see exact.py)."""
+    config = real_config(case, **changes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    randomize(model, seed)
+    return model.to(dtype).eval()
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Every parameter random: matrices of unit gain, norm gains in 0.5 .. 1.5, biases that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.copy_(torch.rand(p.shape, generator=generator) + 0.5)
+            else:
+                scale = 0.3 if name.endswith("bias") else 1.0 if "embed_tokens" in name else p.shape[-1] ** -0.5
+                p.copy_(torch.randn(p.shape, generator=generator) * scale)
+
+
+def save(model: PreTrainedModel, folder: Path, *, sharded: bool = False) -> Path:
+    """What `save_pretrained` writes: one file, or several."""
+    model.save_pretrained(folder, max_shard_size="40KB" if sharded else "50GB")
+    return folder
+
+
+def tokens(model: PreTrainedModel, length: int = 12) -> torch.Tensor:
+    """Two fixed rows of tokens, longer than the sliding windows of CASES."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
