@@ -105,7 +105,7 @@ def execute(
         job = _Job(plan, checkpoint, folder, progress, memory_budget, allow_nonfinite, copies=plan.copies())
         hashes = _write_shards(job, shards, workers or min(4, os.cpu_count() or 1))
         _check_unchanged(checkpoint)
-        files = _write_rest(job, shards, hashes, began)
+        files = _write_rest(job, shards, hashes)
         folder.finish(files)
         return Result(out, hashes, total, time.perf_counter() - began, len(folder.done))
 
@@ -257,7 +257,7 @@ def _check_unchanged(checkpoint: Checkpoint) -> None:
             raise ExecutionError(f"{file} of the source changed while it was read.", hint="Start again with --overwrite.")
 
 
-def _write_rest(job: _Job, shards: list[Shard], hashes: Mapping[str, str], began: float) -> set[str]:
+def _write_rest(job: _Job, shards: list[Shard], hashes: Mapping[str, str]) -> set[str]:
     """Config, index, provenance and the files that come along. Returns the names of all files of the folder."""
     folder, files = job.folder, {s.file for s in shards} | {"config.json", GROWTH}
     assert job.checkpoint.folder is not None
@@ -271,11 +271,7 @@ def _write_rest(job: _Job, shards: list[Shard], hashes: Mapping[str, str], began
         files.add(INDEX)
     record = job.plan.to_json()
     record["target"]["files"] = {s.file: {"size": s.size, "sha256": hashes[s.file]} for s in shards}
-    record["made"] = {
-        "by": versions(),
-        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(time.perf_counter() - began, 3),
-    }
+    record["made_by"] = versions()  # and no time: the same plan gives the same bytes
     folder.write_json(GROWTH, record)
     return files
 
