@@ -88,8 +88,8 @@ def _depth(config: Mapping[str, Any]) -> Any:
 def open_folder(folder: Path, *, ref: str | None = None, revision: str = "") -> Checkpoint:
     """Reads config, index and headers of a checkpoint folder. Raises SourceError with what is wrong."""
     ref = ref or str(folder)
+    weight_map = _weight_map(folder, ref)  # first: adapters and GGUF folders have no config.json, and a refusal of their own
     config = read_json(folder / "config.json", f"{ref} is no checkpoint: it has no config.json.")
-    weight_map = _weight_map(folder, ref)
     tensors: dict[str, Stored] = {}
     files: dict[str, dict[str, Any]] = {}
     for file in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
