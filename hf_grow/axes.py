@@ -98,9 +98,15 @@ class AxisMap:
 
     @staticmethod
     def from_json(data: Any) -> AxisMap:
+        def number(value: Any, kind: type[int] | type[float] = int) -> Any:
+            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not math.isfinite(value):
+                raise TypeError(f"{str(value)[:80]} is no {kind.__name__}")
+            return kind(value)
+
         try:
-            return AxisMap(int(data["source_size"]), tuple(Run(s, int(n), float(a), float(b)) for s, n, a, b in data["runs"]))
-        except (KeyError, TypeError) as error:
+            runs = [Run(s if s is None else number(s), number(n), number(a, float), number(b, float)) for s, n, a, b in data["runs"]]
+            return AxisMap(number(data["source_size"]), tuple(runs))
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not an axis map: {error}") from None
 
 

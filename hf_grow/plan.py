@@ -203,7 +203,7 @@ def make_plan(source: SourceInfo, growth: Growth) -> GrowthPlan:
     for name, expr in growth.tensors.items():
         try:
             shape = expr.shape(scope)
-        except (KeyError, ValueError) as error:
+        except (LookupError, ValueError) as error:
             raise PlanError(f"{name} cannot be made: {error}") from None
         if shape != expected[name].shape:
             raise PlanError(f"{name} would have shape {list(shape)}, but the target config makes it {list(expected[name].shape)}.")

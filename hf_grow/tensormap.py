@@ -20,9 +20,10 @@ No torch here: plans are made, printed and stored without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Protocol
+from functools import cache
+from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 Quantity = Literal["weight", "grad", "grad2"]
 Shape = tuple[int, ...]
@@ -118,6 +119,7 @@ class Take(Expr):
 
     def shape(self, scope: Scope) -> Shape:
         inner, axis = list(self.of.shape(scope)), scope.axes[self.axis]
+        _check_dim(self.dim, inner)
         if inner[self.dim] != axis.source_size:
             raise ValueError(f"axis map {self.axis} takes {axis.source_size}, dimension {self.dim} has {inner[self.dim]}")
         inner[self.dim] = axis.target_size
@@ -151,6 +153,8 @@ class Concat(Expr):
 
     def shape(self, scope: Scope) -> Shape:
         shapes = [list(p.shape(scope)) for p in self.parts]
+        for s in shapes or [[]]:
+            _check_dim(self.dim, s)
         total = sum(s[self.dim] for s in shapes)
         for s in shapes:
             s[self.dim] = total
@@ -182,6 +186,11 @@ class Noise(Expr):
         return self.size
 
 
+def _check_dim(dim: int, shape: Sequence[int]) -> None:
+    if not 0 <= dim < len(shape):
+        raise ValueError(f"there is no dimension {dim} in {list(shape)}")
+
+
 def substitute(expr: Expr, tensors: Mapping[str, Expr]) -> Expr:
     """`expr` with every main source replaced by its own expression: composition of two growth steps."""
     if isinstance(expr, Source):
@@ -206,16 +215,40 @@ def from_json(data: Any) -> Expr:
     """The inverse of `to_json`. Raises ValueError for anything that is no expression."""
     if isinstance(data, str):
         return Source(data)
-    if not isinstance(data, dict) or data.get("op") not in Expr.NODES:
+    op = data.get("op") if isinstance(data, dict) else None
+    if not isinstance(op, str) or op not in Expr.NODES:
         raise ValueError(f"not an expression: {str(data)[:80]}")
-    node = Expr.NODES[data["op"]]
+    node = Expr.NODES[op]
 
     def field_value(name: str, value: Any) -> Any:
         if name in node.parts_of:
-            return tuple(map(from_json, value)) if isinstance(value, list) else value and from_json(value)
+            return tuple(map(from_json, value)) if isinstance(value, list) else None if value is None else from_json(value)
         return tuple(value) if isinstance(value, list) else value
 
     try:
-        return node(**{k: field_value(k, v) for k, v in data.items() if k != "op"})
-    except TypeError as error:
-        raise ValueError(f"not a {node.op}: {error}") from None
+        made = node(**{k: field_value(k, v) for k, v in data.items() if k != "op"})
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"not a {op}: {error}") from None
+    for name, hint in _hints(op).items():
+        if not _fits(getattr(made, name), hint):
+            raise ValueError(f"not a {op}: {name} is {str(getattr(made, name))[:80]}")
+    return made
+
+
+@cache
+def _hints(op: str) -> dict[str, Any]:
+    node = Expr.NODES[op]
+    hints = get_type_hints(node)
+    return {f.name: hints[f.name] for f in fields(node)}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is what a field's annotation says (a bool is no number here)."""
+    args = get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+    if get_origin(hint) is Literal:
+        return value in args
+    if args:  # a union
+        return any(_fits(value, a) for a in args)
+    return isinstance(value, (int, float) if hint is float else hint) and not isinstance(value, bool)
