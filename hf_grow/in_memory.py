@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from hf_grow.errors import SourceError
 from hf_grow.evaluate import Evaluator, HeldTensors
@@ -43,7 +43,7 @@ def grow_model(model: PreTrainedModel, plan: GrowthPlan) -> PreTrainedModel:
     ``plan`` comes from ``hf_grow.plan(model, ...)``, or from the checkpoint that the model was loaded from in its own dtype.
     Raises SourceError if the model is not the one planned for.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     held = {name: tensor.detach().cpu() for name, tensor in disk_tensors(model).items()}
     wrong = [
@@ -59,8 +59,8 @@ def grow_model(model: PreTrainedModel, plan: GrowthPlan) -> PreTrainedModel:
     }
     config = dict(plan.growth.config)
     target = AutoConfig.for_model(config.pop("model_type"), **config)
-    grown = AutoModelForCausalLM.from_pretrained(
+    grown = MODEL_FOR_CAUSAL_LM_MAPPING[type(target)].from_pretrained(
         None, config=target, state_dict=state, dtype=model.dtype, attn_implementation=model.config._attn_implementation
     )
     grown.train(model.training)
-    return grown
+    return cast("PreTrainedModel", grown)

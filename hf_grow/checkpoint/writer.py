@@ -228,8 +228,9 @@ def check_room(final: Path, nbytes: int, already: int = 0) -> None:
     folder = final.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if nbytes - already > free:
+    usage = shutil.disk_usage(folder)
+    free = usage.free
+    if usage.total and nbytes - already > free:
         raise OutputError(
             f"{final} needs {(nbytes - already) / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free.",
             hint="Free some space, or choose another disk with -o.",

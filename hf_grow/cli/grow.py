@@ -112,7 +112,7 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
         check_room(out, sum(s.size for s in layout(plan.targets, output.max_shard_size)))
         return _finish(plan, out, None, as_json)
     if checkpoint.folder is None:
-        checkpoint = open_source(source, revision=checkpoint.revision, weights=True, notify=render.note)
+        checkpoint = open_source(checkpoint.ref, revision=checkpoint.revision, weights=True, notify=render.note)
         plan = plan_for(checkpoint.info, method, options)
     with render.bytes_bar("growing", plan.nbytes, quiet=as_json) as progress:
         result = execute(

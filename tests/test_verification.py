@@ -1,0 +1,167 @@
+"""Verification: it passes what is right, and finds every way in which a grown checkpoint can be wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import BY_NAME, make, save
+from safetensors.torch import load_file, save_file
+
+from hf_grow import api
+from hf_grow.checkpoint.reader import open_folder
+from hf_grow.errors import InputError
+from hf_grow.verification import Report, verify_checkpoints
+from hf_grow.verification.function import _measure
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("pair")
+    save(make(BY_NAME["mixtral"], dtype=torch.bfloat16), folder / "old", sharded=True)
+    api.grow(folder / "old", folder / "new", "identity", at="1,3", noise=0.02, max_shard_size=100_000)
+    return folder / "old", folder / "new"
+
+
+@pytest.fixture
+def copy(pair: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A pair to damage."""
+    for folder in pair:
+        shutil.copytree(folder, tmp_path / folder.name)
+    return tmp_path / "old", tmp_path / "new"
+
+
+def check(old: Path, new: Path, **options: Any) -> Report:
+    return verify_checkpoints(open_folder(old), open_folder(new), **options)
+
+
+def failed(report: Report) -> set[str]:
+    assert report.ok == (not any(c.status == "fail" for c in report.checks))
+    return {c.name.split(" in transformers")[0] for c in report.checks if c.status == "fail"}
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_lossless_growth_passes_with_equal_logits(pair: tuple[Path, Path]) -> None:
+    report = check(*pair)
+    assert failed(report) == set()
+    assert {c.name for c in report.checks if c.status == "pass"} >= {"tensors", "SHA-256", "lossless", "logits", "source", "provenance"}
+    assert report.metrics["logit_difference_max"] == 0
+    assert report.metrics["kl_nats_per_token"] == 0
+    assert report.metrics["greedy_agreement"] == 1
+    assert report.metrics["perplexity_old"] == report.metrics["perplexity_new"]
+
+
+def test_structure_only_runs_no_model(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    report = check(*pair, structure_only=True)
+    assert failed(report) == set()
+    assert report.metrics == {}
+
+
+@pytest.mark.parametrize("kind", ["copy", "computed"])
+def test_one_flipped_bit_is_found(kind: str, copy: tuple[Path, Path]) -> None:
+    old, new = copy
+    name = {"copy": "model.layers.0.self_attn.q_proj.weight", "computed": "model.layers.2.self_attn.q_proj.weight"}[kind]
+    stored = open_folder(new).tensors[name]
+    with (new / stored.file).open("r+b") as f:
+        f.seek(stored.stop - 7)
+        byte = f.read(1)[0]
+        f.seek(stored.stop - 7)
+        f.write(bytes([byte ^ 1]))
+    report = check(old, new, structure_only=True)
+    assert failed(report) == {"tensors", "SHA-256"}
+    assert name in next(c.detail for c in report.checks if c.name == "tensors")
+
+
+def test_another_source_is_found(copy: tuple[Path, Path]) -> None:
+    old, new = copy
+    stored = {k: v for f in old.glob("*.safetensors") for k, v in load_file(f).items()}
+    stored["model.layers.3.self_attn.v_proj.weight"][0, 0] += 1
+    for f in old.glob("*.safetensors*"):
+        f.unlink()
+    save_file(stored, old / "model.safetensors", {"format": "pt"})
+    assert failed(check(old, new, structure_only=True)) == {"tensors"}
+    other = old.parent / "other"
+    save(make(BY_NAME["mixtral"], num_hidden_layers=3, dtype=torch.bfloat16), other)
+    assert failed(check(other, new, structure_only=True)) == {"source"}
+
+
+def test_a_config_that_was_changed_is_found(copy: tuple[Path, Path]) -> None:
+    old, new = copy
+    edit_json(new / "config.json", rms_norm_eps=1e-5)
+    assert failed(check(old, new, structure_only=True)) == {"config.json"}
+    edit_json(new / "config.json", num_hidden_layers=5)
+    assert failed(check(old, new, structure_only=True)) == {"config.json", "names and shapes", "builds"}
+
+
+def test_a_config_that_transformers_cannot_build_is_found(copy: tuple[Path, Path]) -> None:
+    old, new = copy
+    edit_json(new / "config.json", hidden_act="no_such_activation")
+    assert failed(check(old, new, structure_only=True)) == {"config.json", "builds"}
+
+
+def test_a_provenance_of_something_else_is_found(copy: tuple[Path, Path]) -> None:
+    old, new = copy
+    record = json.loads((new / "growth.json").read_text())
+    record["target"]["tensors"]["model.norm.weight"][1] = [7]
+    (new / "growth.json").write_text(json.dumps(record))
+    assert failed(check(old, new, structure_only=True)) == {"provenance"}
+    (new / "growth.json").write_text('{"format": 1}')
+    assert failed(check(old, new, structure_only=True)) == {"provenance"}
+    (new / "growth.json").write_text('{"format": 99}')
+    assert failed(check(old, new, structure_only=True)) == {"provenance"}
+
+
+def test_a_growth_that_claims_to_be_lossless_and_is_not_fails(copy: tuple[Path, Path]) -> None:
+    """The map itself is wrong: the tensors follow it, but the function does not hold."""
+    old, new = copy
+    shutil.rmtree(new)
+    api.grow(old, new, "interleave", layers_to=6)
+    record = json.loads((new / "growth.json").read_text())
+    record["growth"]["guarantee"]["kind"] = "lossless"
+    (new / "growth.json").write_text(json.dumps(record))
+    assert failed(check(old, new)) == {"lossless"}
+
+
+def test_without_provenance_nothing_is_promised_and_the_models_are_compared_all_the_same(copy: tuple[Path, Path]) -> None:
+    old, new = copy
+    (new / "growth.json").unlink()
+    report = check(old, new)
+    assert failed(report) == set()
+    assert {c.name for c in report.checks if c.status == "skip"} == {"provenance", "lossless"}
+    assert report.metrics["logit_difference_max"] == 0
+
+
+def test_a_text_needs_a_tokenizer(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("words")
+    with pytest.raises(InputError, match="no tokenizer"):
+        check(*pair, text=tmp_path / "text")
+
+
+def test_measures_equal_a_plain_computation_over_tokens_and_vocabulary() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, after = torch.randn(2, 5, 11, generator=generator, dtype=torch.float64)
+    ids = torch.randint(0, 11, (5,), generator=generator)
+    found = _measure([ids], [before], [after])
+    kl = loss_old = loss_new = 0.0
+    for t in range(5):
+        p = [math.exp(x) for x in before[t].tolist()]
+        q = [math.exp(x) for x in after[t].tolist()]
+        p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+        kl += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        if t < 4:
+            loss_old -= math.log(p[ids[t + 1]])
+            loss_new -= math.log(q[ids[t + 1]])
+    assert found["kl_nats_per_token"] == pytest.approx(kl / 5)
+    assert found["perplexity_old"] == pytest.approx(math.exp(loss_old / 4))
+    assert found["perplexity_new"] == pytest.approx(math.exp(loss_new / 4))
+    assert found["greedy_agreement"] == sum(int(a.argmax() == b.argmax()) for a, b in zip(before, after, strict=True)) / 5
+    assert found["logit_difference_max"] == pytest.approx(float((before - after).abs().max()))
