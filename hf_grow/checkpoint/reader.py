@@ -24,7 +24,9 @@ INDEX = "model.safetensors.index.json"
 GROWTH = "growth.json"
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_JSON = 64_000_000
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+MAX_DIMS = 8
+MAX_NAME = 500
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ def _history(growth: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], ...]:
             **{k: growth["growth"][k] for k in ("method", "options", "guarantee")},
             "layers": [_depth(growth["source"]["config"]), _depth(growth["target"]["config"])],
         }
-        return (*growth["source"].get("history", ()), step)
-    except (KeyError, TypeError):
+        return (*map(dict, growth["source"].get("history", ())), step)
+    except (KeyError, TypeError, ValueError, AttributeError):
         return ()
 
 
@@ -129,8 +131,11 @@ def parse_index(data: Mapping[str, Any], where: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{where} has no weight_map.")
     for name, file in weight_map.items():
+        _check_name(name, where)
         if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
-            raise SourceError(f"{where} points {name} at {file!r}; only plain names of .safetensors files in the same folder are allowed.")
+            raise SourceError(
+                f"{where} points {name} at {str(file)[:80]!r}; only plain names of .safetensors files in the same folder are allowed."
+            )
     return weight_map
 
 
@@ -146,7 +151,11 @@ def _weight_map(folder: Path, ref: str) -> dict[str, str]:
                     f"{ref}: shard {file} is missing.", hint="Download the checkpoint again; every shard of the index is needed."
                 )
         return weight_map
-    raise no_safetensors([p.name for p in folder.iterdir()], ref)
+    try:
+        names = [p.name for p in folder.iterdir()]
+    except OSError as error:
+        raise SourceError(f"Cannot read {folder}: {error.strerror}.") from None
+    raise no_safetensors(names, ref)
 
 
 def no_safetensors(names: list[str], ref: str) -> SourceError:
@@ -206,7 +215,7 @@ def read_header(prefix: bytes, read: Any, size: int, where: str) -> dict[str, St
     length = header_length(prefix, size, where)
     raw = read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{where} has a damaged header: {error}.") from None
     if len(raw) != length or not isinstance(header, dict):
@@ -214,6 +223,8 @@ def read_header(prefix: bytes, read: Any, size: int, where: str) -> dict[str, St
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise SourceError(f"{where} has metadata that are no strings.")
+    for name in header:
+        _check_name(name, where)
     file, base = Path(where).name, 8 + length
     tensors = {name: _stored(name, entry, file, base, where) for name, entry in header.items()}
     at = base
@@ -229,6 +240,12 @@ def read_header(prefix: bytes, read: Any, size: int, where: str) -> dict[str, St
             hint="Download the file again.",
         )
     return tensors
+
+
+def _check_name(name: str, where: str) -> None:
+    """Names are shown to the user: what is long or speaks to the terminal is refused."""
+    if not name.isprintable() or len(name) > MAX_NAME:
+        raise SourceError(f"{where} is damaged: {name[:60]!r} is no tensor's name.")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -247,12 +264,15 @@ def _stored(name: str, entry: Any, file: str, base: int, where: str) -> Stored:
         or not whole(entry.get("shape"))
         or not whole(entry.get("data_offsets"))
         or len(entry["data_offsets"]) != 2
+        or len(entry["shape"]) > MAX_DIMS
+        or not isinstance(entry.get("dtype"), str)
     ):
         raise SourceError(f"{where}: the header's entry for {name} is damaged.")
     dtype, shape, (start, stop) = entry.get("dtype"), entry["shape"], entry["data_offsets"]
     if dtype not in DTYPE_BYTES:
         raise SourceError(
-            f"{where}: {name} is {dtype!r}; hf-grow reads {', '.join(DTYPE_BYTES)}.", hint="Quantized weights must be dequantized first."
+            f"{where}: {name} is {str(dtype)[:40]!r}; hf-grow reads {', '.join(DTYPE_BYTES)}.",
+            hint="Quantized weights must be dequantized first.",
         )
     if stop - start != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise SourceError(
