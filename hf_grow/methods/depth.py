@@ -92,7 +92,8 @@ def _inserted(n: int, after: Sequence[int]) -> list[LayerOrigin]:
 
 def _listed(indices: Sequence[int]) -> list[LayerOrigin]:
     """Source layers in a row; every appearance after the first is new."""
-    return [LayerOrigin((i,), new=i in indices[:at]) for at, i in enumerate(indices)]
+    first = {i: at for at, i in reversed([*enumerate(indices)])}
+    return [LayerOrigin((i,), new=at > first[i]) for at, i in enumerate(indices)]
 
 
 def _crossfaded(layers: list[LayerOrigin], n: int, drop: int, width: int) -> list[LayerOrigin]:
@@ -134,7 +135,7 @@ def _target(
                 hint=f"Nearest layer counts: {', '.join(map(str, sorted(near)))}." if near else "",
             )
         return target
-    sizes = {r: grown_parameters(arch, layout(arch.layers, r)) for r in reachable}
+    sizes = _sizes(arch, layout, reachable)
     if not sizes:
         raise PlanError(f"A model of {arch.layers} layers cannot be grown by this method.")
     best = min(sizes, key=lambda r: abs(sizes[r] - options.to))  # type: ignore[operator]
@@ -148,9 +149,11 @@ def _target(
     return best
 
 
-def grown_parameters(arch: Architecture, layers: Sequence[LayerOrigin]) -> int:
+def _sizes(arch: Architecture, layout: Layout, reachable: Sequence[int]) -> dict[int, int]:
+    """Parameters of the target at every reachable number of layers."""
     blocks = block_parameters(arch)
-    return measure(arch).total - sum(blocks) + sum(blocks[o.sources[0]] for o in layers)
+    rest = measure(arch).total - sum(blocks)
+    return {r: rest + sum(blocks[o.sources[0]] for o in layout(arch.layers, r)) for r in reachable}
 
 
 def _more(n: int) -> range:
@@ -307,11 +310,8 @@ def _sized(
     options: type[SizedOptions], layout: Layout, reachable: Callable[[int], Sequence[int]]
 ) -> Callable[[Architecture, int], Options | None]:
     def nearest(arch: Architecture, target: int) -> Options | None:
-        counts = reachable(arch.layers)
-        if not counts:
-            return None
-        best = min(counts, key=lambda r: abs(grown_parameters(arch, layout(arch.layers, r)) - target))
-        return options(layers_to=best)
+        sizes = _sizes(arch, layout, reachable(arch.layers))
+        return options(layers_to=min(sizes, key=lambda r: abs(sizes[r] - target))) if sizes else None
 
     return nearest
 
