@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hf_grow.checkpoint.source import open_source
 from hf_grow.checkpoint.writer import DEFAULT_SHARD_SIZE, PartialFolder, check_room, layout
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, add_source, print_json, show_next
+from hf_grow.errors import InputError
 from hf_grow.execute import DEFAULT_MEMORY, Result, execute
 from hf_grow.growth import Method
 from hf_grow.methods import METHODS
@@ -19,6 +21,8 @@ from hf_grow.plan import GrowthPlan
 from hf_grow.recipe import Bytes, Options, load_yaml, parse
 
 DEPTH = {m.name: m for m in METHODS.values() if m.kind == "depth"}
+RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "_recipes").glob("*.yaml"))}
+"""The recipes that come with hf-grow; in the repository they lie in recipes/."""
 
 
 class OutputOptions(Options):
@@ -68,8 +72,9 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe",
-        metavar="RECIPE.yaml",
-        help="keys: source, revision, method, the options of the method (see hf-grow METHOD --help) and the output options below, with _ for -",
+        metavar="RECIPE",
+        help="YAML file, or the name of a recipe that comes with hf-grow: " + ", ".join(RECIPES) + ". Keys: source, revision, method, "
+        "the options of the method (see hf-grow depth --help) and the output options below, with _ for -",
     )
     output = parser.add_argument_group("output (these override the recipe)")
     _add_output(output)
@@ -82,8 +87,18 @@ def run(arguments: argparse.Namespace) -> int:
     return carry_out(arguments.source, arguments.revision, method, options, output, as_json=arguments.json)
 
 
+def find_recipe(text: str) -> Path:
+    """A file, or a bare name of RECIPES (a file of that name in the current folder goes first). Raises InputError."""
+    path = Path(text)
+    if path.is_file() or path.suffix or os.sep in text:
+        return path  # where it is missing, reading it says so
+    if text not in RECIPES:
+        raise InputError(f"There is no recipe {text!r}.", hint=f"Give a YAML file, or one of: {', '.join(RECIPES)}.")
+    return RECIPES[text]
+
+
 def run_recipe(arguments: argparse.Namespace) -> int:
-    data = load_yaml(Path(arguments.recipe))
+    data = load_yaml(find_recipe(arguments.recipe))
     method = find_method(str(data.get("method", "dus")))
     # One model of both, so that every mistake of the recipe is told at once.
     keys: type[RecipeOptions] = type("Recipe", (RecipeOptions, method.options), {"__module__": __name__})
