@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from hf_grow.tensormap import Quantity
@@ -36,13 +37,15 @@ class Run:
 class AxisMap:
     source_size: int
     runs: tuple[Run, ...]
+    dual: bool = True
+    """Whether this grows an activation space, so that B^T A = I is expected; maps that only place or cut values are not."""
 
     def __post_init__(self) -> None:
         for run in self.runs:
             if run.length <= 0 or (run.start is not None and not 0 <= run.start <= self.source_size - run.length):
                 raise ValueError(f"{run} lies outside an axis of {self.source_size}")
 
-    @property
+    @cached_property
     def target_size(self) -> int:
         return sum(r.length for r in self.runs)
 
@@ -80,7 +83,7 @@ class AxisMap:
                 continue
             for inner in self.window(r.start, r.start + r.length):
                 runs.append(Run(inner.start, inner.length, inner.a * r.a, inner.b * r.b))
-        return AxisMap(self.source_size, _joined(runs))
+        return AxisMap(self.source_size, joined(runs))
 
     def times(self, inner: AxisMap) -> AxisMap:
         """The map of the product axis self * inner (row-major: `self` is the slow one)."""
@@ -91,10 +94,10 @@ class AxisMap:
                     runs.append(Run(None, r.length, 0.0, 0.0))
                 else:
                     runs.append(Run(source * inner.source_size + r.start, r.length, a * r.a, b * r.b))
-        return AxisMap(self.source_size * inner.source_size, _joined(runs))
+        return AxisMap(self.source_size * inner.source_size, joined(runs))
 
     def to_json(self) -> Any:
-        return {"source_size": self.source_size, "runs": [[r.start, r.length, r.a, r.b] for r in self.runs]}
+        return {"source_size": self.source_size, "dual": self.dual, "runs": [[r.start, r.length, r.a, r.b] for r in self.runs]}
 
     @staticmethod
     def from_json(data: Any) -> AxisMap:
@@ -105,12 +108,12 @@ class AxisMap:
 
         try:
             runs = [Run(s if s is None else number(s), number(n), number(a, float), number(b, float)) for s, n, a, b in data["runs"]]
-            return AxisMap(number(data["source_size"]), tuple(runs))
+            return AxisMap(number(data["source_size"]), tuple(runs), bool(data["dual"]))
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not an axis map: {error}") from None
 
 
-def _joined(runs: Iterable[Run]) -> tuple[Run, ...]:
+def joined(runs: Iterable[Run]) -> tuple[Run, ...]:
     """Neighbouring runs that continue each other become one."""
     out: list[Run] = []
     for r in runs:
@@ -131,7 +134,7 @@ def identity(size: int) -> AxisMap:
 
 def select(size: int, indices: Sequence[int]) -> AxisMap:
     """Rows picked one by one with unit gains (a cut, a shard, a permutation)."""
-    return AxisMap(size, _joined(Run(i, 1) for i in indices))
+    return AxisMap(size, joined(Run(i, 1) for i in indices))
 
 
 def tile(size: int, copies: int, pad: int = 0) -> AxisMap:
@@ -145,4 +148,4 @@ def duplicate(size: int, sources: Sequence[int]) -> AxisMap:
     counts = [0] * size
     for s in sources:
         counts[s] += 1
-    return AxisMap(size, _joined(Run(s, 1, 1.0, 1.0 / counts[s]) for s in sources))
+    return AxisMap(size, joined(Run(s, 1, 1.0, 1.0 / counts[s]) for s in sources))

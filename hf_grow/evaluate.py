@@ -22,7 +22,7 @@ from hf_grow.axes import AxisMap, Run
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import ExecutionError
 from hf_grow.plan import DTYPE_NAMES, GrowthPlan, TensorInfo
-from hf_grow.tensormap import Concat, Expr, Fill, Noise, Quantity, Scope, Source, Sum, Take
+from hf_grow.tensormap import Concat, Expr, Fill, Noise, Product, Quantity, Scope, Source, Sum, Take
 
 NOISE_CHUNK = 1 << 16
 MANY_RUNS = 16  # above this, one gather beats slice copies
@@ -179,6 +179,16 @@ def _(expr: Sum, ev: Evaluator, start: int, stop: int) -> Tensor:
     for term, weight in zip(expr.terms[1:], expr.weights[1:], strict=True):
         total = total.add(ev.rows(term, start, stop), alpha=weight**power)
     return total
+
+
+@evaluate.register
+def _(expr: Product, ev: Evaluator, start: int, stop: int) -> Tensor:
+    if ev.quantity != "weight":
+        return torch.zeros(stop - start, *expr.shape(ev.scope)[1:], dtype=ev.compute)
+    result = ev.rows(expr.factors[0], start, stop)
+    for factor in expr.factors[1:]:
+        result = result * ev.rows(factor, start, stop)
+    return result
 
 
 @evaluate.register

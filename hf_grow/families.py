@@ -327,6 +327,10 @@ class Architecture:
             value = self.size("hidden") // self.heads
         return self._positive(key, value)
 
+    def has_norm_over(self, axis: str) -> bool:
+        """Whether some norm acts over this axis (Qwen3: q_norm and k_norm over head_dim)."""
+        return any(d.role == "norm" and d.axes == (axis,) for spec in self.family.tensors for d in spec.dims)
+
     def entries(self, spec: TensorSpec) -> Iterator[Entry]:
         for layer in range(self.layers) if "{layer}" in spec.name else (-1,):
             if not PREDICATES[spec.when](self, layer):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from hf_grow.axes import AxisMap
 from hf_grow.families import Architecture
 from hf_grow.recipe import Options
-from hf_grow.tensormap import Expr, Noise, substitute
+from hf_grow.tensormap import Expr, Noise, Take, substitute
 
 GuaranteeKind = Literal["lossless", "changes the function"]
 
@@ -63,17 +63,18 @@ class Growth:
 def compose(first: Growth, second: Growth) -> Growth:
     """The growth that does `first`, then `second`, as one map: no intermediate checkpoint, one pass over the weights.
 
-    Exact by substitution. Noise of the second step gets keys of its own, so that equal tensor names do not draw equal numbers.
+    Exact by substitution. Noise and axis maps of the second step get names of their own where the two would be confused.
     """
-    clash = [n for n in first.axes.keys() & second.axes.keys() if first.axes[n] != second.axes[n]]
-    if clash:
-        raise ValueError(f"both steps name different axis maps {sorted(clash)}")
+    clash = {n: f"{n}@{first.method}+{second.method}" for n in first.axes.keys() & second.axes.keys() if first.axes[n] != second.axes[n]}
 
-    def rekey(expr: Expr) -> Expr:
-        expr = replace(expr, key=f"{second.seed}/{second.method}/{expr.key}") if isinstance(expr, Noise) else expr
-        return expr.map_children(rekey)
+    def rename(expr: Expr) -> Expr:
+        if isinstance(expr, Noise):
+            expr = replace(expr, key=f"{first.method}+{second.method}/{second.seed}/{expr.key}")
+        if isinstance(expr, Take) and expr.axis in clash:
+            expr = replace(expr, axis=clash[expr.axis])
+        return expr.map_children(rename)
 
-    tensors = {name: substitute(rekey(e), first.tensors) for name, e in second.tensors.items()}
+    tensors = {name: substitute(rename(e), first.tensors) for name, e in second.tensors.items()}
     read = {s.key for e in tensors.values() for s in e.sources()}
     unread = {s.key for e in first.tensors.values() for s in e.sources()} - read
     weakest = first.guarantee if not first.guarantee.lossless else second.guarantee
@@ -84,8 +85,8 @@ def compose(first: Growth, second: Growth) -> Growth:
         tensors=tensors,
         guarantee=Guarantee(weakest.kind, "; then ".join(dict.fromkeys((first.guarantee.because, second.guarantee.because)))),
         layers=tuple(_through(first.layers, layer) for layer in second.layers),
-        axes={**first.axes, **second.axes},
-        dropped={**first.dropped, **{name: f"not used by {second.method}" for name in sorted(unread)}},
+        axes={**first.axes, **{clash.get(n, n): a for n, a in second.axes.items()}},
+        dropped={**first.dropped, **dict.fromkeys(sorted(unread), f"not used by {second.method}")},
         warnings=first.warnings + second.warnings,
         seed=first.seed,
     )

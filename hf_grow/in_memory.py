@@ -59,8 +59,9 @@ def grow_model(model: PreTrainedModel, plan: GrowthPlan) -> PreTrainedModel:
     }
     config = dict(plan.growth.config)
     target = AutoConfig.for_model(config.pop("model_type"), **config)
+    kept = {f"{part}_implementation": getattr(model.config, f"_{part}_implementation", None) for part in ("attn", "experts")}
     grown = MODEL_FOR_CAUSAL_LM_MAPPING[type(target)].from_pretrained(
-        None, config=target, state_dict=state, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        None, config=target, state_dict=state, dtype=model.dtype, **{k: v for k, v in kept.items() if v}
     )
     grown.train(model.training)
     return cast("PreTrainedModel", grown)

@@ -211,7 +211,7 @@ def make_plan(source: SourceInfo, growth: Growth) -> GrowthPlan:
     if lost:
         raise PlanError(f"These source tensors would be lost: {_some(sorted(lost))}.")
     if growth.guarantee.lossless:
-        inexact = [n for n, a in growth.axes.items() if not a.is_exact()]
+        inexact = [n for n, a in growth.axes.items() if a.dual and not a.is_exact()]
         if inexact:
             raise PlanError(f"The growth claims to be lossless, but the axis maps {_some(inexact)} are not exact.")
     dtypes = _Dtypes(source)

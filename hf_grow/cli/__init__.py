@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": ("plan", "the ways to a size, side by side"),
     "dus": ("grow", "depth up-scaling as SOLAR 10.7B"),
     "depth": ("grow", "any depth method: dus, stack, interleave, identity, a list of layers"),
+    "width": ("grow", "any width method: hidden_size, intermediate_size, heads, head_dim"),
     "grow": ("grow", "carry out a growth recipe (YAML)"),
     "verify": ("verify", "prove that a grown checkpoint is what its plan says"),
     "inspect": ("inspect", "what a checkpoint is, from config and headers"),
@@ -77,6 +78,6 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     if name == "grow":
         module.add_recipe_arguments(parser)
     elif module.__name__.endswith(".grow"):
-        module.add_arguments(parser, None if name == "depth" else name)
+        module.add_arguments(parser, name)
     else:
         module.add_arguments(parser)

@@ -14,7 +14,7 @@ from hf_grow.errors import InputError
 from hf_grow.growth import Method
 from hf_grow.recipe import Options
 
-_SKIP = "\0absent"
+SKIP = "\0absent"
 _NO_SHORT: Mapping[str, str] = types.MappingProxyType({})
 
 
@@ -34,9 +34,9 @@ def _add_flag(parser: argparse._ActionsContainer, name: str, field: FieldInfo, s
     if field.default not in (None, False) and not field.is_required() and "efault" not in text:
         text += f" Default: {field.default}."
     if field.annotation is bool:
-        parser.add_argument(*names, dest=name, action="store_true", default=_SKIP, help=text)
+        parser.add_argument(*names, dest=name, action="store_true", default=SKIP, help=text)
     else:
-        parser.add_argument(*names, dest=name, default=_SKIP, metavar=_metavar(name, field), help=text)
+        parser.add_argument(*names, dest=name, default=SKIP, metavar=_metavar(name, field), help=text)
 
 
 def _metavar(name: str, field: FieldInfo) -> str:
@@ -54,7 +54,7 @@ def _metavar(name: str, field: FieldInfo) -> str:
 
 def given(arguments: argparse.Namespace, model: type[Options]) -> dict[str, Any]:
     """The flags of `model` that the user gave."""
-    return {n: v for n in model.model_fields if (v := getattr(arguments, n, _SKIP)) != _SKIP}
+    return {n: v for n in model.model_fields if (v := getattr(arguments, n, SKIP)) != SKIP}
 
 
 def refuse_foreign(arguments: argparse.Namespace, method: Method, all_methods: Mapping[str, Method]) -> None:

@@ -1,4 +1,4 @@
-"""`hf-grow dus`, `hf-grow depth` and `hf-grow grow`: plan, then carry out."""
+"""`hf-grow dus`, `depth`, `width` and `grow`: plan, then carry out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from hf_grow.methods.sizing import short
 from hf_grow.plan import GrowthPlan
 from hf_grow.recipe import Bytes, Options, load_yaml, parse
 
-DEPTH = {m.name: m for m in METHODS.values() if m.kind == "depth"}
+KINDS = {kind: {m.name: m for m in METHODS.values() if m.kind == kind} for kind in ("depth", "width")}
+"""Commands that choose among several methods by --method."""
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "_recipes").glob("*.yaml"))}
 """The recipes that come with hf-grow; in the repository they lie in recipes/."""
 
@@ -55,12 +56,15 @@ class RecipeOptions(OutputOptions):
     """Growth method."""
 
 
-def add_arguments(parser: argparse.ArgumentParser, method: str | None) -> None:
-    """Flags of one method, or of all depth methods with --method to choose."""
+def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """Flags of one method, or of all methods of a kind with --method to choose."""
     add_source(parser)
-    if method is None:
-        parser.add_argument("--method", choices=list(DEPTH), help="depth method; default: dus, or layers where --layers is given")
-    flags.add_flags(parser.add_argument_group("growth"), [DEPTH[method].options] if method else [m.options for m in DEPTH.values()])
+    methods = KINDS.get(command) or {command: METHODS[command]}
+    if command in KINDS:
+        default = {"depth": "dus, or layers where --layers is given", "width": "tile"}[command]
+        about = "; ".join(f"{m.name}: {m.summary}" for m in methods.values()).replace("%", "%%")
+        parser.add_argument("--method", choices=list(methods), help=f"{about}. Default: {default}")
+    flags.add_flags(parser.add_argument_group("growth"), [m.options for m in methods.values()])
     _add_output(parser.add_argument_group("output"))
 
 
@@ -110,9 +114,11 @@ def run_recipe(arguments: argparse.Namespace) -> int:
 
 
 def _chosen(arguments: argparse.Namespace) -> Method:
-    listed = "layers" in flags.given(arguments, DEPTH["layers"].options)
-    method = find_method(arguments.method or ("layers" if listed else "dus"))
-    flags.refuse_foreign(arguments, method, DEPTH)
+    methods = KINDS[arguments.command]
+    listed = getattr(arguments, "layers", flags.SKIP) != flags.SKIP
+    default = "tile" if arguments.command == "width" else "layers" if listed else "dus"
+    method = methods[arguments.method or default]
+    flags.refuse_foreign(arguments, method, methods)
     return method
 
 

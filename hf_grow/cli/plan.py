@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         options = method.for_size(checkpoint.info.architecture, target)
         if options is not None:
             plan = plan_for(checkpoint.info, method, options)
-            words = ["hf-grow", method.name if method.name == "dus" else "depth", arguments.source]
+            words = ["hf-grow", method.name if method.name == "dus" else method.kind, arguments.source]
             words += [] if method.name == "dus" else ["--method", method.name]
             words += [w for k, v in options.given().items() for w in (f"--{k.replace('_', '-')}", str(v))]
             words += ["--revision", arguments.revision] if arguments.revision else []

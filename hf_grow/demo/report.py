@@ -152,18 +152,18 @@ def _whole(axes: Any, story: Story) -> None:
 
 def _after(axes: Any, story: Story) -> None:
     grown, on = story.grown, story.going_on
-    _line(axes, on.points, 0, _SMALL, marker="o")
-    _line(axes, grown.points, 0, _GROWN, marker="s")
+    _line(axes, on.points, 0, _SMALL, marker="o", linewidth=4, markersize=7)  # wider, so that it shows where both lie on each other
+    _line(axes, grown.points, 0, _GROWN, marker="s", markersize=4)
     losses = [p.loss for p in (*grown.points, *on.points)]
     low, high = min(losses), max(losses)
     room = max(high - low, 0.02)
     end = grown.tokens / 1e3
     axes.set_ylim(low - 0.12 * room, high + 0.15 * room)
-    axes.set_xlim(-0.04 * end, 1.42 * end)
+    axes.set_xlim(-0.04 * end, 1.5 * end)
     # The dip: a bracket from the small model's loss to the grown one's, at the moment of growth.
     axes.annotate("", (0, grown.first), xytext=(0, on.first), arrowprops={"arrowstyle": "->", "color": _GROWN, "lw": 1.5})
     axes.annotate(
-        f"right after the growth: {story.dip:+.3f}",
+        f"the growth alone: {story.dip:+.3f}",
         (0, grown.first),
         xytext=(14, 10),
         textcoords="offset points",
@@ -183,7 +183,7 @@ def _after(axes: Any, story: Story) -> None:
 
 
 def _line(axes: Any, points: Sequence[Point], offset: int, colour: str, **style: Any) -> None:
-    axes.plot([(offset + p.tokens) / 1e3 for p in points], [p.loss for p in points], color=colour, linewidth=2, markersize=4, **style)
+    axes.plot([(offset + p.tokens) / 1e3 for p in points], [p.loss for p in points], color=colour, **{"linewidth": 2, **style})
 
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from hf_grow.growth import Method
 from hf_grow.methods.depth import DEPTH_METHODS
+from hf_grow.methods.width import WIDTH_METHODS
 
-METHODS: dict[str, Method] = {m.name: m for m in (*DEPTH_METHODS,)}
+METHODS: dict[str, Method] = {m.name: m for m in (*DEPTH_METHODS, *WIDTH_METHODS)}

@@ -7,10 +7,10 @@ active    parameters a token passes through: of the experts only top_k, and not 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hf_grow.families import Architecture, Entry
+from hf_grow.families import PREDICATES, Architecture, TensorSpec
 
 TOLERANCE = 0.05
 """A growth misses its target when it ends farther away than this share of it."""
@@ -29,28 +29,32 @@ class Size:
         return 2 * self.active
 
 
-def _parameters(entries: Iterable[Entry]) -> int:
-    return sum(math.prod(e.shape) for e in entries)
+def _counts(arch: Architecture) -> Iterator[tuple[TensorSpec, int, list[int]]]:
+    """Every row of the table with its parameters in one place (all experts together) and the layers it stands in (-1: outside the blocks)."""
+    for spec in arch.family.tensors:
+        layers = [i for i in (range(arch.layers) if "{layer}" in spec.name else (-1,)) if PREDICATES[spec.when](arch, i)]
+        each = math.prod(arch.size(axis) for d in spec.dims for axis in d.axes)
+        yield spec, each * (arch.size("experts") if "{expert}" in spec.name else 1), layers
 
 
 def measure(arch: Architecture) -> Size:
     total, active = 0, 0.0
-    for entry in arch.tensors.values():
-        count = math.prod(entry.shape)
-        total += count
-        if entry.expert >= 0:
-            active += count * min(arch.top_k, arch.size("experts")) / arch.size("experts")
-        elif entry.spec.dims[0].axes != ("vocab",) or entry.spec.dims[0].role == "out" or arch.tied:
-            active += count
+    for spec, count, layers in _counts(arch):
+        total += count * len(layers)
+        if "{expert}" in spec.name:
+            active += count * len(layers) * min(arch.top_k, arch.size("experts")) / arch.size("experts")
+        elif spec.dims[0].axes != ("vocab",) or spec.dims[0].role == "out" or arch.tied:
+            active += count * len(layers)
     return Size(total, round(active), 2 * arch.layers * arch.size("kv") * arch.size("head_dim"))
 
 
 def block_parameters(arch: Architecture) -> list[int]:
     """Parameters of each block."""
     counts = [0] * arch.layers
-    for entry in arch.tensors.values():
-        if entry.layer >= 0:
-            counts[entry.layer] += math.prod(entry.shape)
+    for _, count, layers in _counts(arch):
+        for layer in layers:
+            if layer >= 0:
+                counts[layer] += count
     return counts
 
 

@@ -1,0 +1,304 @@
+"""Activation spaces grown: for each place a dimension can stand in, the AxisMap that grows it and the values of what is outside its range.
+
+    residual   what o_proj, down_proj and the embedding write          normed     what follows an RMSNorm and is read by q, k, v, gate, up, head
+    gain       the RMSNorm gains between the two                        final gain the last one, where the head is tied to the embedding
+    query, stored, attended     rows of q, rows of k and v, columns of o        ffn, expert_ffn   rows of gate and up, columns of down
+
+Every space is a dual pair (A, B) with B^T A = I, so W' = A_out W B_in^T computes the same function wherever the nonlinearities between the
+spaces commute with A: SwiGLU and attention always do for whole units and whole heads, RMSNorm only for even tiling (below).
+
+**RMSNorm.** k copies and zeros up to D' make the mean square r = kD/D' times the old one. Mode S (scale) divides every writer of the residual
+stream by sqrt(r), mode E (eps) multiplies rms_norm_eps by r; both multiply the gains by sqrt(r). (Derived here; LEMON, Wang et al. 2024, section 4
+treats LayerNorm.)
+
+**Grouped-query attention.** Query head h reads kv head h // (H/G). With r = H/G and r' = H'/G', growth is exact iff H' % G' == 0 and
+ceil(r/r') * G <= G': each old kv head then has room for its query heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from hf_grow.axes import AxisMap, Run, duplicate, joined
+from hf_grow.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Space:
+    """One grown space. ``null``: target coordinates outside the range of A that hold random values on the side that may (`alive`)."""
+
+    name: str
+    map: AxisMap
+    alive: str = ""
+    """'out': rows of null coordinates are random and the columns reading them zero; 'in': the other way round."""
+    null: tuple[int, ...] = ()
+
+    @property
+    def changed(self) -> bool:
+        return self.map.runs != (Run(0, self.map.source_size),)
+
+    def scatter(self) -> AxisMap:
+        """From null coordinates, counted 0, 1, ..., to their places."""
+        return _scatter(self.null, self.map.target_size)
+
+    def kept(self) -> AxisMap:
+        """From the other coordinates to their places."""
+        null = set(self.null)
+        return _scatter([i for i in range(self.map.target_size) if i not in null], self.map.target_size)
+
+    def copies(self) -> list[AxisMap]:
+        """For each copy number c, the map of gains (delta_cc' - 1/count): the sum over c of noise through them adds up to zero over the
+        copies of every source coordinate (a basis of the null space N A = 0). Empty where nothing is copied."""
+        counts = Counter(s for s, a, _ in self.map.rows() if s is not None and a)
+        most = max(counts.values(), default=1)
+        if most == 1:
+            return []
+        maps = []
+        for c in range(most):
+            seen: Counter[int] = Counter()
+            runs = []
+            for source, a, _ in self.map.rows():
+                if source is None or not a or counts[source] == 1:
+                    runs.append(Run(None, 1, 0.0, 0.0))
+                    continue
+                gain = (1.0 if seen[source] == c else 0.0) - 1.0 / counts[source] if c < counts[source] else 0.0
+                runs.append(Run(source, 1, 0.0, gain))
+                seen[source] += 1
+            maps.append(AxisMap(self.map.source_size, joined(runs), dual=False))
+        return maps
+
+
+def _scatter(places: Sequence[int], size: int) -> AxisMap:
+    runs: list[Run] = []
+    for at, (before, place) in enumerate(pairwise([-1, *places])):
+        if place > before + 1:
+            runs.append(Run(None, place - before - 1, 0.0, 0.0))
+        runs.append(Run(at, 1))
+    if places and places[-1] + 1 < size:
+        runs.append(Run(None, size - places[-1] - 1, 0.0, 0.0))
+    return AxisMap(len(places), joined(runs), dual=False)
+
+
+# The residual stream
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The four spaces of hidden_size, and what becomes of rms_norm_eps."""
+
+    residual: Space
+    normed: Space
+    gain: Space
+    final_gain: Space
+    """For a head tied to the embedding: the final norm then carries the share that untied readers have in their columns."""
+    eps: float
+    """Factor on rms_norm_eps."""
+    lossless: bool
+
+
+def tiled_hidden(size: int, target: int, copies: int, *, mode: str) -> Hidden:
+    """`copies` of the residual stream, then zeros. Exact for every target size."""
+    pad = target - copies * size
+    ratio = copies * size / target
+    write = 1.0 / math.sqrt(ratio) if mode == "scale" else 1.0
+    zeros = [Run(None, pad, 0.0, 0.0)] if pad else []
+    null = tuple(range(target - pad, target))
+
+    def space(a: float, b: float, name: str) -> Space:
+        return Space(name, AxisMap(size, (*[Run(0, size, a, b)] * copies, *zeros)), "in", null)
+
+    residual, normed = space(write, 1 / (copies * write), "residual"), space(1.0, 1.0 / copies, "normed")
+    return _with_gains(residual, normed, math.sqrt(ratio), 1.0 if mode == "scale" else ratio, True)
+
+
+def duplicated_hidden(size: int, sources: Sequence[int]) -> Hidden:
+    """Coordinate i copies sources[i] (function-preserving initialisation). Exact only if all are copied equally often."""
+    plain = duplicate(size, sources)
+    return _with_gains(Space("residual", plain), Space("normed", plain), 1.0, 1.0, len(set(Counter(sources).values())) == 1)
+
+
+def _with_gains(residual: Space, normed: Space, root: float, eps: float, lossless: bool) -> Hidden:
+    """The gains follow from the spaces before and after: gamma' = sqrt(r) A_normed gamma, its gradient by B_normed / sqrt(r).
+
+    Where x' is zero the gain is free; it repeats old gains, since a zero would cut its coordinate off from learning for good.
+    """
+
+    def gains(pairs: Iterable[tuple[int | None, float, float]]) -> AxisMap:
+        size = residual.map.source_size
+        runs = [Run(i % size, 1, root, 0.0) if s is None else Run(s, 1, root * a, b / root) for i, (s, a, b) in enumerate(pairs)]
+        return AxisMap(size, joined(runs))
+
+    after_tied = ((s, b, a) for s, a, b in residual.map.rows())  # the head reads by A_residual, so the last norm must write its dual
+    return Hidden(residual, normed, Space("gain", gains(normed.map.rows())), Space("final_gain", gains(after_tied)), eps, lossless)
+
+
+# Feed-forward units
+
+
+def ffn_space(name: str, size: int, target: int, *, null: bool) -> Space:
+    """New units random in, zero out (null), or copies of the old ones in turn."""
+    if null:
+        extra = (Run(None, target - size, 0.0, 0.0),) if target > size else ()
+        return Space(name, AxisMap(size, (Run(0, size), *extra)), "out", tuple(range(size, target)))
+    return Space(name, duplicate(size, [i % size for i in range(target)]))
+
+
+# Attention
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The spaces of attention."""
+
+    query: Space
+    stored: Space
+    """Keys and values: what the KV cache stores."""
+    attended: Space
+
+
+def check_heads(heads: int, kv: int, new_heads: int, new_kv: int) -> None:
+    """Raises PlanError for a pair that no exact growth reaches, with the rule and the nearest pairs that work."""
+    if heads_feasible(heads, kv, new_heads, new_kv):
+        return
+    pairs = [
+        (h, g)
+        for g in range(kv, 4 * new_kv + 1)
+        for h in range(heads, 4 * new_heads + 1, 1)
+        if h % g == 0 and heads_feasible(heads, kv, h, g)
+    ]
+    near = sorted(pairs, key=lambda p: abs(p[0] - new_heads) / new_heads + abs(p[1] - new_kv) / new_kv)[:5]
+    raise PlanError(
+        f"{heads} query heads on {kv} kv heads cannot become {new_heads} on {new_kv}: the new heads must divide by the new kv heads, "
+        f"and ceil(r/r') * {kv} <= {new_kv} must hold with r = {heads // kv} and r' = new heads / new kv heads.",
+        hint="Nearest pairs that work: " + ", ".join(f"{h}/{g}" for h, g in near) + ".",
+    )
+
+
+def heads_feasible(heads: int, kv: int, new_heads: int, new_kv: int) -> bool:
+    if new_heads < heads or new_kv < kv or new_heads % new_kv:
+        return False
+    return math.ceil((heads // kv) / (new_heads // new_kv)) * kv <= new_kv
+
+
+def _place_heads(heads: int, kv: int, new_heads: int, new_kv: int, null: bool) -> tuple[list[int], list[int | None]]:
+    """The old kv head of every new kv head, and the old query head (None: a null head) of every new query head.
+
+    New kv heads go round the old ones, so x2 gives [0..G-1, 0..G-1] as HyperCloning does; the query heads of an old kv head are dealt in order
+    over its copies, and spare slots repeat them in order, inside their group: appended at the end, they would read other kv heads.
+    """
+    group, new_group = heads // kv, new_heads // new_kv
+    owners = [g % kv for g in range(new_kv)]
+    slots: list[int | None] = [None] * new_heads
+    whole = math.ceil(group / new_group) * new_group  # slots of as many kv heads as one old group needs
+    for g in range(kv):
+        places = [i * new_group + s for i, owner in enumerate(owners) if owner == g for s in range(new_group)]
+        for n, place in enumerate(places):
+            if n < group or not null:
+                slots[place] = g * group + n % whole % group
+    return owners, slots
+
+
+def head_spaces(heads: int, kv: int, new_heads: int, new_kv: int, head_dim: HeadDim, *, null: bool) -> Heads:
+    """Attention with more heads. ``null``: spare heads have zero o_proj columns; otherwise they are copies that share them.
+
+    Raises PlanError for a pair of head counts that cannot be reached exactly.
+    """
+    check_heads(heads, kv, new_heads, new_kv)
+    owners, slots = _place_heads(heads, kv, new_heads, new_kv, null)
+    count = Counter(s for s in slots if s is not None)
+    new_group = new_heads // new_kv
+    query = AxisMap(heads, joined(Run(None, 1, 0.0, 0.0) if s is None else Run(s, 1, 1.0, 1.0 / count[s]) for s in slots))
+    # The gradient of a kv head goes to its copies as their query heads share it: evenly where each copy serves the same heads.
+    shares = []
+    for i, owner in enumerate(owners):
+        served = [s for s in slots[i * new_group : (i + 1) * new_group] if s is not None]
+        shares.append(sum(1.0 / count[s] for s in served) / (heads // kv) if served else 0.0)
+        assert all(s // (heads // kv) == owner for s in served)
+    stored = AxisMap(kv, joined(Run(o, 1, 1.0, share) for o, share in zip(owners, shares, strict=True)))
+    null_heads = [i for i, s in enumerate(slots) if s is None]
+    wide, padded = head_dim.size, head_dim.padded
+    used = [i for i, s in enumerate(slots) if s is not None]
+    random_queries = [h * wide + p for h in null_heads for p in range(wide)]
+    random_queries += [h * wide + p for h in used for p in padded if head_dim.alive]
+    return Heads(
+        Space("query", query.times(head_dim.query), "out", tuple(sorted(random_queries))),
+        Space("stored", stored.times(head_dim.stored)),  # new coordinates are zero: neither scores nor values see them yet
+        Space("attended", query.times(head_dim.stored), "in", tuple(h * wide + p for h in used for p in padded)),
+    )
+
+
+@dataclass(frozen=True)
+class HeadDim:
+    """head_dim grown inside every head. RoPE pairs coordinates j and j + d/2 and turns pair j at frequency theta^(-2j/d)."""
+
+    query: AxisMap
+    stored: AxisMap
+    norm: AxisMap
+    """Gains of q_norm and k_norm."""
+    theta: float
+    """Exponent on rope_theta."""
+    alive: bool
+    """Whether query rows of new coordinates may be random (not under a norm over head_dim, which they would change)."""
+
+    @property
+    def size(self) -> int:
+        return self.query.target_size
+
+    @property
+    def padded(self) -> list[int]:
+        return [i for i, (s, _, _) in enumerate(self.query.rows()) if s is None]
+
+
+def head_dim_space(size: int, target: int, *, normed: bool) -> HeadDim:
+    """Two exact recipes: pair j to slot n*j for a whole factor n (theta kept), else the front slots with theta^(d'/d).
+
+    Scores divide by sqrt(d'), so query rows carry sqrt(d'/d). Under a norm over head_dim (Qwen3) q and k both carry sqrt(d'/d), which keeps the
+    mean square and so eps, and both gains take (d/d')^(1/4). Values do as keys do; o_proj takes it back.
+    """
+    if target % 2 or target < size:
+        raise PlanError(f"head_dim {size} cannot become {target}: rotary embeddings need an even size, not below the old one.")
+    whole = target % size == 0
+    step = target // size if whole else 1
+    places = [j * step for j in range(size // 2)] + [target // 2 + j * step for j in range(size // 2)]
+    root = math.sqrt(target / size)
+
+    def placed(a: float, b: float) -> AxisMap:
+        rows: list[Run] = [Run(None, 1, 0.0, 0.0)] * target
+        for source, place in enumerate(places):
+            rows[place] = Run(source, 1, a, b)
+        return AxisMap(size, joined(rows))
+
+    def gains(a: float) -> AxisMap:
+        rows = [Run(i % size, 1, a, 0.0) for i in range(target)]
+        for source, place in enumerate(places):
+            rows[place] = Run(source, 1, a, 1 / a)
+        return AxisMap(size, joined(rows))
+
+    quarter = (size / target) ** 0.25
+    return HeadDim(
+        query=placed(root, 1 / root),
+        stored=placed(root, 1 / root) if normed else placed(1.0, 1.0),
+        norm=gains(quarter),
+        theta=1.0 if whole else target / size,
+        alive=not normed,
+    )
+
+
+def first_only(space: Space) -> tuple[AxisMap, AxisMap]:
+    """A space split in two maps: first appearances of every source coordinate, and the added ones (AKI takes these from the next layer)."""
+    seen: set[int] = set()
+    first, added = [], []
+    for source, a, b in space.map.rows():
+        nothing = Run(None, 1, 0.0, 0.0)
+        run = nothing if source is None else Run(source, 1, a, b)
+        old = source is not None and source in seen
+        first.append(nothing if old else run)
+        added.append(run if old else nothing)
+        if source is not None:
+            seen.add(source)
+    size = space.map.source_size
+    return AxisMap(size, joined(first), dual=False), AxisMap(size, joined(added), dual=False)

@@ -1,0 +1,437 @@
+"""Width growth: every dimension of every tensor mapped by the space it stands in (see spaces).
+
+tile          copies of the hidden state, then zeros; whole heads and units copied or null. Lossless for every size. (LEMON's form, arXiv 2310.07999)
+pad           the hidden state padded with zeros only. Lossless.
+lemon         tile with scaled rms_norm_eps and copies told apart by an elementwise split (LEMON, Wang et al. 2024, section 4). Lossless.
+fpi           bert2BERT function-preserving initialisation (Chen et al. 2022, ACL long 151, section 3.2): coordinates copied in turn, columns
+              divided by the number of copies. Under RMSNorm exact only where all are copied equally often.
+aki           bert2BERT advanced knowledge initialisation (section 3.3): what is added comes from the next layer. Changes the function.
+net2net       Net2WiderNet (Chen et al. 2016, section 3.2): random duplication. Under RMSNorm as fpi.
+hypercloning  whole tiles by an integer factor (Samragh et al. 2024, arXiv 2409.12903). Lossless; noise in dB, of opposite sign in the copies.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from hf_grow.axes import AxisMap
+from hf_grow.errors import PlanError, SourceError
+from hf_grow.families import Architecture, Entry, portable_config
+from hf_grow.growth import Growth, Guarantee, LayerOrigin, Method
+from hf_grow.methods import spaces
+from hf_grow.methods.shapes import Shape, check_shape, nearest_shape, shape_of, shape_warnings
+from hf_grow.methods.spaces import HeadDim, Heads, Hidden, Space
+from hf_grow.recipe import Options, Size
+from hf_grow.tensormap import Expr, Noise, Product, Source, Sum, Take
+
+Positive = Annotated[int, Field(ge=1)]
+Symmetry = Literal["none", "noise", "split"]
+
+
+class WidthOptions(Options):
+    """What every width method takes."""
+
+    to: Size | None = None
+    """Number of parameters to grow to, such as 13B: all widths by one factor, as near as they get."""
+    factor: Annotated[float, Field(ge=1)] | None = None
+    """Grow hidden, FFN and heads by this factor."""
+    hidden: Positive | None = None
+    """New hidden_size."""
+    intermediate: Positive | None = None
+    """New intermediate_size (Mixtral: that of each expert)."""
+    expert_intermediate: Positive | None = None
+    """New moe_intermediate_size, for families that have both."""
+    heads: Positive | None = None
+    """New number of query heads."""
+    kv_heads: Positive | None = None
+    """New number of key/value heads."""
+    head_dim: Positive | None = None
+    """New size of a head. Default: kept."""
+    ffn: Literal["auto", "null", "copies"] = "auto"
+    """New FFN units: null (random in, zero out) or copies. Default: null below 2x, copies from there on."""
+    new_heads: Literal["split", "null"] = "split"
+    """Spare query heads: copies that share o_proj (split), or null heads with zero o_proj columns."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of everything random."""
+
+
+class ExactOptions(WidthOptions):
+    rms_mode: Literal["scale", "eps"] = "scale"
+    """Where sizes are no whole factor: scale what writes the residual stream, or rms_norm_eps."""
+    symmetry: Symmetry = "noise"
+    """How copies are told apart, without changing the function: noise that adds up to zero, an elementwise-random split, or none (locked for good)."""
+    strength: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Size of that noise or split, in standard deviations of the weights."""
+
+
+class LemonOptions(ExactOptions):
+    rms_mode: Literal["scale", "eps"] = "eps"
+    """Where sizes are no whole factor: scale what writes the residual stream, or rms_norm_eps."""
+    symmetry: Symmetry = "split"
+    """How copies are told apart: an elementwise-random split, noise that adds up to zero, or none."""
+
+
+class HyperCloningOptions(WidthOptions):
+    noise_db: Annotated[float, Field(ge=0, le=120)] | None = None
+    """Signal to noise ratio of noise with opposite signs in the copies, such as 10. Default: no noise, as the paper's symmetric cloning."""
+
+
+class CopyOptions(WidthOptions):
+    ffn: Literal["auto", "null", "copies"] = "copies"
+    """New FFN units: copies, as the paper, or null."""
+
+
+class AkiOptions(CopyOptions):
+    fixed_kv: bool = False
+    """AKI-Pro (AquilaMoE, arXiv 2408.06567): keep the number of kv heads and grow query heads inside their groups."""
+
+
+@dataclass(frozen=True)
+class _Width:
+    """Everything that grows, by the dimension of the table it belongs to."""
+
+    arch: Architecture
+    hidden: Hidden
+    heads: Heads
+    head_dim: HeadDim
+    ffn: Mapping[str, Space]
+    symmetry: Symmetry
+    strength: float
+    next_layer: bool
+    """AKI: added rows come from the layer above."""
+
+    def space(self, entry: Entry, dim: int) -> Space | None:
+        """The space of one dimension, or None where it does not grow."""
+        role, axes = entry.spec.dims[dim].role, entry.spec.dims[dim].axes
+        if axes == ("hidden",):
+            last_of_tied = role == "norm" and entry.layer < 0 and self.arch.tied
+            gain = self.hidden.final_gain if last_of_tied else self.hidden.gain
+            found = {"out": self.hidden.residual, "in": self.hidden.normed, "norm": gain}[role]
+        elif axes == ("kv", "group", "head_dim"):
+            found = self.heads.query if role == "out" else self.heads.attended
+        elif axes == ("kv", "head_dim"):
+            found = self.heads.stored
+        elif axes == ("head_dim",):
+            found = Space("head_norm", self.head_dim.norm)
+        elif axes[0] in self.ffn:
+            found = self.ffn[axes[0]]
+        else:
+            return None
+        return found if found.changed else None
+
+    def tensor(self, entry: Entry, axes: dict[str, AxisMap]) -> Expr:
+        """The expression of a tensor of the target; the axis maps it names go into `axes`."""
+        source: Expr = Source(entry.name)
+        found = {d: s for d in range(len(entry.shape)) if (s := self.space(entry, d)) is not None}
+        if not found:
+            return source
+        wide = self._rows(entry, source, found, axes)
+        for dim, space in found.items():
+            if dim > 0 or not self._out(entry, 0):
+                wide = _take(wide, dim, space.name, space.map, "out" if self._out(entry, dim) else "in", axes)
+        terms = [wide]
+        shape = [found[d].map.target_size if d in found else n for d, n in enumerate(entry.shape)]
+        if len(shape) > 1:
+            for dim, space in found.items():
+                if space.null and space.alive == ("out" if self._out(entry, dim) else "in"):
+                    terms.append(self._null(entry, source, found, dim, shape, axes))
+                if not self._out(entry, dim) and self.symmetry != "none":
+                    terms += self._symmetry(entry, source, wide, dim, space, shape, axes)
+        return terms[0] if len(terms) == 1 else Sum(tuple(terms), (1.0,) * len(terms))
+
+    def _out(self, entry: Entry, dim: int) -> bool:
+        return entry.spec.dims[dim].role != "in"
+
+    def _rows(self, entry: Entry, source: Expr, found: Mapping[int, Space], axes: dict[str, AxisMap]) -> Expr:
+        """Dimension 0, where it is made here: by the space, or under AKI what is added from the layer above."""
+        space = found.get(0)
+        if space is None or not self._out(entry, 0):
+            return source
+        above = entry.at(layer=min(entry.layer + 1, self.arch.layers - 1))
+        if (
+            not self.next_layer
+            or entry.layer < 0
+            or entry.spec.dims[0].role == "norm"
+            or above == entry.name
+            or above not in self.arch.tensors
+        ):
+            return _take(source, 0, space.name, space.map, "out", axes)
+        first, added = spaces.first_only(space)
+        own = _take(source, 0, f"{space.name}.first", first, "out", axes)
+        return Sum((own, _take(Source(above), 0, f"{space.name}.added", added, "out", axes)), (1.0, 1.0))
+
+    def _null(self, entry: Entry, source: Expr, found: Mapping[int, Space], dim: int, shape: list[int], axes: dict[str, AxisMap]) -> Expr:
+        """Random values on the null coordinates of one dimension, with the spread of the old weights at the old fan-in."""
+        size = list(shape)
+        size[dim] = len(found[dim].null)
+        for other, space in found.items():  # a corner that is null both ways is drawn once, with the later dimension
+            if other > dim and space.null and space.alive == ("out" if self._out(entry, other) else "in"):
+                size[other] -= len(space.null)
+        spread = math.sqrt(entry.shape[-1] / shape[-1])
+        expr: Expr = Noise(tuple(size), spread, f"{entry.name}/null{dim}", source)
+        for other, space in found.items():
+            if size[other] != shape[other]:
+                placed = space.scatter() if other == dim else space.kept()
+                expr = _take(expr, other, f"{space.name}.{'null' if other == dim else 'kept'}", placed, "out", axes)
+        return expr
+
+    def _symmetry(
+        self, entry: Entry, source: Expr, wide: Expr, dim: int, space: Space, shape: list[int], axes: dict[str, AxisMap]
+    ) -> list[Expr]:
+        """Noise on the columns of copies that adds up to zero over them, as itself or in proportion to each weight."""
+        copies = space.copies()
+        if not copies:
+            return []
+        split = self.symmetry == "split"
+        count = len(copies)
+        # (delta - 1/count) has mean square (1 - 1/count)/count a copy number: this brings the sum over copy numbers back to `strength`.
+        scale = self.strength / math.sqrt(1 - 1 / count) * (1.0 if split else 1.0 / count)
+        size = list(shape)
+        size[dim] = space.map.source_size
+        noise: list[Expr] = [
+            _take(
+                Noise(tuple(size), scale, f"{entry.name}/copy{dim}.{c}", None if split else source),
+                dim,
+                f"{space.name}.copy{c}",
+                m,
+                "in",
+                axes,
+            )
+            for c, m in enumerate(copies)
+        ]
+        together = Sum(tuple(noise), (1.0,) * count)
+        return [Product((wide, together))] if split else [together]
+
+
+def _take(of: Expr, dim: int, name: str, axis: AxisMap, role: Literal["out", "in"], axes: dict[str, AxisMap]) -> Expr:
+    assert axes.setdefault(name, axis) == axis, name
+    return Take(of, dim, name, role)
+
+
+def _asked(arch: Architecture, options: WidthOptions) -> Shape:
+    """The shape asked for. Raises PlanError for contradictions and for what the family has not."""
+    explicit = {
+        "hidden": options.hidden,
+        "inter": options.intermediate,
+        "expert_inter": options.expert_intermediate,
+        "heads": options.heads,
+        "kv": options.kv_heads,
+        "head_dim": options.head_dim,
+    }
+    if options.intermediate and not arch.size("inter"):  # Mixtral's only FFN is that of its experts
+        explicit["expert_inter"], explicit["inter"] = options.intermediate, None
+    if options.expert_intermediate and not arch.size("expert_inter"):
+        raise PlanError(f"{arch.family.architecture} has no experts; --expert-intermediate means nothing here.")
+    given = {k: v for k, v in explicit.items() if v is not None}
+    if sum(x is not None for x in (options.to, options.factor)) + bool(set(given) - {"head_dim"}) > 1 and (options.to or given):
+        raise PlanError("--to, --factor and explicit sizes each set the widths; give one kind.")
+    old = shape_of(arch)
+    if options.to is not None:
+        return nearest_shape(arch, options.to, head_dim=options.head_dim)
+    if options.factor is not None:
+        return old.scaled(options.factor, options.head_dim)
+    if not given:
+        raise PlanError("Nothing to grow.", hint="Say how far: --factor 2, --to 13B, or sizes such as --hidden 5120 --intermediate 16384.")
+    return old.changed(**given)
+
+
+def _build(
+    arch: Architecture, method: str, options: WidthOptions, shape: Shape, hidden: Hidden, symmetry: Symmetry, strength: float, kind: str
+) -> Growth:
+    old = shape_of(arch)
+    head_dim = spaces.head_dim_space(old.head_dim, shape.head_dim, normed=arch.has_norm_over("head_dim"))
+    null = {
+        axis: options.ffn == "null" or (options.ffn == "auto" and getattr(shape, axis) < 2 * getattr(old, axis))
+        for axis in ("inter", "expert_inter")
+    }
+    heads = spaces.head_spaces(old.heads, old.kv, shape.heads, shape.kv, head_dim, null=options.new_heads == "null")
+    check_shape(arch, shape)
+    config = _config(arch, shape, hidden.eps, head_dim.theta)
+    width = _Width(
+        arch=arch,
+        hidden=hidden,
+        heads=heads,
+        head_dim=head_dim,
+        ffn={
+            axis: spaces.ffn_space(axis, arch.size(axis), getattr(shape, axis), null=null[axis])
+            for axis in ("inter", "expert_inter")
+            if arch.size(axis)
+        },
+        symmetry=symmetry,
+        strength=strength,
+        next_layer=kind == "aki",
+    )
+    axes: dict[str, AxisMap] = {}
+    tensors = {name: width.tensor(entry, axes) for name, entry in arch.tensors.items()}
+    return Growth(
+        method=method,
+        options=options.given(),
+        config=config,
+        tensors=tensors,
+        guarantee=_guarantee(arch, shape, hidden, kind),
+        layers=tuple(LayerOrigin((i,)) for i in range(arch.layers)),
+        axes=axes,
+        warnings=tuple(shape_warnings(arch, shape)),
+        seed=options.seed,
+    )
+
+
+def _config(arch: Architecture, shape: Shape, eps: float, theta: float) -> dict[str, Any]:
+    changes: dict[str, Any] = {"hidden_size": shape.hidden, "num_attention_heads": shape.heads}
+    for axis in ("kv", "head_dim", "inter", "expert_inter"):
+        if arch.size(axis):
+            changes[arch.family.size_key(axis)] = getattr(shape, axis)
+    config: dict[str, Any] = {**arch.config, **changes}
+    if eps != 1.0:
+        config["rms_norm_eps"] = arch.get("rms_norm_eps") * eps
+    if theta != 1.0:
+        _raise_theta(config, arch, theta)
+    try:
+        return portable_config(config)
+    except SourceError as error:
+        raise PlanError(f"The target config cannot be built: {error.message}", hint=error.hint) from None
+
+
+def _raise_theta(config: dict[str, Any], arch: Architecture, power: float) -> None:
+    """rope_theta -> rope_theta^(d'/d), which keeps the frequencies of the old pairs in the front slots."""
+    rope = arch.config.get("rope_parameters") or {"rope_theta": arch.get("rope_theta"), **(arch.config.get("rope_scaling") or {})}
+    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "linear", "llama3"):
+        raise PlanError(
+            f"head_dim can grow under {rope.get('rope_type')} rotary scaling by whole factors only.",
+            hint="Use twice the head_dim, or keep it.",
+        )
+    theta = float(rope["rope_theta"]) ** power
+    config["rope_parameters"] = {**rope, "rope_theta": theta}
+    if "rope_theta" in config:
+        config["rope_theta"] = theta
+
+
+def _guarantee(arch: Architecture, shape: Shape, hidden: Hidden, kind: str) -> Guarantee:
+    old = shape_of(arch)
+    if kind == "aki" and shape != old:
+        why = "AKI takes what it adds from the next layer, so the function changes and the loss starts higher; bert2BERT reports faster training from there"
+        return Guarantee("changes the function", why)
+    if not hidden.lossless:
+        whole = max(2, round(shape.hidden / old.hidden)) * old.hidden
+        why = (
+            f"hidden_size {old.hidden} -> {shape.hidden} copies some coordinates more often than others, which RMSNorm does not forgive; "
+            f"lossless would be --hidden {whole}, or the method tile at any size"
+        )
+        return Guarantee("changes the function", why)
+    if shape == old:
+        return Guarantee("lossless", "nothing changes")
+    said = []
+    if shape.hidden != old.hidden:
+        copies, pad = divmod(shape.hidden, old.hidden)
+        said.append(f"hidden is {copies} x {old.hidden}" + (f" and {pad} zeros, with the RMSNorm rule" if pad else ""))
+    if (shape.heads, shape.kv) != (old.heads, old.kv):
+        said.append(f"heads {old.heads}/{old.kv} -> {shape.heads}/{shape.kv} keep their kv heads")
+    if (shape.inter, shape.expert_inter) != (old.inter, old.expert_inter):
+        said.append("FFN units are copies that share, or add zero")
+    if shape.head_dim != old.head_dim:
+        said.append("head_dim keeps every old rotary pair at its frequency")
+    return Guarantee("lossless", "; ".join(said))
+
+
+def build_exact(method: str) -> Any:
+    def build(arch: Architecture, options: ExactOptions) -> Growth:
+        shape, old = _asked(arch, options), arch.size("hidden")
+        if options.rms_mode == "eps" and shape.hidden % old and arch.has_norm_over("head_dim"):
+            raise PlanError(
+                "--rms-mode eps changes rms_norm_eps, which the q and k norms of this family share: not exact.",
+                hint="Use --rms-mode scale.",
+            )
+        copies = 1 if method == "pad" else max(1, shape.hidden // old)
+        _no_smaller(shape.hidden, old)
+        hidden = spaces.tiled_hidden(old, shape.hidden, copies, mode=options.rms_mode)
+        return _build(arch, method, options, shape, hidden, options.symmetry, options.strength, "exact")
+
+    return build
+
+
+def build_hypercloning(arch: Architecture, options: HyperCloningOptions) -> Growth:
+    shape, old = _asked(arch, options), shape_of(arch)
+    uneven = [a for a in ("hidden", "inter", "expert_inter", "heads", "kv") if getattr(shape, a) % max(1, getattr(old, a))]
+    if uneven or shape.head_dim != old.head_dim:
+        raise PlanError(
+            f"HyperCloning grows by whole factors and keeps head_dim; {', '.join(uneven) or 'head_dim'} would not.",
+            hint="Use --method tile.",
+        )
+    hidden = spaces.tiled_hidden(old.hidden, shape.hidden, shape.hidden // old.hidden, mode="scale")
+    options = options.model_copy(update={"ffn": "copies"})
+    strength = 0.0 if options.noise_db is None else 10 ** (-options.noise_db / 20)
+    return _build(arch, "hypercloning", options, shape, hidden, "noise" if strength else "none", strength, "exact")
+
+
+def build_copies(method: str) -> Any:
+    def build(arch: Architecture, options: CopyOptions) -> Growth:
+        shape, old = _asked(arch, options), arch.size("hidden")
+        if isinstance(options, AkiOptions) and options.fixed_kv:
+            shape = shape.changed(kv=arch.size("kv"))
+        _no_smaller(shape.hidden, old)
+        if method == "net2net":
+            draw = random.Random(f"{options.seed}/net2net/hidden")
+            sources = [*range(old), *(draw.randrange(old) for _ in range(shape.hidden - old))]
+        else:
+            sources = [i % old for i in range(shape.hidden)]
+        return _build(arch, method, options, shape, spaces.duplicated_hidden(old, sources), "none", 0.0, method)
+
+    return build
+
+
+def _no_smaller(new: int, old: int) -> None:
+    if new < old:
+        raise PlanError(f"hidden_size cannot shrink: {old} -> {new}.")
+
+
+def _for_size(options: type[WidthOptions], *, whole: bool) -> Any:
+    def nearest(arch: Architecture, target: int) -> Options | None:
+        try:
+            shape = nearest_shape(arch, target, whole=whole, strict=False)
+        except PlanError:
+            return None
+        names = {"hidden": "hidden", "inter": "intermediate", "expert_inter": "expert_intermediate", "heads": "heads", "kv": "kv_heads"}
+        changed = {n: getattr(shape, a) for a, n in names.items() if getattr(shape, a) != getattr(shape_of(arch), a)}
+        if "expert_intermediate" in changed and not arch.size("inter"):
+            changed["intermediate"] = changed.pop("expert_intermediate")
+        return options(**changed) if changed else None
+
+    return nearest
+
+
+def _method(name: str, summary: str, paper: str, guarantee: str, options: type[WidthOptions], build: Any, whole: bool = False) -> Method:
+    return Method(name, "width", summary, paper, guarantee, options, build, _for_size(options, whole=whole))
+
+
+WIDTH_METHODS = (
+    _method("tile", "copies, then zeros; any size", "LEMON, arXiv 2310.07999", "lossless", ExactOptions, build_exact("tile")),
+    _method("pad", "zeros only; any size", "", "lossless", ExactOptions, build_exact("pad")),
+    _method("lemon", "tile with scaled eps and an uneven split", "LEMON, arXiv 2310.07999", "lossless", LemonOptions, build_exact("lemon")),
+    _method(
+        "fpi", "coordinates copied in turn", "bert2BERT, ACL 2022 long 151", "lossless at whole factors", CopyOptions, build_copies("fpi")
+    ),
+    _method(
+        "aki",
+        "what is added comes from the next layer",
+        "bert2BERT, ACL 2022 long 151",
+        "changes the function",
+        AkiOptions,
+        build_copies("aki"),
+    ),
+    _method("net2net", "random duplication", "Net2Net, arXiv 1511.05641", "FFN and heads only", CopyOptions, build_copies("net2net")),
+    _method(
+        "hypercloning",
+        "whole tiles, noise in dB",
+        "HyperCloning, arXiv 2409.12903",
+        "lossless",
+        HyperCloningOptions,
+        build_hypercloning,
+        True,
+    ),
+)
