@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 torch.set_num_threads(1)  # tiny models run 30 times faster without a thread pool
@@ -119,6 +120,26 @@ def save(model: PreTrainedModel, folder: Path, *, sharded: bool = False) -> Path
     """What `save_pretrained` writes: one file, or several."""
     model.save_pretrained(folder, max_shard_size="40KB" if sharded else "50GB")
     return folder
+
+
+def on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors that save_pretrained would write, by their names on disk."""
+    state = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return dict(revert_weight_conversion(model, state))
+
+
+def from_disk(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """What from_pretrained makes of a config.json and tensors by their names on disk."""
+    real = AutoConfig.for_model(**config)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(real)]
+    model, loading = model_class.from_pretrained(
+        None, config=real, state_dict=dict(state), dtype=dtype, output_loading_info=True,
+        attn_implementation="eager", experts_implementation="eager",
+    )  # fmt: skip
+    assert not any(loading[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
+    return model.eval()
 
 
 def tokens(model: PreTrainedModel, length: int = 12) -> torch.Tensor:

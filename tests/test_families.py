@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -12,10 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import BY_NAME, LLAMA3, SIZES, WINDOW, Case, each_case, make, real_config, save, tokens
+from models import BY_NAME, LLAMA3, SIZES, WINDOW, Case, each_case, make, on_disk, real_config, save, tokens
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
 
 from hf_grow.errors import SourceError
 from hf_grow.families import FAMILIES, PREDICATES, Architecture, portable_config
@@ -68,8 +66,7 @@ def test_what_writes_the_residual_stream_is_what_silences_a_block_when_zero(case
     model = make(case)
     ids = tokens(model)
     silent = {n for n, e in arch.tensors.items() if e.layer == 1 and e.writes_residual}
-    on_disk = revert_weight_conversion(model, {n: torch.full_like(p, math.nan) for n, p in model.state_dict().items()})
-    assert silent < set(on_disk)
+    assert silent < set(on_disk(model))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.startswith("model.layers.1.") and any(part in name for part in ("o_proj", "down_proj")):
@@ -77,8 +74,7 @@ def test_what_writes_the_residual_stream_is_what_silences_a_block_when_zero(case
         zeroed = model(ids, use_cache=False).logits
         model.model.layers[1].forward = lambda hidden_states, **_: hidden_states
         assert torch.equal(zeroed, model(ids, use_cache=False).logits)
-    back = revert_weight_conversion(model, dict(model.state_dict()))
-    assert silent == {n for n, p in back.items() if ".layers.1." in n and not p.any()}
+    assert silent == {n for n, p in on_disk(model).items() if ".layers.1." in n and not p.any()}
 
 
 def test_counterparts_in_other_layers_and_experts_are_named():
@@ -157,10 +153,7 @@ def built(config: Mapping[str, Any], *, run: bool = False) -> Shapes:
     if run:
         ids = torch.zeros(1, 2, dtype=torch.long)
         assert model(ids, use_cache=False).logits.shape == (1, 2, config["vocab_size"])
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    return {name: tuple(p.shape) for name, p in revert_weight_conversion(model, state).items()}
+    return {name: tuple(p.shape) for name, p in on_disk(model).items()}
 
 
 @st.composite
