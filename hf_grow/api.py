@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
-from hf_grow.checkpoint.writer import DEFAULT_SHARD_SIZE
+from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, Progress
 from hf_grow.errors import InputError
-from hf_grow.execute import DEFAULT_MEMORY, Progress, Result, execute
 from hf_grow.growth import Method
 from hf_grow.methods import METHODS
 from hf_grow.plan import GrowthPlan, SourceInfo, check_source, make_plan
@@ -18,6 +17,8 @@ from hf_grow.recipe import Options, parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from hf_grow.execute import Result
 
 Notify = Callable[[str], None]
 
@@ -77,6 +78,8 @@ def grow(
 
     Raises InputError before a byte is written, ExecutionError if writing fails; see `hf_grow.execute.execute`.
     """
+    from hf_grow.execute import execute
+
     found = find_method(method)
     parsed = parse(found.options, options, where=f"method {method}", strict=False)
     checkpoint: Checkpoint = open_source(str(source), revision=revision, weights=True, notify=notify)

@@ -15,7 +15,7 @@ import platform
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,17 +28,13 @@ from hf_grow._version import __version__
 from hf_grow.checkpoint.reader import GROWTH, INDEX, Checkpoint
 from hf_grow.checkpoint.source import companions
 from hf_grow.checkpoint.transfer import FiniteCheck, copy_range, digest, write_all
-from hf_grow.checkpoint.writer import DEFAULT_SHARD_SIZE, PartialFolder, Shard, Slot, check_room, index_of, layout
+from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, PartialFolder, Progress, Shard, Slot, check_room, index_of, layout
 from hf_grow.errors import ExecutionError, GrowError, SourceError
 from hf_grow.plan import GrowthPlan
 from hf_grow.tensormap import Fill
 
 if TYPE_CHECKING:
     from hf_grow.evaluate import Evaluator
-
-DEFAULT_MEMORY = 256 << 20
-Progress = Callable[[int], None]
-"""Told the number of bytes that were written and checked since the last call."""
 
 
 @dataclass(frozen=True)

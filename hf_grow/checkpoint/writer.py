@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,9 @@ from hf_grow.errors import InputError, OutputError
 from hf_grow.plan import DTYPE_BYTES, TensorInfo
 
 DEFAULT_SHARD_SIZE = 50 * 10**9  # as save_pretrained of transformers 5
+DEFAULT_MEMORY = 256 << 20  # for evaluating what is no copy
+Progress = Callable[[int], None]
+"""Told the number of bytes that were written and checked since the last call."""
 JOURNAL = ".hf-grow-journal.jsonl"
 
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_grow.api import find_method, plan_for
 from hf_grow.checkpoint.source import open_source
-from hf_grow.checkpoint.writer import DEFAULT_SHARD_SIZE, PartialFolder, check_room, layout
+from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, PartialFolder, check_room, layout
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, add_source, print_json, show_next
 from hf_grow.errors import InputError
-from hf_grow.execute import DEFAULT_MEMORY, Result, execute
 from hf_grow.growth import Method
 from hf_grow.methods import METHODS
 from hf_grow.methods.sizing import short
 from hf_grow.plan import GrowthPlan
 from hf_grow.recipe import Bytes, Options, load_yaml, parse
+
+if TYPE_CHECKING:
+    from hf_grow.execute import Result
 
 KINDS = {kind: {m.name: m for m in METHODS.values() if m.kind == kind} for kind in ("depth", "width")}
 """Commands that choose among several methods by --method."""
@@ -135,6 +137,8 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
     if checkpoint.folder is None:
         checkpoint = open_source(checkpoint.ref, revision=checkpoint.revision, weights=True, notify=render.note)
         plan = plan_for(checkpoint.info, method, options)
+    from hf_grow.execute import execute
+
     with render.bytes_bar("growing", plan.nbytes, quiet=as_json) as progress:
         result = execute(
             plan,

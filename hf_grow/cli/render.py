@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from hf_grow.execute import Progress
+from hf_grow.checkpoint.writer import Progress
 from hf_grow.growth import LayerOrigin
 from hf_grow.methods.sizing import short
 

@@ -21,6 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from hf_grow.axes import AxisMap, Run, duplicate, joined
@@ -37,19 +38,22 @@ class Space:
     """'out': rows of null coordinates are random and the columns reading them zero; 'in': the other way round."""
     null: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def changed(self) -> bool:
         return self.map.runs != (Run(0, self.map.source_size),)
 
+    @cached_property
     def scatter(self) -> AxisMap:
         """From null coordinates, counted 0, 1, ..., to their places."""
         return _scatter(self.null, self.map.target_size)
 
+    @cached_property
     def kept(self) -> AxisMap:
         """From the other coordinates to their places."""
         null = set(self.null)
         return _scatter([i for i in range(self.map.target_size) if i not in null], self.map.target_size)
 
+    @cached_property
     def copies(self) -> list[AxisMap]:
         """For each copy number c, the map of gains (delta_cc' - 1/count): the sum over c of noise through them adds up to zero over the
         copies of every source coordinate (a basis of the null space N A = 0). Empty where nothing is copied."""
@@ -70,6 +74,22 @@ class Space:
                 seen[source] += 1
             maps.append(AxisMap(self.map.source_size, joined(runs), dual=False))
         return maps
+
+    @cached_property
+    def first_and_added(self) -> tuple[AxisMap, AxisMap]:
+        """The map in two: first appearances of every source coordinate, and the added ones (AKI takes these from the next layer)."""
+        seen: set[int] = set()
+        first, added = [], []
+        for source, a, b in self.map.rows():
+            nothing = Run(None, 1, 0.0, 0.0)
+            run = nothing if source is None else Run(source, 1, a, b)
+            old = source is not None and source in seen
+            first.append(nothing if old else run)
+            added.append(run if old else nothing)
+            if source is not None:
+                seen.add(source)
+        size = self.map.source_size
+        return AxisMap(size, joined(first), dual=False), AxisMap(size, joined(added), dual=False)
 
 
 def _scatter(places: Sequence[int], size: int) -> AxisMap:
@@ -286,19 +306,3 @@ def head_dim_space(size: int, target: int, *, normed: bool) -> HeadDim:
         theta=1.0 if whole else target / size,
         alive=not normed,
     )
-
-
-def first_only(space: Space) -> tuple[AxisMap, AxisMap]:
-    """A space split in two maps: first appearances of every source coordinate, and the added ones (AKI takes these from the next layer)."""
-    seen: set[int] = set()
-    first, added = [], []
-    for source, a, b in space.map.rows():
-        nothing = Run(None, 1, 0.0, 0.0)
-        run = nothing if source is None else Run(source, 1, a, b)
-        old = source is not None and source in seen
-        first.append(nothing if old else run)
-        added.append(run if old else nothing)
-        if source is not None:
-            seen.add(source)
-    size = space.map.source_size
-    return AxisMap(size, joined(first), dual=False), AxisMap(size, joined(added), dual=False)

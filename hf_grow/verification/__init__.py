@@ -35,6 +35,5 @@ def verify_checkpoints(
     if not report.ok:
         report.add("function", None, "not run: the structure is wrong")
         return report
-    lossless = plan.guarantee.lossless if plan else None
-    function.compare(old, new, report, text=text, tokens=tokens, dtype=dtype, notify=notify, lossless=lossless)
+    function.compare(old, new, report, text=text, tokens=tokens, dtype=dtype, notify=notify, plan=plan)
     return report
