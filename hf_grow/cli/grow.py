@@ -15,6 +15,7 @@ from hf_grow.cli.commands import add_json, add_source, print_json, show_next
 from hf_grow.errors import InputError
 from hf_grow.growth import Method
 from hf_grow.methods import METHODS
+from hf_grow.methods.hybrid import HybridOptions, candidates
 from hf_grow.methods.sizing import short
 from hf_grow.plan import GrowthPlan
 from hf_grow.recipe import Bytes, Options, load_yaml, parse
@@ -130,6 +131,8 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
     out = Path(output.output) if output.output else default_output(source, plan)
     PartialFolder.check(out, resume=output.resume, overwrite=output.overwrite)
     if not as_json:
+        if isinstance(options, HybridOptions):
+            render.show_candidates(checkpoint.info.architecture, candidates(checkpoint.info.architecture, options), options)
         render.show_plan(plan)
     if output.dry_run:
         check_room(out, sum(s.size for s in layout(plan.targets, output.max_shard_size)))

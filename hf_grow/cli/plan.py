@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hf_grow.api import plan_for
 from hf_grow.checkpoint.source import open_source
-from hf_grow.cli import render
+from hf_grow.cli import COMMANDS, render
 from hf_grow.cli.commands import add_json, add_source, print_json
 from hf_grow.errors import InputError
 from hf_grow.methods import METHODS
@@ -38,9 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
         options = method.for_size(checkpoint.info.architecture, target)
         if options is not None:
             plan = plan_for(checkpoint.info, method, options)
-            words = ["hf-grow", method.name if method.name == "dus" else method.kind, arguments.source]
-            words += [] if method.name == "dus" else ["--method", method.name]
-            words += [w for k, v in options.given().items() for w in (f"--{k.replace('_', '-')}", str(v))]
+            own = method.name in COMMANDS  # a command of its own; the others are chosen by --method
+            words = ["hf-grow", method.name if own else method.kind, arguments.source, *([] if own else ["--method", method.name])]
+            given = {k: arguments.to if k == "to" else str(v) for k, v in options.given().items()}
+            words += [w for k, v in given.items() for w in (f"--{k.replace('_', '-')}", v)]
             words += ["--revision", arguments.revision] if arguments.revision else []
             ways.append((plan, shlex.join(words)))
     ways.sort(key=lambda way: abs(way[0].sizes[1].total - target))
@@ -54,9 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _show(arch: Any, target: int, ways: list[tuple[GrowthPlan, str]], source: str) -> None:
     size = measure(arch)
-    title = f"{source} ({short(size.total)}, {arch.layers} layers) to {short(target)}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = ["method", "layers", "size", "off", *(["active"] if arch.is_moe else []), "disk", "FLOPs/tok", "KV/tok", "function"]
+    title = f"{source} ({short(size.total)}, {arch.layers} layers) to {short(target)}; FLOPs and KV cache are of one token"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    columns = ["method", "layers", "size", "off", *(["active"] if arch.is_moe else []), "disk", "FLOPs", "KV", "function"]
     for column in columns:
         table.add_column(column, justify="left" if column in ("method", "function") else "right", no_wrap=True)
     for plan, _ in ways:

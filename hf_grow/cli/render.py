@@ -7,14 +7,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from hf_grow.checkpoint.writer import Progress
 from hf_grow.growth import LayerOrigin
-from hf_grow.methods.sizing import short
+from hf_grow.methods.sizing import measure, short
 
 if TYPE_CHECKING:
+    from hf_grow.families import Architecture
+    from hf_grow.methods.hybrid import Candidate, HybridOptions
     from hf_grow.plan import GrowthPlan
     from hf_grow.verification import Report
 
@@ -97,6 +100,39 @@ def show_plan(plan: GrowthPlan) -> None:
         console.print(f"dropped    {len(names)} tensors: {reason}", markup=False)
     for warning in plan.growth.warnings:
         console.print(f"warning    {warning}", style="yellow", markup=False)
+
+
+def show_candidates(arch: Architecture, found: Sequence[Candidate], options: HybridOptions) -> None:
+    """The table of hybrid shapes, the chosen one marked."""
+    table = Table(title=f"shapes near {short(options.to)}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    ffn = "inter" if arch.size("inter") else "expert_inter"
+    for column in ("", "layers", "hidden", "FFN", "heads/kv", "size", "off", "hidden/layers"):
+        table.add_column(column, justify="right", no_wrap=True)
+    now = arch.size("hidden") / arch.layers
+    table.add_row(
+        "now",
+        str(arch.layers),
+        str(arch.size("hidden")),
+        str(arch.size(ffn)),
+        f"{arch.heads}/{arch.size('kv')}",
+        short(measure(arch).total),
+        "",
+        f"{now:.0f}",
+    )
+    for at, c in enumerate(found, 1):
+        s = c.shape
+        cells = [
+            str(c.layers),
+            str(s.hidden),
+            str(getattr(s, ffn)),
+            f"{s.heads}/{s.kv}",
+            short(c.total),
+            f"{c.total / options.to - 1:+.1%}",
+            f"{c.aspect:.0f}",
+        ]
+        table.add_row(str(at), *cells, style="bold" if at == options.choose else "")
+    console.print(table)
+    console.print("Another of these: --choose N", style="dim")
 
 
 def show_report(report: Report) -> None:

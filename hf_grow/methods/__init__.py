@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_grow.growth import Method
 from hf_grow.methods.depth import DEPTH_METHODS
+from hf_grow.methods.hybrid import HYBRID
 from hf_grow.methods.width import WIDTH_METHODS
 
-METHODS: dict[str, Method] = {m.name: m for m in (*DEPTH_METHODS, *WIDTH_METHODS)}
+METHODS: dict[str, Method] = {m.name: m for m in (*DEPTH_METHODS, *WIDTH_METHODS, HYBRID)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,20 +62,19 @@ def with_shape(arch: Architecture, shape: Shape, layers: int | None = None) -> A
     return Architecture(config)
 
 
-def head_options(old: Shape, hidden: int, divides: bool) -> Iterator[tuple[int, int]]:
-    """Feasible (heads, kv heads) for a hidden size: those that keep the ratio to it, and those that keep the heads."""
+def head_options(old: Shape, hidden: int, divides: bool) -> list[tuple[int, int]]:
+    """Feasible (heads, kv heads) for a hidden size, the best first: heads in proportion to it, and as many query heads a kv head as before
+    (more kv heads than that would swell the KV cache)."""
     wanted = old.heads * hidden / old.hidden
-    seen = set()
-    for heads in sorted({round(wanted), *range(old.heads, int(wanted) + 2)}, key=lambda h: abs(h - wanted)):
-        if divides and hidden % heads:
-            continue
-        ratio = old.heads / old.kv
-        for kv in sorted(range(old.kv, heads + 1), key=lambda g: abs(heads / g - ratio)):
-            if heads_feasible(old.heads, old.kv, heads, kv):
-                if heads not in seen:
-                    seen.add(heads)
-                    yield heads, kv
-                break
+    pairs = [
+        (heads, kv)
+        for heads in range(old.heads, int(wanted) + 2)
+        if not (divides and hidden % heads)
+        for kv in range(old.kv, heads + 1)
+        if heads_feasible(old.heads, old.kv, heads, kv)
+    ]
+    ratio = old.heads / old.kv
+    return sorted(pairs, key=lambda p: abs(math.log(p[0] / wanted)) + 0.3 * abs(math.log(p[0] / p[1] / ratio)))
 
 
 def nearest_shape(

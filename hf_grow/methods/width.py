@@ -264,16 +264,23 @@ def _no_smaller(new: int, old: int) -> None:
         raise PlanError(f"hidden_size cannot shrink: {old} -> {new}.")
 
 
+def explicit_sizes(arch: Architecture, shape: Shape) -> dict[str, int]:
+    """The options that ask for `shape`, only those that change something."""
+    names = {"hidden": "hidden", "inter": "intermediate", "expert_inter": "expert_intermediate", "heads": "heads", "kv": "kv_heads"}
+    old = shape_of(arch)
+    changed = {n: getattr(shape, a) for a, n in names.items() if getattr(shape, a) != getattr(old, a)}
+    if "expert_intermediate" in changed and not old.inter:
+        changed["intermediate"] = changed.pop("expert_intermediate")
+    return changed
+
+
 def _for_size(options: type[WidthOptions], *, whole: bool) -> Any:
     def nearest(arch: Architecture, target: int) -> Options | None:
         try:
             shape = nearest_shape(arch, target, whole=whole, strict=False)
         except PlanError:
             return None
-        names = {"hidden": "hidden", "inter": "intermediate", "expert_inter": "expert_intermediate", "heads": "heads", "kv": "kv_heads"}
-        changed = {n: getattr(shape, a) for a, n in names.items() if getattr(shape, a) != getattr(shape_of(arch), a)}
-        if "expert_intermediate" in changed and not arch.size("inter"):
-            changed["intermediate"] = changed.pop("expert_intermediate")
+        changed = explicit_sizes(arch, shape)
         return options(**changed) if changed else None
 
     return nearest

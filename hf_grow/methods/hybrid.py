@@ -1,0 +1,162 @@
+"""Depth, width and FFN together: the shape of a wanted size, reached as one map.
+
+Every hidden_size in steps, every depth, and the FFN size that closes the gap between them are weighed by how close they come, by how far the
+target leaves the proportions of known models, and by what the source's own proportions are. The chosen one is the width step followed by the
+depth step, composed by substitution: one pass over the weights, no checkpoint in between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hf_grow.errors import GrowError, PlanError
+from hf_grow.families import Architecture
+from hf_grow.growth import Growth, Method, compose
+from hf_grow.methods.depth import DEPTH_METHODS
+from hf_grow.methods.shapes import Shape, shape_of, widths, with_shape
+from hf_grow.methods.sizing import TOLERANCE, block_parameters, measure, short
+from hf_grow.methods.width import WIDTH_METHODS, explicit_sizes
+from hf_grow.recipe import Options, Size
+
+ASPECT = (80.0, 140.0)
+"""hidden_size / layers of well-known dense models from 1B to 70B: Llama 2 and 3, Mistral, Qwen 2.5 lie between."""
+FFN_RATIO = (0.8, 1.3)
+"""How far intermediate_size / hidden_size may leave the source's."""
+LISTED = 5
+
+
+class HybridOptions(Options):
+    """Growing depth and width to one size."""
+
+    to: Size
+    """Number of parameters to grow to, such as 20B."""
+    choose: Annotated[int, Field(ge=1)] = 1
+    """Which of the listed candidates to make."""
+    width_method: Literal["tile", "pad", "lemon", "fpi", "aki", "net2net"] = "tile"
+    """How width grows."""
+    depth_method: Literal["identity", "interleave", "dus"] = "identity"
+    """How depth grows."""
+    multiple_of: Annotated[int, Field(ge=2)] = 128
+    """hidden_size and intermediate_size grow in steps of this."""
+    max_depth: Annotated[int, Field(ge=1)] | None = None
+    """Largest number of layers. Default: three times the source's."""
+    min_depth: Annotated[int, Field(ge=1)] | None = None
+    """Smallest number of layers. Default: the source's."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of everything random."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    shape: Shape
+    layers: int
+    total: int
+    cost: float
+
+    @property
+    def aspect(self) -> float:
+        return self.shape.hidden / self.layers
+
+
+def candidates(arch: Architecture, options: HybridOptions) -> list[Candidate]:
+    """The best shapes first, at most LISTED, no two of the same hidden_size. Raises PlanError if none comes within 5 %."""
+    best: dict[int, Candidate] = {}
+    nearest: Candidate | None = None
+    for c in _all(arch, options):
+        if nearest is None or abs(c.total - options.to) < abs(nearest.total - options.to):
+            nearest = c
+        if abs(c.total / options.to - 1) <= TOLERANCE and (c.shape.hidden not in best or c.cost < best[c.shape.hidden].cost):
+            best[c.shape.hidden] = c
+    if not best:
+        reach = f" The nearest is {short(nearest.total)}." if nearest else ""
+        raise PlanError(
+            f"No depth and width within these limits come within {TOLERANCE:.0%} of {short(options.to)}; the source has {short(measure(arch).total)}.{reach}",
+            hint="Change --to, --max-depth or --multiple-of.",
+        )
+    return sorted(best.values(), key=lambda c: c.cost)[:LISTED]
+
+
+def _all(arch: Architecture, options: HybridOptions) -> Iterator[Candidate]:
+    old = shape_of(arch)
+    low, high = options.min_depth or arch.layers, options.max_depth or 3 * arch.layers
+    depths = [
+        n
+        for n in range(max(low, arch.layers), high + 1)
+        if options.depth_method != "dus" or n == arch.layers or (n % 2 == 0 and n <= 2 * arch.layers)
+    ]
+    for shape in (old, *widths(arch, multiple=options.multiple_of)):
+        axis = "inter" if old.inter else "expert_inter"
+        size, unit = getattr(shape, axis), _unit(getattr(old, axis), options.multiple_of)
+        base = with_shape(arch, shape)
+        block = sum(block_parameters(base)) / arch.layers
+        more = with_shape(arch, replace(shape, **{axis: size + unit}))
+        step = (sum(block_parameters(more)) / arch.layers - block) / unit  # parameters of a block for one more FFN unit
+        outside = measure(base).total - block * arch.layers
+        for layers in depths:
+            missing = (options.to - outside) / layers - block
+            fitted = size + round(missing / step / unit) * unit
+            ratio = fitted / shape.hidden / (getattr(old, axis) / old.hidden)
+            if fitted < getattr(old, axis) or not FFN_RATIO[0] <= ratio <= FFN_RATIO[1]:
+                continue
+            total = round(outside + layers * (block + step * (fitted - size)))
+            grown = replace(shape, **{axis: fitted})
+            if (grown, layers) != (old, arch.layers):
+                yield Candidate(grown, layers, total, _cost(arch, grown, layers, total / options.to, ratio))
+
+
+def _unit(size: int, multiple: int) -> int:
+    while multiple > 2 and multiple > size // 8:
+        multiple //= 2
+    return multiple
+
+
+def _cost(arch: Architecture, shape: Shape, layers: int, share: float, ffn: float) -> float:
+    """Miss of the target counts most, then proportions that no known model has, then a changed FFN ratio and odd heads."""
+    aspect = shape.hidden / layers
+    own = arch.size("hidden") / arch.layers
+    low, high = min(ASPECT[0], own), max(ASPECT[1], own)
+    outside = max(0.0, math.log(low / aspect), math.log(aspect / high))
+    ratio = abs(math.log(shape.heads * shape.head_dim / shape.hidden) - math.log(arch.heads * arch.size("head_dim") / arch.size("hidden")))
+    ratio += abs(math.log(shape.heads / shape.kv) - math.log(arch.size("group")))
+    parallel = 0.05 if arch.size("kv") % 4 == 0 and shape.kv % 4 else 0.0
+    return 8 * abs(share - 1) + outside + 0.3 * abs(math.log(ffn)) + 0.5 * ratio + parallel
+
+
+def build_hybrid(arch: Architecture, options: HybridOptions) -> Growth:
+    found = candidates(arch, options)
+    if options.choose > len(found):
+        raise PlanError(
+            f"There are {len(found)} candidates, not {options.choose}.", hint="hf-grow hybrid SOURCE --to SIZE --dry-run lists them."
+        )
+    return grow_to(arch, found[options.choose - 1], options)
+
+
+def grow_to(arch: Architecture, candidate: Candidate, options: HybridOptions) -> Growth:
+    """The composed map to one candidate."""
+    steps: list[Growth] = []
+    if candidate.shape != shape_of(arch):
+        width = next(m for m in WIDTH_METHODS if m.name == options.width_method)
+        sizes = explicit_sizes(arch, candidate.shape)
+        steps.append(width.build(arch, width.options.model_validate({**sizes, "seed": options.seed})))
+    if candidate.layers != arch.layers:
+        depth = next(m for m in DEPTH_METHODS if m.name == options.depth_method)
+        wide = Architecture(steps[0].config) if steps else arch
+        steps.append(depth.build(wide, depth.options.model_validate({"layers_to": candidate.layers, "seed": options.seed})))
+    growth = steps[0] if len(steps) == 1 else compose(*steps)
+    return replace(growth, method="hybrid", options=options.given())
+
+
+def _for_size(arch: Architecture, target: int) -> Options | None:
+    try:
+        candidates(arch, HybridOptions(to=target))
+    except GrowError:
+        return None
+    return HybridOptions(to=target)
+
+
+HYBRID = Method("hybrid", "hybrid", "depth, width and FFN together", "", "as its two methods", HybridOptions, build_hybrid, _for_size)
