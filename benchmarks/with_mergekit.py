@@ -1,0 +1,51 @@
+"""The same growth by mergekit: its own virtual environment, and the recipe that says the same layers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_grow.growth import LayerOrigin
+
+# torch first and alone: where a wheel for CPU only is at hand, it is taken, instead of gigabytes of CUDA that a later resolution would bring.
+PACKAGES = ("torch==2.13.0", "mergekit==0.1.5")
+ZERO = ("o_proj", "down_proj")
+
+
+def install(folder: Path | None = None) -> Path:
+    """Makes a virtual environment with mergekit (once) and returns its `mergekit-yaml`."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = folder or cache / "hf-grow" / PACKAGES[-1].replace("==", "-")
+    binary = folder / "bin" / "mergekit-yaml"
+    if not binary.exists():
+        print(f"installing {PACKAGES[-1]} into {folder} ...", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        for package in PACKAGES:
+            subprocess.run([str(folder / "bin" / "pip"), "install", "--quiet", package], check=True)
+    return binary
+
+
+def version(binary: Path) -> str:
+    code = "import importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in ('mergekit', 'torch', 'transformers')), sep=', ')"
+    return subprocess.run([str(binary.parent / "python"), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def recipe(source: Path, layers: Sequence[LayerOrigin]) -> str | None:
+    """A passthrough merge of these layers; None if passthrough cannot say them (means of layers). JSON, which is YAML."""
+    if any(len(layer.sources) > 1 for layer in layers):
+        return None
+    slices, start = [], 0
+    for at in range(1, len(layers) + 1):
+        here, before = layers[at] if at < len(layers) else None, layers[at - 1]
+        if here and here.sources[0] == before.sources[0] + 1 and not (here.identity or before.identity):
+            continue
+        part: dict[str, object] = {"model": str(source), "layer_range": [layers[start].sources[0], before.sources[0] + 1]}
+        if before.identity:
+            part["parameters"] = {"scale": [*({"filter": name, "value": 0.0} for name in ZERO), {"value": 1.0}]}
+        slices.append({"sources": [part]})
+        start = at
+    return json.dumps({"slices": slices, "merge_method": "passthrough", "dtype": "bfloat16"}, indent=2)
