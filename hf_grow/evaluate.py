@@ -166,7 +166,10 @@ def _run_rows(run: Run, expr: Take, ev: Evaluator) -> Tensor:
 
 def _gathered(inner: Tensor, dim: int, runs: list[Run], offset: int, expr: Take, ev: Evaluator) -> Tensor:
     """Many short runs at once: one index_select, one multiplication."""
-    index = torch.cat([torch.arange(r.length) + (0 if r.start is None else r.start - offset) for r in runs])
+    # Rows outside the range read row 0, times zero: there may be more of them than rows to read.
+    index = torch.cat(
+        [torch.zeros(r.length, dtype=torch.long) if r.start is None else torch.arange(r.length) + r.start - offset for r in runs]
+    )
     gains = [0.0 if r.start is None else r.gain(expr.role, ev.quantity) for r in runs]
     gain = torch.repeat_interleave(torch.tensor(gains, dtype=ev.compute), torch.tensor([r.length for r in runs]))
     return inner.index_select(dim, index) * gain.view([-1 if d == dim else 1 for d in range(inner.dim())])

@@ -15,7 +15,7 @@ import platform
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,8 +84,9 @@ def execute(
     workers: int = 0,
     allow_nonfinite: bool = False,
     progress: Progress = lambda nbytes: None,
+    also: Callable[[Path], set[str]] = lambda folder: set(),
 ) -> Result:
-    """Writes the plan's target to the folder `out`.
+    """Writes the plan's target to the folder `out`. ``also`` may write further files into it before it gets its name; it returns their names.
 
     Raises OutputError before a byte is written if `out` exists or the disk has no room; SourceError if a weight is not finite (unless
     `allow_nonfinite`); ExecutionError if writing fails. After an error or an interruption `out`.partial can be gone on with by `resume`.
@@ -102,6 +103,7 @@ def execute(
         hashes = _write_shards(job, shards, workers or min(4, os.cpu_count() or 1))
         _check_unchanged(checkpoint)
         files = _write_rest(job, shards, hashes)
+        files |= also(folder.path)
         folder.finish(files)
         return Result(out, hashes, total, time.perf_counter() - began, len(folder.done))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 from hf_grow.errors import SourceError
@@ -15,11 +16,16 @@ if TYPE_CHECKING:
 _DTYPES = {name: short for short, name in DTYPE_NAMES.items()}
 
 
-def disk_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's tensors under the names and in the form of a checkpoint on disk (transformers fuses experts in memory)."""
+def disk_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors keyed by the model's names in memory (weights, gradients, moments) under the names and in the form of a checkpoint on disk."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    state = dict(revert_weight_conversion(model, model.state_dict()))
+    return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def disk_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's weights as a checkpoint on disk holds them (transformers fuses experts in memory; a tied head is stored once)."""
+    state = disk_names(model, model.state_dict())
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     return state

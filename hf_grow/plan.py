@@ -141,21 +141,28 @@ class GrowthPlan:
             layers = tuple(LayerOrigin(tuple(o["sources"]), tuple(o["weights"]), bool(o["new"]), bool(o["identity"])) for o in g["layers"])
             growth = Growth(
                 method=g["method"],
-                options=g["options"],
-                config=t["config"],
+                options=dict(g["options"]),
+                config=dict(t["config"]),
                 tensors={n: from_json(e) for n, (_, _, e) in t["tensors"].items()},
                 guarantee=Guarantee(**g["guarantee"]),
                 layers=layers,
                 axes={n: AxisMap.from_json(a) for n, a in g["axes"].items()},
-                dropped=g["dropped"],
+                dropped=dict(g["dropped"]),
                 warnings=tuple(g["warnings"]),
                 seed=g["seed"],
             )
-            tensors = {n: TensorInfo(d, tuple(shape)) for n, (d, shape) in s["tensors"].items()}
-            source = SourceInfo(s["ref"], s["revision"], s["config"], tensors, s["files"], tuple(s["history"]))
-            return GrowthPlan(source, growth, {n: TensorInfo(d, tuple(shape)) for n, (d, shape, _) in t["tensors"].items()})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            tensors = {n: _info(d, shape) for n, (d, shape) in s["tensors"].items()}
+            files = {k: dict(v) for k, v in s["files"].items()}
+            source = SourceInfo(s["ref"], s["revision"], dict(s["config"]), tensors, files, tuple(map(dict, s["history"])))
+            return GrowthPlan(source, growth, {n: _info(d, shape) for n, (d, shape, _) in t["tensors"].items()})
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise SourceError(f"growth.json is damaged: {error!r}.") from None
+
+
+def _info(dtype: Any, shape: Any) -> TensorInfo:
+    if dtype not in DTYPE_BYTES or not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
+        raise ValueError(f"{str(dtype)[:40]} {str(shape)[:40]} is no tensor")
+    return TensorInfo(dtype, tuple(shape))
 
 
 def check_source(source: SourceInfo) -> dict[str, str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_grow.api import find_method, plan_for
 from hf_grow.checkpoint.source import open_source
@@ -19,6 +20,7 @@ from hf_grow.methods.hybrid import HybridOptions, candidates
 from hf_grow.methods.sizing import short
 from hf_grow.plan import GrowthPlan
 from hf_grow.recipe import Bytes, Options, load_yaml, parse
+from hf_grow.training.carry import check_trainer_checkpoint, grow_checkpoint_state
 
 if TYPE_CHECKING:
     from hf_grow.execute import Result
@@ -46,6 +48,10 @@ class OutputOptions(Options):
     """Memory for computing tensors that are no copies. Default: 256MiB."""
     allow_nonfinite: bool = False
     """Accept weights that are NaN or infinite."""
+    with_optimizer: str | None = None
+    """Folder of a Trainer checkpoint (with optimizer.pt) of the source: its optimizer state grows along, and training resumes from the result."""
+    optimizer_policy: Literal["map", "keep-and-zero", "reset"] = "map"
+    """What new entries start with: the mapped state (map), zero (keep-and-zero), or nothing at all for any parameter (reset)."""
 
 
 class RecipeOptions(OutputOptions):
@@ -134,6 +140,8 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
         if isinstance(options, HybridOptions):
             render.show_candidates(checkpoint.info.architecture, candidates(checkpoint.info.architecture, options), options)
         render.show_plan(plan)
+    if output.with_optimizer:
+        check_trainer_checkpoint(Path(output.with_optimizer))
     if output.dry_run:
         check_room(out, sum(s.size for s in layout(plan.targets, output.max_shard_size)))
         return _finish(plan, out, None, as_json)
@@ -153,8 +161,16 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
             memory_budget=output.memory_budget,
             allow_nonfinite=output.allow_nonfinite,
             progress=progress,
+            also=_also(output, plan),
         )
     return _finish(plan, out, result, as_json)
+
+
+def _also(output: OutputOptions, plan: GrowthPlan) -> Callable[[Path], set[str]]:
+    """What is written besides the model, before the folder gets its name."""
+    if not output.with_optimizer:
+        return lambda folder: set()
+    return grow_checkpoint_state(Path(output.with_optimizer), plan, output.optimizer_policy)
 
 
 def default_output(source: str, plan: GrowthPlan) -> Path:

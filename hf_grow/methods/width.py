@@ -126,6 +126,8 @@ def _build(
     }
     heads = spaces.head_spaces(old.heads, old.kv, shape.heads, shape.kv, head_dim, null=options.new_heads == "null")
     check_shape(arch, shape)
+    if shape.head_dim != old.head_dim:
+        _check_rope(arch)
     config = _config(arch, shape, hidden.eps, head_dim.theta)
     width = Widening(
         arch=arch,
@@ -164,26 +166,24 @@ def _config(arch: Architecture, shape: Shape, eps: float, theta: float) -> dict[
     config: dict[str, Any] = {**arch.config, **changes}
     if eps != 1.0:
         config["rms_norm_eps"] = arch.get("rms_norm_eps") * eps
-    if theta != 1.0:
-        _raise_theta(config, arch, theta)
     try:
-        return portable_config(config)
+        config = portable_config(config)
     except SourceError as error:
         raise PlanError(f"The target config cannot be built: {error.message}", hint=error.hint) from None
+    if theta != 1.0:  # rope_theta^(d'/d) keeps the frequencies of the old pairs in the front slots
+        raised = float(config["rope_theta"]) ** theta
+        config |= {"rope_theta": raised, "rope_parameters": {**config["rope_parameters"], "rope_theta": raised}}
+    return config
 
 
-def _raise_theta(config: dict[str, Any], arch: Architecture, power: float) -> None:
-    """rope_theta -> rope_theta^(d'/d), which keeps the frequencies of the old pairs in the front slots."""
-    rope = arch.config.get("rope_parameters") or {"rope_theta": arch.get("rope_theta"), **(arch.config.get("rope_scaling") or {})}
-    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "linear", "llama3"):
+def _check_rope(arch: Architecture) -> None:
+    """Raises PlanError for rotary scaling that looks at a pair's place and not only at its frequency, which growth keeps."""
+    rope = arch.get("rope_scaling") or arch.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
         raise PlanError(
-            f"head_dim can grow under {rope.get('rope_type')} rotary scaling by whole factors only.",
-            hint="Use twice the head_dim, or keep it.",
+            f"head_dim cannot grow exactly under {kind} rotary scaling.", hint="Leave out --head-dim and grow the number of heads."
         )
-    theta = float(rope["rope_theta"]) ** power
-    config["rope_parameters"] = {**rope, "rope_theta": theta}
-    if "rope_theta" in config:
-        config["rope_theta"] = theta
 
 
 def _guarantee(arch: Architecture, shape: Shape, hidden: Hidden, kind: str) -> Guarantee:
@@ -216,12 +216,12 @@ def _guarantee(arch: Architecture, shape: Shape, hidden: Hidden, kind: str) -> G
 def build_exact(method: str) -> Any:
     def build(arch: Architecture, options: ExactOptions) -> Growth:
         shape, old = _asked(arch, options), arch.size("hidden")
-        if options.rms_mode == "eps" and shape.hidden % old and arch.has_norm_over("head_dim"):
+        copies = 1 if method == "pad" else max(1, shape.hidden // old)
+        if options.rms_mode == "eps" and shape.hidden != copies * old and arch.has_norm_over("head_dim"):
             raise PlanError(
                 "--rms-mode eps changes rms_norm_eps, which the q and k norms of this family share: not exact.",
                 hint="Use --rms-mode scale.",
             )
-        copies = 1 if method == "pad" else max(1, shape.hidden // old)
         _no_smaller(shape.hidden, old)
         hidden = spaces.tiled_hidden(old, shape.hidden, copies, mode=options.rms_mode)
         return _build(arch, method, options, shape, hidden, options.symmetry, options.strength, "exact")

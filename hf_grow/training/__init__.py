@@ -1,0 +1,1 @@
+"""Training grown models. So far: carrying the optimizer state of an interrupted run through a growth."""
