@@ -372,6 +372,7 @@ def portable_config(config: Config) -> dict[str, Any]:
     dtype = out.get("dtype") or out.get("torch_dtype")
     if dtype:
         out["dtype"] = out["torch_dtype"] = dtype
+    out.pop("rope_scaling", None)
     return {**out, **_rope(arch)}
 
 
@@ -387,6 +388,6 @@ def _rope(arch: Architecture) -> dict[str, Any]:
     plain = scaling["rope_type"] == "default"
     return {
         "rope_theta": theta,
-        "rope_scaling": None if plain else scaling,
+        **({} if plain else {"rope_scaling": scaling}),  # transformers 5 warns of the key even where it is null
         "rope_parameters": {"rope_theta": theta, **({"rope_type": "default"} if plain else scaling)},
     }

@@ -330,7 +330,8 @@ def test_readers_old_and_new_find_the_same_in_a_portable_config(rotary: dict[str
     old = {k: v for k, v in portable.items() if k not in NEW_KEYS}
     new = {k: v for k, v in portable.items() if k not in OLD_KEYS}
     assert meaning(old) == meaning(new) == meaning(portable)
-    assert {*OLD_KEYS[:2], "rope_parameters"} < portable.keys()
+    assert {"rope_theta", "rope_parameters"} < portable.keys()
+    assert ("rope_scaling" in portable) == (portable["rope_parameters"]["rope_type"] != "default")
     assert portable.get("torch_dtype") == portable.get("dtype") == (rotary.get("dtype") or rotary.get("torch_dtype"))
 
 
