@@ -1,0 +1,136 @@
+"""The documents say what is there: every command parses, every method and option is told, every link leads somewhere."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from models import BY_NAME, make
+
+from hf_grow import api, errors
+from hf_grow.cli import COMMANDS, main
+from hf_grow.families import FAMILIES
+from hf_grow.growth import Method
+from hf_grow.methods import METHODS
+from hf_grow.tensormap import Expr
+
+ROOT = Path(__file__).parents[1]
+USER = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*USER, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "model_cards" / "README.md"]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+each_method = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every `hf-grow ...` in code, in a block or in a line; not the bare name of a command."""
+    text = page.read_text()
+    blocks = "\n".join(re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+    lines = [line.strip().removeprefix("$ ") for line in blocks.splitlines()]
+    lines += re.findall(r"`(hf-grow [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    found = [shlex.split(re.split(r" (?:&&|\|) ", line)[0], comments=True) for line in lines if line.startswith("hf-grow ")]
+    return [words[1:] for words in found if len(words) > 2 or words[1:2] == ["demo"]]
+
+
+def test_commands_are_found() -> None:
+    """The test below would pass on a pattern that finds nothing."""
+    assert ["dus", "mistralai/Mistral-7B", "--to", "10.7B", "-o", "Mistral-10.7B"] in commands(ROOT / "README.md")
+    assert len(commands(ROOT / "docs" / "methods.md")) >= len(METHODS)
+
+
+@pytest.mark.parametrize("page", USER, ids=lambda p: p.name)
+def test_every_command_line_parses(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As far as its flags and options go; nothing is opened or run."""
+    monkeypatch.chdir(ROOT)
+    for name, (module, _) in COMMANDS.items():
+        if module != "grow":
+            monkeypatch.setattr(importlib.import_module(f"hf_grow.cli.{module}"), "run", lambda arguments: 0)
+        assert name
+    monkeypatch.setattr("hf_grow.cli.grow.carry_out", lambda *args, **options: 0)
+    for words in commands(page):
+        # Where a page speaks of any size, it says SIZE.
+        try:
+            status = main(["10.7B" if w == "SIZE" else w for w in words])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        assert status == 0, f"hf-grow {shlex.join(words)}\n{capsys.readouterr().err}"
+
+
+@each_page
+def test_commands_that_are_named_exist(page: Path) -> None:
+    if page.parent.name != "model_cards":  # speaks of one to come
+        assert set(re.findall(r"`hf-grow ([a-z]+)", page.read_text())) <= set(COMMANDS)
+
+
+def rows(page: Path) -> dict[str, list[str]]:
+    """Table rows by their first cell, without its backticks."""
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in page.read_text().splitlines() if line.startswith("| `")]
+    return {c[0].strip("`"): c[1:] for c in cells}
+
+
+@each_method
+def test_the_readme_tells_every_method_with_its_paper_and_guarantee(method: Method) -> None:
+    paper, guarantee, when = rows(ROOT / "README.md")[method.name]
+    assert paper == method.paper
+    assert guarantee == method.guarantee
+    assert when
+
+
+@each_method
+def test_methods_md_tells_every_method_and_option(method: Method) -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    section = re.split(rf"^### {method.name}\n", text, flags=re.MULTILINE)[1].split("\n### ")[0]
+    assert method.guarantee.split()[0] in section.lower() or method.guarantee in section
+    assert any(f"hf-grow {w} " in section for w in (method.name, method.kind))
+    assert not [n for n in method.options.model_fields if f"`--{n.replace('_', '-')}" not in text]
+
+
+def test_the_readme_tells_every_family() -> None:
+    assert set(FAMILIES) <= set(rows(ROOT / "README.md"))
+
+
+def test_growth_json_md_tells_every_key_and_expression() -> None:
+    """On a grown model, so that nothing depends on what the writer adds."""
+    text = (ROOT / "docs" / "growth-json.md").read_text()
+    record = api.plan(make(BY_NAME["llama"]), "identity").to_json()
+    keys = {f"{k}.{inner}" for k, v in record.items() if isinstance(v, dict) for inner in v} | set(record) | {"target.files", "made_by"}
+    assert not [k for k in keys if f"`{k}`" not in text]
+    assert not [op for op in Expr.NODES if op and f"| `{op}` |" not in text]
+
+
+def test_troubleshooting_md_tells_every_class_of_error() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.GrowError) and c is not errors.GrowError]
+    assert len(classes) > 4
+    assert not [c.__name__ for c in classes if f"## {c.__name__}" not in text]
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+
+
+@each_page
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in target:
+            path, _, anchor = target.partition("#")
+            there = (page.parent / path).resolve() if path else page
+            assert there.exists(), f"{page.name} links to {target}"
+            assert there.is_relative_to(ROOT)
+            assert not anchor or anchor in anchors(there), f"{page.name} links to {target}"
+
+
+@each_page
+def test_no_page_holds_a_path_of_somebodys_machine(page: Path) -> None:
+    text = re.sub(r"\w+://\S+", "", page.read_text())
+    assert not re.findall(r"(?<![\w.~)\]-])/[a-z]+/[\w./-]+", text)
+    assert not re.findall(r"localhost|127\.0\.0\.1|C:\\", text)
+
+
+@each_page
+def test_lines_are_as_short_as_those_of_the_code(page: Path) -> None:
+    long = [n for n, line in enumerate(page.read_text().splitlines(), 1) if len(line) > 150 and not line.startswith("|")]
+    assert not long
