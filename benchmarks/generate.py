@@ -19,7 +19,7 @@ from hf_grow.checkpoint.reader import INDEX
 from hf_grow.checkpoint.transfer import write_all
 from hf_grow.checkpoint.writer import Shard, check_room, index_of, layout
 from hf_grow.families import Architecture
-from hf_grow.plan import TensorInfo
+from hf_grow.planning import TensorInfo
 
 STD = 0.02
 VALUES = 1 << 23  # 16 MiB of bfloat16

@@ -1,1 +1,71 @@
-"""hf-grow: grow a trained checkpoint into a larger one, and go on training it."""
+"""hf-grow: grow a trained checkpoint into a larger one, and go on training it.
+
+    import hf_grow
+
+    plan = hf_grow.plan("mistralai/Mistral-7B-v0.1", "dus", to="10.7B")     # config and headers only
+    hf_grow.grow("mistralai/Mistral-7B-v0.1", "Mistral-10.7B", "dus", to="10.7B")
+    report = hf_grow.verify("mistralai/Mistral-7B-v0.1", "Mistral-10.7B")
+    larger = hf_grow.grow_model(model, hf_grow.plan(model, "identity", layers_to=40))
+
+Importing this loads nothing; torch and transformers come with the first call that needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_grow._version import __version__
+
+if TYPE_CHECKING:
+    from hf_grow.api import grow, plan, verify
+    from hf_grow.errors import ExecutionError, GrowError, InputError, OutputError, PlanError, SourceError, VerificationError
+    from hf_grow.execute import Result
+    from hf_grow.growth import Guarantee
+    from hf_grow.in_memory import grow_model
+    from hf_grow.methods import METHODS
+    from hf_grow.planning import GrowthPlan
+    from hf_grow.verification import Report
+
+_HOMES = {
+    **dict.fromkeys(("grow", "plan", "verify"), "hf_grow.api"),
+    **dict.fromkeys(
+        ("ExecutionError", "GrowError", "InputError", "OutputError", "PlanError", "SourceError", "VerificationError"), "hf_grow.errors"
+    ),
+    "Result": "hf_grow.execute",
+    "Guarantee": "hf_grow.growth",
+    "grow_model": "hf_grow.in_memory",
+    "METHODS": "hf_grow.methods",
+    "GrowthPlan": "hf_grow.planning",
+    "Report": "hf_grow.verification",
+}
+
+__all__ = [
+    "METHODS",
+    "ExecutionError",
+    "GrowError",
+    "GrowthPlan",
+    "Guarantee",
+    "InputError",
+    "OutputError",
+    "PlanError",
+    "Report",
+    "Result",
+    "SourceError",
+    "VerificationError",
+    "__version__",
+    "grow",
+    "grow_model",
+    "plan",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hf_grow' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

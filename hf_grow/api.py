@@ -6,19 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.checkpoint.reader import Checkpoint, open_folder
 from hf_grow.checkpoint.source import open_source
 from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, Progress
 from hf_grow.errors import InputError
 from hf_grow.growth import Method
 from hf_grow.methods import METHODS
-from hf_grow.plan import GrowthPlan, SourceInfo, check_source, make_plan
+from hf_grow.planning import GrowthPlan, SourceInfo, check_source, make_plan
 from hf_grow.recipe import Options, parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_grow.execute import Result
+    from hf_grow.verification import Report
 
 Notify = Callable[[str], None]
 
@@ -95,3 +96,41 @@ def grow(
         allow_nonfinite=allow_nonfinite,
         progress=progress,
     )
+
+
+def verify(
+    old: str | Path,
+    new: str | Path,
+    *,
+    revision: str | None = None,
+    structure_only: bool = False,
+    text: str | Path | None = None,
+    tokens: int = 2048,
+    dtype: str = "auto",
+    progress: Progress = lambda nbytes: None,
+    notify: Notify = _quiet,
+) -> Report:
+    """Checks the grown checkpoint `new` against its source `old` (folder or Hub id); `Report.ok` tells the outcome.
+
+    Raises InputError for what cannot be read; a wrong checkpoint is no error but a report that is not ok.
+    """
+    from hf_grow.verification import verify_checkpoints
+
+    grown = open_folder(Path(new))
+    source = open_source(str(old), revision=revision or _grown_from(str(old), grown), weights=True, notify=notify)
+    return verify_checkpoints(
+        source,
+        grown,
+        structure_only=structure_only,
+        text=None if text is None else Path(text),
+        tokens=tokens,
+        dtype=dtype,
+        progress=progress,
+        notify=notify,
+    )
+
+
+def _grown_from(old: str, new: Checkpoint) -> str | None:
+    """The commit that `new` was grown from, where `old` names the same Hub repository."""
+    source = (new.growth or {}).get("source", {})
+    return source.get("revision") or None if isinstance(source, dict) and source.get("ref") == old and not Path(old).is_dir() else None

@@ -21,7 +21,7 @@ from torch import Tensor
 from hf_grow.axes import AxisMap, Run
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import ExecutionError
-from hf_grow.plan import DTYPE_NAMES, GrowthPlan, TensorInfo
+from hf_grow.planning import DTYPE_NAMES, GrowthPlan, TensorInfo
 from hf_grow.tensormap import Concat, Expr, Fill, Noise, Product, Quantity, Scope, Source, Sum, Take
 
 NOISE_CHUNK = 1 << 16

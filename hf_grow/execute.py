@@ -30,7 +30,7 @@ from hf_grow.checkpoint.source import companions
 from hf_grow.checkpoint.transfer import FiniteCheck, copy_range, digest, write_all
 from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, PartialFolder, Progress, Shard, Slot, check_room, index_of, layout
 from hf_grow.errors import ExecutionError, GrowError, SourceError
-from hf_grow.plan import GrowthPlan
+from hf_grow.planning import GrowthPlan
 from hf_grow.tensormap import Fill
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from hf_grow.errors import SourceError
 from hf_grow.evaluate import Evaluator, HeldTensors
-from hf_grow.plan import DTYPE_NAMES, GrowthPlan, SourceInfo, TensorInfo
+from hf_grow.planning import DTYPE_NAMES, GrowthPlan, SourceInfo, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from models import on_disk
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from hf_grow.api import find_method
 from hf_grow.evaluate import Evaluator, HeldTensors
 from hf_grow.families import Architecture
 from hf_grow.growth import Growth, compose
-from hf_grow.in_memory import describe, grow_model
-from hf_grow.plan import GrowthPlan, make_plan
+from hf_grow.in_memory import describe, disk_names, grow_model
+from hf_grow.planning import GrowthPlan, make_plan
 from hf_grow.recipe import parse
 from hf_grow.tensormap import Quantity
 
@@ -49,14 +47,7 @@ def through(plan: GrowthPlan, tensors: dict[str, Tensor], quantity: Quantity) ->
 
 
 def gradients(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """The gradients of the loss, by their names on disk; zero for experts that no token reached."""
+    """The gradients of the loss by their names on disk; zero for experts that no token reached."""
     model.zero_grad()
     model(ids, labels=ids, use_cache=False).loss.backward()
-    return named_on_disk(model, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()})
-
-
-def named_on_disk(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Values that belong to a model's parameters, by the names and in the form that the parameters have on disk."""
-    found = dict(revert_weight_conversion(model, state))
-    assert found.keys() == on_disk(model).keys()
-    return found
+    return disk_names(model, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()})

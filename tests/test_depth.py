@@ -24,7 +24,7 @@ from hf_grow.families import FAMILIES, Architecture
 from hf_grow.growth import Growth, LayerOrigin, compose
 from hf_grow.methods import METHODS
 from hf_grow.methods.sizing import measure
-from hf_grow.plan import GrowthPlan, SourceInfo, TensorInfo, make_plan
+from hf_grow.planning import GrowthPlan, SourceInfo, TensorInfo, make_plan
 from hf_grow.recipe import parse
 from hf_grow.tensormap import Expr, Fill, Noise, Source, Sum
 

@@ -18,7 +18,7 @@ from hf_grow.errors import PlanError, SourceError
 from hf_grow.families import Architecture
 from hf_grow.growth import Growth, Guarantee
 from hf_grow.methods import METHODS
-from hf_grow.plan import GrowthPlan, SourceInfo, TensorInfo, make_plan
+from hf_grow.planning import GrowthPlan, SourceInfo, TensorInfo, make_plan
 from hf_grow.tensormap import Concat, Fill, Source, Take
 
 CONFIG = {"model_type": "llama", **SIZES, "num_hidden_layers": 2}

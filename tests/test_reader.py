@@ -19,7 +19,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 from hf_grow.checkpoint.reader import INDEX, SINGLE, Checkpoint, open_folder, read_header
 from hf_grow.errors import SourceError
 from hf_grow.families import Architecture
-from hf_grow.plan import DTYPE_BYTES, check_source
+from hf_grow.planning import DTYPE_BYTES, check_source
 
 CONFIG = {
     "model_type": "llama",

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from hf_grow.checkpoint.reader import read_header
 from hf_grow.checkpoint.writer import JOURNAL, PartialFolder, check_room, index_of, layout
 from hf_grow.errors import InputError, OutputError
-from hf_grow.plan import TensorInfo
+from hf_grow.planning import TensorInfo
 
 tensor_lists = st.lists(
     st.tuples(st.sampled_from(["BF16", "F32", "F64"]), st.lists(st.integers(1, 9), min_size=1, max_size=3)), min_size=1, max_size=20

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_grow.errors import SourceError
-from hf_grow.plan import DTYPE_BYTES, SourceInfo, TensorInfo
+from hf_grow.planning import DTYPE_BYTES, SourceInfo, TensorInfo
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -20,7 +20,7 @@ from typing import Any
 
 from hf_grow.checkpoint.reader import SINGLE
 from hf_grow.errors import InputError, OutputError
-from hf_grow.plan import DTYPE_BYTES, TensorInfo
+from hf_grow.planning import DTYPE_BYTES, TensorInfo
 
 DEFAULT_SHARD_SIZE = 50 * 10**9  # as save_pretrained of transformers 5
 DEFAULT_MEMORY = 256 << 20  # for evaluating what is no copy

@@ -18,7 +18,7 @@ from hf_grow.growth import Method
 from hf_grow.methods import METHODS
 from hf_grow.methods.hybrid import HybridOptions, candidates
 from hf_grow.methods.sizing import short
-from hf_grow.plan import GrowthPlan
+from hf_grow.planning import GrowthPlan
 from hf_grow.recipe import Bytes, Options, load_yaml, parse
 from hf_grow.training.carry import check_trainer_checkpoint, grow_checkpoint_state
 

@@ -14,7 +14,7 @@ from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, add_source, print_json
 from hf_grow.families import AXES, Entry
 from hf_grow.methods.sizing import measure, short
-from hf_grow.plan import check_source
+from hf_grow.planning import check_source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

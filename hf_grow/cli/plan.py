@@ -16,7 +16,7 @@ from hf_grow.cli.commands import add_json, add_source, print_json
 from hf_grow.errors import InputError
 from hf_grow.methods import METHODS
 from hf_grow.methods.sizing import TOLERANCE, measure, short
-from hf_grow.plan import GrowthPlan, check_source
+from hf_grow.planning import GrowthPlan, check_source
 from hf_grow.recipe import parse_size
 
 

@@ -7,12 +7,12 @@ import json
 import os
 from pathlib import Path
 
+from hf_grow.api import verify
 from hf_grow.checkpoint.reader import GROWTH, Checkpoint, open_folder
-from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, existing_folder, print_json
 from hf_grow.errors import InputError
-from hf_grow.verification import Report, verify_checkpoints
+from hf_grow.verification import Report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.text is not None and not arguments.text.is_file():
         raise InputError(f"{arguments.text} is no file.")
     new = open_folder(existing_folder(arguments.new))
-    old = open_source(arguments.old, revision=arguments.revision or _revision(arguments.old, new), weights=True, notify=render.note)
     nbytes = sum(t.stop - t.start for t in new.tensors.values())
     with render.bytes_bar("verifying", nbytes, quiet=arguments.json) as progress:
-        report = verify_checkpoints(
-            old,
-            new,
+        report = verify(
+            arguments.old,
+            arguments.new,
+            revision=arguments.revision,
             structure_only=arguments.structure_only,
             text=arguments.text,
             tokens=arguments.tokens,
@@ -55,12 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         render.show_report(report)
     return 0 if report.ok else 1
-
-
-def _revision(old: str, new: Checkpoint) -> str | None:
-    """The commit that NEW was grown from, where OLD names the same Hub repository."""
-    source = (new.growth or {}).get("source", {})
-    return source.get("revision") or None if isinstance(source, dict) and source.get("ref") == old and not Path(old).is_dir() else None
 
 
 def _record(new: Checkpoint, report: Report) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_grow.axes import AxisMap, Run, joined
 from hf_grow.errors import InputError, SourceError
-from hf_grow.plan import GrowthPlan, TensorInfo
+from hf_grow.planning import GrowthPlan, TensorInfo
 from hf_grow.tensormap import Expr, Fill, Quantity, Source, Sum, Take
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import InputError
 from hf_grow.methods.sizing import measure
-from hf_grow.plan import GrowthPlan
+from hf_grow.planning import GrowthPlan
 from hf_grow.tensormap import Fill
 from hf_grow.verification.report import Report
 

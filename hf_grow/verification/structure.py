@@ -17,7 +17,7 @@ from hf_grow.checkpoint.reader import Checkpoint, Stored
 from hf_grow.checkpoint.transfer import pieces
 from hf_grow.errors import GrowError, SourceError
 from hf_grow.families import Architecture
-from hf_grow.plan import GrowthPlan, check_source
+from hf_grow.planning import GrowthPlan, check_source
 from hf_grow.verification.report import Report
 
 if TYPE_CHECKING:
