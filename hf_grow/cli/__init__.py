@@ -24,6 +24,8 @@ COMMANDS = {
     "demo": ("demo", "train a small model, grow it, go on training; nothing to download"),
 }
 
+RESUMABLE = {name for name, (module, _) in COMMANDS.items() if module == "grow"}
+
 EPILOG = """\
 examples:
   hf-grow plan mistralai/Mistral-7B-v0.1 --to 10.7B
@@ -44,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-grow: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nhf-grow: interrupted. A growth goes on where it stopped when you repeat the command with --resume.", file=sys.stderr)
+        again = " Repeat the command with --resume to go on where it stopped." if RESUMABLE & set(arguments[:1]) else ""
+        print(f"\nhf-grow: interrupted.{again}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,7 +11,7 @@ from hf_grow.recipe import parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flags.add_flags(parser, [DemoOptions])
+    flags.add_flags(parser, [DemoOptions], short={"output": "-o"})
 
 
 def run(arguments: argparse.Namespace) -> int:
