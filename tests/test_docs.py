@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from models import BY_NAME, make
 
+import hf_grow
 from hf_grow import api, errors
 from hf_grow.cli import COMMANDS, main
 from hf_grow.families import FAMILIES
@@ -62,6 +63,22 @@ def test_every_command_line_parses(page: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_commands_that_are_named_exist(page: Path) -> None:
     if page.parent.name != "model_cards":  # speaks of one to come
         assert set(re.findall(r"`hf-grow ([a-z]+)", page.read_text())) <= set(COMMANDS)
+
+
+@each_page
+def test_python_compiles_and_uses_public_names(page: Path) -> None:
+    for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        compile(code, str(page), "exec")
+        assert set(re.findall(r"\bhf_grow\.(\w+)", code)) <= set(hf_grow.__all__)
+
+
+def test_architecture_md_names_every_module_and_no_other() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    modules = {p.name: p for p in (ROOT / "hf_grow").rglob("*.py")}
+    named = set(re.findall(r"`(?:\w+/)*(\w+\.py)`", text))
+    assert named - {"test_house.py"} <= set(modules)
+    small = {"cli", "demo", "training"}  # named as packages
+    assert {n for n, p in modules.items() if not n.startswith("_") and p.parent.name not in small} <= named
 
 
 def rows(page: Path) -> dict[str, list[str]]:
