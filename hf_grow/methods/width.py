@@ -231,6 +231,8 @@ def build_exact(method: str) -> Any:
 
 def build_hypercloning(arch: Architecture, options: HyperCloningOptions) -> Growth:
     shape, old = _asked(arch, options), shape_of(arch)
+    if old.kv == 1 and options.kv_heads is None:  # as the paper's code: multi-query attention stays what it is
+        shape = shape.changed(kv=1)
     uneven = [a for a in ("hidden", "inter", "expert_inter", "heads", "kv") if getattr(shape, a) % max(1, getattr(old, a))]
     if uneven or shape.head_dim != old.head_dim:
         raise PlanError(
