@@ -1,7 +1,7 @@
 """Carrying out a plan: every tensor streamed to its place.
 
-Two threads a shard. The first writes: a plain copy is moved by the kernel, anything else is evaluated by row blocks. The second follows a
-tensor behind: it reads back what stands on disk, compares its digest with the digest of what was meant, feeds the shard's SHA-256, and notes
+Writer threads take tensors in the order of the files: a plain copy is moved by the kernel, anything else is evaluated by row blocks. One checker
+a shard follows: it reads back what stands on disk, compares its digest with the digest of what was meant, feeds the shard's SHA-256, and notes
 the tensor in the journal. So a tensor counts as done only when its bytes were seen on disk, and the hash costs no second pass.
 """
 
@@ -12,15 +12,15 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -56,16 +56,25 @@ class _Job:
     progress: Progress
     memory_budget: int
     allow_nonfinite: bool
+    copies: Mapping[str, str]
     halt: threading.Event = field(default_factory=threading.Event)
-    copies: Mapping[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     """Source tensor -> digest of its bytes, taken once."""
-    evaluator_lock: threading.Lock = field(default_factory=threading.Lock)
-    evaluator: Evaluator | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def stop(self) -> None:
         if self.halt.is_set():
             raise _Halted
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        from hf_grow.evaluate import Evaluator, StoredTensors
+
+        return Evaluator(self.plan, StoredTensors(self.checkpoint))
+
+    def evaluator(self) -> Evaluator:
+        with self.lock:
+            return self._evaluator
 
 
 class _Halted(Exception):
@@ -121,11 +130,23 @@ def _explained(folder: PartialFolder) -> Iterator[None]:
 
 
 def _write_shards(job: _Job, shards: list[Shard], workers: int) -> dict[str, str]:
-    """All shards, some at a time. Any failure stops all threads before it is raised."""
-    with ThreadPoolExecutor(workers, "shard") as pool:
-        futures: list[Future[str]] = []
+    """All shards; returns the SHA-256 of each. Any failure stops all threads before it is raised.
+
+    Writers take tensor after tensor in the order of the files; one checker a shard follows them, and one syncer starts the disk meanwhile.
+    """
+    for shard in shards:
+        with _target(job, shard) as target:
+            os.ftruncate(target, shard.size)
+            write_all(target, shard.header, 0)
+    with ThreadPoolExecutor(workers, "write") as writers, ThreadPoolExecutor(2 * workers, "check") as checkers:
+        futures: list[Future[Any]] = []
+        hashes: dict[str, Future[str]] = {}
         try:
-            futures = [pool.submit(_write_shard, job, shard) for shard in shards]
+            for shard in shards:
+                written = [writers.submit(_write_tensor, job, shard, slot) for slot in shard.slots]
+                futures += written
+                hashes[shard.file] = checkers.submit(_check_shard, job, shard, written)
+                futures += [hashes[shard.file], checkers.submit(_sync_shard, job, shard, written)]
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             # Reached by KeyboardInterrupt too: `with` then waits for threads that stop at their next piece.
@@ -134,45 +155,26 @@ def _write_shards(job: _Job, shards: list[Shard], workers: int) -> dict[str, str
                 for f in futures:
                     f.cancel()
     errors = [e for f in futures if not f.cancelled() and (e := f.exception()) is not None]
-    for error in sorted(errors, key=lambda e: isinstance(e, _Halted)):
+    for error in sorted(errors, key=lambda e: isinstance(e, _Halted | CancelledError)):
         raise error
-    return {shard.file: f.result() for shard, f in zip(shards, futures, strict=True)}
+    return {file: future.result() for file, future in hashes.items()}
 
 
-def _write_shard(job: _Job, shard: Shard) -> str:
-    """Writes one shard and returns its SHA-256."""
-    target = os.open(job.folder.path / shard.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    written: queue.SimpleQueue[tuple[Slot, str] | None] = queue.SimpleQueue()
+@contextmanager
+def _target(job: _Job, shard: Shard) -> Iterator[int]:
+    handle = os.open(job.folder.path / shard.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        os.ftruncate(target, shard.size)
-        write_all(target, shard.header, 0)
-        with ThreadPoolExecutor(2, "check") as helpers:
-            checked = helpers.submit(_check_shard, job, shard, target, written)
-            try:
-                for slot in shard.slots:
-                    written.put((slot, _write_tensor(job, slot, target)))
-                synced = helpers.submit(os.fsync, target)
-            except _Halted:
-                written.put(None)
-                checked.result()  # the checker's own error, if it was the checker that failed
-                raise
-            except BaseException:
-                job.halt.set()
-                raise
-            finally:
-                written.put(None)
-            synced.result()
-            return checked.result()
+        yield handle
     finally:
-        os.close(target)
+        os.close(handle)
 
 
-def _check_shard(job: _Job, shard: Shard, target: int, written: queue.SimpleQueue[tuple[Slot, str] | None]) -> str:
-    """Follows the writer: reads each tensor back, compares, notes it; returns the shard's SHA-256."""
-    try:
+def _check_shard(job: _Job, shard: Shard, written: Sequence[Future[str]]) -> str:
+    """Follows the writers: reads each tensor back, compares, notes it; returns the shard's SHA-256."""
+    with _target(job, shard) as target:
         sha = hashlib.sha256(shard.header)
-        while (item := written.get()) is not None:
-            slot, meant = item
+        for slot, future in zip(shard.slots, written, strict=True):
+            meant = future.result()
             if digest(target, slot.start, slot.stop, job.stop, sha) != meant:
                 raise ExecutionError(
                     f"{slot.name} on disk differs from what was written to {shard.file}.", hint="The disk may be failing; run again."
@@ -180,21 +182,25 @@ def _check_shard(job: _Job, shard: Shard, target: int, written: queue.SimpleQueu
             if job.folder.done.get(slot.name) != meant:
                 job.folder.note(slot.name, meant)
             job.progress(slot.stop - slot.start)
-        job.stop()
         return sha.hexdigest()
-    except BaseException:
-        job.halt.set()
-        raise
 
 
-def _write_tensor(job: _Job, slot: Slot, target: int) -> str:
+def _sync_shard(job: _Job, shard: Shard, written: Sequence[Future[str]]) -> None:
+    for future in written:
+        future.result()
+    with _target(job, shard) as target:
+        os.fsync(target)
+
+
+def _write_tensor(job: _Job, shard: Shard, slot: Slot) -> str:
     """Puts one tensor into its slot and returns the digest its bytes must have."""
-    earlier = job.folder.done.get(slot.name)
-    if earlier and digest(target, slot.start, slot.stop, job.stop) == earlier:
-        return earlier
     job.stop()
-    source = job.copies.get(slot.name)
-    return _evaluate_tensor(job, slot, target) if source is None else _copy_tensor(job, source, slot, target)
+    with _target(job, shard) as target:
+        earlier = job.folder.done.get(slot.name)
+        if earlier and digest(target, slot.start, slot.stop, job.stop) == earlier:
+            return earlier
+        source = job.copies.get(slot.name)
+        return _evaluate_tensor(job, slot, target) if source is None else _copy_tensor(job, source, slot, target)
 
 
 def _copy_tensor(job: _Job, name: str, slot: Slot, target: int) -> str:
@@ -229,22 +235,18 @@ def _evaluate_tensor(job: _Job, slot: Slot, target: int) -> str:
             hasher.update(piece)
             at += len(piece)
         return hasher.hexdigest()
-    with job.evaluator_lock:  # torch uses all cores by itself; two evaluations at once only double the memory
-        if job.evaluator is None:
-            from hf_grow.evaluate import Evaluator, StoredTensors
+    from hf_grow.evaluate import one_thread_each, raw_bytes
 
-            job.evaluator = Evaluator(job.plan, StoredTensors(job.checkpoint))
-        from hf_grow.evaluate import raw_bytes
-
-        try:
-            for block in job.evaluator.blocks(expr, slot.info, job.memory_budget):
+    try:
+        with one_thread_each():
+            for block in job.evaluator().blocks(expr, slot.info, job.memory_budget):
                 job.stop()
                 data = raw_bytes(block)
                 write_all(target, data, at)
                 hasher.update(data)
                 at += len(data)
-        except GrowError as error:
-            raise type(error)(f"{slot.name}: {error.message}", hint=error.hint) from None
+    except GrowError as error:
+        raise type(error)(f"{slot.name}: {error.message}", hint=error.hint) from None
     return hasher.hexdigest()
 
 

@@ -154,6 +154,8 @@ def shape_warnings(arch: Architecture, shape: Shape) -> list[str]:
                 f"{shape.kv} kv heads do not divide by {parallel}: tensor parallelism over {parallel} GPUs is no longer possible without copies."
             )
             break
+    if shape.head_dim != old.head_dim and arch.has_norm_over("head_dim"):
+        out.append("Under this family's norm over head_dim the new coordinates of queries and keys stay zero for good; only values learn.")
     if shape.heads * shape.head_dim < shape.hidden and old.heads * old.head_dim >= old.hidden:
         out.append(f"attention is narrower than the model: {shape.heads} x {shape.head_dim} < {shape.hidden}.")
     return out

@@ -54,23 +54,24 @@ class Space:
         return _scatter([i for i in range(self.map.target_size) if i not in null], self.map.target_size)
 
     @cached_property
-    def copies(self) -> list[AxisMap]:
-        """For each copy number c, the map of gains (delta_cc' - 1/count): the sum over c of noise through them adds up to zero over the
-        copies of every source coordinate (a basis of the null space N A = 0). Empty where nothing is copied."""
+    def contrasts(self) -> list[AxisMap]:
+        """Helmert contrasts over the copies of every source coordinate: contrast j weighs the first j copies against the next one.
+
+        Noise through them adds up to zero over the copies (they span the null space N A = 0), with variance 1 - 1/count in each copy.
+        Empty where nothing is copied.
+        """
         counts = Counter(s for s, a, _ in self.map.rows() if s is not None and a)
-        most = max(counts.values(), default=1)
-        if most == 1:
-            return []
         maps = []
-        for c in range(most):
+        for j in range(1, max(counts.values(), default=1)):
             seen: Counter[int] = Counter()
             runs = []
             for source, a, _ in self.map.rows():
-                if source is None or not a or counts[source] == 1:
+                if source is None or not a or counts[source] <= j:
                     runs.append(Run(None, 1, 0.0, 0.0))
                     continue
-                gain = (1.0 if seen[source] == c else 0.0) - 1.0 / counts[source] if c < counts[source] else 0.0
-                runs.append(Run(source, 1, 0.0, gain))
+                at = seen[source]
+                gain = 1.0 if at < j else -float(j) if at == j else 0.0
+                runs.append(Run(source, 1, 0.0, gain / math.sqrt(j * (j + 1))))
                 seen[source] += 1
             maps.append(AxisMap(self.map.source_size, joined(runs), dual=False))
         return maps

@@ -108,28 +108,21 @@ class Widening:
         self, entry: Entry, source: Expr, wide: Expr, dim: int, space: Space, shape: list[int], axes: dict[str, AxisMap]
     ) -> list[Expr]:
         """Noise on the columns of copies that adds up to zero over them, as itself or in proportion to each weight."""
-        copies = space.copies
-        if not copies:
+        contrasts = space.contrasts
+        if not contrasts:
             return []
         split = self.symmetry == "split"
-        count = len(copies)
-        # (delta - 1/count) has mean square (1 - 1/count)/count a copy number: this brings the sum over copy numbers back to `strength`.
+        count = len(contrasts) + 1
+        # A copy holds 1/count of the weight; sqrt(1 - 1/count) is the size that noise of size one has after the contrasts.
         scale = self.strength / math.sqrt(1 - 1 / count) * (1.0 if split else 1.0 / count)
         size = list(shape)
         size[dim] = space.map.source_size
+        like = None if split else source
         noise: list[Expr] = [
-            _take(
-                Noise(tuple(size), scale, f"{entry.name}/copy{dim}.{c}", None if split else source),
-                dim,
-                f"{space.name}.copy{c}",
-                m,
-                "in",
-                axes,
-            )
-            for c, m in enumerate(copies)
+            _take(Noise(tuple(size), scale, f"{entry.name}/copy{dim}.{j}", like), dim, f"{space.name}.contrast{j}", contrast, "in", axes)
+            for j, contrast in enumerate(contrasts)
         ]
-        together = Sum(tuple(noise), (1.0,) * count)
-        return [Product((wide, together))] if split else [together]
+        return [Product((wide, noise[0] if count == 2 else Sum(tuple(noise), (1.0,) * len(noise))))] if split else noise
 
 
 def _take(of: Expr, dim: int, name: str, axis: AxisMap, role: Literal["out", "in"], axes: dict[str, AxisMap]) -> Expr:
