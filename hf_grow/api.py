@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_grow.checkpoint.names import ALIASES
 from hf_grow.checkpoint.reader import Checkpoint, open_folder
 from hf_grow.checkpoint.source import open_source
 from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, Progress
@@ -133,4 +134,8 @@ def verify(
 def _grown_from(old: str, new: Checkpoint) -> str | None:
     """The commit that `new` was grown from, where `old` names the same Hub repository."""
     source = (new.growth or {}).get("source", {})
-    return source.get("revision") or None if isinstance(source, dict) and source.get("ref") == old and not Path(old).is_dir() else None
+    return (
+        source.get("revision") or None
+        if isinstance(source, dict) and source.get("ref") == ALIASES.get(old.lower(), old) and not Path(old).is_dir()
+        else None
+    )

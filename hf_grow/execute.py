@@ -213,7 +213,7 @@ def _copy_tensor(job: _Job, name: str, slot: Slot, target: int) -> str:
             if not (values.finite or job.allow_nonfinite):
                 raise SourceError(
                     f"{name} in {stored.file} holds NaN or infinite values; a model grown from it would be broken.",
-                    hint="Use an undamaged checkpoint (or --allow-nonfinite, if you know why they are there).",
+                    hint="Use an undamaged checkpoint (or --allow-nonfinite --resume, if you know why they are there).",
                 )
             job.digests[name] = found
         copy_range(handle, target, stored.start, slot.start, stored.stop - stored.start, job.stop)

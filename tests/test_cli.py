@@ -68,6 +68,14 @@ def test_verify_exits_1_when_the_bytes_are_wrong(source: Path, tmp_path: Path, c
     assert "verification" not in json.loads((tmp_path / "out" / "growth.json").read_text())
 
 
+def test_a_comparison_with_another_source_is_not_recorded(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("dus", source, "-o", tmp_path / "out")
+    assert run("verify", source, tmp_path / "out", "--structure-only") == 0
+    other = save(make(BY_NAME["mistral"], num_hidden_layers=3, dtype=torch.bfloat16), tmp_path / "other")
+    assert run("verify", other, tmp_path / "out", "--structure-only") == 1
+    assert json.loads((tmp_path / "out" / "growth.json").read_text())["verification"]["ok"]
+
+
 def test_a_dry_run_writes_nothing_and_gives_the_same_plan(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["dus", source, "--layers-to", 6, "-o", tmp_path / "out", "--json"]
     assert run(*words, "--dry-run") == 0
@@ -121,8 +129,12 @@ def test_a_recipe_gives_what_the_flags_give(source: Path, tmp_path: Path, capsys
     names = {p.name for p in (tmp_path / "a").iterdir()}
     assert len(names) > 5
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
-    assert run("grow", recipe, "-o", tmp_path / "c", "--dry-run", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["output"] == str(tmp_path / "c")
+    other = tmp_path / "other"
+    other.symlink_to(source)
+    assert run("grow", recipe, "--source", other, "-o", tmp_path / "c", "--dry-run", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["output"] == str(tmp_path / "c")
+    assert found["plan"]["source"] == str(other)
 
 
 def test_a_recipe_tells_all_its_mistakes_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +159,7 @@ WRONG = {
     "words for numbers": (["dus", "{source}", "--noise", "much", "--seed", "-3"], "2 mistakes"),
     "size": (["dus", "{source}", "--to", "10 apples"], "10.7B"),
     "plan size": (["plan", "{source}", "--to", "many"], "10.7B"),
+    "plan of no growth": (["plan", "{source}", "--to", "10K"], "no growth"),
     "size out of reach": (["dus", "{source}", "--to", "10B"], "Reachable around it"),
     "two targets": (["dus", "{source}", "--to", "60K", "--layers-to", "6"], "give one"),
     "layers": (["depth", "{source}", "--layers", "0-9"], "layers 0-3"),

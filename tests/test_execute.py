@@ -239,7 +239,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(mistral: Path, tmp_path: Pat
     with pytest.raises(ExecutionError, match="changed"):
         execute.execute(plan, checkpoint, tmp_path / "out")
     first.write_bytes(first.read_bytes()[:-100])
-    with pytest.raises(GrowError, match="ended early|truncated"):
+    with pytest.raises(GrowError, match=r"ended early|truncated"):
         execute.execute(plan, checkpoint, tmp_path / "out", overwrite=True)
     assert leaves_nothing(tmp_path)
 
@@ -262,8 +262,7 @@ def test_a_disk_that_fails_or_is_full_gives_one_message_and_can_be_gone_on_with(
             api.grow(mistral, tmp_path / "out", workers=1)
     assert "--resume" in caught.value.hint
     assert leaves_nothing(tmp_path)
-    result = api.grow(mistral, tmp_path / "out", resume=True)
-    assert result.resumed > 0
+    api.grow(mistral, tmp_path / "out", resume=True)
     api.grow(mistral, tmp_path / "whole")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
@@ -290,7 +289,8 @@ def test_a_damaged_tensor_of_an_interrupted_run_is_written_again(mistral: Path, 
     with partial.open("r+b") as f:
         f.seek(20_000)
         f.write(b"garbage garbage")
-    api.grow(mistral, tmp_path / "out", resume=True)
+    result = api.grow(mistral, tmp_path / "out", resume=True)
+    assert result.resumed > 0
     assert tensors_of(tmp_path / "out").keys() == tensors_of(tmp_path / "whole").keys()
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
@@ -384,7 +384,7 @@ def test_a_model_in_memory_that_is_not_the_planned_one_is_refused() -> None:
     plan = api.plan(make(BY_NAME["llama"]), "identity")
     with pytest.raises(SourceError, match="another model"):
         grow_model(make(BY_NAME["llama"], hidden_size=60), plan)
-    with pytest.raises(SourceError, match=r"int8|uint8"):
-        broken = make(BY_NAME["llama"])
-        broken.model.norm.weight = torch.nn.Parameter(broken.model.norm.weight.to(torch.int8), requires_grad=False)
+    broken = make(BY_NAME["llama"])
+    broken.model.norm.weight = torch.nn.Parameter(broken.model.norm.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(SourceError, match="int8"):
         describe(broken)

@@ -165,3 +165,11 @@ def test_measures_equal_a_plain_computation_over_tokens_and_vocabulary() -> None
     assert found["perplexity_new"] == pytest.approx(math.exp(loss_new / 4))
     assert found["greedy_agreement"] == sum(int(a.argmax() == b.argmax()) for a, b in zip(before, after, strict=True)) / 5
     assert found["logit_difference_max"] == pytest.approx(float((before - after).abs().max()))
+
+
+def test_two_broken_models_do_not_agree_and_the_report_stays_json() -> None:
+    bad = torch.full((4, 7), float("nan"))
+    found = _measure([torch.arange(4)], [bad], [bad])
+    assert found["greedy_agreement"] == 0
+    report = Report("a", "b", metrics=found)
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["metrics"]["loss_old"] is None

@@ -30,7 +30,7 @@ def add_flags(parser: argparse._ActionsContainer, models: Iterable[type[Options]
 
 def _add_flag(parser: argparse._ActionsContainer, name: str, field: FieldInfo, short: list[str]) -> None:
     names = [*short, "--" + name.replace("_", "-")]
-    text = (field.description or "").replace("%", "%%")
+    text = (field.description or "").replace("%", "%%") + (" Required." if field.is_required() else "")
     if field.default not in (None, False) and not field.is_required() and "efault" not in text:
         text += f" Default: {field.default}."
     if field.annotation is bool:
@@ -39,17 +39,24 @@ def _add_flag(parser: argparse._ActionsContainer, name: str, field: FieldInfo, s
         parser.add_argument(*names, dest=name, default=SKIP, metavar=_metavar(name, field), help=text)
 
 
+_METAVARS = {"to": "SIZE", "max_shard_size": "BYTES", "memory_budget": "BYTES", "output": "DIR", "with_optimizer": "DIR"}
+
+
 def _metavar(name: str, field: FieldInfo) -> str:
-    if "tuple" in str(field.annotation):
+    kinds = _types(field.annotation)
+    choices = [a for k in kinds if typing.get_origin(k) is typing.Literal for a in typing.get_args(k)]
+    if choices:
+        return "{" + ",".join(map(str, choices)) + "}"
+    if any(typing.get_origin(k) is tuple for k in kinds):
         return "LIST"
-    if name == "to":
-        return "SIZE"
-    if name in ("max_shard_size", "memory_budget"):
-        return "BYTES"
-    if name == "output":
-        return "DIR"
-    kinds = typing.get_args(field.annotation) if isinstance(field.annotation, types.UnionType) else (field.annotation,)
-    return "N" if int in kinds or "int" in str(field.annotation) else "X" if "float" in str(field.annotation) else name.upper()
+    return _METAVARS.get(name) or ("N" if int in kinds else "X" if float in kinds else name.upper())
+
+
+def _types(annotation: Any) -> list[Any]:
+    """The members of a union, without their constraints."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return [t for member in typing.get_args(annotation) for t in _types(member)]
+    return _types(typing.get_args(annotation)[0]) if typing.get_origin(annotation) is typing.Annotated else [annotation]
 
 
 def given(arguments: argparse.Namespace, model: type[Options]) -> dict[str, Any]:

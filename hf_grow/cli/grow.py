@@ -89,6 +89,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML file, or the name of a recipe that comes with hf-grow: " + ", ".join(RECIPES) + ". Keys: source, revision, method, "
         "the options of the method (see hf-grow depth --help) and the output options below, with _ for -",
     )
+    parser.add_argument("--source", help="checkpoint folder or Hub id, instead of the recipe's")
     output = parser.add_argument_group("output (these override the recipe)")
     _add_output(output)
 
@@ -112,6 +113,8 @@ def find_recipe(text: str) -> Path:
 
 def run_recipe(arguments: argparse.Namespace) -> int:
     data = load_yaml(find_recipe(arguments.recipe))
+    if arguments.source:
+        data = {**data, "source": arguments.source, "revision": None}
     method = find_method(str(data.get("method", "dus")))
     # One model of both, so that every mistake of the recipe is told at once.
     keys: type[RecipeOptions] = type("Recipe", (RecipeOptions, method.options), {"__module__": __name__})

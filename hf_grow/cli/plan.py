@@ -33,6 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--to: {error}.") from None
     checkpoint = open_source(arguments.source, revision=arguments.revision, weights=False, notify=render.note)
     check_source(checkpoint.info)
+    now = measure(checkpoint.info.architecture).total
+    if target <= now:
+        raise InputError(f"{checkpoint.ref} has {short(now)} parameters already; {short(target)} is no growth.", hint="Give a larger --to.")
     ways: list[tuple[GrowthPlan, str]] = []
     for method in METHODS.values():
         options = method.for_size(checkpoint.info.architecture, target)

@@ -144,7 +144,7 @@ def show_report(report: Report) -> None:
         table.add_row(check.name, marks[check.status], check.detail)
     console.print(table)
     m = report.metrics
-    if m:
+    if any(c.name == "logits" and c.status == "pass" for c in report.checks):
         console.print(f"{m['tokens']} tokens of {m['text']}, computed in {m['dtype']}", markup=False)
         figures = Table(show_header=False, box=None, padding=(0, 2))
         figures.add_row("perplexity before / after", f"{m['perplexity_old']:.4g} / {m['perplexity_new']:.4g}")

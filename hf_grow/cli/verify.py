@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
             progress=progress,
             notify=render.note,
         )
-    if not arguments.no_record:
+    # A comparison with something else than the source says nothing of this growth, and must not replace what was found before.
+    if not arguments.no_record and all(c.status == "pass" for c in report.checks if c.name == "source"):
         _record(new, report)
     if arguments.json:
         print_json(report.to_json())

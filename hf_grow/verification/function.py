@@ -164,7 +164,8 @@ def _measure(windows: list[torch.Tensor], before: list[torch.Tensor], after: lis
         kl += float((log_a.exp() * (log_a - log_b)).sum().clamp(min=0))
         loss_old += float(F.nll_loss(log_a[:-1], ids[1:], reduction="sum"))
         loss_new += float(F.nll_loss(log_b[:-1], ids[1:], reduction="sum"))
-        agree += float((a.argmax(-1) == b.argmax(-1)).sum())
+        both = a.isfinite().all(-1) & b.isfinite().all(-1)  # two broken models do not agree
+        agree += float(((a.argmax(-1) == b.argmax(-1)) & both).sum())
         largest = max(largest, float((a - b).abs().max()))
         spread += float((a - b).abs().mean(-1).sum())
         top = max(top, float(a.abs().max()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -31,4 +32,7 @@ class Report:
         self.checks.append(Check(name, "skip" if ok is None else "pass" if ok else "fail", detail))
 
     def to_json(self) -> dict[str, Any]:
-        return {"ok": self.ok, **asdict(self)}
+        """Plain JSON; what is no number (NaN of a broken model) becomes null."""
+        data = {"ok": self.ok, **asdict(self)}
+        data["metrics"] = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.metrics.items()}
+        return data

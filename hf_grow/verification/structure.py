@@ -112,7 +112,11 @@ def rederive(old: Checkpoint, new: Checkpoint, plan: GrowthPlan, report: Report,
         )
     recorded = {f: facts.get("sha256") for f, facts in new.growth["target"].get("files", {}).items()}
     broken = sorted(f for f in hashes.keys() | recorded.keys() if hashes.get(f) != recorded.get(f))
-    report.add("SHA-256", not broken, f"{broken[0]} is not the file that was written" if broken else f"{len(hashes)} shards as recorded")
+    report.add(
+        "SHA-256",
+        not broken,
+        f"{broken[0]} is not the file that was written" if broken else f"{len(hashes)} weight file{'s' * (len(hashes) > 1)} as recorded",
+    )
 
 
 class _Rederivation:
