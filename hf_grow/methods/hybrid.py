@@ -124,7 +124,7 @@ def _cost(arch: Architecture, shape: Shape, layers: int, share: float, ffn: floa
     ratio = abs(math.log(shape.heads * shape.head_dim / shape.hidden) - math.log(arch.heads * arch.size("head_dim") / arch.size("hidden")))
     ratio += abs(math.log(shape.heads / shape.kv) - math.log(arch.size("group")))
     parallel = 0.05 if arch.size("kv") % 4 == 0 and shape.kv % 4 else 0.0
-    return 8 * abs(share - 1) + outside + 0.3 * abs(math.log(ffn)) + 0.5 * ratio + parallel
+    return 8 * abs(share - 1) + outside + 0.3 * abs(math.log(ffn)) + ratio + parallel
 
 
 def build_hybrid(arch: Architecture, options: HybridOptions) -> Growth:
