@@ -74,7 +74,7 @@ EXPECTED: dict[str, tuple[int, int, list[int], str]] = {
     "layers_qwen3": (596_049_920, 721_897_472, [*range(18), *range(10, 28)], "changes the function"),
     "upgrade_3b_7b": (3_212_749_824, 7_002_021_120, spread(28, 41), "lossless"),
     "upgrade_7b_10b": (7_241_732_096, 9_997_488_128, spread(32, 44), "lossless"),
-    "upgrade_7b_13b": (7_241_732_096, 12_993_071_616, spread(28, 46), "lossless"),
+    "upgrade_7b_13b": (7_241_732_096, 12_993_071_616, spread(32, 46), "lossless"),
 }  # fmt: skip
 
 
