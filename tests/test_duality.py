@@ -234,10 +234,9 @@ def apart(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 TRAJECTORIES = [
-    *[(name, "x2") for name in ("llama", "llama-tied", "llama-bias", "mistral-tied", "mixtral", "qwen2", "qwen3-tied", "qwen3_moe-mixed")],
+    *[(name, "x2") for name in ("llama", "llama-tied", "llama-bias", "mixtral", "qwen2", "qwen3-tied")],
     ("llama-tied", "x3"),
     ("llama-tied", "fpi"),
-    ("mixtral", "fpi"),
     ("qwen2", "ffn copied unevenly"),
     ("mixtral", "ffn copied unevenly"),
 ]
