@@ -16,7 +16,9 @@ from hf_grow.cli import main
 from hf_grow.errors import InputError, SourceError
 from hf_grow.evaluate import Evaluator, HeldTensors
 from hf_grow.in_memory import disk_names, grow_model
-from hf_grow.training.carry import Policy, carry, trainer_groups
+from hf_grow.training import trajectory
+from hf_grow.training.carry import Policy, carry
+from hf_grow.training.skeleton import trainer_groups
 
 CASES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe-mixed"]
 GROWTHS: dict[str, dict[str, Any]] = {
@@ -255,3 +257,24 @@ class _StopAt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         control.should_training_stop = state.global_step >= self.step
         return control
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "mixtral"])
+def test_with_exact_steps_trainer_repeats_what_the_small_model_does(name: str, tmp_path: Path) -> None:
+    """The small model goes on from its checkpoint, the grown one from the grown checkpoint: the same losses."""
+    model = make(BY_NAME[name])
+    Trainer(model, arguments(tmp_path / "run", 8), train_dataset=_Rows(), callbacks=[_StopAt(4)]).train()
+    stopped = tmp_path / "run" / "checkpoint-4"
+    small = Trainer(AutoModelForCausalLM.from_pretrained(stopped), arguments(tmp_path / "small", 8), train_dataset=_Rows())
+    small.train(resume_from_checkpoint=str(stopped))
+    words = ["width", str(stopped), "--factor", "2", "--symmetry", "none", "-o", str(tmp_path / "grown"), "--with-optimizer", str(stopped)]
+    assert main([*words, "--exact-steps"]) == 0
+    plan = api.plan(stopped, "tile", factor=2, symmetry="none")
+    grown = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
+    optimizer = torch.optim.AdamW(trajectory.groups(grown, plan, lr=1e-3, weight_decay=0.01))
+    large = Trainer(grown, arguments(tmp_path / "large", 8), train_dataset=_Rows(), optimizers=(optimizer, None))
+    large.train(resume_from_checkpoint=str(tmp_path / "grown"))
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e and e["step"] > 4] for t in (small, large)]
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], abs=2e-4)
+    assert max(losses[0]) - min(losses[0]) > 1e-3  # the losses are not all alike

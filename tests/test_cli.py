@@ -282,7 +282,7 @@ def test_the_flags_of_dus_are_frozen(capsys: pytest.CaptureFixture[str]) -> None
     flags = {w.strip(",[]") for w in capsys.readouterr().out.split() if w.strip("[").startswith("--")}
     assert flags == {
         "--help", "--revision", "--noise", "--seed", "--to", "--layers-to", "--drop", "--seam-average", "--output", "--max-shard-size",
-        "--resume", "--overwrite", "--dry-run", "--memory-budget", "--allow-nonfinite", "--with-optimizer", "--optimizer-policy", "--json",
+        "--resume", "--overwrite", "--dry-run", "--memory-budget", "--allow-nonfinite", "--with-optimizer", "--optimizer-policy", "--exact-steps", "--json",
     }  # fmt: skip
 
 

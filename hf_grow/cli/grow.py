@@ -52,6 +52,8 @@ class OutputOptions(Options):
     """Folder of a Trainer checkpoint (with optimizer.pt) of the source: its optimizer state grows along, and training resumes from the result."""
     optimizer_policy: Literal["map", "keep-and-zero", "reset"] = "map"
     """What new entries start with: the mapped state (map), zero (keep-and-zero), or nothing at all for any parameter (reset)."""
+    exact_steps: bool = False
+    """Write optimizer groups with which AdamW repeats the small model's steps exactly; for an optimizer made from hf_grow.training.trajectory.groups."""
 
 
 class RecipeOptions(OutputOptions):
@@ -173,7 +175,7 @@ def _also(output: OutputOptions, plan: GrowthPlan) -> Callable[[Path], set[str]]
     """What is written besides the model, before the folder gets its name."""
     if not output.with_optimizer:
         return lambda folder: set()
-    return grow_checkpoint_state(Path(output.with_optimizer), plan, output.optimizer_policy)
+    return grow_checkpoint_state(Path(output.with_optimizer), plan, output.optimizer_policy, exact_steps=output.exact_steps)
 
 
 def default_output(source: str, plan: GrowthPlan) -> Path:

@@ -22,6 +22,8 @@ from hf_grow.axes import AxisMap, Run, joined
 from hf_grow.errors import InputError, SourceError
 from hf_grow.planning import GrowthPlan, TensorInfo
 from hf_grow.tensormap import Expr, Fill, Quantity, Source, Sum, Take
+from hf_grow.training import trajectory
+from hf_grow.training.skeleton import memory_names, skeleton, trainer_groups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,10 +59,19 @@ def check_trainer_checkpoint(folder: Path) -> None:
     raise SourceError(f"{folder} has no {OPTIMIZER}.", hint="Give a folder that Trainer saved, such as checkpoint-500.")
 
 
-def carry(folder: Path, out: Path, plan: GrowthPlan, policy: Policy = "map", *, names: Sequence[Sequence[str]] | None = None) -> Carried:
+def carry(
+    folder: Path,
+    out: Path,
+    plan: GrowthPlan,
+    policy: Policy = "map",
+    *,
+    names: Sequence[Sequence[str]] | None = None,
+    exact_steps: bool = False,
+) -> Carried:
     """Writes the grown optimizer.pt, scheduler.pt, trainer_state.json and random state of Trainer checkpoint `folder` into `out`.
 
     ``names``: the parameter names of each group, where the optimizer was not made by Trainer and its groups carry no names.
+    ``exact_steps``: groups with the learning rates of `trajectory.rule`, for an optimizer made from `trajectory.groups`.
     Raises SourceError if the state is none of AdamW's, or does not fit the plan's source.
     """
     import torch
@@ -78,11 +89,13 @@ def carry(folder: Path, out: Path, plan: GrowthPlan, policy: Policy = "map", *, 
         groups, state = saved["param_groups"], saved["state"]
     except Exception as error:  # whatever a damaged or hostile file raises under weights_only
         raise SourceError(f"{folder / OPTIMIZER} cannot be read: {str(error).splitlines()[0]}") from None
-    source, target = _skeleton(plan.source.config), _skeleton(plan.growth.config)
+    source, target = skeleton(plan.source.config), skeleton(plan.growth.config)
     layout = _layout(groups, state, source, names)
     beta2 = max(float(g.get("betas", (0, 0.999))[1]) for g in groups)
     grown, fresh, step = grow_state(plan, {n: state[i] for n, i in layout.items() if i in state}, source, target, policy, beta2)
     names_after = _names_after(groups, source, target, plan, names)
+    if exact_steps:
+        groups, names_after = _split_groups(out, groups, names_after, trajectory.rule(plan))
     numbers = {name: i for i, name in enumerate(n for group in names_after for n in group)}
     at = 0
     for group, members in zip(groups, names_after, strict=True):
@@ -92,6 +105,32 @@ def carry(folder: Path, out: Path, plan: GrowthPlan, policy: Policy = "map", *, 
             group["param_names"] = list(members)
     torch.save({"state": {numbers[n]: s for n, s in grown.items() if n in numbers}, "param_groups": groups}, out / OPTIMIZER)
     return Carried(policy, len(grown), fresh, step)
+
+
+def _split_groups(
+    out: Path, groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], rule: Mapping[str, trajectory.Steps]
+) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """Every group in as many as it has different steps, and the schedule's lists of learning rates likewise."""
+    import torch
+
+    new_groups, new_names, origin, factors = [], [], [], []
+    for i, (group, members) in enumerate(zip(groups, names, strict=True)):
+        for steps, chosen in trajectory.by_steps(members, rule):
+            rates = {k: group[k] * steps.lr for k in ("lr", "initial_lr") if k in group}
+            new_groups.append(
+                {**group, **rates, "weight_decay": group["weight_decay"] / steps.lr, "eps": group["eps"] * steps.eps, "param_names": []}
+            )
+            new_names.append(chosen)
+            origin.append(i)
+            factors.append(steps.lr)
+    if (out / SCHEDULER).is_file():
+        schedule = torch.load(out / SCHEDULER, map_location="cpu", weights_only=True)
+        for key, value in schedule.items():
+            if isinstance(value, list) and len(value) == len(groups):
+                rate = key in ("base_lrs", "_last_lr")
+                schedule[key] = [value[i] * f if rate else value[i] for i, f in zip(origin, factors, strict=True)]
+        torch.save(schedule, out / SCHEDULER)
+    return new_groups, new_names
 
 
 def grow_state(
@@ -177,26 +216,6 @@ def _reads_kept(plan: GrowthPlan, expr: Expr) -> bool:
     return isinstance(expr, Source | Sum)
 
 
-def _skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
-    """The model without weights, for its parameter names."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = dict(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
-    return model
-
-
-def trainer_groups(model: PreTrainedModel) -> list[list[str]]:
-    """Parameter names of Trainer's two groups, decayed and not, in the order of its optimizer."""
-    from transformers import Trainer
-
-    decayed = set(Trainer.get_decay_parameter_names(None, model))
-    every = [n for n, _ in model.named_parameters()]
-    return [[n for n in every if n in decayed], [n for n in every if n not in decayed]]
-
-
 def _candidates(
     groups: Sequence[Mapping[str, Any]], model: PreTrainedModel, names: Sequence[Sequence[str]] | None
 ) -> list[list[list[str]]]:
@@ -250,17 +269,6 @@ def _names_after(
     return out
 
 
-def memory_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under names on disk -> under the model's names in memory (experts fused): they are loaded as if they were its weights."""
-    import torch
-
-    own = {n for n, _ in model.named_parameters()}
-    if own <= tensors.keys():
-        return {n: tensors[n] for n in own}
-    loaded = type(model).from_pretrained(None, config=model.config, state_dict=tensors, dtype=torch.float32)
-    return {n: p.detach() for n, p in loaded.named_parameters()}
-
-
 def _origins(model: PreTrainedModel, plan: GrowthPlan) -> dict[str, set[str]]:
     """For each parameter in memory, the names on disk it is made of."""
     from hf_grow.in_memory import disk_names
@@ -271,12 +279,12 @@ def _origins(model: PreTrainedModel, plan: GrowthPlan) -> dict[str, set[str]]:
     return out
 
 
-def grow_checkpoint_state(folder: Path, plan: GrowthPlan, policy: Policy) -> Callable[[Path], set[str]]:
+def grow_checkpoint_state(folder: Path, plan: GrowthPlan, policy: Policy, *, exact_steps: bool = False) -> Callable[[Path], set[str]]:
     """For `execute`: writes the grown state into the output before it gets its name; returns the names of the files."""
 
     def write(out: Path) -> set[str]:
         before = {p.name for p in out.iterdir()}
-        carry(folder, out, plan, policy)
+        carry(folder, out, plan, policy, exact_steps=exact_steps)
         return {p.name for p in out.iterdir()} - before
 
     return write
