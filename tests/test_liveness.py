@@ -144,3 +144,34 @@ def test_lemon_and_tile_tell_copies_apart_unless_told_otherwise(case: Case) -> N
         grown = on_disk(grown_by(make(case), method, factor=2))
         columns = [t for n, t in grown.items() if t.dim() == 2 and "embed" not in n]
         assert all(not torch.equal(*t.chunk(2, 1)) for t in columns)
+
+
+# ---- sizes of what is random --------------------------------------------------------------------------------------------------------------
+
+WIDE = {"hidden_size": 96, "intermediate_size": 96}
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("strength", [0.1, 0.5])
+@pytest.mark.parametrize("symmetry", ["noise", "split"])
+def test_strength_is_the_size_of_what_tells_copies_apart(symmetry: str, strength: float, factor: int) -> None:
+    """Noise: its spread over that of the shared weights. Split: the spread of the factor on each weight."""
+    model = make(BY_NAME["mistral"], dtype=torch.float64, **WIDE)
+    plain = on_disk(grown_by(model, "tile", factor=factor, symmetry="none"))
+    apart = on_disk(grown_by(model, "tile", factor=factor, symmetry=symmetry, strength=strength))
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"):
+        change = apart[name] - plain[name]
+        found = change.std() / plain[name].std() if symmetry == "noise" else (change / plain[name]).std()
+        assert found == pytest.approx(strength, rel=0.05), name
+
+
+def test_random_values_have_the_spread_of_the_old_weights_at_the_new_fan_in() -> None:
+    model = make(BY_NAME["mistral"], **WIDE)
+    grown, old = on_disk(grown_by(model, "tile", hidden=144, intermediate=160, ffn="null")), on_disk(model)
+    for name, part in (
+        ("model.layers.0.mlp.up_proj.weight", (slice(96, None), slice(None))),  # new units
+        ("model.layers.0.mlp.gate_proj.weight", (slice(None, 96), slice(96, None))),  # old units reading new coordinates
+        ("model.layers.1.self_attn.k_proj.weight", (slice(None), slice(96, None))),
+        ("lm_head.weight", (slice(None), slice(96, None))),
+    ):
+        assert grown[name][part].std() / old[name].std() == pytest.approx((96 / 144) ** 0.5, rel=0.1), name
