@@ -2,26 +2,36 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+COMPAT ?= .venv-compat
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 
-.PHONY: demo test test-slow check format bench bench-7b clean help
+.PHONY: demo test test-slow test-compat check format bench bench-7b clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
-# torch goes first: without a GPU its CPU build is enough, and saves gigabytes. uv knows where that build lies.
+# Makes the virtual environment $(1). torch goes first: without a GPU its CPU build is enough, and saves gigabytes. uv knows where that build lies.
+define venv-with-torch
+$(PYTHON) -m venv $(1)
+$(1)/bin/pip install --quiet --disable-pip-version-check --upgrade pip
+if nvidia-smi -L >/dev/null 2>&1; then \
+	$(1)/bin/pip install --quiet torch==$(TORCH); \
+else \
+	$(1)/bin/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null \
+	|| { $(1)/bin/pip install --quiet uv && $(1)/bin/uv pip install --quiet --python $(1)/bin/python --torch-backend=cpu torch==$(TORCH); } \
+	|| $(1)/bin/pip install --quiet torch==$(TORCH); \
+fi
+endef
+
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
-	if nvidia-smi -L >/dev/null 2>&1; then \
-		$(BIN)/pip install --quiet torch==$(TORCH); \
-	else \
-		$(BIN)/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null \
-		|| { $(BIN)/pip install --quiet uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend=cpu torch==$(TORCH); } \
-		|| $(BIN)/pip install --quiet torch==$(TORCH); \
-	fi
+	$(call venv-with-torch,$(VENV))
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[train,plot,dev]'
+	touch $@
+
+$(COMPAT)/.installed: tests/compat/requirements.txt
+	$(call venv-with-torch,$(COMPAT))
+	$(COMPAT)/bin/pip install --quiet -r $<
 	touch $@
 
 demo: $(VENV)/.installed  ## train a small model, grow it, go on training (about 3 minutes)
@@ -32,6 +42,11 @@ test: $(VENV)/.installed  ## the tests (some minutes, no GPU, no network)
 
 test-slow: $(VENV)/.installed  ## tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -q -m slow
+
+test-compat: $(VENV)/.installed $(COMPAT)/.installed  ## grown checkpoints load alike in transformers 4.57 (an environment of its own)
+	rm -rf build/compat
+	$(BIN)/python tests/compat/write.py build/compat
+	$(COMPAT)/bin/python tests/compat/check.py build/compat
 
 check: $(VENV)/.installed  ## lint, format, types, and the order of the modules
 	$(BIN)/ruff check .
@@ -50,4 +65,4 @@ bench-7b: $(VENV)/.installed  ## the exact Mistral-7B config to 10.7B (needs 60 
 	$(BIN)/python benchmarks/conversion.py --size 7b --layers-to 48 --repeats 1
 
 clean:  ## remove the virtual environment and everything made
-	rm -rf $(VENV) demo-out benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(COMPAT) build/compat demo-out benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis

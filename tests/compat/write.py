@@ -1,0 +1,93 @@
+"""Grows tiny checkpoints of every case for check.py, and stores the logits that transformers 5 gives them. Run by `make test-compat`.
+
+    python tests/compat/write.py FOLDER
+
+FOLDER/CASE/GROWTH is a grown checkpoint in bf16; FOLDER/logits.safetensors holds the tokens, and the fp32 logits under CASE/GROWTH.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from exact import logits
+from models import BY_NAME, CASES, Case, make, save, tokens
+
+from hf_grow import api
+from hf_grow.families import Architecture
+from hf_grow.methods.sizing import measure
+
+LENGTH = 48  # many times the sliding windows, and far enough for the rotary settings to matter
+ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+"""Far from every family's default: a reader that takes the default is seen."""
+SCALED = [
+    Case("llama-linear", "llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}}),
+    Case("qwen2-yarn", "qwen2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0,
+                                                     "original_max_position_embeddings": 32}}),
+    Case("qwen3_moe-yarn", "qwen3_moe", {**BY_NAME["qwen3_moe"].options,
+                                         "rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0,
+                                                             "original_max_position_embeddings": 32}}),
+]  # fmt: skip
+"""Long contexts, as Llama 2 and Qwen publish them; llama3 is in CASES."""
+
+Steps = list[tuple[str, dict[str, Any]]]
+
+
+def growths(arch: Architecture) -> dict[str, Steps]:
+    """Names of folders -> methods with their options, one after the other."""
+    kv = 10 if arch.size("group") == 1 else arch.size("kv")
+    inter = "expert_intermediate" if "moe_intermediate_size" in arch.config else "intermediate"
+    odd = {"hidden": 60, "heads": 10, "kv_heads": kv, inter: 50}
+    hybrid = {"to": 3 * measure(arch).total, "multiple_of": 4, "min_depth": arch.layers + 1, "max_depth": arch.layers + 2}
+    found: dict[str, Steps] = {
+        "dus": [("dus", {})],
+        "identity": [("identity", {})],
+        "tile-x2": [("tile", {"factor": 2})],
+        "tile-odd": [("tile", odd)],
+        "tile-odd-dus": [("tile", odd), ("dus", {})],
+        "hybrid": [("hybrid", hybrid)],
+    }
+    if not arch.has_norm_over("head_dim"):  # q and k norms share rms_norm_eps
+        found["tile-odd-eps"] = [("tile", {**odd, "rms_mode": "eps"})]
+    if arch.size("inter") and all(map(arch.is_sparse, range(arch.layers))):
+        del found["hybrid"]  # ZeroDivisionError today: hybrid fits intermediate_size, which no layer of such a model has
+    return found
+
+
+def write(case: Case, folder: Path) -> dict[str, torch.Tensor]:
+    """Grows one case in every way; the logits of the results, by CASE/GROWTH."""
+    changes = {} if "rope_parameters" in case.options else ROTARY
+    model = make(case, dtype=torch.bfloat16, **changes)
+    first = save(model, folder / "sources" / case.name)
+    found = {"tokens": tokens(model, LENGTH)}
+    for label, steps in growths(Architecture(case.config)).items():
+        source = first
+        for at, (method, options) in enumerate(steps, 1):
+            out = folder / case.name / label if at == len(steps) else folder / "sources" / f"{case.name}-{label}"
+            api.grow(source, out, method, max_shard_size=100_000, **options)
+            source = out
+        grown = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        )
+        found[f"{case.name}/{label}"] = logits(grown.eval(), found["tokens"])
+    return found
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    stored: dict[str, torch.Tensor] = {}
+    for case in [*CASES, *SCALED]:
+        stored |= write(case, folder)
+    save_file(stored, folder / "logits.safetensors")
+    print(f"{len(stored) - 1} grown checkpoints of {len(CASES) + len(SCALED)} cases in {folder}")
+
+
+if __name__ == "__main__":
+    main()
