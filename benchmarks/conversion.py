@@ -24,6 +24,7 @@ from report import Row, markdown, show
 from hf_grow.api import plan
 from hf_grow.checkpoint.writer import check_room
 from hf_grow.execute import versions
+from hf_grow.methods import METHODS
 from hf_grow.planning import GrowthPlan
 
 HERE = Path(__file__).parent
@@ -42,14 +43,20 @@ class Contender:
 
 
 def grow_options(arguments: argparse.Namespace) -> dict[str, str]:
-    given = {"layers_to": arguments.layers_to, "seam_average": arguments.seam_average}
+    given = {"layers_to": arguments.layers_to, "seam_average": arguments.seam_average, "factor": arguments.factor, "to": arguments.to}
     return {k: str(v) for k, v in given.items() if v is not None}
+
+
+def grow_words(method: str, source: str) -> list[str]:
+    """`dus SOURCE`, or `width SOURCE --method tile`: methods without a command of their own are chosen within their kind."""
+    kind = METHODS[method].kind
+    return [kind, source] if kind == method else [kind, source, "--method", method]
 
 
 def contenders(scratch: Path, source: Path, grown: GrowthPlan, arguments: argparse.Namespace) -> list[Contender]:
     reference, out = scratch / "reference", scratch / "out"
     flags = [word for key, value in grow_options(arguments).items() for word in ("--" + key.replace("_", "-"), value)]
-    grow = [sys.executable, "-m", "hf_grow", "depth", str(source), "--method", arguments.method, *flags, "--json", "-o"]
+    grow = [sys.executable, "-m", "hf_grow", *grow_words(arguments.method, str(source)), *flags, "--json", "-o"]
     run([[*grow, str(reference)]], OFFLINE)
     copy = ["cp", "-r", str(reference), str(out)]
     files = [str(out / p.relative_to(reference)) for p in sorted(reference.rglob("*")) if p.is_file()]
@@ -59,7 +66,7 @@ def contenders(scratch: Path, source: Path, grown: GrowthPlan, arguments: argpar
         Contender("cp, then sync, then sha256sum", [copy, ["sync", *files], ["sha256sum", *files]], reference),
         Contender("hf-grow, whole process", [[*grow, str(out)]], source, own=lambda usage: float(json.loads(usage.stdout)["seconds"])),
     ]
-    if arguments.mergekit:
+    if arguments.mergekit and METHODS[arguments.method].kind == "depth":
         text = with_mergekit.recipe(source, grown.growth.layers)
         if text is None:
             print("mergekit is left out: passthrough has no means of layers.", file=sys.stderr)
@@ -132,7 +139,7 @@ def facts(scratch: Path, grown: GrowthPlan, found: list[Contender], checks: list
 def command_of(arguments: argparse.Namespace) -> str:
     """The command line again, without what only says where things lie on this machine."""
     words = ["python", "benchmarks/conversion.py", "--size", arguments.size, "--repeats", str(arguments.repeats)]
-    for name in ("method", "layers_to", "seam_average"):
+    for name in ("method", "layers_to", "seam_average", "factor", "to"):
         if getattr(arguments, name) is not None:
             words += ["--" + name.replace("_", "-"), str(getattr(arguments, name))]
     words += ["--" + name.replace("_", "-") for name in ("cold", "no_settle", "mergekit") if getattr(arguments, name)]
@@ -170,9 +177,11 @@ def benchmark(arguments: argparse.Namespace) -> Path:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time hf-grow beside cp, and mergekit, on a generated checkpoint.")
     parser.add_argument("--size", choices=list(CONFIGS), default="tiny")
-    parser.add_argument("--method", choices=["dus", "stack", "interleave", "identity"], default="dus")
+    parser.add_argument("--method", choices=[m for m in METHODS if m != "layers"], default="dus")
     parser.add_argument("--layers-to", type=int, help="default: the method's own")
     parser.add_argument("--seam-average", type=int, help="dus: layers to average on each side of the seam")
+    parser.add_argument("--factor", type=int, help="width methods: grow hidden, FFN and heads by this")
+    parser.add_argument("--to", help="size to grow to, such as 4B")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before each run")
     parser.add_argument(

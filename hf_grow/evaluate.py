@@ -94,7 +94,7 @@ class Evaluator:
         self.scope = Scope({n: t.shape for n, t in plan.source.tensors.items()}, self.axes)
         wide = any(t.dtype == "F64" for t in plan.source.tensors.values())
         self.compute = torch.float64 if wide else torch.float32
-        self._spread: dict[Expr, float] = {}
+        self._moments: dict[Expr, tuple[float, float]] = {}
 
     def rows(self, expr: Expr, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of dimension 0, in the compute dtype."""
@@ -120,9 +120,9 @@ class Evaluator:
     def whole(self, expr: Expr, info: TensorInfo) -> Tensor:
         return torch.cat(list(self.blocks(expr, info, 1 << 62)))
 
-    def spread(self, expr: Expr) -> float:
-        """Standard deviation of all values of an expression, to nine digits: what lies behind depends on the processor's order of summing."""
-        if expr not in self._spread:
+    def moments(self, expr: Expr) -> tuple[float, float]:
+        """Mean and standard deviation of all values of an expression, to nine digits: what lies behind depends on the processor's order of summing."""
+        if expr not in self._moments:
             shape = expr.shape(self.scope)
             step = max(1, BLOCK // (self.compute.itemsize * max(1, math.prod(shape[1:]))))
             total, squares, count = 0.0, 0.0, math.prod(shape)
@@ -130,8 +130,9 @@ class Evaluator:
                 block = self.rows(expr, start, min(start + step, shape[0]))
                 total += float(block.sum(dtype=torch.float64))
                 squares += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
-            self._spread[expr] = float(f"{math.sqrt(max(0.0, squares / count - (total / count) ** 2)):.9g}")
-        return self._spread[expr]
+            mean = total / count
+            self._moments[expr] = float(f"{mean:.9g}"), float(f"{math.sqrt(max(0.0, squares / count - mean**2)):.9g}")
+        return self._moments[expr]
 
 
 @singledispatch
@@ -236,14 +237,15 @@ def _(expr: Noise, ev: Evaluator, start: int, stop: int) -> Tensor:
     row = math.prod(expr.size[1:])
     if ev.quantity != "weight":
         return torch.zeros(stop - start, *expr.size[1:], dtype=ev.compute)
-    std = expr.std * (1.0 if expr.like is None else ev.spread(expr.like))
+    mean, spread = (0.0, 1.0) if expr.like is None else ev.moments(expr.like)
     first, last = start * row, stop * row
     values = np.empty(last - first, dtype=np.float32)
     for chunk in range(first // NOISE_CHUNK, -(-last // NOISE_CHUNK)):
         low, high = max(first, chunk * NOISE_CHUNK), min(last, (chunk + 1) * NOISE_CHUNK)
         bits = _random_bits(ev.seed, expr.key, chunk)[low - chunk * NOISE_CHUNK : high - chunk * NOISE_CHUNK]
         np.take(normal_quantiles(), bits, out=values[low - first : high - first], mode="clip")
-    return torch.from_numpy(values).to(ev.compute).mul_(std).view(stop - start, *expr.size[1:])
+    drawn = torch.from_numpy(values).to(ev.compute).mul_(expr.std * spread)
+    return (drawn if expr.centered else drawn.add_(mean)).view(stop - start, *expr.size[1:])
 
 
 def _random_bits(seed: int, key: str, chunk: int) -> np.ndarray[Any, np.dtype[np.uint16]]:

@@ -6,7 +6,8 @@
     Product(factors)                  elementwise product, of noise with what it is proportional to
     Concat(parts, dim)                parts side by side
     Fill(shape, value)                a constant
-    Noise(shape, std, key, like)      N(0, std^2), seeded by (plan seed, key); `like`: std counts in standard deviations of that expression
+    Noise(shape, std, key, like)      N(0, std^2), seeded by (plan seed, key); `like`: std counts in standard deviations of that expression,
+                                      and the mean may be its mean
 
 An expression says nothing of weights or gradients: the evaluator is given the quantity, and
 
@@ -197,6 +198,8 @@ class Noise(Expr):
     std: float
     key: str
     like: Expr | None = None
+    centered: bool = True
+    """Whether the mean is zero; otherwise it is that of `like`."""
 
     def shape(self, scope: Scope) -> Shape:
         return self.size
@@ -267,4 +270,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in args
     if args:  # a union
         return any(_fits(value, a) for a in args)
-    return isinstance(value, (int, float) if hint is float else hint) and not isinstance(value, bool)
+    if hint is bool or isinstance(value, bool):
+        return hint is bool and isinstance(value, bool)
+    return isinstance(value, (int, float) if hint is float else hint)

@@ -73,7 +73,7 @@ def expressions(draw, shape: Shape | None = None, depth: int = 3) -> Expr:
     if kind == "fill":
         return Fill(shape, draw(FINITE))
     if kind == "noise":
-        return Noise(shape, draw(FINITE), draw(st.sampled_from(NAMES)), draw(st.none() | inner))
+        return Noise(shape, draw(FINITE), draw(st.sampled_from(NAMES)), draw(st.none() | inner), draw(st.booleans()))
     if kind == "sum":
         terms = tuple(draw(st.lists(inner, min_size=1, max_size=3)))
         return Sum(terms, tuple(draw(FINITE) for _ in terms))
@@ -94,9 +94,10 @@ def value_of(expr: Expr, sources: Mapping[str, np.ndarray]) -> np.ndarray:
             return sources[expr.key]
         case Fill(size, value):
             return np.full(size, value)
-        case Noise(size, std, key, like):
-            scale = std * (1 if like is None else value_of(like, sources).std())
-            return np.random.default_rng(list(key.encode())).normal(size=size) * scale
+        case Noise(size, std, key, like, centered):
+            about = np.array([-1.0, 1.0]) if like is None else value_of(like, sources)  # mean 0, spread 1
+            drawn = np.random.default_rng(list(key.encode())).normal(size=size) * std * about.std()
+            return drawn if centered or like is None else drawn + about.mean()
         case Sum(terms, weights):
             return sum(w * value_of(t, sources) for w, t in zip(weights, terms, strict=True))
         case Concat(parts, dim):

@@ -18,6 +18,7 @@ COMMANDS = {
     "depth": ("grow", "any depth method: dus, stack, interleave, identity, a list of layers"),
     "width": ("grow", "any width method: hidden_size, intermediate_size, heads, head_dim"),
     "hybrid": ("grow", "depth, width and FFN together, to any size"),
+    "experts": ("grow", "a dense model into a mixture of experts, or more experts"),
     "grow": ("grow", "carry out a growth recipe (YAML)"),
     "verify": ("verify", "prove that a grown checkpoint is what its plan says"),
     "inspect": ("inspect", "what a checkpoint is, from config and headers"),

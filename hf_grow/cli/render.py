@@ -13,6 +13,7 @@ from rich.table import Table
 
 from hf_grow.checkpoint.writer import Progress
 from hf_grow.growth import LayerOrigin
+from hf_grow.methods.hybrid import ffn_axis
 from hf_grow.methods.sizing import measure, short
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def show_plan(plan: GrowthPlan) -> None:
 def show_candidates(arch: Architecture, found: Sequence[Candidate], options: HybridOptions) -> None:
     """The table of hybrid shapes, the chosen one marked."""
     table = Table(title=f"shapes near {short(options.to)}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    ffn = "inter" if arch.size("inter") else "expert_inter"
+    ffn = ffn_axis(arch)
     for column in ("", "layers", "hidden", "FFN", "heads/kv", "size", "off", "hidden/layers"):
         table.add_column(column, justify="right", no_wrap=True)
     now = arch.size("hidden") / arch.layers

@@ -81,6 +81,11 @@ def candidates(arch: Architecture, options: HybridOptions) -> list[Candidate]:
     return sorted(best.values(), key=lambda c: c.cost)[:LISTED]
 
 
+def ffn_axis(arch: Architecture) -> str:
+    """The FFN that closes the gap: that of the experts where no layer is dense (then intermediate_size is in no tensor)."""
+    return "expert_inter" if all(map(arch.is_sparse, range(arch.layers))) else "inter"
+
+
 def _all(arch: Architecture, options: HybridOptions) -> Iterator[Candidate]:
     old = shape_of(arch)
     low, high = options.min_depth or arch.layers, options.max_depth or 3 * arch.layers
@@ -89,8 +94,8 @@ def _all(arch: Architecture, options: HybridOptions) -> Iterator[Candidate]:
         for n in range(max(low, arch.layers), high + 1)
         if options.depth_method != "dus" or n == arch.layers or (n % 2 == 0 and n <= 2 * arch.layers)
     ]
+    axis = ffn_axis(arch)
     for shape in (old, *widths(arch, multiple=options.multiple_of)):
-        axis = "inter" if old.inter else "expert_inter"
         size, unit = getattr(shape, axis), _unit(getattr(old, axis), options.multiple_of)
         base = with_shape(arch, shape)
         block = sum(block_parameters(base)) / arch.layers

@@ -81,6 +81,9 @@ def nearest_shape(
     arch: Architecture, target: int, *, head_dim: int | None = None, whole: bool = False, strict: bool = True, multiple: int = 128
 ) -> Shape:
     """Widths whose parameter count comes nearest to `target`, all by about one factor. Raises PlanError if none is within 5 %."""
+    now = measure(arch).total
+    if target <= now:
+        raise PlanError(f"The source has {short(now)} parameters already; {short(target)} is no growth.")
     best: tuple[float, Shape, int] | None = None
     for shape in widths(arch, whole=whole, multiple=multiple):
         shape = replace(shape, head_dim=head_dim or shape.head_dim)
@@ -91,7 +94,7 @@ def nearest_shape(
     if best is None or (strict and best[0] > TOLERANCE):
         reach = f"the nearest by width alone is {short(best[2])}" if best else "no width near it is feasible"
         raise PlanError(
-            f"{short(target)} parameters cannot be met within {TOLERANCE:.0%} by width: the source has {short(measure(arch).total)}, {reach}.",
+            f"{short(target)} parameters cannot be met within {TOLERANCE:.0%} by width: the source has {short(now)}, {reach}.",
             hint="hf-grow hybrid SOURCE --to SIZE grows depth and width together.",
         )
     return best[1]

@@ -60,17 +60,15 @@ class WidthOptions(Options):
 class ExactOptions(WidthOptions):
     rms_mode: Literal["scale", "eps"] = "scale"
     """Where sizes are no whole factor: scale what writes the residual stream, or rms_norm_eps."""
-    symmetry: Symmetry = "noise"
-    """How copies are told apart, without changing the function: noise that adds up to zero, an elementwise-random split, or none (locked for good)."""
-    strength: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Size of that noise or split, in standard deviations of the weights."""
+    symmetry: Symmetry = "split"
+    """How copies are told apart, without changing the function: an elementwise-random split, noise that adds up to zero, or none (locked for good)."""
+    strength: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Size of that split (as a share of each weight) or noise (in standard deviations); 0.1 where optimizer state is carried along."""
 
 
 class LemonOptions(ExactOptions):
     rms_mode: Literal["scale", "eps"] = "eps"
     """Where sizes are no whole factor: scale what writes the residual stream, or rms_norm_eps."""
-    symmetry: Symmetry = "split"
-    """How copies are told apart: an elementwise-random split, noise that adds up to zero, or none."""
 
 
 class HyperCloningOptions(WidthOptions):

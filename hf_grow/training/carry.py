@@ -178,9 +178,9 @@ def grow_state(
 
 
 def _is_fresh(plan: GrowthPlan, name: str) -> bool:
-    """New identity blocks learn from nothing: their old moments belong to another place in the network."""
+    """What is made of nothing old (zeros, a new router), and new identity blocks: their old moments belong to another place in the network."""
     entry = plan.architecture.tensors[name]
-    return (entry.layer >= 0 and plan.growth.layers[entry.layer].identity) or isinstance(plan.growth.tensors[name], Fill)
+    return (entry.layer >= 0 and plan.growth.layers[entry.layer].identity) or next(plan.growth.tensors[name].sources(), None) is None
 
 
 def _kept_only(plan: GrowthPlan) -> GrowthPlan:

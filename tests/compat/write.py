@@ -56,8 +56,6 @@ def growths(arch: Architecture) -> dict[str, Steps]:
     }
     if not arch.has_norm_over("head_dim"):  # q and k norms share rms_norm_eps
         found["tile-odd-eps"] = [("tile", {**odd, "rms_mode": "eps"})]
-    if arch.size("inter") and all(map(arch.is_sparse, range(arch.layers))):
-        del found["hybrid"]  # ZeroDivisionError today: hybrid fits intermediate_size, which no layer of such a model has
     return found
 
 
