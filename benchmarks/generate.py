@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from hf_grow.architecture import Architecture
 from hf_grow.checkpoint.reader import INDEX
 from hf_grow.checkpoint.transfer import write_all
 from hf_grow.checkpoint.writer import Shard, check_room, index_of, layout
-from hf_grow.families import Architecture
 from hf_grow.planning import TensorInfo
 
 STD = 0.02

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from hf_grow.architecture import Architecture
 from hf_grow.axes import AxisMap
-from hf_grow.families import Architecture
 from hf_grow.recipe import Options
 from hf_grow.tensormap import Expr, Noise, Take, substitute
 

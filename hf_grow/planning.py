@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from hf_grow.architecture import Architecture
 from hf_grow.axes import AxisMap
 from hf_grow.errors import PlanError, SourceError
-from hf_grow.families import DERIVED_BUFFERS, Architecture
+from hf_grow.families import DERIVED_BUFFERS
 from hf_grow.growth import Growth, Guarantee, LayerOrigin
 from hf_grow.methods.sizing import Size, measure
 from hf_grow.tensormap import Expr, Scope, Shape, Source, from_json, to_json

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_grow.api import find_method
+from hf_grow.architecture import Architecture
 from hf_grow.evaluate import Evaluator, HeldTensors
-from hf_grow.families import Architecture
 from hf_grow.growth import Growth, compose
 from hf_grow.in_memory import describe, disk_names, grow_model
 from hf_grow.planning import GrowthPlan, make_plan

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from models import BY_NAME, CASES, SIZES, WINDOW, Case, each_case, from_disk, make, on_disk, real_config, tokens
 from transformers import AutoModelForCausalLM
 
+from hf_grow.architecture import Architecture
 from hf_grow.errors import InputError, PlanError, SourceError
-from hf_grow.families import FAMILIES, Architecture
+from hf_grow.families import FAMILIES
 from hf_grow.growth import Growth, LayerOrigin, compose
 from hf_grow.methods import METHODS
 from hf_grow.methods.sizing import measure

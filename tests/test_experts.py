@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_grow import api
+from hf_grow.architecture import Architecture
 from hf_grow.errors import PlanError
-from hf_grow.families import Architecture
 from hf_grow.in_memory import disk_tensors, grow_model
 from hf_grow.methods.sizing import measure
 

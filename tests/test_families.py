@@ -15,9 +15,11 @@ from models import BY_NAME, LLAMA3, SIZES, WINDOW, Case, each_case, make, on_dis
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_grow.architecture import Architecture
 from hf_grow.errors import SourceError
-from hf_grow.families import FAMILIES, PREDICATES, Architecture, portable_config
+from hf_grow.families import FAMILIES, PREDICATES
 from hf_grow.methods.sizing import block_parameters, measure, short
+from hf_grow.portable import portable_config
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 Shapes = dict[str, tuple[int, ...]]

@@ -18,7 +18,7 @@ ROOT = Path(hf_grow.__file__).parent
 
 # A module imports only from lower floors and, on its own floor, from what stands before it. A package stands for all of its modules.
 FLOORS = [
-    ["_version", "errors", "families", "tensormap"],
+    ["_version", "errors", "families", "architecture", "portable", "tensormap"],
     ["axes", "recipe", "growth"],
     ["methods.sizing", "methods.spaces", "methods.shapes", "methods.widen", "methods.depth", "methods.width", "methods.experts", "methods.hybrid",
      "methods"],

@@ -10,8 +10,8 @@ from exact import logits
 from models import BY_NAME, CASES, Case, each_case, make, save, tokens
 
 from hf_grow import api
+from hf_grow.architecture import Architecture
 from hf_grow.errors import PlanError
-from hf_grow.families import Architecture
 from hf_grow.in_memory import grow_model
 from hf_grow.methods.hybrid import HybridOptions, candidates, grow_to
 from hf_grow.methods.sizing import measure

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import SIZES
 
+from hf_grow.architecture import Architecture
 from hf_grow.axes import AxisMap, Run, tile
 from hf_grow.errors import PlanError, SourceError
-from hf_grow.families import Architecture
 from hf_grow.growth import Growth, Guarantee
 from hf_grow.methods import METHODS
 from hf_grow.planning import GrowthPlan, SourceInfo, TensorInfo, make_plan

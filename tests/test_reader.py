@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from models import CASES, Case, make, save
 from safetensors import SafetensorError, deserialize, safe_open
 
+from hf_grow.architecture import Architecture
 from hf_grow.checkpoint.reader import INDEX, SINGLE, Checkpoint, open_folder, read_header
 from hf_grow.errors import SourceError
-from hf_grow.families import Architecture
 from hf_grow.planning import DTYPE_BYTES, check_source
 
 CONFIG = {

@@ -19,9 +19,9 @@ import yaml
 from models import SIZES, make, real_config, save
 from transformers import AutoModelForCausalLM
 
+from hf_grow.architecture import Architecture
 from hf_grow.cli import main
 from hf_grow.cli.grow import RECIPES
-from hf_grow.families import Architecture
 from hf_grow.in_memory import disk_tensors
 from hf_grow.methods.sizing import measure
 

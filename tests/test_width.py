@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from models import BY_NAME, CASES, SIZES, Case, each_case, from_disk, make, on_disk, real_config, tokens
 from transformers import PreTrainedModel
 
+from hf_grow.architecture import Architecture
 from hf_grow.errors import InputError, PlanError
-from hf_grow.families import Architecture
 from hf_grow.in_memory import grow_model
 from hf_grow.methods import METHODS
 from hf_grow.methods.spaces import heads_feasible

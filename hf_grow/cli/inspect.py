@@ -9,10 +9,11 @@ from typing import Any
 
 from rich.table import Table
 
+from hf_grow.architecture import Entry
 from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, add_source, print_json
-from hf_grow.families import AXES, Entry
+from hf_grow.families import AXES
 from hf_grow.methods.sizing import measure, short
 from hf_grow.planning import check_source
 

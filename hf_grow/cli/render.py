@@ -17,7 +17,7 @@ from hf_grow.methods.hybrid import ffn_axis
 from hf_grow.methods.sizing import measure, short
 
 if TYPE_CHECKING:
-    from hf_grow.families import Architecture
+    from hf_grow.architecture import Architecture
     from hf_grow.methods.hybrid import Candidate, HybridOptions
     from hf_grow.planning import GrowthPlan
     from hf_grow.verification import Report

@@ -20,11 +20,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from hf_grow.architecture import Architecture, Entry
 from hf_grow.axes import AxisMap, Run, joined, select
 from hf_grow.errors import PlanError
-from hf_grow.families import Architecture, Entry, portable_config
 from hf_grow.growth import Growth, Guarantee, LayerOrigin, Method
 from hf_grow.methods.sizing import measure
+from hf_grow.portable import portable_config
 from hf_grow.recipe import LayerList, Options, Size
 from hf_grow.tensormap import Expr, Fill, Noise, Source, Sum, Take
 

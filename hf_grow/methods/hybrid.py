@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from hf_grow.architecture import Architecture
 from hf_grow.errors import GrowError, PlanError
-from hf_grow.families import Architecture
 from hf_grow.growth import Growth, Method, compose
 from hf_grow.methods.depth import DEPTH_METHODS
 from hf_grow.methods.shapes import Shape, shape_of, widths, with_shape

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hf_grow.architecture import Architecture
 from hf_grow.errors import PlanError
-from hf_grow.families import Architecture
 from hf_grow.methods.sizing import TOLERANCE, measure, short
 from hf_grow.methods.spaces import heads_feasible
 

@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hf_grow.families import PREDICATES, Architecture, TensorSpec
+from hf_grow.architecture import Architecture
+from hf_grow.families import PREDICATES, TensorSpec
 
 TOLERANCE = 0.05
 """A growth misses its target when it ends farther away than this share of it."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from hf_grow.architecture import Architecture, Entry
 from hf_grow.axes import AxisMap
-from hf_grow.families import Architecture, Entry
 from hf_grow.methods.spaces import HeadDim, Heads, Hidden, Space
 from hf_grow.tensormap import Expr, Noise, Product, Source, Sum, Take
 

@@ -17,14 +17,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from hf_grow.architecture import Architecture
 from hf_grow.axes import AxisMap
 from hf_grow.errors import PlanError, SourceError
-from hf_grow.families import Architecture, portable_config
 from hf_grow.growth import Growth, Guarantee, LayerOrigin, Method
 from hf_grow.methods import spaces
 from hf_grow.methods.shapes import Shape, check_shape, nearest_shape, shape_of, shape_warnings
 from hf_grow.methods.spaces import Hidden
 from hf_grow.methods.widen import Symmetry, Widening
+from hf_grow.portable import portable_config
 from hf_grow.recipe import Options, Size
 
 Positive = Annotated[int, Field(ge=1)]

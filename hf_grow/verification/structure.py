@@ -13,10 +13,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from hf_grow.architecture import Architecture
 from hf_grow.checkpoint.reader import Checkpoint, Stored
 from hf_grow.checkpoint.transfer import pieces
 from hf_grow.errors import GrowError, SourceError
-from hf_grow.families import Architecture
 from hf_grow.planning import GrowthPlan, check_source
 from hf_grow.verification.report import Report
 

@@ -21,7 +21,7 @@ from exact import logits
 from models import BY_NAME, CASES, Case, make, save, tokens
 
 from hf_grow import api
-from hf_grow.families import Architecture
+from hf_grow.architecture import Architecture
 from hf_grow.methods.sizing import measure
 
 LENGTH = 48  # many times the sliding windows, and far enough for the rotary settings to matter
