@@ -26,7 +26,7 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.transfer import FiniteCheck
 from hf_grow.errors import ExecutionError
 from hf_grow.planning import DTYPE_NAMES, GrowthPlan, TensorInfo
-from hf_grow.tensormap import Concat, Expr, Fill, Noise, Product, Quantity, Scope, Source, Sum, Take
+from hf_grow.tensormap import Concat, Expr, Fill, Noise, Quantity, Scope, Source, Sum, Take, Vary
 
 NOISE_CHUNK = 1 << 16
 BLOCK = 8 << 20  # bytes of one block in the compute dtype
@@ -42,11 +42,16 @@ def torch_dtype(dtype: str) -> torch.dtype:
 class Tensors(Protocol):
     """Where source tensors come from: rows [start, stop) of dimension 0, in their own dtype."""
 
+    fresh: bool
+    """Whether what it gives may be changed in place."""
+
     def rows(self, key: str, start: int, stop: int) -> Tensor: ...
 
 
 class StoredTensors:
     """Source tensors read from the checkpoint's files, only the rows asked for. Threads may share it."""
+
+    fresh = True
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -76,6 +81,8 @@ class StoredTensors:
 class HeldTensors:
     """Source tensors that are in memory already."""
 
+    fresh = False
+
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
 
@@ -97,7 +104,7 @@ class Evaluator:
         self._moments: dict[Expr, tuple[float, float]] = {}
 
     def rows(self, expr: Expr, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of dimension 0, in the compute dtype."""
+        """Rows [start, stop) of dimension 0, in the compute dtype; a tensor of its own, which the caller may change."""
         return evaluate(expr, self, start, stop)
 
     def blocks(self, expr: Expr, info: TensorInfo, budget: int) -> Iterator[Tensor]:
@@ -142,7 +149,7 @@ def evaluate(expr: Expr, ev: Evaluator, start: int, stop: int) -> Tensor:
 
 @evaluate.register
 def _(expr: Source, ev: Evaluator, start: int, stop: int) -> Tensor:
-    return ev.tensors.rows(expr.key, start, stop).to(ev.compute)
+    return ev.tensors.rows(expr.key, start, stop).to(ev.compute, copy=not ev.tensors.fresh)
 
 
 @evaluate.register
@@ -157,7 +164,17 @@ def _(expr: Take, ev: Evaluator, start: int, stop: int) -> Tensor:
         high = max(r.start + r.length for r in inside if r.start is not None)
         if len(runs) > MANY_RUNS and high - low <= 4 * (stop - start):
             return _gathered(ev.rows(expr.of, low, high), 0, runs, low, expr, ev)
-        return torch.cat([_run_rows(r, expr, ev) for r in runs])
+        if len(runs) == 1:
+            return _run_rows(runs[0], expr, ev)
+        result, at = torch.empty(stop - start, *expr.shape(ev.scope)[1:], dtype=ev.compute), 0
+        for run in runs:
+            part = result.narrow(0, at, run.length)
+            if run.start is None:
+                part.zero_()
+            else:
+                torch.mul(ev.rows(expr.of, run.start, run.start + run.length), run.gain(expr.role, ev.quantity), out=part)
+            at += run.length
+        return result
     inner = ev.rows(expr.of, start, stop)
     if len(axis.runs) > MANY_RUNS:
         return _gathered(inner, expr.dim, list(axis.runs), 0, expr, ev)
@@ -175,9 +192,9 @@ def _(expr: Take, ev: Evaluator, start: int, stop: int) -> Tensor:
 
 
 def _run_rows(run: Run, expr: Take, ev: Evaluator) -> Tensor:
-    if run.start is None:
-        return torch.zeros(run.length, *expr.shape(ev.scope)[1:], dtype=ev.compute)
-    return ev.rows(expr.of, run.start, run.start + run.length) * run.gain(expr.role, ev.quantity)
+    assert run.start is not None
+    rows, gain = ev.rows(expr.of, run.start, run.start + run.length), run.gain(expr.role, ev.quantity)
+    return rows if gain == 1 else rows.mul_(gain)
 
 
 def _gathered(inner: Tensor, dim: int, runs: list[Run], offset: int, expr: Take, ev: Evaluator) -> Tensor:
@@ -195,21 +212,18 @@ def _gathered(inner: Tensor, dim: int, runs: list[Run], offset: int, expr: Take,
 def _(expr: Sum, ev: Evaluator, start: int, stop: int) -> Tensor:
     power = 2 if ev.quantity == "grad2" else 1
     total = ev.rows(expr.terms[0], start, stop)
-    if isinstance(expr.terms[0], Source) or expr.weights[0] != 1:
-        total = total * expr.weights[0] ** power  # a copy: what a source holds in memory is not ours to change
+    if expr.weights[0] != 1:
+        total.mul_(expr.weights[0] ** power)
     for term, weight in zip(expr.terms[1:], expr.weights[1:], strict=True):
         total.add_(ev.rows(term, start, stop), alpha=weight**power)
     return total
 
 
 @evaluate.register
-def _(expr: Product, ev: Evaluator, start: int, stop: int) -> Tensor:
+def _(expr: Vary, ev: Evaluator, start: int, stop: int) -> Tensor:
     if ev.quantity != "weight":
-        return torch.zeros(stop - start, *expr.shape(ev.scope)[1:], dtype=ev.compute)
-    result = ev.rows(expr.factors[0], start, stop)
-    for factor in expr.factors[1:]:
-        result = result * ev.rows(factor, start, stop)
-    return result
+        return ev.rows(expr.of, start, stop)
+    return ev.rows(expr.by, start, stop).add_(1).mul_(ev.rows(expr.of, start, stop))
 
 
 @evaluate.register

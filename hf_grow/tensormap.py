@@ -3,7 +3,7 @@
     Source(name)                      a tensor of the source checkpoint, byte for byte
     Take(of, dim, axis, role)         one dimension grown, cut or reordered by an AxisMap that the plan holds under the name `axis`
     Sum(terms, weights)               weighted sum
-    Product(factors)                  elementwise product, of noise with what it is proportional to
+    Vary(of, by)                      of * (1 + by), elementwise: noise in proportion to a tensor
     Concat(parts, dim)                parts side by side
     Fill(shape, value)                a constant
     Noise(shape, std, key, like)      N(0, std^2), seeded by (plan seed, key); `like`: std counts in standard deviations of that expression,
@@ -12,7 +12,7 @@
 An expression says nothing of weights or gradients: the evaluator is given the quantity, and
 
     weight                    W' = A_out W B_in^T
-    grad    (and exp_avg)     G' = B_out G A_in^T        Noise, Fill and Product carry no gradient of the source
+    grad    (and exp_avg)     G' = B_out G A_in^T        Noise and Fill carry no gradient of the source
     grad2   (exp_avg_sq, F)   the same with squared gains
 
 so the same map grows weights, Adam's moments and the Fisher (Shen et al. 2022, "Staged Training", derives the moment rules for copies).
@@ -147,17 +147,18 @@ class Sum(Expr):
 
 
 @dataclass(frozen=True)
-class Product(Expr):
-    """Elementwise product. Its use is noise in proportion to a tensor; like noise, it passes no gradient on."""
+class Vary(Expr):
+    """`of` times (1 + `by`), elementwise: noise in proportion to a tensor. Gradients pass as if `by` were zero, as they do with added noise."""
 
-    op = "product"
-    parts_of = ("factors",)
-    factors: tuple[Expr, ...]
+    op = "vary"
+    parts_of = ("of", "by")
+    of: Expr
+    by: Expr
 
     def shape(self, scope: Scope) -> Shape:
-        shapes = {f.shape(scope) for f in self.factors}
+        shapes = {self.of.shape(scope), self.by.shape(scope)}
         if len(shapes) != 1:
-            raise ValueError(f"a product of shapes {sorted(shapes)}")
+            raise ValueError(f"values of shapes {sorted(shapes)} to be multiplied")
         return shapes.pop()
 
 

@@ -12,6 +12,7 @@ from hf_grow.api import find_method, plan_for
 from hf_grow.checkpoint.source import open_source
 from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, PartialFolder, check_room, layout
 from hf_grow.cli import flags, render
+from hf_grow.cli.allocator import keep_freed_memory
 from hf_grow.cli.commands import add_json, add_source, print_json, show_next
 from hf_grow.errors import InputError
 from hf_grow.growth import Method
@@ -155,6 +156,7 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
         plan = plan_for(checkpoint.info, method, options)
     from hf_grow.execute import execute
 
+    keep_freed_memory()
     with render.bytes_bar("growing", plan.nbytes, quiet=as_json) as progress:
         result = execute(
             plan,

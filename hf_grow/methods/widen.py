@@ -10,7 +10,7 @@ from typing import Literal
 from hf_grow.architecture import Architecture, Entry
 from hf_grow.axes import AxisMap
 from hf_grow.methods.spaces import HeadDim, Heads, Hidden, Space
-from hf_grow.tensormap import Expr, Noise, Product, Source, Sum, Take
+from hf_grow.tensormap import Expr, Noise, Source, Sum, Take, Vary
 
 Symmetry = Literal["none", "noise", "split"]
 
@@ -64,8 +64,12 @@ class Widening:
             for dim, space in found.items():
                 if space.null and space.alive == ("out" if self._out(entry, dim) else "in"):
                     terms.append(self._null(entry, source, found, dim, shape, axes))
-                if not self._out(entry, dim) and self.symmetry != "none":
-                    terms += self._symmetry(entry, source, wide, dim, space, shape, axes)
+                if not self._out(entry, dim) and self.symmetry != "none" and space.contrasts:
+                    noise = self._symmetry(entry, source, dim, space, shape, axes)
+                    if self.symmetry == "split":
+                        terms[0] = Vary(terms[0], noise[0] if len(noise) == 1 else Sum(tuple(noise), (1.0,) * len(noise)))
+                    else:
+                        terms += noise
         return terms[0] if len(terms) == 1 else Sum(tuple(terms), (1.0,) * len(terms))
 
     def _out(self, entry: Entry, dim: int) -> bool:
@@ -104,13 +108,9 @@ class Widening:
                 expr = _take(expr, other, f"{space.name}.{'null' if other == dim else 'kept'}", placed, "out", axes)
         return expr
 
-    def _symmetry(
-        self, entry: Entry, source: Expr, wide: Expr, dim: int, space: Space, shape: list[int], axes: dict[str, AxisMap]
-    ) -> list[Expr]:
+    def _symmetry(self, entry: Entry, source: Expr, dim: int, space: Space, shape: list[int], axes: dict[str, AxisMap]) -> list[Expr]:
         """Noise on the columns of copies that adds up to zero over them, as itself or in proportion to each weight."""
         contrasts = space.contrasts
-        if not contrasts:
-            return []
         split = self.symmetry == "split"
         count = len(contrasts) + 1
         # A copy holds 1/count of the weight; sqrt(1 - 1/count) is the size that noise of size one has after the contrasts.
@@ -118,11 +118,10 @@ class Widening:
         size = list(shape)
         size[dim] = space.map.source_size
         like = None if split else source
-        noise: list[Expr] = [
+        return [
             _take(Noise(tuple(size), scale, f"{entry.name}/copy{dim}.{j}", like), dim, f"{space.name}.contrast{j}", contrast, "in", axes)
             for j, contrast in enumerate(contrasts)
         ]
-        return [Product((wide, noise[0] if count == 2 else Sum(tuple(noise), (1.0,) * len(noise))))] if split else noise
 
 
 def _take(of: Expr, dim: int, name: str, axis: AxisMap, role: Literal["out", "in"], axes: dict[str, AxisMap]) -> Expr:
