@@ -223,7 +223,8 @@ def _(expr: Sum, ev: Evaluator, start: int, stop: int) -> Tensor:
 def _(expr: Vary, ev: Evaluator, start: int, stop: int) -> Tensor:
     if ev.quantity != "weight":
         return ev.rows(expr.of, start, stop)
-    return ev.rows(expr.by, start, stop).add_(1).mul_(ev.rows(expr.of, start, stop))
+    of = ev.rows(expr.of, start, stop)
+    return of.addcmul_(of, ev.rows(expr.by, start, stop))
 
 
 @evaluate.register
@@ -253,12 +254,13 @@ def _(expr: Noise, ev: Evaluator, start: int, stop: int) -> Tensor:
         return torch.zeros(stop - start, *expr.size[1:], dtype=ev.compute)
     mean, spread = (0.0, 1.0) if expr.like is None else ev.moments(expr.like)
     first, last = start * row, stop * row
+    quantiles = normal_quantiles() * np.float32(expr.std * spread)
     values = np.empty(last - first, dtype=np.float32)
     for chunk in range(first // NOISE_CHUNK, -(-last // NOISE_CHUNK)):
         low, high = max(first, chunk * NOISE_CHUNK), min(last, (chunk + 1) * NOISE_CHUNK)
         bits = _random_bits(ev.seed, expr.key, chunk)[low - chunk * NOISE_CHUNK : high - chunk * NOISE_CHUNK]
-        np.take(normal_quantiles(), bits, out=values[low - first : high - first], mode="clip")
-    drawn = torch.from_numpy(values).to(ev.compute).mul_(expr.std * spread)
+        np.take(quantiles, bits, out=values[low - first : high - first], mode="clip")
+    drawn = torch.from_numpy(values).to(ev.compute)
     return (drawn if expr.centered else drawn.add_(mean)).view(stop - start, *expr.size[1:])
 
 
