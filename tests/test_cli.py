@@ -98,7 +98,9 @@ def test_the_default_output_is_named_after_source_method_and_size(source: Path, 
 
 def test_every_method_grows_through_the_command_of_its_kind(source: Path, tmp_path: Path) -> None:
     for name, method in METHODS.items():
-        extra = {"layers": ["--layers", "0-3,1"], "hybrid": ["--to", "80K"]}.get(name, ["--factor", 2] if method.kind == "width" else [])
+        extra = {"layers": ["--layers", "0-3,1"], "hybrid": ["--to", "80K"], "experts": ["--experts", 4]}.get(
+            name, ["--factor", 2] if method.kind == "width" else []
+        )
         chosen = ["--method", name] if name not in COMMANDS else []
         assert run(name if name in COMMANDS else method.kind, source, *chosen, *extra, "-o", tmp_path / name) == 0
         assert (tmp_path / name / "growth.json").exists()

@@ -192,9 +192,10 @@ def _guarantee(arch: Architecture, shape: Shape, hidden: Hidden, kind: str) -> G
         return Guarantee("changes the function", why)
     if not hidden.lossless:
         whole = max(2, round(shape.hidden / old.hidden)) * old.hidden
+        instead = "the method tile at any size" if kind == "net2net" else f"--hidden {whole}, or the method tile at any size"
         why = (
             f"hidden_size {old.hidden} -> {shape.hidden} copies some coordinates more often than others, which RMSNorm does not forgive; "
-            f"lossless would be --hidden {whole}, or the method tile at any size"
+            f"lossless would be {instead}"
         )
         return Guarantee("changes the function", why)
     if shape == old:
