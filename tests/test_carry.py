@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainer
 
 from hf_grow import api
 from hf_grow.cli import main
-from hf_grow.errors import InputError, SourceError
+from hf_grow.errors import ExecutionError, InputError, SourceError
 from hf_grow.evaluate import Evaluator, HeldTensors
 from hf_grow.in_memory import disk_names, grow_model
 from hf_grow.training import trajectory
@@ -192,6 +192,17 @@ def test_state_is_never_written_over_what_is_read(tmp_path: Path) -> None:
     model, _ = trained(BY_NAME["llama"], tmp_path)
     with pytest.raises(InputError, match="read from there"):
         carry(tmp_path, tmp_path, api.plan(model, "stack"))
+
+
+def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    model, _ = trained(BY_NAME["llama"], tmp_path)
+    plan, folder = api.plan(model, "stack"), out(tmp_path)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ExecutionError, match="could not be written"):
+        carry(tmp_path, folder, plan)
 
 
 class _Evil:

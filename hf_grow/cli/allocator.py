@@ -12,7 +12,7 @@ def keep_freed_memory() -> None:
     """Tells glibc not to give freed blocks back to the system; elsewhere does nothing.
 
     Computed tensors are made of blocks of a few megabytes, each of which the allocator would map, fault in and unmap again: 474,000 page faults
-    instead of 71,000, and as much system time again as the whole conversion takes otherwise. A setting of the whole process, so only the command
+    instead of 73,000 for 8 GB of output. A setting of the whole process, so only the command
     line makes it, never the library.
     """
     try:

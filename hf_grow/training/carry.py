@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_grow.axes import AxisMap, Run, joined
-from hf_grow.errors import InputError, SourceError
+from hf_grow.errors import ExecutionError, InputError, SourceError
 from hf_grow.planning import GrowthPlan, TensorInfo
 from hf_grow.tensormap import Expr, Fill, Quantity, Source, Sum, Take
 from hf_grow.training import trajectory
@@ -103,7 +103,13 @@ def carry(
         at += len(members)
         if "param_names" in group:
             group["param_names"] = list(members)
-    torch.save({"state": {numbers[n]: s for n, s in grown.items() if n in numbers}, "param_groups": groups}, out / OPTIMIZER)
+    try:
+        torch.save({"state": {numbers[n]: s for n, s in grown.items() if n in numbers}, "param_groups": groups}, out / OPTIMIZER)
+    except RuntimeError as error:  # how torch tells of a full disk
+        raise ExecutionError(
+            f"The optimizer state could not be written to {out / OPTIMIZER}: {str(error).splitlines()[0]}.",
+            hint="Free some space; the model itself is written. Go on with --resume.",
+        ) from None
     return Carried(policy, len(grown), fresh, step)
 
 
