@@ -115,7 +115,7 @@ class Architecture:
 
     @cached_property
     def is_moe(self) -> bool:
-        return "num_local_experts" in self.family.defaults
+        return self.family.size_key("experts") in self.family.defaults
 
     @property
     def top_k(self) -> int:
@@ -137,6 +137,8 @@ class Architecture:
             return self.heads // self.size("kv")
         if not any(axis in d.axes for spec in self.family.tensors for d in spec.dims):
             return 0
+        if axis == "one":
+            return 1
         key = self.family.size_key(axis)
         value = self.get(key)
         if value is None and axis == "kv":

@@ -7,6 +7,7 @@ A method with a node of its own registers its evaluator: ``@evaluate.register`` 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import math
 import os
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, singledispatch
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Protocol
 
@@ -26,7 +28,7 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.transfer import FiniteCheck
 from hf_grow.errors import ExecutionError
 from hf_grow.planning import DTYPE_NAMES, GrowthPlan, TensorInfo
-from hf_grow.tensormap import Concat, Expr, Fill, Noise, Quantity, Scope, Source, Sum, Take, Vary
+from hf_grow.tensormap import Concat, Expr, Fill, Noise, Orthogonal, Quantity, Scope, Share, Source, Sum, Take, Values, Vary
 
 NOISE_CHUNK = 1 << 16
 BLOCK = 8 << 20  # bytes of one block in the compute dtype
@@ -55,20 +57,20 @@ class StoredTensors:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._handles: dict[str, int] = {}
+        self._handles: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def _handle(self, file: str) -> int:
+    def _handle(self, path: Path) -> int:
         with self._lock:
-            if file not in self._handles:
-                self._handles[file] = os.open(self.checkpoint.path(file), os.O_RDONLY | os.O_CLOEXEC)
-            return self._handles[file]
+            if path not in self._handles:
+                self._handles[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._handles[path]
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
-        stored = self.checkpoint.tensors[key]
+        path, stored = self.checkpoint.find(key)
         row = (stored.stop - stored.start) // stored.shape[0]
         data = torch.empty(stop - start, *stored.shape[1:], dtype=torch_dtype(stored.dtype))
-        if os.preadv(self._handle(stored.file), [raw_bytes(data)], stored.start + start * row) != (stop - start) * row:
+        if os.preadv(self._handle(path), [raw_bytes(data)], stored.start + start * row) != (stop - start) * row:
             raise ExecutionError(f"{key} could not be read whole from {stored.file}.", hint="Did the source change? Run again.")
         return data
 
@@ -98,8 +100,9 @@ class Evaluator:
         self.quantity = quantity
         self.seed = plan.growth.seed
         self.axes: Mapping[str, AxisMap] = plan.growth.axes
-        self.scope = Scope({n: t.shape for n, t in plan.source.tensors.items()}, self.axes)
-        wide = any(t.dtype == "F64" for t in plan.source.tensors.values())
+        self.data = plan.growth.data
+        self.scope = Scope(plan.source.scope_shapes, self.axes)
+        wide = any(t.dtype == "F64" for t in plan.source.by_key.values())
         self.compute = torch.float64 if wide else torch.float32
         self._moments: dict[Expr, tuple[float, float]] = {}
 
@@ -228,6 +231,12 @@ def _(expr: Vary, ev: Evaluator, start: int, stop: int) -> Tensor:
 
 
 @evaluate.register
+def _(expr: Share, ev: Evaluator, start: int, stop: int) -> Tensor:
+    of = ev.rows(expr.of, start, stop)
+    return of if ev.quantity == "weight" else of.mul_(expr.share ** (2 if ev.quantity == "grad2" else 1))
+
+
+@evaluate.register
 def _(expr: Concat, ev: Evaluator, start: int, stop: int) -> Tensor:
     if expr.dim > 0:
         return torch.cat([ev.rows(p, start, stop) for p in expr.parts], expr.dim)
@@ -262,6 +271,26 @@ def _(expr: Noise, ev: Evaluator, start: int, stop: int) -> Tensor:
         np.take(quantiles, bits, out=values[low - first : high - first], mode="clip")
     drawn = torch.from_numpy(values).to(ev.compute)
     return (drawn if expr.centered else drawn.add_(mean)).view(stop - start, *expr.size[1:])
+
+
+@evaluate.register
+def _(expr: Orthogonal, ev: Evaluator, start: int, stop: int) -> Tensor:
+    if ev.quantity != "weight":
+        return torch.zeros(stop - start, *expr.size[1:], dtype=ev.compute)
+    drawn = ev.rows(Noise(expr.size, 1.0, expr.key), 0, expr.size[0]).double()
+    rows = torch.linalg.qr(drawn.T).Q.T  # few rows, so always all of them
+    length = torch.full((len(rows), 1), expr.std * math.sqrt(expr.size[1]), dtype=torch.float64)
+    length = length.copysign((rows * drawn).sum(1, keepdim=True))  # LAPACK leaves the signs open
+    made: Tensor = rows * length
+    return made[start:stop].to(ev.compute)
+
+
+@evaluate.register
+def _(expr: Values, ev: Evaluator, start: int, stop: int) -> Tensor:
+    if ev.quantity != "weight":
+        return torch.zeros(stop - start, *expr.size[1:], dtype=ev.compute)
+    values = np.frombuffer(base64.b64decode(ev.data[expr.key]), dtype="<f4").reshape(expr.size)
+    return torch.from_numpy(values[start:stop].copy()).to(ev.compute)
 
 
 def _random_bits(seed: int, key: str, chunk: int) -> np.ndarray[Any, np.dtype[np.uint16]]:

@@ -204,8 +204,8 @@ def _write_tensor(job: _Job, shard: Shard, slot: Slot) -> str:
 
 
 def _copy_tensor(job: _Job, name: str, slot: Slot, target: int) -> str:
-    stored = job.checkpoint.tensors[name]
-    handle = os.open(job.checkpoint.path(stored.file), os.O_RDONLY | os.O_CLOEXEC)
+    path, stored = job.checkpoint.find(name)
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if name not in job.digests:  # read once; the copy then comes from the page cache
             values = FiniteCheck(stored.dtype)
@@ -251,6 +251,8 @@ def _evaluate_tensor(job: _Job, slot: Slot, target: int) -> str:
 
 
 def _check_unchanged(checkpoint: Checkpoint) -> None:
+    for other in checkpoint.others.values():
+        _check_unchanged(other)
     for file, facts in checkpoint.files.items():
         stat = checkpoint.path(file).stat()
         if stat.st_size != facts["size"] or stat.st_mtime_ns != facts.get("mtime_ns", stat.st_mtime_ns):

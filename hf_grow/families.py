@@ -3,7 +3,8 @@
 Names are those of published checkpoints (what `save_pretrained` writes), never in-memory names: transformers 5 fuses experts in memory.
 A tensor's dimensions read ``role:axis*axis``.
 
-Axes    vocab, hidden, kv (key/value heads), group (query heads per kv head), head_dim, inter (FFN), expert_inter (FFN of one expert), experts.
+Axes    vocab, hidden, kv (key/value heads), group (query heads per kv head), head_dim, inter (FFN), expert_inter (FFN of one expert),
+        shared_inter (FFN of the expert that every token passes), experts, one (a single number a token: it never grows).
         Query rows are ``kv*group*head_dim``: growing kv or group keeps grouped-query attention paired by construction.
 Roles   out   the activation is made here: rows of a projection, the features of the embedding
         in    the activation is read here: columns of a projection, the rows of the embedding (indexed by token)
@@ -21,7 +22,8 @@ from typing import Any, Literal, Protocol
 Role = Literal["out", "in", "norm"]
 Config = Mapping[str, Any]
 
-AXES = ("vocab", "hidden", "kv", "group", "head_dim", "inter", "expert_inter", "experts")
+AXES = ("vocab", "hidden", "kv", "group", "head_dim", "inter", "expert_inter", "shared_inter", "experts", "one")
+FFN_AXES = ("inter", "expert_inter", "shared_inter")
 MAX_TENSORS = 1_000_000  # a config asking for more is a mistake or an attack
 
 
@@ -64,6 +66,7 @@ class Facts(Protocol):
 PREDICATES: dict[str, Callable[[Facts, int], bool]] = {
     "": lambda a, i: True,
     "untied": lambda a, i: not a.tied,
+    "qkv_bias": lambda a, i: bool(a.get("qkv_bias")),
     "attention_bias": lambda a, i: bool(a.get("attention_bias")),
     "mlp_bias": lambda a, i: bool(a.get("mlp_bias")),
     "sparse": lambda a, i: a.is_sparse(i),
@@ -112,6 +115,12 @@ _QWEN_EXPERTS = {
     _BLOCK + "mlp.experts.{expert}.up_proj.weight": "out:expert_inter in:hidden",
     _BLOCK + "mlp.experts.{expert}.down_proj.weight": "out:hidden in:expert_inter",
 }
+_SHARED_EXPERT = {
+    _BLOCK + "mlp.shared_expert.gate_proj.weight": "out:shared_inter in:hidden",
+    _BLOCK + "mlp.shared_expert.up_proj.weight": "out:shared_inter in:hidden",
+    _BLOCK + "mlp.shared_expert.down_proj.weight": "out:hidden in:shared_inter",
+    _BLOCK + "mlp.shared_expert_gate.weight": "out:one in:hidden",
+}
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,7 @@ _SIZE_KEYS = {
     "head_dim": "head_dim",
     "inter": "intermediate_size",
     "expert_inter": "moe_intermediate_size",
+    "shared_inter": "shared_expert_intermediate_size",
     "experts": "num_local_experts",
 }
 
@@ -174,6 +184,16 @@ FAMILIES: dict[str, Family] = {
             _EMBEDDING + _NORMS + _ATTENTION + _rows("", _QKV_BIAS) + _rows("", _FFN) + _HEAD,
             {**_DENSE, "num_key_value_heads": 32, "rms_norm_eps": 1e-6, "max_window_layers": 28, "use_sliding_window": False,
              "sliding_window": 4096},
+        ),
+        Family(
+            "qwen2_moe",
+            "Qwen2MoeForCausalLM",
+            _EMBEDDING + _NORMS + _ATTENTION + _rows("qkv_bias", _QKV_BIAS)
+            + _rows("dense", _FFN) + _rows("sparse", {**_QWEN_EXPERTS, **_SHARED_EXPERT}) + _HEAD,
+            {**_DENSE, "num_key_value_heads": 16, "qkv_bias": True, "rms_norm_eps": 1e-6, "moe_intermediate_size": 1408,
+             "shared_expert_intermediate_size": 5632, "max_window_layers": 28, "use_sliding_window": False, "sliding_window": 4096,
+             "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+            sizes={"experts": "num_experts"},
         ),
         Family(
             "qwen3",

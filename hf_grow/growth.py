@@ -5,14 +5,14 @@ Nothing here knows a method by name, reads a weight or imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hf_grow.architecture import Architecture
 from hf_grow.axes import AxisMap
 from hf_grow.recipe import Options
-from hf_grow.tensormap import Expr, Noise, Take, substitute
+from hf_grow.tensormap import Expr, Noise, Orthogonal, Take, Values, substitute
 
 GuaranteeKind = Literal["lossless", "changes the function"]
 
@@ -58,6 +58,19 @@ class Growth:
     """Source tensors that do not go into the target, with the reason."""
     warnings: tuple[str, ...] = ()
     seed: int = 0
+    data: Mapping[str, str] = field(default_factory=dict)
+    """Numbers of `Values` nodes by their key: float32, little endian, base64. Empty until they are measured."""
+
+    def unmeasured(self) -> list[str]:
+        """The keys of `Values` nodes whose numbers are not there yet."""
+        return sorted({v.key for e in self.tensors.values() for v in _values(e)} - self.data.keys())
+
+
+def _values(expr: Expr) -> Iterator[Values]:
+    if isinstance(expr, Values):
+        yield expr
+    for child in expr.children():
+        yield from _values(child)
 
 
 def compose(first: Growth, second: Growth) -> Growth:
@@ -68,7 +81,7 @@ def compose(first: Growth, second: Growth) -> Growth:
     clash = {n: f"{n}@{first.method}+{second.method}" for n in first.axes.keys() & second.axes.keys() if first.axes[n] != second.axes[n]}
 
     def rename(expr: Expr) -> Expr:
-        if isinstance(expr, Noise):
+        if isinstance(expr, Noise | Orthogonal):
             expr = replace(expr, key=f"{first.method}+{second.method}/{second.seed}/{expr.key}")
         if isinstance(expr, Take) and expr.axis in clash:
             expr = replace(expr, axis=clash[expr.axis])
@@ -76,11 +89,11 @@ def compose(first: Growth, second: Growth) -> Growth:
 
     tensors = {name: substitute(rename(e), first.tensors) for name, e in second.tensors.items()}
     read = {s.key for e in tensors.values() for s in e.sources()}
-    unread = {s.key for e in first.tensors.values() for s in e.sources()} - read
+    unread = {s.key for e in first.tensors.values() for s in e.sources() if not s.checkpoint} - read
     weakest = first.guarantee if not first.guarantee.lossless else second.guarantee
     return Growth(
         method=f"{first.method}+{second.method}",
-        options={"steps": [{"method": g.method, **g.options} for g in (first, second)]},
+        options={"steps": [step for g in (first, second) for step in g.options.get("steps") or [{"method": g.method, **g.options}]]},
         config=second.config,
         tensors=tensors,
         guarantee=Guarantee(weakest.kind, "; then ".join(dict.fromkeys((first.guarantee.because, second.guarantee.because)))),
@@ -89,6 +102,7 @@ def compose(first: Growth, second: Growth) -> Growth:
         dropped={**first.dropped, **dict.fromkeys(sorted(unread), f"not used by {second.method}")},
         warnings=first.warnings + second.warnings,
         seed=first.seed,
+        data={**first.data, **second.data},
     )
 
 
@@ -115,6 +129,7 @@ class Method:
     guarantee: str
     """In a few words, for the method table; the plan of a concrete growth states its own."""
     options: type[Options]
-    build: Callable[[Architecture, Any], Growth]
+    build: Callable[..., Growth]
+    """From the source's architecture and the options; and from the architectures of further sources, where the options name some."""
     for_size: Callable[[Architecture, int], Options | None]
     """The options that come nearest to a number of parameters, or None where the method has no way there."""

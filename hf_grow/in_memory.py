@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 from hf_grow.errors import SourceError
 from hf_grow.evaluate import Evaluator, HeldTensors
 from hf_grow.planning import DTYPE_NAMES, GrowthPlan, SourceInfo, TensorInfo
+from hf_grow.tensormap import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,17 +45,20 @@ def describe(model: PreTrainedModel) -> SourceInfo:
     return SourceInfo(model.config.name_or_path or "(in memory)", "", config, tensors)
 
 
-def grow_model(model: PreTrainedModel, plan: GrowthPlan) -> PreTrainedModel:
+def grow_model(model: PreTrainedModel, plan: GrowthPlan, others: Mapping[str, PreTrainedModel] = MappingProxyType({})) -> PreTrainedModel:
     """The grown model, on the CPU, in the same dtype and mode (train or eval) as `model`, which stays as it is.
 
-    ``plan`` comes from ``hf_grow.plan(model, ...)``, or from the checkpoint that the model was loaded from in its own dtype.
+    ``plan`` comes from ``hf_grow.plan(model, ...)``, or from the checkpoint that the model was loaded from in its own dtype. ``others``: the
+    further source models by the plan's labels, where it has some.
     Raises SourceError if the model is not the one planned for.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     held = {name: tensor.detach().cpu() for name, tensor in disk_tensors(model).items()}
+    for label, other in others.items():
+        held |= {Source(name, label).key: tensor.detach().cpu() for name, tensor in disk_tensors(other).items()}
     wrong = [
-        n for n, t in plan.source.tensors.items() if n not in plan.growth.dropped and (n not in held or tuple(held[n].shape) != t.shape)
+        n for n, t in plan.source.by_key.items() if n not in plan.growth.dropped and (n not in held or tuple(held[n].shape) != t.shape)
     ]
     if wrong:
         raise SourceError(f"The plan is for another model: {wrong[0]} has another shape here, or is missing ({len(wrong)} such tensors).")

@@ -22,7 +22,7 @@ from hf_grow.errors import PlanError, SourceError
 from hf_grow.families import DERIVED_BUFFERS
 from hf_grow.growth import Growth, Guarantee, LayerOrigin
 from hf_grow.methods.sizing import Size, measure
-from hf_grow.tensormap import Expr, Scope, Shape, Source, from_json, to_json
+from hf_grow.tensormap import Expr, Scope, Shape, Share, Source, from_json, to_json
 
 FORMAT = 1
 """Version of growth.json. Raised when an older reader would misunderstand a newer file."""
@@ -56,10 +56,40 @@ class SourceInfo:
     """Weight files: size, and what identifies their content (sha256 where the Hub gives it)."""
     history: tuple[Mapping[str, Any], ...] = ()
     """Earlier growths of this checkpoint, oldest first."""
+    others: Mapping[str, SourceInfo] = field(default_factory=dict)
+    """Further source checkpoints by the label that `Source.checkpoint` calls them."""
 
     @cached_property
     def architecture(self) -> Architecture:
         return Architecture(self.config)
+
+    @cached_property
+    def by_key(self) -> Mapping[str, TensorInfo]:
+        """The tensors of all source checkpoints by `Source.key`."""
+        more = {Source(n, label).key: t for label, other in self.others.items() for n, t in other.tensors.items()}
+        return {**self.tensors, **more}
+
+    @cached_property
+    def scope_shapes(self) -> Mapping[str, Shape]:
+        return {key: t.shape for key, t in self.by_key.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = {
+            "ref": self.ref,
+            "revision": self.revision,
+            "config": dict(self.config),
+            "files": {k: dict(v) for k, v in self.files.items()},
+            "tensors": {n: [t.dtype, list(t.shape)] for n, t in self.tensors.items()},
+            "history": [dict(h) for h in self.history],
+        }
+        return data | ({"others": {label: other.to_json() for label, other in self.others.items()}} if self.others else {})
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> SourceInfo:
+        tensors = {n: _info(d, shape) for n, (d, shape) in data["tensors"].items()}
+        files = {k: dict(v) for k, v in data["files"].items()}
+        others = {str(label): SourceInfo.from_json(other) for label, other in data.get("others", {}).items()}
+        return SourceInfo(data["ref"], data["revision"], dict(data["config"]), tensors, files, tuple(map(dict, data["history"])), others)
 
 
 @dataclass(frozen=True)
@@ -88,15 +118,12 @@ class GrowthPlan:
 
     @property
     def source_nbytes(self) -> int:
-        return sum(t.nbytes for t in self.source.tensors.values())
+        return sum(t.nbytes for t in self.source.by_key.values())
 
     def copies(self) -> dict[str, str]:
-        """Targets that are byte copies -> the source tensor's name."""
-        return {
-            name: e.name
-            for name, e in self.growth.tensors.items()
-            if isinstance(e, Source) and not e.checkpoint and self.targets[name] == self.source.tensors[e.name]
-        }
+        """Targets that are byte copies -> the key of the source tensor."""
+        bare = {name: e.of if isinstance(e, Share) else e for name, e in self.growth.tensors.items()}
+        return {n: e.key for n, e in bare.items() if isinstance(e, Source) and self.targets[n] == self.source.by_key[e.key]}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -105,17 +132,10 @@ class GrowthPlan:
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        g, s = self.growth, self.source
+        g = self.growth
         return {
             "format": FORMAT,
-            "source": {
-                "ref": s.ref,
-                "revision": s.revision,
-                "config": dict(s.config),
-                "files": {k: dict(v) for k, v in s.files.items()},
-                "tensors": {n: [t.dtype, list(t.shape)] for n, t in s.tensors.items()},
-                "history": [dict(h) for h in s.history],
-            },
+            "source": self.source.to_json(),
             "growth": {
                 "method": g.method,
                 "options": dict(g.options),
@@ -125,6 +145,8 @@ class GrowthPlan:
                 "axes": {n: a.to_json() for n, a in g.axes.items()},
                 "dropped": dict(g.dropped),
                 "warnings": list(g.warnings),
+                "training": training_lists(self.source.architecture, self.architecture, g),
+                **({"data": dict(g.data)} if g.data else {}),
             },
             "target": {
                 "config": dict(g.config),
@@ -138,7 +160,7 @@ class GrowthPlan:
         if data.get("format") != FORMAT:
             raise SourceError(f"growth.json has format {data.get('format')!r}; this version reads {FORMAT}.", hint="Update hf-grow.")
         try:
-            s, g, t = data["source"], data["growth"], data["target"]
+            g, t = data["growth"], data["target"]
             layers = tuple(LayerOrigin(tuple(o["sources"]), tuple(o["weights"]), bool(o["new"]), bool(o["identity"])) for o in g["layers"])
             growth = Growth(
                 method=g["method"],
@@ -151,10 +173,9 @@ class GrowthPlan:
                 dropped=dict(g["dropped"]),
                 warnings=tuple(g["warnings"]),
                 seed=g["seed"],
+                data={str(k): str(v) for k, v in g.get("data", {}).items()},
             )
-            tensors = {n: _info(d, shape) for n, (d, shape) in s["tensors"].items()}
-            files = {k: dict(v) for k, v in s["files"].items()}
-            source = SourceInfo(s["ref"], s["revision"], dict(s["config"]), tensors, files, tuple(map(dict, s["history"])))
+            source = SourceInfo.from_json(data["source"])
             return GrowthPlan(source, growth, {n: _info(d, shape) for n, (d, shape, _) in t["tensors"].items()})
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise SourceError(f"growth.json is damaged: {error!r}.") from None
@@ -200,8 +221,10 @@ def check_source(source: SourceInfo) -> dict[str, str]:
 def make_plan(source: SourceInfo, growth: Growth) -> GrowthPlan:
     """Binds and checks. Raises SourceError if the source is not what its config says, PlanError if the growth does not fit it."""
     extra = check_source(source)
+    for other in source.others.values():
+        check_source(other)
     growth = replace(growth, dropped={**growth.dropped, **extra})
-    scope = Scope({n: t.shape for n, t in source.tensors.items()}, growth.axes)
+    scope = Scope(source.scope_shapes, growth.axes)
     try:
         expected = Architecture(growth.config).tensors
     except SourceError as error:
@@ -238,11 +261,22 @@ class _Dtypes:
 
     def of(self, name: str, expr: Expr, growth: Growth) -> str:
         first = next(expr.sources(), None)
-        if first is not None and first.key in self.source.tensors:
-            return self.source.tensors[first.key].dtype
+        if first is not None and first.key in self.source.by_key:
+            return self.source.by_key[first.key].dtype
         if not self.templates:
             self.templates = {n: e.spec.name for n, e in Architecture(growth.config).tensors.items()}
         return self.by_template.get(self.templates[name], self.commonest)
+
+
+def training_lists(old: Architecture, new: Architecture, growth: Growth) -> dict[str, Any]:
+    """What a trainer may treat apart: layers that are new, routers, and experts that were there before or were not (by index)."""
+    lists: dict[str, Any] = {"new_layers": [i for i, layer in enumerate(growth.layers) if layer.new or layer.identity]}
+    if new.is_moe:
+        kept = old.size("experts") if old.is_moe else 0
+        lists["routers"] = [n for n, e in new.tensors.items() if any(d.axes == ("experts",) for d in e.spec.dims)]
+        lists["old_experts"] = list(range(kept))
+        lists["new_experts"] = list(range(kept, new.size("experts")))
+    return lists
 
 
 def _some(names: list[str], most: int = 4) -> str:

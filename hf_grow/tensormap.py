@@ -4,10 +4,13 @@
     Take(of, dim, axis, role)         one dimension grown, cut or reordered by an AxisMap that the plan holds under the name `axis`
     Sum(terms, weights)               weighted sum
     Vary(of, by)                      of * (1 + by), elementwise: noise in proportion to a tensor
+    Share(of, share)                  `of` as it is, of whose gradient only this share arrives: one of several copies that are used in turn
     Concat(parts, dim)                parts side by side
     Fill(shape, value)                a constant
     Noise(shape, std, key, like)      N(0, std^2), seeded by (plan seed, key); `like`: std counts in standard deviations of that expression,
                                       and the mean may be its mean
+    Orthogonal(shape, std, key)       random rows at right angles to each other
+    Values(shape, key)                numbers that the plan holds under the name `key`, measured on the source before it is carried out
 
 An expression says nothing of weights or gradients: the evaluator is given the quantity, and
 
@@ -163,6 +166,19 @@ class Vary(Expr):
 
 
 @dataclass(frozen=True)
+class Share(Expr):
+    """One of several copies, each used for a share of the tokens: the weight is `of`, the gradient that share of its gradient."""
+
+    op = "share"
+    parts_of = ("of",)
+    of: Expr
+    share: float
+
+    def shape(self, scope: Scope) -> Shape:
+        return self.of.shape(scope)
+
+
+@dataclass(frozen=True)
 class Concat(Expr):
     op = "concat"
     parts_of = ("parts",)
@@ -201,6 +217,33 @@ class Noise(Expr):
     like: Expr | None = None
     centered: bool = True
     """Whether the mean is zero; otherwise it is that of `like`."""
+
+    def shape(self, scope: Scope) -> Shape:
+        return self.size
+
+
+@dataclass(frozen=True)
+class Orthogonal(Expr):
+    """Rows at right angles, each as long as a row of N(0, std^2) is on average; at most as many rows as columns."""
+
+    op = "orthogonal"
+    size: Shape
+    std: float
+    key: str
+
+    def shape(self, scope: Scope) -> Shape:
+        if len(self.size) != 2 or self.size[0] > self.size[1]:
+            raise ValueError(f"{self.size[0]} rows of {self.size[-1]} numbers cannot all be at right angles")
+        return self.size
+
+
+@dataclass(frozen=True)
+class Values(Expr):
+    """Numbers that come with the plan (`Growth.data`): what had to be measured on the source, such as router rows from prompts."""
+
+    op = "values"
+    size: Shape
+    key: str
 
     def shape(self, scope: Scope) -> Shape:
         return self.size

@@ -75,6 +75,11 @@ CASES = [
     Case("qwen2", "qwen2"),
     Case("qwen2-tied", "qwen2", {"tie_word_embeddings": True}),
     Case("qwen2-window", "qwen2", WINDOW),
+    Case("qwen2_moe", "qwen2_moe", {"num_experts": 4, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28, **MOE}),
+    # Sparse: 1 and 5 only (every second layer, but not 3).
+    Case("qwen2_moe-mixed", "qwen2_moe", {"num_experts": 3, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28,
+                                          "norm_topk_prob": True, "qkv_bias": False, "tie_word_embeddings": True, **MOE, **WIDE_HEADS,
+                                          "num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}),
     Case("qwen3", "qwen3", WIDE_HEADS),
     Case("qwen3-tied", "qwen3", {"tie_word_embeddings": True, **WIDE_HEADS}),
     Case("qwen3-bias", "qwen3", {"attention_bias": True, **WIDE_HEADS}),

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,21 @@ class Checkpoint:
     folder: Path | None = None
     growth: Mapping[str, Any] | None = None
     """The growth.json beside the weights, if it was grown."""
+    others: Mapping[str, Checkpoint] = field(default_factory=dict)
+    """Further checkpoints that a growth reads, by their label."""
 
     @cached_property
     def info(self) -> SourceInfo:
-        return SourceInfo(
-            self.ref, self.revision, self.config, {n: t.info for n, t in self.tensors.items()}, self.files, _history(self.growth)
-        )
+        others = {label: other.info for label, other in self.others.items()}
+        tensors = {n: t.info for n, t in self.tensors.items()}
+        return SourceInfo(self.ref, self.revision, self.config, tensors, self.files, _history(self.growth), others)
+
+    def find(self, key: str) -> tuple[Path, Stored]:
+        """The file and the place of a source tensor by `Source.key`."""
+        label, _, name = key.rpartition("::")
+        checkpoint = self.others[label] if label else self
+        stored = checkpoint.tensors[name]
+        return checkpoint.path(stored.file), stored
 
     def path(self, file: str) -> Path:
         assert self.folder is not None, "the weights are not on this machine"

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_grow.architecture import Architecture
 from hf_grow.errors import PlanError
+from hf_grow.families import FFN_AXES
 from hf_grow.methods.sizing import TOLERANCE, measure, short
 from hf_grow.methods.spaces import heads_feasible
 
@@ -25,10 +26,11 @@ class Shape:
     heads: int
     kv: int
     head_dim: int
+    shared_inter: int = 0
 
     def changed(self, **sizes: int) -> Shape:
         new = replace(self, **sizes)
-        for name in ("inter", "expert_inter", "head_dim", "hidden"):
+        for name in (*FFN_AXES, "head_dim", "hidden"):
             if getattr(new, name) < getattr(self, name):
                 raise PlanError(f"{name} cannot shrink: {getattr(self, name)} -> {getattr(new, name)}.")
         return new
@@ -44,17 +46,18 @@ class Shape:
                 )
             return round(exact)
 
-        return self.changed(**{n: by(n) for n in ("hidden", "inter", "expert_inter", "heads", "kv")}, head_dim=head_dim or self.head_dim)
+        return self.changed(**{n: by(n) for n in ("hidden", *FFN_AXES, "heads", "kv")}, head_dim=head_dim or self.head_dim)
 
 
 def shape_of(arch: Architecture) -> Shape:
-    return Shape(arch.size("hidden"), arch.size("inter"), arch.size("expert_inter"), arch.heads, arch.size("kv"), arch.size("head_dim"))
+    ffn = {axis: arch.size(axis) for axis in FFN_AXES}
+    return Shape(hidden=arch.size("hidden"), heads=arch.heads, kv=arch.size("kv"), head_dim=arch.size("head_dim"), **ffn)
 
 
 def with_shape(arch: Architecture, shape: Shape, layers: int | None = None) -> Architecture:
     """The architecture with other widths (and another depth), for counting. Raises SourceError if the family refuses them."""
     config: dict[str, Any] = {**arch.config, "hidden_size": shape.hidden, "num_attention_heads": shape.heads}
-    for axis in ("kv", "head_dim", "inter", "expert_inter"):
+    for axis in ("kv", "head_dim", *FFN_AXES):
         if arch.size(axis):
             config[arch.family.size_key(axis)] = getattr(shape, axis)
     if layers is not None:
@@ -116,9 +119,8 @@ def widths(arch: Architecture, *, whole: bool = False, multiple: int = 128) -> I
         )
         for heads, kv in pairs:
             if abs(heads / (old.heads * factor) - 1) <= 0.26:  # far fewer heads than width would starve attention
-                yield Shape(
-                    hidden, near(old.inter) if old.inter else 0, near(old.expert_inter) if old.expert_inter else 0, heads, kv, old.head_dim
-                )
+                ffn = {axis: near(size) if (size := getattr(old, axis)) else 0 for axis in FFN_AXES}
+                yield replace(old, hidden=hidden, heads=heads, kv=kv, **ffn)
                 break
 
 
@@ -147,7 +149,7 @@ def check_shape(arch: Architecture, shape: Shape) -> None:
 def shape_warnings(arch: Architecture, shape: Shape) -> list[str]:
     """What is allowed but hurts."""
     old, out = shape_of(arch), []
-    for name, unit in (("hidden", 128), ("inter", 128), ("expert_inter", 64)):
+    for name, unit in (("hidden", 128), ("inter", 128), ("expert_inter", 64), ("shared_inter", 128)):
         size = getattr(shape, name)
         if size != getattr(old, name) and getattr(old, name) % unit == 0 and size % unit:
             out.append(f"{name} {size} is no multiple of {unit}: matrix products on GPUs get slower.")

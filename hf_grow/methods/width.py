@@ -20,6 +20,7 @@ from pydantic import Field
 from hf_grow.architecture import Architecture
 from hf_grow.axes import AxisMap
 from hf_grow.errors import PlanError, SourceError
+from hf_grow.families import FFN_AXES
 from hf_grow.growth import Growth, Guarantee, LayerOrigin, Method
 from hf_grow.methods import spaces
 from hf_grow.methods.shapes import Shape, check_shape, nearest_shape, shape_of, shape_warnings
@@ -44,6 +45,8 @@ class WidthOptions(Options):
     """New intermediate_size (Mixtral: that of each expert)."""
     expert_intermediate: Positive | None = None
     """New moe_intermediate_size, for families that have both."""
+    shared_intermediate: Positive | None = None
+    """New shared_expert_intermediate_size, for families with a shared expert."""
     heads: Positive | None = None
     """New number of query heads."""
     kv_heads: Positive | None = None
@@ -93,6 +96,7 @@ def _asked(arch: Architecture, options: WidthOptions) -> Shape:
         "hidden": options.hidden,
         "inter": options.intermediate,
         "expert_inter": options.expert_intermediate,
+        "shared_inter": options.shared_intermediate,
         "heads": options.heads,
         "kv": options.kv_heads,
         "head_dim": options.head_dim,
@@ -101,6 +105,8 @@ def _asked(arch: Architecture, options: WidthOptions) -> Shape:
         explicit["expert_inter"], explicit["inter"] = options.intermediate, None
     if options.expert_intermediate and not arch.size("expert_inter"):
         raise PlanError(f"{arch.family.architecture} has no experts; --expert-intermediate means nothing here.")
+    if options.shared_intermediate and not arch.size("shared_inter"):
+        raise PlanError(f"{arch.family.architecture} has no shared expert; --shared-intermediate means nothing here.")
     given = {k: v for k, v in explicit.items() if v is not None}
     if sum(x is not None for x in (options.to, options.factor)) + bool(set(given) - {"head_dim"}) > 1 and (options.to or given):
         raise PlanError("--to, --factor and explicit sizes each set the widths; give one kind.")
@@ -119,10 +125,7 @@ def _build(
 ) -> Growth:
     old = shape_of(arch)
     head_dim = spaces.head_dim_space(old.head_dim, shape.head_dim, normed=arch.has_norm_over("head_dim"))
-    null = {
-        axis: options.ffn == "null" or (options.ffn == "auto" and getattr(shape, axis) < 2 * getattr(old, axis))
-        for axis in ("inter", "expert_inter")
-    }
+    null = {axis: options.ffn == "null" or (options.ffn == "auto" and getattr(shape, axis) < 2 * getattr(old, axis)) for axis in FFN_AXES}
     heads = spaces.head_spaces(old.heads, old.kv, shape.heads, shape.kv, head_dim, null=options.new_heads == "null")
     check_shape(arch, shape)
     if shape.head_dim != old.head_dim:
@@ -133,11 +136,7 @@ def _build(
         hidden=hidden,
         heads=heads,
         head_dim=head_dim,
-        ffn={
-            axis: spaces.ffn_space(axis, arch.size(axis), getattr(shape, axis), null=null[axis])
-            for axis in ("inter", "expert_inter")
-            if arch.size(axis)
-        },
+        ffn={axis: spaces.ffn_space(axis, arch.size(axis), getattr(shape, axis), null=null[axis]) for axis in FFN_AXES if arch.size(axis)},
         symmetry=symmetry,
         strength=strength,
         next_layer=kind == "aki",
@@ -159,7 +158,7 @@ def _build(
 
 def _config(arch: Architecture, shape: Shape, eps: float, theta: float) -> dict[str, Any]:
     changes: dict[str, Any] = {"hidden_size": shape.hidden, "num_attention_heads": shape.heads}
-    for axis in ("kv", "head_dim", "inter", "expert_inter"):
+    for axis in ("kv", "head_dim", *FFN_AXES):
         if arch.size(axis):
             changes[arch.family.size_key(axis)] = getattr(shape, axis)
     config: dict[str, Any] = {**arch.config, **changes}
@@ -206,7 +205,7 @@ def _guarantee(arch: Architecture, shape: Shape, hidden: Hidden, kind: str) -> G
         said.append(f"hidden is {copies} x {old.hidden}" + (f" and {pad} zeros, with the RMSNorm rule" if pad else ""))
     if (shape.heads, shape.kv) != (old.heads, old.kv):
         said.append(f"heads {old.heads}/{old.kv} -> {shape.heads}/{shape.kv} keep their kv heads")
-    if (shape.inter, shape.expert_inter) != (old.inter, old.expert_inter):
+    if any(getattr(shape, axis) != getattr(old, axis) for axis in FFN_AXES):
         said.append("FFN units are copies that share, or add zero")
     if shape.head_dim != old.head_dim:
         said.append("head_dim keeps every old rotary pair at its frequency")
@@ -233,7 +232,7 @@ def build_hypercloning(arch: Architecture, options: HyperCloningOptions) -> Grow
     shape, old = _asked(arch, options), shape_of(arch)
     if old.kv == 1 and options.kv_heads is None:  # as the paper's code: multi-query attention stays what it is
         shape = shape.changed(kv=1)
-    uneven = [a for a in ("hidden", "inter", "expert_inter", "heads", "kv") if getattr(shape, a) % max(1, getattr(old, a))]
+    uneven = [a for a in ("hidden", *FFN_AXES, "heads", "kv") if getattr(shape, a) % max(1, getattr(old, a))]
     if uneven or shape.head_dim != old.head_dim:
         raise PlanError(
             f"HyperCloning grows by whole factors and keeps head_dim; {', '.join(uneven) or 'head_dim'} would not.",
@@ -268,7 +267,14 @@ def _no_smaller(new: int, old: int) -> None:
 
 def explicit_sizes(arch: Architecture, shape: Shape) -> dict[str, int]:
     """The options that ask for `shape`, only those that change something."""
-    names = {"hidden": "hidden", "inter": "intermediate", "expert_inter": "expert_intermediate", "heads": "heads", "kv": "kv_heads"}
+    names = {
+        "hidden": "hidden",
+        "inter": "intermediate",
+        "expert_inter": "expert_intermediate",
+        "shared_inter": "shared_intermediate",
+        "heads": "heads",
+        "kv": "kv_heads",
+    }
     old = shape_of(arch)
     changed = {n: getattr(shape, a) for a, n in names.items() if getattr(shape, a) != getattr(old, a)}
     if "expert_intermediate" in changed and not old.inter:

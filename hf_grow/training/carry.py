@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_grow.axes import AxisMap, Run, joined
 from hf_grow.errors import ExecutionError, InputError, SourceError
 from hf_grow.planning import GrowthPlan, TensorInfo
-from hf_grow.tensormap import Expr, Fill, Quantity, Source, Sum, Take
+from hf_grow.tensormap import Expr, Fill, Quantity, Share, Source, Sum, Take
 from hf_grow.training import trajectory
 from hf_grow.training.skeleton import memory_names, skeleton, trainer_groups
 
@@ -207,19 +207,34 @@ def _kept_only(plan: GrowthPlan) -> GrowthPlan:
         if isinstance(expr, Sum):
             terms = tuple(t for t in expr.terms if _reads_kept(plan, t)) or expr.terms[:1]
             return simplify(terms[0]) if len(terms) == 1 else Sum(tuple(map(simplify, terms)), (1.0,) * len(terms))
+        if isinstance(expr, Share):
+            return simplify(expr.of)
         return expr.map_children(simplify)
 
     axes = {n: first(a) for n, a in plan.growth.axes.items()}
-    new = {n for n, e in plan.architecture.tensors.items() if e.layer >= 0 and plan.growth.layers[e.layer].new}
+    new = {n for n, e in plan.architecture.tensors.items() if e.layer >= 0 and plan.growth.layers[e.layer].new} | _later_experts(plan)
     tensors = {n: Fill(plan.targets[n].shape) if n in new else simplify(e) for n, e in plan.growth.tensors.items()}
     return replace(plan, growth=replace(plan.growth, axes=axes, tensors=tensors))
+
+
+def _later_experts(plan: GrowthPlan) -> set[str]:
+    """Tensors of experts that copy what another expert of the same layer holds already."""
+    seen: set[tuple[int, str]] = set()
+    later = set()
+    for name, entry in plan.architecture.tensors.items():
+        origin = next((s.key for s in plan.growth.tensors[name].sources()), None)
+        if entry.expert >= 0 and origin is not None:
+            if (entry.layer, origin) in seen:
+                later.add(name)
+            seen.add((entry.layer, origin))
+    return later
 
 
 def _reads_kept(plan: GrowthPlan, expr: Expr) -> bool:
     """Whether a term carries old values to their own places: it reads a source, through no map that only adds."""
     if isinstance(expr, Take):
         return not expr.axis.endswith(".added") and _reads_kept(plan, expr.of)
-    return isinstance(expr, Source | Sum)
+    return isinstance(expr, Source | Sum | Share)
 
 
 def _candidates(

@@ -46,7 +46,7 @@ def _of_ones(plan: GrowthPlan, quantity: Quantity) -> dict[str, Any]:
     def quiet(expr: Expr) -> Expr:
         return replace(expr, std=0.0, like=None) if isinstance(expr, Noise) else expr.map_children(quiet)
 
-    held = HeldTensors({n: torch.ones(t.shape) for n, t in plan.source.tensors.items()})
+    held = HeldTensors({n: torch.ones(t.shape) for n, t in plan.source.by_key.items()})
     evaluator = Evaluator(plan, held, quantity)
     return {n: evaluator.whole(quiet(e), TensorInfo("F32", plan.targets[n].shape)) for n, e in plan.growth.tensors.items()}
 

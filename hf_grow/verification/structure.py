@@ -82,8 +82,10 @@ def check_builds(new: Checkpoint, report: Report) -> None:
 
 def check_same_source(old: Checkpoint, plan: GrowthPlan, report: Report) -> bool:
     """Whether `old` is the checkpoint that the plan was made for."""
-    known = {n: t.info for n, t in old.tensors.items()}
-    same = known == dict(plan.source.tensors) and Architecture(old.config).tensors.keys() == plan.source.architecture.tensors.keys()
+    same = (
+        dict(old.info.by_key) == dict(plan.source.by_key)
+        and Architecture(old.config).tensors.keys() == plan.source.architecture.tensors.keys()
+    )
     detail = f"{old.ref} has the tensors the plan was made for" if same else f"{old.ref} is not the checkpoint that {plan.source.ref} was"
     report.add("source", same, detail)
     return same
@@ -146,9 +148,9 @@ class _Rederivation:
         return sha.hexdigest()
 
     def _copied(self, name: str, stored: Stored, handle: int, sha: Any) -> bool:
-        origin = self.old.tensors[self.copies[name]]
+        path, origin = self.old.find(self.copies[name])
         equal = True
-        with self.old.path(origin.file).open("rb", buffering=0) as source:
+        with path.open("rb", buffering=0) as source:
             theirs = pieces(source.fileno(), origin.start, origin.stop, self.stop)
             for ours in pieces(handle, stored.start, stored.stop, self.stop):
                 sha.update(ours)
