@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from hf_grow.architecture import Architecture
     from hf_grow.methods.hybrid import Candidate, HybridOptions
     from hf_grow.planning import GrowthPlan
-    from hf_grow.verification import Report
 
 console = Console(highlight=False, soft_wrap=True)
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -134,25 +133,6 @@ def show_candidates(arch: Architecture, found: Sequence[Candidate], options: Hyb
         table.add_row(str(at), *cells, style="bold" if at == options.choose else "")
     console.print(table)
     console.print("Another of these: --choose N", style="dim")
-
-
-def show_report(report: Report) -> None:
-    table = Table(title=f"verify: {report.old} -> {report.new}", title_justify="left", title_style="bold")
-    for column in ("check", "", "found"):
-        table.add_column(column, overflow="fold")
-    marks = {"pass": "[green]ok[/]", "fail": "[red]FAIL[/]", "skip": "[yellow]-[/]"}
-    for check in report.checks:
-        table.add_row(check.name, marks[check.status], check.detail)
-    console.print(table)
-    m = report.metrics
-    if any(c.name == "logits" and c.status == "pass" for c in report.checks):
-        console.print(f"{m['tokens']} tokens of {m['text']}, computed in {m['dtype']}", markup=False)
-        figures = Table(show_header=False, box=None, padding=(0, 2))
-        figures.add_row("perplexity before / after", f"{m['perplexity_old']:.4g} / {m['perplexity_new']:.4g}")
-        figures.add_row("KL(old || new)", f"{m['kl_nats_per_token']:.3g} nats a token")
-        figures.add_row("logit difference max / mean", f"{m['logit_difference_max']:.3g} / {m['logit_difference_mean']:.3g}")
-        figures.add_row("greedy agreement", f"{m['greedy_agreement']:.2%}")
-        console.print(figures)
 
 
 @contextmanager

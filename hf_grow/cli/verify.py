@@ -11,6 +11,7 @@ from hf_grow.api import verify
 from hf_grow.checkpoint.reader import GROWTH, Checkpoint, open_folder
 from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, existing_folder, print_json
+from hf_grow.cli.report import show_report
 from hf_grow.errors import InputError
 from hf_grow.verification import Report
 
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(report.to_json())
     else:
-        render.show_report(report)
+        show_report(report)
     return 0 if report.ok else 1
 
 

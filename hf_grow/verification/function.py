@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import InputError
@@ -18,9 +18,11 @@ from hf_grow.methods.sizing import measure
 from hf_grow.planning import GrowthPlan
 from hf_grow.tensormap import Fill
 from hf_grow.verification.report import Report
+from hf_grow.verification.routing import Routing, compare_routing
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 WINDOW = 256
 LOGITS_BYTES = 1 << 30
@@ -56,9 +58,13 @@ def compare(
         notify("The vocabularies differ in size; only the common part is compared.")
     most = max(WINDOW, LOGITS_BYTES // (4 * vocab))
     windows, what = _token_windows(old, text, min(tokens, most), vocab)
-    before = _logits(old, windows, name, vocab)
-    after = _logits(new, windows, name, vocab)
+    routers = Routing(old.info.architecture), Routing(new.info.architecture)
+    before = _logits(old, windows, name, vocab, routing=routers[0])
+    after = _logits(new, windows, name, vocab, routing=routers[1])
     metrics = {"text": what, "tokens": int(sum(w.numel() for w in windows)), "dtype": name, **_measure(windows, before, after)}
+    experts = compare_routing(plan, *routers)
+    if experts is not None:
+        metrics["experts"] = experts
     report.metrics.update(metrics)
     finite = all(bool(torch.isfinite(x).all()) for x in after)
     report.add("logits", finite, "finite on every token" if finite else "NaN or infinite: the grown model is broken")
@@ -133,8 +139,8 @@ def _token_windows(old: Checkpoint, text: Path | None, tokens: int, vocab: int) 
     return [w for w in windows if w.numel() > 1], what
 
 
-def _logits(checkpoint: Checkpoint, windows: list[torch.Tensor], dtype: str, vocab: int, shake: float = 0.0) -> list[torch.Tensor]:
-    """Logits of every window; with `shake`, after moving every weight by up to that share of itself."""
+def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
+    """The model of a folder in a dtype of torch, for evaluation, on the CPU; nothing is fetched and no code of the folder is run."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -143,15 +149,30 @@ def _logits(checkpoint: Checkpoint, windows: list[torch.Tensor], dtype: str, voc
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True
     )
-    model.eval()
+    return cast("PreTrainedModel", model.eval())
+
+
+def _logits(
+    checkpoint: Checkpoint, windows: list[torch.Tensor], dtype: str, vocab: int, *, shake: float = 0.0, routing: Routing | None = None
+) -> list[torch.Tensor]:
+    """Logits of every window; with `shake`, after moving every weight by up to that share of itself. `routing` is told of every router."""
+    import torch
+
+    model = load_model(checkpoint, dtype)
     if shake:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1 + shake * (2 * torch.rand(p.shape, generator=generator) - 1).to(p.dtype))
     keep = torch.float64 if dtype == "float64" else torch.float32
+    found = []
     with torch.no_grad():
-        return [model(w[None], use_cache=False).logits[0, :, :vocab].to(keep) for w in windows]
+        for window in windows:
+            output = model(window[None], use_cache=False, **({"output_router_logits": True} if routing else {}))
+            if routing:
+                routing.add(output.router_logits)
+            found.append(output.logits[0, :, :vocab].to(keep))
+    return found
 
 
 def _measure(windows: list[torch.Tensor], before: list[torch.Tensor], after: list[torch.Tensor]) -> dict[str, Any]:

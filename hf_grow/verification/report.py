@@ -22,7 +22,7 @@ class Report:
     new: str
     checks: list[Check] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Measured on a text: nats a token, perplexities, logit differences; empty with structure only."""
+    """Measured on a text: nats a token, perplexities, logit differences, what routers do; empty with structure only."""
 
     @property
     def ok(self) -> bool:
@@ -34,5 +34,14 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; what is no number (NaN of a broken model) becomes null."""
         data = {"ok": self.ok, **asdict(self)}
-        data["metrics"] = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.metrics.items()}
+        data["metrics"] = _plain(self.metrics)
         return data
+
+
+def _plain(value: Any) -> Any:
+    """The same, at any depth, with None for NaN and the infinities, which JSON has not."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
