@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_grow.checkpoint.writer import Progress
-from hf_grow.growth import LayerOrigin
 from hf_grow.methods.hybrid import ffn_axis
 from hf_grow.methods.sizing import measure, short
+from hf_grow.publish.layermap import layer_ranges
 
 if TYPE_CHECKING:
     from hf_grow.architecture import Architecture
@@ -31,25 +31,6 @@ def note(message: str) -> None:
 
 def gigabytes(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
-def layer_ranges(layers: Sequence[LayerOrigin]) -> str:
-    """'0-23, 8-31'; identity blocks are marked +, averages ~."""
-    parts: list[str] = []
-    start = previous = -2
-    for o in [*layers, None]:
-        plain = o is not None and len(o.sources) == 1 and not o.identity
-        if plain and o is not None and o.sources[0] == previous + 1:
-            previous = o.sources[0]
-            continue
-        if previous >= 0:
-            parts.append(str(start) if start == previous else f"{start}-{previous}")
-        start = previous = -2
-        if plain and o is not None:
-            start = previous = o.sources[0]
-        elif o is not None:
-            parts.append(f"{o.sources[0]}+" if o.identity else "~".join(map(str, o.sources)))
-    return ", ".join(parts) if len(parts) <= 24 else ", ".join(parts[:23]) + f" ... ({len(parts)} runs)"
 
 
 def plan_facts(plan: GrowthPlan) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Publishing a grown checkpoint on the Hugging Face Hub."""

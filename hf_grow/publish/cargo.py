@@ -1,0 +1,139 @@
+"""What of a folder is published, and whether it may be.
+
+Refused: what is not whole, what its own record contradicts, what failed its verification. Left out, and named: the state of a training run,
+pickles, weights that no index knows, hidden files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from hf_grow.checkpoint.reader import GROWTH, SINGLE, open_folder
+from hf_grow.checkpoint.source import NEVER, is_inside
+from hf_grow.checkpoint.transfer import pieces
+from hf_grow.checkpoint.writer import JOURNAL, Progress
+from hf_grow.errors import InputError, VerificationError
+from hf_grow.planning import check_source
+
+CARD = "README.md"
+TRAINING = ("trainer_state.json", "checkpoint-*", "runs", "wandb", "logs")  # optimizer.pt and its like are pickles
+HIDDEN_BUT_PUBLIC = (".gitattributes", ".eval_results")  # the Hub reads evaluation results from the latter
+
+
+@dataclass(frozen=True)
+class Cargo:
+    """The files of one model, and what its growth.json says."""
+
+    folder: Path
+    files: Mapping[str, Path]
+    """Path in the repository -> file."""
+    weights: tuple[str, ...]
+    left_out: tuple[str, ...]
+    growth: Mapping[str, Any] | None
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Of the weight files; filled by `check_content`."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files.values())
+
+    @property
+    def weight_nbytes(self) -> int:
+        return sum(self.files[name].stat().st_size for name in self.weights)
+
+    @property
+    def title(self) -> str:
+        """First line of the commit."""
+        try:
+            assert self.growth is not None
+            return f"{self.growth['growth']['method']} growth of {Path(str(self.growth['source']['ref'])).name} with hf-grow"
+        except (AssertionError, KeyError, TypeError):
+            return "Upload with hf-grow"
+
+    @property
+    def doubts(self) -> list[str]:
+        """What a publisher should know, though nothing forbids it."""
+        if self.growth is None:
+            return []
+        found = [] if self.growth.get("verification") else [f"It was not verified; `hf-grow verify SOURCE {self.folder}` does that."]
+        ref = str((self.growth.get("source") or {}).get("ref", ""))
+        if ref.startswith(("/", "~", ".")):
+            found.append(f"{GROWTH} will show your path {ref}; edit source.ref to change that.")
+        return found
+
+
+def survey(folder: Path) -> Cargo:
+    """The cargo of a checkpoint folder, from names, headers and growth.json. Raises InputError, SourceError or VerificationError."""
+    if folder.name.endswith(".partial") or (folder / JOURNAL).exists():
+        raise InputError(f"{folder} is not finished.", hint="Repeat the command that began it with --resume, then publish the result.")
+    checkpoint = open_folder(folder)
+    check_source(checkpoint.info)
+    _check_record(checkpoint.growth, {f: int(facts["size"]) for f, facts in checkpoint.files.items()})
+    files: dict[str, Path] = {}
+    left_out: list[str] = []
+    for root, folders, names in os.walk(folder):
+        here = Path(root)
+        for name in sorted(folders):
+            if _is_private(name) or (here / name).is_symlink():
+                folders.remove(name)
+                left_out.append(f"{(here / name).relative_to(folder).as_posix()}/")
+        for name in names:
+            path = here / name
+            relative = path.relative_to(folder).as_posix()
+            weight = relative in checkpoint.files
+            if weight or not (_is_private(name) or name.lower().endswith(NEVER) or not is_inside(folder, path) or not path.is_file()):
+                files[relative] = path
+            else:
+                left_out.append(relative)
+    return Cargo(folder, dict(sorted(files.items())), tuple(checkpoint.files), tuple(sorted(left_out)), checkpoint.growth)
+
+
+def check_content(cargo: Cargo, progress: Progress = lambda nbytes: None) -> None:
+    """Reads the weights once for their SHA-256. Raises VerificationError if growth.json records others."""
+    recorded = _recorded(cargo.growth)
+    for name in cargo.weights:
+        sha = hashlib.sha256()
+        with cargo.files[name].open("rb", buffering=0) as handle:
+            for piece in pieces(handle.fileno(), 0, os.fstat(handle.fileno()).st_size, lambda: None):
+                sha.update(piece)
+                progress(len(piece))
+        cargo.sha256[name] = sha.hexdigest()
+        if name in recorded and recorded[name].get("sha256", cargo.sha256[name]) != cargo.sha256[name]:
+            raise _changed(name)
+
+
+def _is_private(name: str) -> bool:
+    hidden = name.startswith(".") and name not in HIDDEN_BUT_PUBLIC
+    return hidden or name.endswith(".partial") or any(fnmatchcase(name, pattern) for pattern in TRAINING)
+
+
+def _recorded(growth: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    files = (growth or {}).get("target", {}).get("files", {}) if isinstance((growth or {}).get("target", {}), dict) else {}
+    return files if isinstance(files, dict) and all(isinstance(f, dict) for f in files.values()) else {}
+
+
+def _check_record(growth: Mapping[str, Any] | None, sizes: Mapping[str, int]) -> None:
+    recorded = _recorded(growth)
+    for name in recorded.keys() | (sizes.keys() if recorded else set()):
+        if name not in recorded or recorded[name].get("size") != sizes.get(name):
+            raise _changed(name)
+    verification = (growth or {}).get("verification")
+    if isinstance(verification, dict) and not verification.get("ok"):
+        failed = [str(c.get("name")) for c in verification.get("checks", []) if isinstance(c, dict) and c.get("status") == "fail"]
+        raise VerificationError(
+            f"This growth failed its verification ({', '.join(failed) or 'see ' + GROWTH}).",
+            hint="Grow it again; a model that is not what its record says is not published.",
+        )
+
+
+def _changed(name: str) -> VerificationError:
+    return VerificationError(
+        f"{name if name != SINGLE else 'The weight file'} is not the one that {GROWTH} records.",
+        hint=f"It was changed after the growth. A model that was trained since is saved to a folder of its own, without this {GROWTH}.",
+    )

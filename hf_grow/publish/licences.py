@@ -1,0 +1,92 @@
+"""What licences of well-known checkpoints ask of somebody who publishes a model made from them. Data, and no legal advice.
+
+The quoted words are those that the licence itself prescribes; the sections are named so that they can be looked up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Licence:
+    title: str
+    built_with: str = ""
+    """Words that must be displayed prominently."""
+    name_start: str = ""
+    """What the name of a published model must begin with."""
+    notice: str = ""
+    """The line that a text file NOTICE must hold."""
+    copy: bool = False
+    """Whether a copy of the licence goes with the weights."""
+    limits: str = ""
+    """What it does not allow, in a few words."""
+
+
+def _llama(version: str, *, product: str = "Llama", title: str = "", built_with: str = "", name_start: str = "") -> Licence:
+    """Section 1.b of the community licences: (i) copy, display and name, (iii) notice; section 2: 700 million monthly users."""
+    title = title or f"{product} {version} Community License"
+    return Licence(
+        title=title,
+        built_with=built_with,
+        name_start=name_start,
+        notice=f"{product} {version} is licensed under the {title}, Copyright © Meta Platforms, Inc. All Rights Reserved.",
+        copy=True,
+        limits="acceptable use policy; a licence of its own above 700 million monthly users",
+    )
+
+
+def _alibaba(name: str, agreement: str, *, built_with: str = "", limits: str) -> Licence:
+    """Section 3 (copy, notice of changes, notice file) and section 4 (display)."""
+    return Licence(
+        title=f"{name} {agreement}",
+        built_with=built_with,
+        notice=f"{name} is licensed under the {name} {agreement}, Copyright (c) Alibaba Cloud. All Rights Reserved.",
+        copy=True,
+        limits=limits,
+    )
+
+
+def _mistral(name: str) -> Licence:
+    """Section 2.2: copy and notice file."""
+    return Licence(
+        f"Mistral AI {name}", notice=f"Licensed by Mistral AI under the Mistral AI {name}", copy=True, limits="research or testing only; no commercial use"
+    )
+
+
+_BUSY = "a licence of its own above 100 million monthly users"
+
+# By the identifier in a card's `license`, or its `license_name` where that says `other`.
+LICENCES: dict[str, Licence] = {
+    "apache-2.0": Licence("Apache License 2.0", copy=True),
+    "mit": Licence("MIT License", copy=True),
+    "llama2": _llama("2", title="LLAMA 2 Community License"),
+    "llama3": _llama("3", product="Meta Llama", built_with="Built with Meta Llama 3", name_start="Llama 3"),
+    "llama3.1": _llama("3.1", built_with="Built with Llama", name_start="Llama"),
+    "llama3.2": _llama("3.2", built_with="Built with Llama", name_start="Llama"),
+    "llama3.3": _llama("3.3", built_with="Built with Llama", name_start="Llama"),
+    "llama4": _llama("4", built_with="Built with Llama", name_start="Llama"),
+    "qwen": _alibaba("Qwen", "LICENSE AGREEMENT", built_with="Built with Qwen", limits=_BUSY),
+    "qwen-research": _alibaba("Qwen", "RESEARCH LICENSE AGREEMENT", built_with="Built with Qwen", limits="no commercial use"),
+    "tongyi-qianwen": _alibaba("Tongyi Qianwen", "LICENSE AGREEMENT", limits=_BUSY),
+    "mrl": _mistral("Research License"),
+    "mnpl": _mistral("Non-Production License"),
+    "cc-by-nc-4.0": Licence("Creative Commons Attribution Non Commercial 4.0", limits="no commercial use"),
+    "cc-by-sa-4.0": Licence("Creative Commons Attribution Share Alike 4.0", limits="derived works under the same licence only"),
+    "cc-by-nd-4.0": Licence("Creative Commons Attribution No Derivatives 4.0", limits="derived works may not be shared"),
+}
+
+
+def find(license: str, license_name: str) -> Licence | None:
+    """The entry for a card's `license` and `license_name`, if there is one."""
+    key = license_name if license in ("", "other") else license
+    return LICENCES.get(key.lower().removesuffix("-license"))
+
+
+def name_fits(licence: Licence, name: str) -> bool:
+    """Whether a model's name begins as the licence wants: Llama-3-Small does for 'Llama 3'."""
+
+    def letters(text: str) -> str:
+        return "".join(c for c in text.lower() if c.isalnum())
+
+    return letters(name.rsplit("/", 1)[-1]).startswith(letters(licence.name_start))

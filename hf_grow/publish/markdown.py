@@ -1,0 +1,47 @@
+"""Text of unknown origin inside Markdown: names, reasons and licences come from files that anyone may have written.
+
+Whatever such a text holds, it stays one line of text: no heading, link, picture, HTML or formula of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|~#$!])")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+def line(value: Any, limit: int = 600) -> str:
+    """One printable line, cut at `limit` characters."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)[: 4 * limit]).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def plain(value: Any, limit: int = 600) -> str:
+    """As running text. An address is taken apart, so that no renderer makes a link of it."""
+    text = _SPECIAL.sub(r"\\\1", line(value, limit)).replace("&", "&amp;")
+    return re.sub(r"(?i)(://|www\.|@)", lambda m: m[0].replace(":", "&#58;").replace(".", "&#46;").replace("@", "&#64;"), text)
+
+
+def code(value: Any, limit: int = 200) -> str:
+    """As a code span that is safe in a table too."""
+    text = line(value, limit).replace("`", "'").replace("$$", "$ $")
+    return "`" + (text or " ").replace("|", r"\|") + "`"
+
+
+def is_hub_id(value: object) -> bool:
+    return isinstance(value, str) and bool(_HUB_ID.fullmatch(value)) and ".." not in value and "--" not in value
+
+
+def hub_link(ref: str) -> str:
+    """A Hub repository as a link."""
+    assert is_hub_id(ref)
+    return f"[{_SPECIAL.sub(r'\\\1', ref)}](https://huggingface.co/{ref})"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is left, the others right; cells are Markdown already."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -1,0 +1,154 @@
+"""Sending a finished folder to the Hub, as one commit.
+
+Weights go first and the commit comes last, so that a repository never looks whole before it is. What was sent stays on the Hub's side: an
+interrupted push, repeated, sends only what is missing there. A token is left to huggingface_hub: it is neither read, shown nor stored here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_grow.checkpoint.hub import page
+from hf_grow.checkpoint.reader import INDEX
+from hf_grow.checkpoint.writer import Progress
+from hf_grow.errors import OutputError
+from hf_grow.publish.cargo import CARD, Cargo, check_content, survey
+from hf_grow.publish.refusals import check_login, check_repo_id, explained
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
+@dataclass(frozen=True)
+class Destination:
+    repo: str
+    """OWNER/NAME; NAME alone is one of the token's account."""
+    private: bool = False
+    revision: str | None = None
+    """Branch, made if need be."""
+    create_pr: bool = False
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class Pushed:
+    repo: str
+    url: str
+    commit: str
+    pull_request: str | None
+    files: int
+    nbytes: int
+    """Of the model; how much of it had to be sent, the Hub decides."""
+
+
+def prepare(to: Destination) -> Destination:
+    """Makes the repository and the branch where they are not there, and gives the full id. Raises OutputError, ExecutionError.
+
+    Comes before long work: a token that may not write, or a name that cannot be, is told at once.
+    """
+    from huggingface_hub import HfApi
+
+    check_repo_id(to.repo)
+    check_login()
+    api = HfApi(library_name="hf-grow")
+    with explained(to.repo, "Try again."):
+        made = api.create_repo(to.repo, private=to.private or None, exist_ok=True)
+        to = replace(to, repo=made.repo_id)
+        if to.private and not api.model_info(to.repo).private:
+            raise OutputError(
+                f"{to.repo} exists and is public, but --private was asked for.", hint="Take another name, or make it private on its page."
+            )
+        if to.revision and not to.create_pr and not to.revision.startswith("refs/"):
+            api.create_branch(to.repo, branch=to.revision, exist_ok=True)
+    return to
+
+
+def push(
+    folder: Path,
+    to: Destination,
+    *,
+    progress: Progress = lambda nbytes: None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Pushed:
+    """Publishes a checkpoint folder. Raises InputError for what may not be published, OutputError, ExecutionError (then: repeat).
+
+    `progress` follows the reading that comes first: every weight file is compared with growth.json before a byte leaves.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    cargo = survey(folder)
+    to = prepare(to)
+    for doubt in cargo.doubts:
+        notify(doubt)
+    check_content(cargo, progress)
+    additions = []
+    for name, path in cargo.files.items():
+        addition = CommitOperationAdd(name, str(path))
+        if name in cargo.sha256:
+            addition.upload_info.sha256 = bytes.fromhex(cargo.sha256[name])
+        additions.append(addition)
+    additions += card(cargo.folder, cargo.files)
+    commit, pull_request = send(to, additions, cargo.title, f"Repeat with `hf-grow push {folder} {to.repo}`; what arrived is not sent again.")
+    return Pushed(to.repo, f"{page()}/{to.repo}", commit, pull_request, len(additions), cargo.nbytes)
+
+
+def card(folder: Path, files: Iterable[str]) -> list[CommitOperationAdd]:
+    """A model card for a folder that has none."""
+    from huggingface_hub import CommitOperationAdd
+
+    if CARD in files:
+        return []
+    from hf_grow.publish.card import render_card
+
+    return [CommitOperationAdd(CARD, render_card(folder).encode())]
+
+
+def send(to: Destination, additions: list[CommitOperationAdd], title: str, again: str) -> tuple[str, str | None]:
+    """One commit of all files, after their content went up; gives its id and the address of a pull request.
+
+    Weight files of an earlier model go in the same commit: a reader would take an old model.safetensors before a new index.
+    """
+    from huggingface_hub import CommitOperationDelete, HfApi
+
+    api = HfApi(library_name="hf-grow")
+    with explained(to.repo, again):
+        there = api.list_repo_files(to.repo, revision=None if to.create_pr else to.revision)
+        new = {a.path_in_repo for a in additions}
+        stale = [CommitOperationDelete(n) for n in there if n not in new and (n == INDEX or _WEIGHTS.fullmatch(n))]
+        made = api.create_commit(
+            to.repo,
+            [*stale, *additions],
+            commit_message=to.message or title,
+            revision=to.revision,
+            create_pr=to.create_pr,
+        )
+    return made.oid, made.pr_url
+
+
+def on_the_hub(cargo: Cargo, to: Destination, progress: Progress = lambda nbytes: None) -> set[str] | None:
+    """Weight files that this revision of the repository has already, byte for byte; None if there is no such repository or branch."""
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    check_repo_id(to.repo)
+    with explained(to.repo, "Try again."):
+        api = HfApi(library_name="hf-grow")
+        try:
+            repo = to.repo if "/" in to.repo else f"{api.whoami()['name']}/{to.repo}"
+            info = api.model_info(repo, revision=None if to.create_pr else to.revision, files_metadata=True)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            return None
+        except HfHubHTTPError as error:
+            if error.response.status_code == 401 and not get_token():  # what is not there or private
+                return None
+            raise
+    there = {f.rfilename: f.lfs.sha256 for f in info.siblings or [] if f.lfs is not None}
+    if there.keys() & set(cargo.weights):
+        check_content(cargo, progress)
+    return {name for name in cargo.weights if name in there and there[name] == cargo.sha256[name]}

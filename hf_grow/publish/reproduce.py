@@ -1,0 +1,73 @@
+"""The one command that makes a grown checkpoint again, from what growth.json keeps of how it was asked for."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from hf_grow.methods import METHODS
+from hf_grow.planning import GrowthPlan, SourceInfo
+
+
+def public_name(source: SourceInfo) -> str:
+    """How a source is called in public: the Hub id, or the folder's own name without the path to it."""
+    return source.ref if source.revision else folder_name(source.ref)
+
+
+def folder_name(ref: str) -> str:
+    return Path(PureWindowsPath(ref).as_posix()).expanduser().name or "source"
+
+
+def command(plan: GrowthPlan, output: str) -> str | None:
+    """As typed in a shell, with every option that was given; None where no single command makes it (steps joined in Python).
+
+    A local source is taken from the current folder.
+    """
+    growth = plan.growth
+    method = METHODS.get(growth.method)
+    if method is None or not set(growth.options) <= set(method.options.model_fields):
+        return None
+    source = plan.source
+    words = ["hf-grow", method.kind, source.ref if source.revision else f"./{folder_name(source.ref)}"]
+    words += ["--revision", source.revision] if source.revision else []
+    words += ["--method", method.name] if method.kind in ("depth", "width") else []
+    try:
+        words += [w for name, value in growth.options.items() for w in _flag(name, value, source.others)]
+    except TypeError:
+        return None
+    return shlex.join([*words, "-o", output])
+
+
+def _flag(name: str, value: Any, others: Mapping[str, SourceInfo]) -> list[str]:
+    """The words of one option. Raises TypeError for a value that no flag takes."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag] if value else []
+    if isinstance(value, list) and value and all(type(v) is int for v in value):
+        return [flag, _ranges(value)]
+    if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        return [flag, ",".join(_public(v, others) for v in value)]
+    if isinstance(value, str):
+        return [flag, _public(value, others)]
+    if isinstance(value, int | float):
+        return [flag, repr(value)]
+    raise TypeError(name)
+
+
+def _public(value: str, others: Mapping[str, SourceInfo]) -> str:
+    """A path into somebody's folders as its last part."""
+    local = value in {o.ref for o in others.values() if not o.revision}
+    return f"./{folder_name(value)}" if local or value.startswith(("/", "~")) else value
+
+
+def _ranges(values: list[int]) -> str:
+    """[0, 1, 2, 1, 2] -> '0-2,1-2': both ends count, as the flags read it."""
+    parts: list[list[int]] = []
+    for v in values:
+        if parts and v == parts[-1][1] + 1:
+            parts[-1][1] = v
+        else:
+            parts.append([v, v])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

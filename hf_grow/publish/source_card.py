@@ -1,0 +1,158 @@
+"""The card of a source checkpoint: licence, languages and datasets that a grown model inherits.
+
+Read from the README.md of a local source (if the folder still is the source: its config.json is compared), else from the Hub at the recorded
+commit, through the cache. Only the block of metadata at its top counts, and of that only values of the right form: the file may be anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_grow.checkpoint import hub
+from hf_grow.checkpoint.reader import read_json
+from hf_grow.errors import GrowError, SourceError
+from hf_grow.publish.markdown import is_hub_id
+
+README = "README.md"
+MAX_METADATA = 256_000
+"""Characters. Real blocks of metadata reach some 50,000, where they hold the text of a licence or many evaluations."""
+MOST = 200
+"""Languages or datasets that are taken over."""
+
+_BLOCK = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
+_LICENSE_NAME = re.compile(r"[A-Za-z0-9][\w .+-]{0,80}")
+_LINK = re.compile(r"https://[\w.-]+(?:/[\w.~%+/-]*)?|[\w-][\w.-]{0,80}", re.ASCII)
+_LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]{2,8})*|code|multilingual")
+_DATASET = re.compile(r"[\w][\w.-]{0,95}(?:/[\w][\w.-]{0,95})?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class SourceCard:
+    """What a source's card says. ``problem`` says why it could not be had; the rest is then empty."""
+
+    ref: str
+    revision: str = ""
+    license: str = ""
+    """Identifier of the Hub; 'other' where `license_name` tells."""
+    license_name: str = ""
+    license_link: str = ""
+    language: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    base_model: str = ""
+    """A Hub id."""
+    problem: str = ""
+
+    @property
+    def licence(self) -> str:
+        return self.license_name if self.license == "other" and self.license_name else self.license
+
+
+def read_card(ref: str, revision: str, config: Mapping[str, Any] | None, *, offline: bool) -> SourceCard:
+    """The card of a source, as growth.json names it: a folder where `revision` is empty. Never raises for a card that cannot be had."""
+    try:
+        path = _hub_card(ref, revision, offline) if revision else _folder_card(ref, config)
+        return parse_card(ref, revision, _text(path))
+    except GrowError as error:
+        return SourceCard(ref, revision, problem=error.message)
+
+
+def latest_card(ref: str, *, offline: bool) -> SourceCard:
+    """The card of a Hub repository as it is today."""
+    try:
+        hub.check_id(ref)
+        return parse_card(ref, "", _text(_fetched(ref, None, offline)))
+    except GrowError as error:
+        return SourceCard(ref, problem=error.message)
+
+
+def _folder_card(ref: str, config: Mapping[str, Any] | None) -> Path:
+    folder = Path(ref).expanduser()
+    if not folder.is_dir():
+        raise SourceError("the folder that was grown is not there any more")
+    try:
+        same = config is not None and read_json(folder / "config.json", "") == config
+    except GrowError:
+        same = False
+    if not same:
+        raise SourceError("the folder that was grown holds another model by now")
+    if not (folder / README).is_file():
+        raise SourceError(f"the source folder has no {README}")
+    return folder / README
+
+
+def _hub_card(ref: str, revision: str, offline: bool) -> Path:
+    hub.check_id(ref)
+    if not _COMMIT.fullmatch(revision):
+        raise SourceError(f"growth.json names no commit of {ref}")
+    return _fetched(ref, revision, offline)
+
+
+def _fetched(ref: str, revision: str | None, offline: bool) -> Path:
+    cached = hub.cached_file(ref, revision, README)
+    if cached is not None:
+        return cached
+    if offline or hub.offline():
+        why = "--offline" if offline else "HF_HUB_OFFLINE"
+        raise SourceError(f"the card of {ref} is not in the cache, and the Hub was not asked ({why})")
+    remote = hub.look_up(ref, revision)
+    if README not in remote.sizes:
+        raise SourceError(f"{ref} has no {README}")
+    return hub.fetch_json(remote, README)
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as handle:
+            return handle.read(MAX_METADATA + 2)
+    except OSError as error:
+        raise SourceError(f"the source's {README} cannot be read: {error.strerror}") from None
+
+
+def parse_card(ref: str, revision: str, text: str) -> SourceCard:
+    """The metadata at the top of a card. Raises SourceError where it is no mapping."""
+    import yaml
+
+    match = _BLOCK.match(text)
+    if match is None:
+        begun = text.lstrip().startswith("---")
+        raise SourceError("the source's card has metadata without an end" if begun else "the source's card has no metadata")
+    try:
+        # BaseLoader: every scalar stays a string, so that `language: no` is Norwegian; and no merge keys, which could grow without bound.
+        data = yaml.load(match[1], Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise SourceError("the metadata of the source's card is not valid YAML") from None
+    if not isinstance(data, dict):
+        raise SourceError("the metadata of the source's card is no mapping")
+    links = _matching(data.get("license_link"), _LINK)
+    licenses = _matching(data.get("license"), _LICENSE)
+    return SourceCard(
+        ref,
+        revision,
+        problem=f"the source's card names several licences: {', '.join(licenses)}" if len(licenses) > 1 else "",
+        license=licenses[0] if len(licenses) == 1 else "",
+        license_name=next(iter(_matching(data.get("license_name"), _LICENSE_NAME)), ""),
+        license_link=_absolute(links[0], ref, revision) if links else "",
+        language=_matching(data.get("language"), _LANGUAGE),
+        datasets=_matching(data.get("datasets"), _DATASET),
+        base_model=next((m for m in _strings(data.get("base_model")) if is_hub_id(m)), ""),
+    )
+
+
+def _strings(value: Any) -> list[str]:
+    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+
+
+def _matching(value: Any, pattern: re.Pattern[str]) -> tuple[str, ...]:
+    """The strings of a value (one, or a list) that have the right form, each once."""
+    return tuple(dict.fromkeys(v for v in _strings(value) if pattern.fullmatch(v)))[:MOST]
+
+
+def _absolute(link: str, ref: str, revision: str) -> str:
+    """A link to a file of the source's repository as one that works elsewhere."""
+    return link if link.startswith("https://") or not is_hub_id(ref) else f"https://huggingface.co/{ref}/blob/{revision or 'main'}/{link}"
