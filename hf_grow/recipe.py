@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -26,6 +26,10 @@ class Options(BaseModel):
     def given(self) -> dict[str, Any]:
         """The options that differ from their defaults, as JSON data."""
         return self.model_dump(mode="json", exclude_defaults=True)
+
+    def further(self) -> tuple[str, ...]:
+        """Further source checkpoints (folders or Hub ids) that a growth with these options reads; it calls them "1", "2", and so on."""
+        return ()
 
 
 def parse_size(value: Any) -> Any:
@@ -85,7 +89,7 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "(whole)"
     value = error.get("input")
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key. Known: {', '.join(sorted(model.model_fields))}."
+        return f"{where}: unknown key. Known: {', '.join(sorted(_model_at(model, error['loc'][:-1]).model_fields))}."
     if error["type"] == "missing":
         return f"{where}: is missing."
     if error["type"] in ("int_type", "float_type") and isinstance(value, str):
@@ -97,6 +101,20 @@ def _explain(model: type[BaseModel], error: Any) -> str:
             return f"{where}: {value!r} is a string. YAML needs a plain number (1.0e-5, with the point; no quotes)."
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return f"{where}: {message}" if error["type"] == "value_error" else f"{where}: should be {message}, got {value!r}."
+
+
+def _model_at(model: type[BaseModel], place: tuple[str | int, ...]) -> type[BaseModel]:
+    """The model that stands at a place inside another, as far as its fields hold one model each."""
+    for key in place:
+        inner = _models_in(model.model_fields[key].annotation) if isinstance(key, str) and key in model.model_fields else []
+        model = inner[0] if len(inner) == 1 else model
+    return model
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _models_in(part)]
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -20,11 +20,12 @@ ROOT = Path(hf_grow.__file__).parent
 FLOORS = [
     ["_version", "errors", "families", "architecture", "portable", "tensormap"],
     ["axes", "recipe", "growth"],
-    ["methods.sizing", "methods.spaces", "methods.shapes", "methods.widen", "methods.depth", "methods.width", "methods.experts", "methods.hybrid",
+    ["methods.sizing", "methods.spaces", "methods.shapes", "methods.widen", "methods.depth", "methods.width", "methods.expert_options", "methods.routers", "methods.upcycle",
+     "methods.more_experts", "methods.experts", "methods.hybrid",
      "methods"],
     ["planning"],
     ["checkpoint.reader", "checkpoint.names", "checkpoint.hub", "checkpoint.source", "checkpoint.transfer", "checkpoint.writer", "checkpoint"],
-    ["evaluate", "in_memory", "execute"],
+    ["evaluate", "layerwise", "prompted", "in_memory", "execute"],
     ["verification", "publish", "training"],
     ["api", "demo", "cli", "__main__", ""],
 ]  # fmt: skip
@@ -96,7 +97,7 @@ def test_the_floor_test_sees_imports():
 
 LIGHT = [
     "hf_grow", "hf_grow.families", "hf_grow.tensormap", "hf_grow.axes", "hf_grow.recipe", "hf_grow.growth", "hf_grow.methods",
-    "hf_grow.planning", "hf_grow.checkpoint.reader", "hf_grow.checkpoint.source", "hf_grow.checkpoint.writer", "hf_grow.cli",
+    "hf_grow.planning", "hf_grow.checkpoint.reader", "hf_grow.checkpoint.source", "hf_grow.checkpoint.writer", "hf_grow.prompted", "hf_grow.cli",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft")
 

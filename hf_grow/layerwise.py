@@ -1,0 +1,89 @@
+"""A dense decoder run layer by layer, from the files: one layer is in memory at a time.
+
+Every sequence passes through a layer on its own, so nothing is padded; then the layer is let go and the next one read. What runs is the forward
+of transformers, with the masks and rotary angles that it makes for that layer: all other layers only pass on what they get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.errors import SourceError
+from hf_grow.evaluate import BLOCK, Tensors
+from hf_grow.families import Dim
+
+
+def embeddings(checkpoint: Checkpoint, tensors: Tensors, ids: Sequence[int]) -> Tensor:
+    """The input embeddings of some tokens, float32 [tokens, hidden]; only their rows are read."""
+    table = next(n for n, e in checkpoint.info.architecture.tensors.items() if e.spec.dims[0] == Dim("in", ("vocab",)))
+    rows = {i: tensors.rows(table, i, i + 1).to(torch.float32) for i in set(ids)}
+    return torch.cat([rows[i] for i in ids])
+
+
+def mlp_inputs(
+    checkpoint: Checkpoint,
+    tensors: Tensors,
+    embedded: Mapping[str, Tensor],
+    pool: Callable[[Tensor], Tensor],
+    progress: Callable[[int], None],
+) -> Iterator[dict[str, Tensor]]:
+    """Layer by layer: for every sequence, `pool` of the input of its MLP, float32 [tokens, hidden], in fp32 whatever the weights are.
+
+    `embedded` holds the sequences' input embeddings, [tokens, hidden]; `progress` gets the bytes of weights read. Raises SourceError if the installed
+    transformers cannot build the model.
+    """
+    model = _skeleton(checkpoint)
+    stream = {name: rows[None] for name, rows in embedded.items()}
+    for index, layer in enumerate(list(model.layers)):
+        model.layers = nn.ModuleList(layer if i == index else _PassOn() for i in range(len(model.layers)))
+        _fill(layer, index, checkpoint, tensors, progress)
+        seen: list[Tensor] = []
+        layer.mlp.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(pool(args[0][0])))
+        with torch.inference_mode():
+            for name, states in stream.items():
+                stream[name] = model(inputs_embeds=states, use_cache=False).last_hidden_state
+        layer.to("meta")
+        yield dict(zip(stream, seen, strict=True))
+
+
+class _PassOn(nn.Module):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+def _skeleton(checkpoint: Checkpoint) -> Any:
+    """The source's decoder without weights and without its last norm. What is computed from the config, the rotary frequencies, is real."""
+    from transformers import AutoConfig, AutoModel
+
+    settings = dict(checkpoint.config)
+    try:
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, dtype=torch.float32).eval()
+        model.rotary_emb = type(model.rotary_emb)(config=config)
+    except Exception as error:  # the config class has rules of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SourceError(f"The installed transformers cannot build {checkpoint.ref}: {reason}") from None
+    model.norm = _PassOn()
+    return model
+
+
+def _fill(layer: nn.Module, index: int, checkpoint: Checkpoint, tensors: Tensors, progress: Callable[[int], None]) -> None:
+    """Gives an empty decoder layer its weights, in fp32. They are read in blocks, so that no tensor is there twice."""
+    state = {}
+    for name, entry in checkpoint.info.architecture.tensors.items():
+        if entry.layer != index:
+            continue
+        whole = torch.empty(entry.shape)
+        step = max(1, BLOCK // whole[0].nbytes)
+        for start in range(0, entry.shape[0], step):
+            stop = min(start + step, entry.shape[0])
+            whole[start:stop] = tensors.rows(name, start, stop)
+        progress(checkpoint.info.tensors[name].nbytes)
+        state[name.removeprefix(f"model.layers.{index}.")] = whole
+    layer.load_state_dict(state, assign=True)

@@ -1,0 +1,248 @@
+"""Router rows from prompts: which expert a text should reach, said by examples.
+
+For every expert and layer a row is the mean vector of its positive prompts minus that of its negative ones, of length one. The form is that of
+mergekit-moe's gate modes, with one difference. Its `hidden` modes take the residual stream before a layer; here the vector is what the router
+itself will read in that place: the input of the MLP, behind attention and post_attention_layernorm. So a token's logit is the dot product of a row with a
+vector of the very kind that the row was made of.
+
+prompts       the hidden states of the dense source, in fp32, pooled over a prompt's tokens (special ones included, as the tokenizer adds them):
+              their mean, or the last.
+cheap-embed   the mean of the input embeddings of a prompt's tokens; the same row in every layer. Reads those embeddings and nothing else.
+
+Only one decoder layer is in memory at a time (`layerwise`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, Field
+
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.errors import InputError, PlanError, SourceError
+from hf_grow.planning import check_source
+from hf_grow.recipe import Options, load_yaml, parse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["prompts", "cheap-embed"]
+Pooling = Literal["mean", "last"]
+Item = TypeVar("Item")
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+NO_DIRECTION = 1e-6
+"""A difference of means this much smaller than the means is rounding."""
+SAME = 1 - 1e-5
+"""Two experts whose rows have this cosine in every layer get the same tokens."""
+ALIKE = 0.99
+"""From this cosine on, the user is told."""
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
+
+
+def _some(items: list[Item]) -> list[Item]:
+    if not items:
+        raise ValueError("is empty; at least one is needed")
+    return items
+
+
+Prompt = Annotated[str, AfterValidator(_not_blank)]
+
+
+class ExpertPrompts(Options):
+    """What one expert is for."""
+
+    positive: Annotated[list[Prompt], AfterValidator(_some)]
+    """Texts of the kind that should reach this expert."""
+    negative: list[Prompt] = Field(default_factory=list)
+    """Texts of the kind that should not."""
+
+
+def _told_apart(experts: list[ExpertPrompts]) -> list[ExpertPrompts]:
+    """What no model could tell apart is refused before one runs."""
+    texts = [(sorted(e.positive), sorted(e.negative)) for e in experts]
+    wrong = [f"{i} has the same positive and negative prompts" for i, (positive, negative) in enumerate(texts) if positive == negative]
+    wrong += [f"{i} and {j} have the same prompts" for (i, a), (j, b) in combinations(enumerate(texts), 2) if a == b]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return experts
+
+
+class PromptsFile(Options):
+    """One entry an expert, in their order."""
+
+    experts: Annotated[list[ExpertPrompts], AfterValidator(_some), AfterValidator(_told_apart)]
+    """The experts; with fine-grained experts, their virtual groups."""
+
+
+def load_prompts(path: Path) -> PromptsFile:
+    """A YAML file of prompts. Raises InputError that names every mistake in it."""
+    return parse(PromptsFile, load_yaml(path), where=str(path))
+
+
+def bytes_to_read(checkpoint: Checkpoint, kind: Kind) -> int:
+    """What `router_rows` will report to its `progress`, in all."""
+    if kind == "cheap-embed":
+        return 0
+    return sum(checkpoint.info.tensors[n].nbytes for n, e in checkpoint.info.architecture.tensors.items() if e.layer >= 0)
+
+
+def router_rows(
+    checkpoint: Checkpoint,
+    prompts: PromptsFile,
+    *,
+    kind: Kind,
+    pooling: Pooling = "mean",
+    notify: Callable[[str], None] = lambda message: None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> dict[int, Tensor]:
+    """Layer -> the rows of its router, float32 [experts, hidden_size], each of length one.
+
+    `notify` gets what the user should know, `progress` the bytes of weights that were read. Raises SourceError for a source without usable tokenizer
+    or with weights that compute no finite number, PlanError for a mixture, InputError for prompts that have no token or that the model cannot tell apart.
+    """
+    arch = checkpoint.info.architecture
+    if kind == "cheap-embed" and pooling != "mean":
+        raise InputError(
+            f"cheap-embed takes the mean of a prompt's embeddings; pooling {pooling} is for prompts.", hint="Leave the pooling out."
+        )
+    if kind == "prompts" and arch.is_moe:
+        raise PlanError(
+            "The source is a mixture; hidden states of prompts are taken from a dense source.", hint="cheap-embed works for mixtures too."
+        )
+    if checkpoint.folder is None:
+        raise SourceError(f"The weights of {checkpoint.ref} are not on this machine, and router rows from prompts are computed with them.")
+    check_source(checkpoint.info)
+    tokens = _tokenized(checkpoint, prompts, notify)
+
+    from hf_grow.evaluate import StoredTensors
+    from hf_grow.layerwise import embeddings, mlp_inputs
+
+    tensors = StoredTensors(checkpoint)
+    try:
+        embedded = {text: embeddings(checkpoint, tensors, ids) for text, ids in tokens.items()}
+        if kind == "cheap-embed":
+            same = _rows(prompts, {text: _pooled(rows, "mean") for text, rows in embedded.items()}, checkpoint.ref, "in the embedding")
+            rows = {layer: same.clone() for layer in range(arch.layers)}
+        else:
+            pooled = mlp_inputs(checkpoint, tensors, embedded, lambda states: _pooled(states, pooling), progress)
+            rows = {layer: _rows(prompts, vectors, checkpoint.ref, f"in layer {layer}") for layer, vectors in enumerate(pooled)}
+    finally:
+        tensors.close()
+    _check_alike(rows, notify)
+    return rows
+
+
+# Texts to tokens
+
+
+def _tokenized(checkpoint: Checkpoint, prompts: PromptsFile, notify: Callable[[str], None]) -> dict[str, list[int]]:
+    """The tokens of every prompt; one that stands in several places is there once."""
+    tokenizer = _tokenizer(checkpoint)
+    arch = checkpoint.info.architecture
+    places = {
+        text: f"experts.{i}.{side}.{j}"
+        for i, expert in enumerate(prompts.experts)
+        for side in ("positive", "negative")
+        for j, text in enumerate(getattr(expert, side))
+    }
+    try:
+        found = {text: [int(i) for i in tokenizer(text, verbose=False)["input_ids"]] for text in places}
+        empty = [place for text, place in places.items() if not tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    except Exception as error:  # tokenizers fail in many ways; each is a reason, none is ours
+        raise _no_use(checkpoint, error) from None
+    if empty:
+        raise InputError(f"The tokenizer of {checkpoint.ref} finds no token in {', '.join(empty)}.", hint="Write those prompts otherwise.")
+    largest = max(max(ids) for ids in found.values())
+    if largest >= arch.size("vocab"):
+        raise SourceError(
+            f"The tokenizer of {checkpoint.ref} gives token {largest}; the embedding has {arch.size('vocab')} rows.",
+            hint="The tokenizer belongs to another model.",
+        )
+    limit = checkpoint.config.get("max_position_embeddings")
+    long = [text for text, ids in found.items() if isinstance(limit, int) and len(ids) > limit > 0]
+    if long:
+        number = "1 prompt is" if len(long) == 1 else f"{len(long)} prompts are"
+        notify(f"{number} longer than the source's {limit} positions; only the first {limit} tokens are used.")
+    return {text: ids[:limit] if text in long else ids for text, ids in found.items()}
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    assert checkpoint.folder is not None
+    if not any((checkpoint.folder / name).is_file() for name in TOKENIZER_FILES):
+        raise SourceError(
+            f"{checkpoint.ref} has no tokenizer, so prompts cannot be read.",
+            hint="Put its tokenizer.json and tokenizer_config.json beside the weights, or choose a router without prompts (--router normal).",
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise _no_use(checkpoint, error) from None
+
+
+def _no_use(checkpoint: Checkpoint, error: Exception) -> SourceError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return SourceError(f"The tokenizer of {checkpoint.ref} cannot be used: {reason}")
+
+
+# Hidden states to rows
+
+
+def _pooled(states: Tensor, pooling: Pooling) -> Tensor:
+    """[tokens, hidden] -> float64 [hidden]."""
+    return states.double().mean(0) if pooling == "mean" else states[-1].double()
+
+
+def _rows(prompts: PromptsFile, pooled: Mapping[str, Tensor], ref: str, where: str) -> Tensor:
+    """The rows of one router, float32 [experts, hidden]. Raises SourceError or InputError where they mean nothing."""
+    import torch
+
+    if not all(bool(v.isfinite().all()) for v in pooled.values()):
+        raise SourceError(f"{ref} computes values that are not finite {where}.", hint="Its weights are damaged; download them again.")
+    rows, empty = [], []
+    for number, expert in enumerate(prompts.experts):
+        positive = torch.stack([pooled[t] for t in expert.positive]).mean(0)
+        negative = torch.stack([pooled[t] for t in expert.negative]).mean(0) if expert.negative else torch.zeros_like(positive)
+        row = positive - negative
+        if row.norm() <= NO_DIRECTION * max(positive.norm(), negative.norm()):
+            empty.append(str(number))
+        rows.append(row / row.norm())
+    if empty:
+        raise InputError(
+            f"Positive and negative prompts of expert {', '.join(empty)} have the same mean {where}; that gives no direction.",
+            hint="Give negative prompts of another kind, or none.",
+        )
+    return torch.stack(rows).float()
+
+
+def _check_alike(rows: Mapping[int, Tensor], notify: Callable[[str], None]) -> None:
+    """Raises InputError for two experts with the same rows in every layer; tells of those that are nearly so in some."""
+    import torch
+
+    cosines = torch.stack([r @ r.T for r in rows.values()])  # [layers, experts, experts]
+    pairs = list(combinations(range(cosines.shape[1]), 2))
+    same = [f"{i} and {j}" for i, j in pairs if bool((cosines[:, i, j] > SAME).all())]
+    if same:
+        raise InputError(
+            f"Experts {', '.join(same)} have the same router rows in every layer, so they would always be chosen together.",
+            hint="Give them prompts that the model can tell apart.",
+        )
+    alike = [(float(cosines[:, i, j].max()), i, j) for i, j in pairs if bool((cosines[:, i, j] > ALIKE).any())]
+    if alike:
+        cosine, i, j = max(alike)
+        others = f", and {len(alike) - 1} other pairs nearly so" if len(alike) > 1 else ""
+        layers = int((cosines[:, i, j] > ALIKE).sum())
+        notify(
+            f"The router rows of experts {i} and {j} are nearly the same in {layers} of {len(cosines)} layers (cosine up to {cosine:.4f}){others}: "
+            "negative prompts would tell them apart."
+        )
