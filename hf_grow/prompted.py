@@ -16,22 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import combinations
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
-
-from pydantic import AfterValidator, Field
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import InputError, PlanError, SourceError
 from hf_grow.planning import check_source
-from hf_grow.recipe import Options, load_yaml, parse
+from hf_grow.prompts import PromptsFile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = Literal["prompts", "cheap-embed"]
 Pooling = Literal["mean", "last"]
-Item = TypeVar("Item")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 NO_DIRECTION = 1e-6
@@ -40,52 +36,6 @@ SAME = 1 - 1e-5
 """Two experts whose rows have this cosine in every layer get the same tokens."""
 ALIKE = 0.99
 """From this cosine on, the user is told."""
-
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("is empty")
-    return text
-
-
-def _some(items: list[Item]) -> list[Item]:
-    if not items:
-        raise ValueError("is empty; at least one is needed")
-    return items
-
-
-Prompt = Annotated[str, AfterValidator(_not_blank)]
-
-
-class ExpertPrompts(Options):
-    """What one expert is for."""
-
-    positive: Annotated[list[Prompt], AfterValidator(_some)]
-    """Texts of the kind that should reach this expert."""
-    negative: list[Prompt] = Field(default_factory=list)
-    """Texts of the kind that should not."""
-
-
-def _told_apart(experts: list[ExpertPrompts]) -> list[ExpertPrompts]:
-    """What no model could tell apart is refused before one runs."""
-    texts = [(sorted(e.positive), sorted(e.negative)) for e in experts]
-    wrong = [f"{i} has the same positive and negative prompts" for i, (positive, negative) in enumerate(texts) if positive == negative]
-    wrong += [f"{i} and {j} have the same prompts" for (i, a), (j, b) in combinations(enumerate(texts), 2) if a == b]
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    return experts
-
-
-class PromptsFile(Options):
-    """One entry an expert, in their order."""
-
-    experts: Annotated[list[ExpertPrompts], AfterValidator(_some), AfterValidator(_told_apart)]
-    """The experts; with fine-grained experts, their virtual groups."""
-
-
-def load_prompts(path: Path) -> PromptsFile:
-    """A YAML file of prompts. Raises InputError that names every mistake in it."""
-    return parse(PromptsFile, load_yaml(path), where=str(path))
 
 
 def bytes_to_read(checkpoint: Checkpoint, kind: Kind) -> int:

@@ -19,12 +19,12 @@ ROOT = Path(hf_grow.__file__).parent
 # A module imports only from lower floors and, on its own floor, from what stands before it. A package stands for all of its modules.
 FLOORS = [
     ["_version", "errors", "families", "architecture", "portable", "tensormap"],
-    ["axes", "recipe", "growth"],
+    ["axes", "recipe", "prompts", "growth"],
     ["methods.sizing", "methods.spaces", "methods.shapes", "methods.widen", "methods.depth", "methods.width", "methods.expert_options", "methods.routers", "methods.upcycle",
      "methods.more_experts", "methods.experts", "methods.hybrid",
      "methods"],
     ["planning"],
-    ["checkpoint.reader", "checkpoint.names", "checkpoint.hub", "checkpoint.source", "checkpoint.transfer", "checkpoint.writer", "checkpoint"],
+    ["checkpoint.reader", "checkpoint.names", "checkpoint.hub", "checkpoint.source", "checkpoint.several", "checkpoint.transfer", "checkpoint.writer", "checkpoint"],
     ["evaluate", "layerwise", "prompted", "in_memory", "execute"],
     ["verification", "publish", "training"],
     ["api", "demo", "cli", "__main__", ""],

@@ -21,7 +21,8 @@ from hf_grow import layerwise
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.errors import InputError, PlanError, SourceError
 from hf_grow.evaluate import StoredTensors
-from hf_grow.prompted import PromptsFile, bytes_to_read, load_prompts, router_rows
+from hf_grow.prompted import bytes_to_read, router_rows
+from hf_grow.prompts import PromptsFile, load_prompts
 from hf_grow.recipe import parse
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz", "if", "def", "return", "x1", "x2", "sum", "prove", "let", "lemma", "sea", "wind", "ship"]
