@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.names import ALIASES
 from hf_grow.checkpoint.reader import Checkpoint, open_folder
+from hf_grow.checkpoint.several import named, with_others
 from hf_grow.checkpoint.source import open_source
 from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, Progress
 from hf_grow.errors import InputError
 from hf_grow.growth import Method
 from hf_grow.methods import METHODS
+from hf_grow.methods.pipeline import PIPELINE
 from hf_grow.planning import GrowthPlan, SourceInfo, check_source, make_plan
 from hf_grow.recipe import Options, parse
 
@@ -30,15 +33,37 @@ def _quiet(message: str) -> None:
 
 
 def find_method(name: str) -> Method:
-    if name not in METHODS:
-        raise InputError(f"Unknown method {name!r}.", hint=f"Methods: {', '.join(METHODS)}.")
-    return METHODS[name]
+    known = {**METHODS, PIPELINE.name: PIPELINE}
+    if name not in known:
+        raise InputError(f"Unknown method {name!r}.", hint=f"Methods: {', '.join(known)}.")
+    return known[name]
 
 
 def plan_for(info: SourceInfo, method: Method, options: Options) -> GrowthPlan:
     """A checked plan for a described source. The source is checked first: its faults explain themselves better than a plan's."""
     check_source(info)
-    return make_plan(info, method.build(info.architecture, options))
+    for other in info.others.values():
+        check_source(other)
+    others = [other.architecture for other in info.others.values()]
+    return make_plan(info, method.build(info.architecture, options, others) if others else method.build(info.architecture, options))
+
+
+def open_sources(ref: str, options: Options, *, revision: str | None = None, weights: bool, notify: Notify = _quiet) -> Checkpoint:
+    """The source, with the further checkpoints that the options name (a Hub id may carry a revision: OWNER/NAME@REVISION).
+
+    Raises SourceError as `open_source` does, and where tokenizers differ.
+    """
+    main = open_source(ref, revision=revision, weights=weights, notify=notify)
+    return with_others(main, named(options.further()), weights=weights, notify=notify)
+
+
+def measured(plan: GrowthPlan, checkpoint: Checkpoint, options: Options, *, notify: Notify = _quiet) -> GrowthPlan:
+    """The plan with the numbers that must be measured on the source's weights (router rows from prompts); most plans need none."""
+    if not plan.growth.unmeasured():
+        return plan
+    from hf_grow.prompted import measure_routers
+
+    return replace(plan, growth=replace(plan.growth, data=measure_routers(plan.growth.unmeasured(), checkpoint, options, notify=notify)))
 
 
 def plan(
@@ -52,11 +77,12 @@ def plan(
     found = find_method(method)
     parsed = parse(found.options, options, where=f"method {method}", strict=False)
     if isinstance(source, str | Path):
-        info = open_source(str(source), revision=revision, weights=False, notify=notify).info
+        info = open_sources(str(source), parsed, revision=revision, weights=False, notify=notify).info
     else:
         from hf_grow.in_memory import describe
 
-        info = describe(source)
+        others = {label: open_source(ref, revision=r, weights=False, notify=notify).info for label, ref, r in named(parsed.further())}
+        info = replace(describe(source), others=others)
     return plan_for(info, found, parsed)
 
 
@@ -84,9 +110,9 @@ def grow(
 
     found = find_method(method)
     parsed = parse(found.options, options, where=f"method {method}", strict=False)
-    checkpoint: Checkpoint = open_source(str(source), revision=revision, weights=True, notify=notify)
+    checkpoint = open_sources(str(source), parsed, revision=revision, weights=True, notify=notify)
     return execute(
-        plan_for(checkpoint.info, found, parsed),
+        measured(plan_for(checkpoint.info, found, parsed), checkpoint, parsed, notify=notify),
         checkpoint,
         Path(out),
         max_shard_size=max_shard_size,
@@ -119,6 +145,7 @@ def verify(
 
     grown = open_folder(Path(new))
     source = open_source(str(old), revision=revision or _grown_from(str(old), grown), weights=True, notify=notify)
+    source = with_others(source, _further_of(grown), weights=True, notify=notify)
     return verify_checkpoints(
         source,
         grown,
@@ -139,3 +166,12 @@ def _grown_from(old: str, new: Checkpoint) -> str | None:
         if isinstance(source, dict) and source.get("ref") == ALIASES.get(old.lower(), old) and not Path(old).is_dir()
         else None
     )
+
+
+def _further_of(new: Checkpoint) -> list[tuple[str, str, str | None]]:
+    """Label, ref and revision of the further checkpoints that `new` was made from; none where its growth.json is damaged, which is told later."""
+    try:
+        others = (new.growth or {})["source"].get("others", {})
+        return [(str(label), str(o["ref"]), o["revision"] or None) for label, o in others.items()]
+    except (KeyError, TypeError, AttributeError):
+        return []

@@ -18,8 +18,8 @@ from hf_grow.errors import PlanError
 from hf_grow.in_memory import disk_tensors, grow_model
 from hf_grow.methods.sizing import measure
 
-DENSE = ["llama", "llama-tied", "llama-multi-head", "mistral", "mistral-tied", "qwen3", "qwen3-tied", "qwen3-bias"]
-MOE = ["mixtral", "mixtral-tied", "qwen3_moe", "qwen3_moe-tied", "qwen3_moe-mixed", "qwen3_moe-bias"]
+DENSE = ["llama", "llama-tied", "llama-multi-head", "mistral", "mistral-tied", "qwen2", "qwen2-tied", "qwen3", "qwen3-tied", "qwen3-bias"]
+MOE = ["mixtral", "mixtral-tied", "qwen2_moe", "qwen2_moe-mixed", "qwen3_moe", "qwen3_moe-tied", "qwen3_moe-mixed", "qwen3_moe-bias"]
 PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -217,7 +217,16 @@ REFUSED = {
     "shards": ("llama", {"experts": 9, "init": "fine-grained"}, "must divide"),
     "shards of copies": ("llama", {"experts": 8, "shards": 2}, "fine-grained"),
     "biases": ("llama-bias", {"experts": 4}, "has no biases"),
-    "family": ("qwen2", {"experts": 4}, "no family of experts"),
+    "utility of another": ("mixtral", {"add": 2, "utility": [1, 2]}, "must hold 4 numbers"),
+    "two origins": ("mixtral", {"add": 2, "utility": [1, 2, 3, 4], "copy_from": "0"}, "give one"),
+    "add to dense": ("llama", {"add": 2}, "mixture"),
+    "router of copies": ("mixtral", {"add": 2, "router": "zeros"}, "keep the router rows"),
+    "prompts for nothing": ("llama", {"experts": 2, "prompts": {"experts": [{"positive": ["a"]}, {"positive": ["b"]}]}}, "means nothing"),
+    "no prompts": ("llama", {"experts": 2, "router": "prompts"}, "needs --prompts"),
+    "prompts of another number": ("llama", {"experts": 3, "router": "prompts",
+                                            "prompts": {"experts": [{"positive": ["a"]}, {"positive": ["b"]}]}}, "for 2 experts"),
+    "weights of one": ("llama", {"experts": 2, "weights": [1, 2]}, "several checkpoints"),
+    "too many at right angles": ("llama", {"experts": 64, "router": "orthogonal"}, "right angles"),
     "window": ("qwen3-window", {"experts": 4}, "sliding window"),
     "copy_from dense": ("llama", {"experts": 4, "copy_from": "0"}, "dense"),
     "copy_from": ("mixtral", {"experts": 6, "copy_from": "4"}, "experts 0-3"),

@@ -22,7 +22,7 @@ FLOORS = [
     ["axes", "recipe", "prompts", "growth"],
     ["methods.sizing", "methods.spaces", "methods.shapes", "methods.widen", "methods.depth", "methods.width", "methods.expert_options", "methods.routers", "methods.upcycle",
      "methods.more_experts", "methods.experts", "methods.hybrid",
-     "methods"],
+     "methods", "methods.pipeline"],
     ["planning"],
     ["checkpoint.reader", "checkpoint.names", "checkpoint.hub", "checkpoint.source", "checkpoint.several", "checkpoint.transfer", "checkpoint.writer", "checkpoint"],
     ["evaluate", "layerwise", "prompted", "in_memory", "execute"],

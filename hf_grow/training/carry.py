@@ -219,14 +219,14 @@ def _kept_only(plan: GrowthPlan) -> GrowthPlan:
 
 def _later_experts(plan: GrowthPlan) -> set[str]:
     """Tensors of experts that copy what another expert of the same layer holds already."""
-    seen: set[tuple[int, str]] = set()
+    seen: set[tuple[object, ...]] = set()
     later = set()
     for name, entry in plan.architecture.tensors.items():
-        origin = next((s.key for s in plan.growth.tensors[name].sources()), None)
-        if entry.expert >= 0 and origin is not None:
-            if (entry.layer, origin) in seen:
-                later.add(name)
-            seen.add((entry.layer, origin))
+        expr = plan.growth.tensors[name]
+        part = (entry.layer, tuple(s.key for s in expr.sources()), tuple(expr.axis_names()))  # a shard of its own is no copy
+        if entry.expert >= 0 and part in seen:
+            later.add(name)
+        seen.add(part)
     return later
 
 

@@ -1,0 +1,70 @@
+"""Several growths as one: each step plans on what the last one made, and all become a single map, carried out in one pass over the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from hf_grow.architecture import Architecture
+from hf_grow.errors import InputError, PlanError
+from hf_grow.growth import Growth, Method, compose
+from hf_grow.methods import METHODS
+from hf_grow.recipe import Options, parse
+
+
+def _step(value: Any) -> Any:
+    if isinstance(value, Step):
+        return value
+    if not isinstance(value, Mapping) or value.get("method") not in METHODS:
+        raise ValueError(f"a step is `method:` with its options; the methods are {', '.join(METHODS)}")
+    method = METHODS[value["method"]]
+    try:
+        options = parse(method.options, {k: v for k, v in value.items() if k != "method"}, where=f"the step {method.name}", strict=False)
+    except InputError as error:
+        raise ValueError(error.message) from None
+    return Step(method=method.name, options=options)
+
+
+class Step(Options):
+    method: str
+    """Growth method."""
+    options: Options
+    """Its options."""
+
+
+class PipelineOptions(Options):
+    """Growths one after the other."""
+
+    steps: Annotated[list[Annotated[Step, BeforeValidator(_step)]], Field(min_length=1)]
+    """The steps in their order, each `method:` with the options of that method."""
+
+    def given(self) -> dict[str, Any]:
+        return {"steps": [{"method": s.method, **s.options.given()} for s in self.steps]}
+
+    def further(self) -> tuple[str, ...]:
+        return tuple(ref for s in self.steps for ref in s.options.further())
+
+
+def build_pipeline(arch: Architecture, options: PipelineOptions, others: Sequence[Architecture] = ()) -> Growth:
+    """One growth of all steps; ``others`` go to the step that names further checkpoints. Raises PlanError with the step that does not fit."""
+    if sum(bool(s.options.further()) for s in options.steps) > 1:
+        raise PlanError("Only one step may read further checkpoints.")
+    grown: list[Growth] = []
+    for number, step in enumerate(options.steps, 1):
+        here = Architecture(grown[-1].config) if grown else arch
+        build = METHODS[step.method].build
+        try:
+            grown.append(build(here, step.options, others) if step.options.further() else build(here, step.options))
+        except PlanError as error:
+            raise PlanError(f"Step {number} ({step.method}): {error.message}", hint=error.hint) from None
+    if any(g.unmeasured() for g in grown[1:]):
+        raise PlanError("Routers from prompts are measured on the source, so they must be in the first step.")
+    return reduce(compose, grown)
+
+
+PIPELINE = Method(
+    "pipeline", "hybrid", "several growths as one", "", "that of its weakest step", PipelineOptions, build_pipeline, lambda arch, target: None
+)  # fmt: skip
