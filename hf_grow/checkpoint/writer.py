@@ -27,6 +27,7 @@ DEFAULT_MEMORY = 256 << 20  # for evaluating what is no copy
 Progress = Callable[[int], None]
 """Told the number of bytes that were written and checked since the last call."""
 JOURNAL = ".hf-grow-journal.jsonl"
+FROM_TORCH = {"format": "pt"}  # what save_pretrained writes into the header, and from_pretrained asks for
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,13 @@ def layout(targets: Mapping[str, TensorInfo], max_shard_size: int) -> list[Shard
         room -= info.nbytes
     total = len(groups)
     names = [SINGLE] if total == 1 else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
-    return [_shard(file, {n: targets[n] for n in group}) for file, group in zip(names, groups, strict=True)]
+    return [shard_of(file, {n: targets[n] for n in group}) for file, group in zip(names, groups, strict=True)]
 
 
-def _shard(file: str, tensors: Mapping[str, TensorInfo]) -> Shard:
+def shard_of(file: str, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] = FROM_TORCH) -> Shard:
     """Wider dtypes first, as safetensors does: then every tensor is aligned to its own values."""
     order = sorted(tensors, key=lambda n: -DTYPE_BYTES[tensors[n].dtype])
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offsets: dict[str, tuple[int, int]] = {}
     at = 0
     for name in order:
