@@ -63,7 +63,7 @@ class Checkpoint:
     def info(self) -> SourceInfo:
         others = {label: other.info for label, other in self.others.items()}
         tensors = {n: t.info for n, t in self.tensors.items()}
-        return SourceInfo(self.ref, self.revision, self.config, tensors, self.files, _history(self.growth), others)
+        return SourceInfo(self.ref, self.revision, self.config, tensors, self.files, history_of(self.growth), others)
 
     def find(self, key: str) -> tuple[Path, Stored]:
         """The file and the place of a source tensor by `Source.key`."""
@@ -77,7 +77,7 @@ class Checkpoint:
         return self.folder / file
 
 
-def _history(growth: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], ...]:
+def history_of(growth: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], ...]:
     """Earlier growths, oldest first, without their maps."""
     if not growth:
         return ()
