@@ -78,11 +78,18 @@ M = TypeVar("M", bound=BaseModel)
 
 def parse(model: type[M], data: Mapping[str, Any], *, where: str, strict: bool = True) -> M:
     """`data` as a `model`. Raises InputError that lists every mistake, one line each."""
+    parsed, found = mistakes(model, data, strict=strict)
+    if parsed is None:
+        raise InputError(f"{where} has {len(found)} mistake{'s' * (len(found) > 1)}:\n" + "\n".join(f"  {line}" for line in found))
+    return parsed
+
+
+def mistakes(model: type[M], data: Mapping[str, Any], *, strict: bool = True) -> tuple[M | None, list[str]]:
+    """`data` as a `model`, or None and every mistake as a line that begins with its key."""
     try:
-        return model.model_validate(dict(data), strict=strict)
+        return model.model_validate(dict(data), strict=strict), []
     except ValidationError as error:
-        lines = [f"  {_explain(model, e)}" for e in error.errors(include_url=False)]
-        raise InputError(f"{where} has {len(lines)} mistake{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from None
+        return None, [_explain(model, e) for e in error.errors(include_url=False)]
 
 
 def _explain(model: type[BaseModel], error: Any) -> str:

@@ -1,0 +1,215 @@
+"""LoRA on a grown model: what is wholly new trains in full, the rest by low-rank updates (Hu et al. 2021, arXiv 2106.09685); saved as a plain model.
+
+peft saves adapters only, so the new blocks' own weights go into a file of ours beside them; a run resumes from both. Adapters that peft trained
+with `layer_replication` become real checkpoints: the growth by that list of layers, written by hf-grow, then merged layer by layer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from hf_grow.checkpoint.reader import GROWTH
+from hf_grow.checkpoint.source import companions, open_source
+from hf_grow.checkpoint.writer import PartialFolder, check_room
+from hf_grow.errors import InputError, SourceError
+from hf_grow.growth import Growth
+from hf_grow.methods import METHODS
+from hf_grow.planning import GrowthPlan, make_plan
+from hf_grow.recipe import Options, parse
+from hf_grow.training.extras import need
+from hf_grow.training.masks import Mask
+from hf_grow.training.warmups import Positive
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER, IN_FULL = "adapter_config.json", "trained_in_full.safetensors"
+
+
+class LoraOptions(Options):
+    """Low-rank updates for what is old; what is wholly new trains in full."""
+
+    r: Positive = 16
+    """Rank."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update is scaled by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the update."""
+    target_modules: list[str] | None = None
+    """Linear layers that get one, by the last part of their names. Default: all of the blocks."""
+    new_in_full: bool = True
+    """Train wholly new blocks in full, without LoRA. Where nothing is wholly new, all is LoRA."""
+
+
+def wrap(model: PreTrainedModel, options: LoraOptions, new: Mapping[str, Mask]) -> Any:
+    """The peft model. Raises InputError if no module gets an update."""
+    need("peft")
+    from peft import LoraConfig, get_peft_model
+    from torch.nn import Linear
+
+    full = {n for n, mask in new.items() if mask is True} if options.new_in_full else set()
+    wanted = options.target_modules
+    old = [
+        n
+        for n, module in model.named_modules()
+        if isinstance(module, Linear)
+        and ".layers." in f".{n}"
+        and f"{n}.weight" not in full
+        and (wanted is None or n.rpartition(".")[2] in wanted)
+    ]
+    if not old:
+        named = "" if wanted is None else f" named {', '.join(wanted)}"
+        raise InputError(f"No linear layer{named} of this model is old, so LoRA has nothing to do.", hint="Leave `lora` out.")
+    config = LoraConfig(
+        r=options.r, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules="|".join(map(re.escape, old)),
+        bias="none", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    wrapped = get_peft_model(model, config)
+    for name, p in wrapped.named_parameters():
+        if name.removeprefix("base_model.model.") in full:
+            p.requires_grad_(True)
+    return wrapped
+
+
+def trained_in_full(model: Any) -> dict[str, Any]:
+    """The parameters that train and are none of peft's, by name."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+
+
+def save_in_full(model: Any, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {n: p.detach().cpu().contiguous() for n, p in trained_in_full(model).items()}
+    if tensors:
+        save_file(tensors, folder / IN_FULL)
+
+
+def load_in_full(model: Any, folder: Path) -> None:
+    """Raises SourceError where the file is not of this model."""
+    import torch
+    from safetensors.torch import load_file
+
+    own = trained_in_full(model)
+    if not own:
+        return
+    try:
+        held = load_file(folder / IN_FULL)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{folder / IN_FULL} cannot be read: {error}.") from None
+    if held.keys() != own.keys():
+        raise SourceError(f"{folder / IN_FULL} holds other parameters than those that train in full here.")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(held[name])
+
+
+# ---- merging ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """A saved adapter's config. Raises SourceError for a folder that holds none of LoRA's."""
+    try:
+        config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"{folder} holds no adapter: {ADAPTER} cannot be read ({error}).", hint="Give the folder that peft saved."
+        ) from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise SourceError(f"{folder} holds no LoRA adapter.", hint="Only LoRA can be merged into weights here.")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise SourceError(f"{folder} has no adapter_model.safetensors.", hint="Pickled adapters are not loaded; save it again with peft.")
+    return config
+
+
+def replicated(config: Mapping[str, Any]) -> list[int] | None:
+    """The layers of `layer_replication` ([[0, 3], [1, 4]]: ends do not count), or None where the adapter has none."""
+    pairs = config.get("layer_replication")
+    if pairs is None:
+        return None
+    whole = isinstance(pairs, list) and all(
+        isinstance(p, list) and len(p) == 2 and all(isinstance(i, int) and i >= 0 for i in p) and p[0] < p[1] for p in pairs
+    )
+    if not whole or not pairs:
+        raise SourceError(f"layer_replication {str(pairs)[:80]} is no list of [start, end] pairs.")
+    return [i for start, stop in pairs for i in range(start, stop)]
+
+
+def merge_adapter(
+    adapter: Path, out: Path, *, base: str | None = None, revision: str | None = None, overwrite: bool = False,
+    dtype: str = "auto", notify: Callable[[str], None] = lambda message: None,
+) -> GrowthPlan | None:  # fmt: skip
+    """Writes the plain checkpoint that computes what peft's model of `base` and the adapter computes.
+
+    `base` is the checkpoint the adapter was made for; by default the one that its config names. With `layer_replication` the layers are
+    real afterwards: the plan of that growth goes into growth.json and is returned. Raises InputError (SourceError, OutputError).
+    """
+    need("peft")
+    config = adapter_config(adapter)
+    PartialFolder.check(out, resume=False, overwrite=overwrite)
+    ref = base or config.get("base_model_name_or_path")
+    if not ref:
+        raise InputError(f"{adapter} does not say which model it belongs to.", hint="Name it with --base.")
+    layers = replicated(config)
+    source = open_source(str(ref), revision=revision, weights=True, notify=notify)
+    if layers and max(layers) >= source.info.architecture.layers:
+        raise SourceError(f"layer_replication names layer {max(layers)}; {ref} has {source.info.architecture.layers} layers.")
+    plan = None
+    if layers is not None:
+        options = parse(METHODS["layers"].options, {"layers": layers}, where=str(adapter), strict=False)
+        growth: Growth = METHODS["layers"].build(source.info.architecture, options)
+        plan = make_plan(source.info, growth)
+    check_room(out, plan.nbytes if plan else sum(t.info.nbytes for t in source.tensors.values()))
+    assert source.folder is not None
+    merged = _merged(source.folder, plan, adapter, dtype)
+    with PartialFolder(out, f"merge {adapter}", resume=False, overwrite=overwrite) as folder:
+        merged.save_pretrained(folder.path)
+        for relative in companions(source.folder):
+            folder.copy_in(source.folder, relative)
+        facts = {"adapter": {k: config.get(k) for k in ("r", "lora_alpha", "target_modules", "layer_replication")}, "merged_into": str(ref)}
+        record = plan.to_json() if plan else dict(source.growth or {})
+        if record:
+            folder.write_json(GROWTH, {**record, "training": facts})
+        folder.finish({p.name for p in folder.path.iterdir() if not p.name.startswith(".")})
+    return plan
+
+
+def _merged(base: Path, plan: GrowthPlan | None, adapter: Path, dtype: str) -> PreTrainedModel:
+    from peft import LoraConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from hf_grow.in_memory import grow_model
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False)
+    if plan is not None:
+        model = grow_model(model, plan)
+    config = LoraConfig.from_pretrained(adapter)
+    config.layer_replication = None  # the layers are there; peft must not replicate them again
+    try:
+        wrapped = PeftModel.from_pretrained(model, adapter, config=config)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise SourceError(f"The adapter {adapter} does not fit {base}: {' '.join(str(error).split())[:200]}") from None
+    load_if_there(wrapped, adapter)
+    merged: PreTrainedModel = wrapped.merge_and_unload()
+    return merged
+
+
+def load_if_there(model: Any, adapter: Path) -> None:
+    """Weights that were trained in full beside the adapter, where a training of ours left some."""
+    import torch
+    from safetensors.torch import load_file
+
+    path = adapter / IN_FULL
+    if not path.is_file():
+        return
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in load_file(path).items():
+            if name not in own or own[name].shape != value.shape:
+                raise SourceError(f"{path} holds {name}, which the model has not.")
+            own[name].copy_(value)

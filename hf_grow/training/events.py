@@ -1,0 +1,76 @@
+"""The event log of a training run: OUT/events.jsonl, one JSON object a line, only ever appended to.
+
+Every line has `event`, `step` (optimizer steps done) and `time` (seconds since 1970); EVENTS says what else each kind holds. After a resumed run
+lines of the steps that were repeated stand twice: those before the `resume` line are of the run that was cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+NAME = "events.jsonl"
+EVENTS: dict[str, dict[str, str]] = {
+    "start": {"model": "checkpoint that is trained", "steps": "optimizer steps to do", "grown_at": "step of the last growth"},
+    "resume": {"checkpoint": "where it goes on from", "steps": "optimizer steps to do", "grown_at": "step of the last growth"},
+    "log": {"loss": "training loss since the last log line", "...": "whatever else Trainer and hf-grow log"},
+    "evaluation": {"losses": "loss of each named set, nats a token", "forgetting": "old-domain loss minus its start (where there is an old set)"},
+    "baseline": {"losses": "loss of each set before the growth", "of": "what they were taken from"},
+    "regression": {"set": "named set", "loss": "its loss", "baseline": "its loss before the growth"},
+    "phase": {"train": "parts that train from this step on"},
+    "settled": {"lr_factor": "multiple of the schedule's learning rate from this step on"},
+    "blended": {"alpha": "share of the new blocks' output: 1 from this step on"},
+    "consolidated": {"steps": "steps since the growth: growing again is fine from here on"},
+    "transition_shock": {"loss": "loss after the growth", "before": "loss before it", "nats": "difference"},
+    "recovered": {"loss": "smoothed loss, back at its level before the growth", "steps": "steps since the growth"},
+    "instability": {"signal": "loss, grad_norm, variance or nonfinite", "value": "what was seen", "score": "how far out, in robust deviations"},
+    "reaction": {"action": "lower_lr, longer_warmup, rollback or none", "lr_factor": "multiple on learning rates from here on",
+                 "extra_warmup": "steps added to the warm-up of new parameters", "checkpoint": "where a rollback goes to, or empty"},
+    "contribution": {"set": "named set", "loss": "loss with all blocks", "blocks": "block -> loss without it minus loss"},
+    "teacher": {"model": "teacher", "cache": "folder of its logits, or empty", "covered": "mean probability that the cached logits hold"},
+    "checkpoint": {"folder": "what was saved"},
+    "stop": {"reason": "why training ended before its last step"},
+    "end": {"output": "where the model is", "loss": "mean training loss"},
+}  # fmt: skip
+"""Kind of event -> its keys besides event, step and time."""
+
+
+class EventLog:
+    """Appends events; a process that writes none (of several) has no path."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def write(self, event: str, step: int, **facts: Any) -> None:
+        assert event in EVENTS, event
+        if self.path is None:
+            return
+        line = {"event": event, "step": step, "time": round(time.time(), 3), **{k: plain(v) for k, v in facts.items()}}
+        with self.path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: NaN and infinity, which it has not, as strings."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a log; a line torn by a crash is left out."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and "event" in entry:
+            yield entry

@@ -1,0 +1,105 @@
+"""Which entries of a model's parameters are meant: masks by parameter name, and taking the meant entries out of a tensor.
+
+A mask is True (the whole tensor), False (none of it) or a bool tensor of its shape. Sharded parameters (DTensor) are handled by their local
+piece: everything here works entry by entry, so a piece needs nothing of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from hf_grow.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Mask: TypeAlias = "bool | Tensor"
+EVERYTHING = "everything"
+
+
+def inverse(mask: Mask) -> Mask:
+    return not mask if isinstance(mask, bool) else ~mask
+
+
+def either(a: Mask, b: Mask) -> Mask:
+    if isinstance(a, bool):
+        return True if a else b
+    return either(b, a) if isinstance(b, bool) else _plain(a | b)
+
+
+def both(a: Mask, b: Mask) -> Mask:
+    return inverse(either(inverse(a), inverse(b)))
+
+
+def _plain(mask: Tensor) -> Mask:
+    """A tensor that says the same of every entry as a bool."""
+    if bool(mask.all()):
+        return True
+    return mask if bool(mask.any()) else False
+
+
+def select(
+    names: Iterable[str], parts: Mapping[str, Mapping[str, Mask]], chosen: Sequence[str], *, but: Sequence[str] = ()
+) -> dict[str, Mask]:
+    """For every parameter, the entries that lie in one of the parts `chosen` and in none of `but`.
+
+    ``everything`` is a part too. Raises InputError for a part that there is not, or where nothing is left.
+    """
+    every = list(names)
+    known = {EVERYTHING: dict.fromkeys(every, True), **parts}
+    unknown = [p for p in (*chosen, *but) if p not in known]
+    if unknown:
+        raise InputError(f"There is no part {unknown[0]!r} to train or freeze.", hint=f"Parts: {', '.join(known)}.")
+    out: dict[str, Mask] = {}
+    for name in every:
+        mask: Mask = False
+        for part in chosen:
+            mask = either(mask, known[part].get(name, False))
+        for part in but:
+            mask = both(mask, inverse(known[part].get(name, False)))
+        out[name] = mask
+    if not any(mask is not False for mask in out.values()):
+        left_out = f" without {', '.join(but)}" if but else ""
+        raise InputError(
+            f"Nothing would train: this model has no {' or '.join(chosen)}{left_out}.", hint="Was it grown, and by which method?"
+        )
+    return out
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The piece of a sharded tensor that this process holds, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return, operator]
+
+
+def local_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """The piece of a mask that lies over this process's piece of `like`."""
+    if not hasattr(like, "to_local"):
+        return mask.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = like
+    return local(distribute_tensor(mask.to(like.device), sharded.device_mesh, sharded.placements))
+
+
+class Selection:
+    """The entries of a tensor that a mask means, kept as rows or columns where it means whole ones: indices are smaller than a mask."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask, self.dim, self.index = mask, -1, mask.new_empty(0)
+        for dim in {0, mask.dim() - 1}:
+            lines = mask.movedim(dim, 0).reshape(mask.shape[dim], -1)
+            if lines.numel() and bool((lines.any(1) == lines.all(1)).all()):
+                self.dim, self.index = dim, lines.all(1).nonzero().flatten()
+                self.mask = mask.new_empty(0)
+                return
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """A copy of the entries."""
+        return tensor[self.mask] if self.dim < 0 else tensor.index_select(self.dim, self.index)
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        if self.dim < 0:
+            tensor[self.mask] = values
+        else:
+            tensor.index_copy_(self.dim, self.index, values)
