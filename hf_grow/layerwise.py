@@ -39,15 +39,16 @@ def mlp_inputs(
     """
     model = _skeleton(checkpoint)
     stream = {name: rows[None] for name, rows in embedded.items()}
+    memory: dict[str, Tensor] = {}
     for index, layer in enumerate(list(model.layers)):
         model.layers = nn.ModuleList(layer if i == index else _PassOn() for i in range(len(model.layers)))
-        _fill(layer, index, checkpoint, tensors, progress)
+        _read_layer(memory, index, checkpoint, tensors, progress)
+        layer.load_state_dict(memory, assign=True)
         seen: list[Tensor] = []
         layer.mlp.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(pool(args[0][0])))
         with torch.inference_mode():
             for name, states in stream.items():
                 stream[name] = model(inputs_embeds=states, use_cache=False).last_hidden_state
-        layer.to("meta")
         yield dict(zip(stream, seen, strict=True))
 
 
@@ -73,17 +74,15 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _fill(layer: nn.Module, index: int, checkpoint: Checkpoint, tensors: Tensors, progress: Callable[[int], None]) -> None:
-    """Gives an empty decoder layer its weights, in fp32. They are read in blocks, so that no tensor is there twice."""
-    state = {}
+def _read_layer(memory: dict[str, Tensor], index: int, checkpoint: Checkpoint, tensors: Tensors, progress: Callable[[int], None]) -> None:
+    """One layer's weights in fp32, by their names within it, in the memory that held those of the layer before: what is freed and asked for again
+    does not always fit. They are read in blocks, so that no tensor is there twice."""
     for name, entry in checkpoint.info.architecture.tensors.items():
         if entry.layer != index:
             continue
-        whole = torch.empty(entry.shape)
+        whole = memory.setdefault(name.removeprefix(f"model.layers.{index}."), torch.empty(entry.shape))
         step = max(1, BLOCK // whole[0].nbytes)
         for start in range(0, entry.shape[0], step):
             stop = min(start + step, entry.shape[0])
             whole[start:stop] = tensors.rows(name, start, stop)
         progress(checkpoint.info.tensors[name].nbytes)
-        state[name.removeprefix(f"model.layers.{index}.")] = whole
-    layer.load_state_dict(state, assign=True)
