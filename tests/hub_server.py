@@ -74,6 +74,7 @@ class Repo:
     """Tokens that may read it, where it is private or gated."""
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
 
     def commit(self, add: dict[str, Blob], *, branch: str = "main", delete: tuple[str, ...] = ()) -> str:
         files = {**self.commits.get(self.refs.get(branch, ""), {}), **add}
@@ -115,6 +116,7 @@ class Logged:
     host: str
     status: int = 0
     sent: int = 0
+    received: int = 0
 
 
 class HubServer:
@@ -125,6 +127,12 @@ class HubServer:
         self.tokens: set[str] = set()
         self.faults: list[Fault] = []
         self.log: list[Logged] = []
+        self.writers: dict[str, set[str]] = {}
+        """Owner -> tokens that may write for it."""
+        self.objects: dict[str, bytes] = {}
+        """What was uploaded by LFS, by SHA-256."""
+        self.quota = 1 << 60
+        """Bytes of LFS that the Hub takes in all."""
 
     def add(self, repo_id: str, folder: Path, *, branch: str = "main", **options: Any) -> str:
         """Commits a folder as it stands; its files are read when they are asked for. Gives the commit."""
@@ -174,6 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
+        self.unread = int(self.headers.get("Content-Length") or 0)
         authorization, host = self.headers.get("Authorization", ""), self.headers.get("Host", "")
         path = unquote(url.path)
         self.entry = Logged(self.command, path, self.headers.get("Range", ""), authorization, host)
@@ -233,6 +242,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply(status, {"Content-Type": "application/json", **(headers or {})}, Blob(json.dumps(data).encode(), False))
 
     def refuse(self, status: int, code: str, message: str = "") -> None:
+        while self.unread and (piece := self.rfile.read(min(CHUNK, self.unread))):  # else the next request would begin with it
+            self.unread -= len(piece)
         headers = {"X-Error-Code": code, "X-Error-Message": message} if code else {"X-Error-Message": message} if message else {}
         self.json({"error": message}, status, headers)
 

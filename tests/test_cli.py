@@ -173,6 +173,7 @@ WRONG = {
     "revision of a folder": (["dus", "{source}", "--revision", "main"], "evision"),
     "resume and overwrite": (["dus", "{source}", "-o", "{empty}/x", "--resume", "--overwrite"], "exclude"),
     "unwritable": (["dus", "{source}", "-o", "/proc/nowhere/x"], "Cannot write"),
+    "publishing nowhere": (["dus", "{source}", "--private"], "--push OWNER/NAME"),
     "verify nothing": (["verify", "{source}", "./nowhere"], "no folder"),
     "verify text": (["verify", "{source}", "{source}", "--text", "./nowhere"], "no file"),
     "verify tokens": (["verify", "{source}", "{source}", "--tokens", "0"], "at least 2"),
@@ -285,6 +286,7 @@ def test_the_flags_of_dus_are_frozen(capsys: pytest.CaptureFixture[str]) -> None
     assert flags == {
         "--help", "--revision", "--noise", "--seed", "--to", "--layers-to", "--drop", "--seam-average", "--output", "--max-shard-size",
         "--resume", "--overwrite", "--dry-run", "--memory-budget", "--allow-nonfinite", "--with-optimizer", "--optimizer-policy", "--exact-steps", "--json",
+        "--push", "--private", "--push-revision", "--create-pr", "--message",
     }  # fmt: skip
 
 

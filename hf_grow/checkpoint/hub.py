@@ -82,7 +82,7 @@ def look_up(ref: str, revision: str | None) -> Remote:
         except (KeyError, TypeError, AttributeError, ValueError):
             commit = None
         if not commit or not re.fullmatch(r"[0-9a-f]{40}", commit):
-            raise Unreachable(f"{_page()} does not answer like a Hugging Face Hub.", hint="Check HF_ENDPOINT and the proxy settings.")
+            raise Unreachable(f"{page()} does not answer like a Hugging Face Hub.", hint="Check HF_ENDPOINT and the proxy settings.")
     return Remote(ref, revision, commit, sizes, {n: s for n, s in sha256.items() if _SHA256.fullmatch(s)})
 
 
@@ -130,7 +130,7 @@ def _read_range(url: str, start: int, count: int) -> tuple[bytes, int | None]:
     for attempt in range(TRIES):
         try:
             return _read_range_once(url, start, count) if count else (b"", None)
-        except _http_error() as error:
+        except http_error() as error:
             if isinstance(error, HfHubHTTPError) or attempt == TRIES - 1:
                 raise
             time.sleep(0.5 * 2**attempt)
@@ -150,7 +150,7 @@ def _read_range_once(url: str, start: int, count: int) -> tuple[bytes, int | Non
         if response.status_code == 206:
             span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
             if not span or int(span[1]) != start:
-                raise Unreachable(f"{_page()} answers byte ranges wrongly.", hint="Try again, or download the model first (hf download).")
+                raise Unreachable(f"{page()} answers byte ranges wrongly.", hint="Try again, or download the model first (hf download).")
             skip, total = 0, span[2]
         got = bytearray()
         for chunk in response.iter_raw():
@@ -207,7 +207,7 @@ def explained(ref: str, revision: str | None) -> Iterator[None]:
         yield
     except SourceError:
         raise
-    except (_http_error(), OSError, ValueError) as error:
+    except (http_error(), OSError, ValueError) as error:
         raise _explain(error, ref, revision) from None
 
 
@@ -216,45 +216,45 @@ def _explain(error: BaseException, ref: str, revision: str | None) -> SourceErro
 
     again = "Check the network and try again; files that were finished are kept."
     if isinstance(error, errors.GatedRepoError):
-        page = f"{_page()}/{ref}"
+        gate = f"{page()}/{ref}"
         if get_token():
             return SourceError(
                 f"{ref} is gated, and the account of your token has no access.",
-                hint=f"Ask for access or accept the licence on {page}, then run this again. `hf auth whoami` names the account.",
+                hint=f"Ask for access or accept the licence on {gate}, then run this again. `hf auth whoami` names the account.",
             )
         return SourceError(
             f"{ref} is gated: only accounts that accepted its licence may read it.",
-            hint=f"Accept the licence on {page}, then log in with `hf auth login` (or set HF_TOKEN).",
+            hint=f"Accept the licence on {gate}, then log in with `hf auth login` (or set HF_TOKEN).",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return SourceError(
-            f"{ref} has no revision {revision!r}.", hint=f"Its branches, tags and commits are listed on {_page()}/{ref}/tree/main."
+            f"{ref} has no revision {revision!r}.", hint=f"Its branches, tags and commits are listed on {page()}/{ref}/tree/main."
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         known = near(ref)
         private = "check the id and the access of your token" if get_token() else "if it is private, log in with `hf auth login`"
         hint = f"Did you mean {' or '.join(known)}? Otherwise {private}." if known else private[0].upper() + private[1:] + "."
-        return SourceError(f"There is no repository {ref} on {_page()} that you may see.", hint=hint)
+        return SourceError(f"There is no repository {ref} on {page()} that you may see.", hint=hint)
     if isinstance(error, errors.LocalEntryNotFoundError):
         # The library's way to say that something failed and the cache could not help; its cause is what matters.
         return (
             _explain(error.__cause__, ref, revision)
             if error.__cause__
-            else Unreachable(f"{ref} could not be read from {_page()}.", hint=again)
+            else Unreachable(f"{ref} could not be read from {page()}.", hint=again)
         )
     if isinstance(error, errors.EntryNotFoundError):
         return SourceError(f"A file of {ref} that the Hub lists is not there.", hint="Try again later.")
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         if status == 401:
-            return SourceError(f"{_page()} does not accept your token.", hint="Log in again with `hf auth login`, or unset HF_TOKEN.")
+            return SourceError(f"{page()} does not accept your token.", hint="Log in again with `hf auth login`, or unset HF_TOKEN.")
         if status == 403:
             return SourceError(
                 f"Your token does not give access to {ref}.", hint="Give it the right to read this repository, or use another."
             )
-        return Unreachable(f"{_page()} answered with status {status} when asked for {ref}.", hint="Try again later.")
-    if isinstance(error, _http_error()):
-        return Unreachable(f"{_page()} cannot be reached ({type(error).__name__}).", hint=again)
+        return Unreachable(f"{page()} answered with status {status} when asked for {ref}.", hint="Try again later.")
+    if isinstance(error, http_error()):
+        return Unreachable(f"{page()} cannot be reached ({type(error).__name__}).", hint=again)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return SourceError(f"The disk of {cache_folder()} is full.", hint="Make room, or set HF_HOME to a folder on a larger disk.")
     if isinstance(error, OSError) and error.errno:
@@ -262,7 +262,7 @@ def _explain(error: BaseException, ref: str, revision: str | None) -> SourceErro
     return SourceError(f"The download of {ref} failed ({type(error).__name__}).", hint=again)
 
 
-def _page() -> str:
+def page() -> str:
     """Address of the Hub; without a user and password that an HF_ENDPOINT may hold."""
     from huggingface_hub import constants
 
@@ -274,7 +274,7 @@ def _example(ref: str) -> str:
     return f"{next(iter(near(ref)), 'mistralai/Mistral-7B-v0.1')}."
 
 
-def _http_error() -> Any:
+def http_error() -> Any:
     """The base of network errors. Which HTTP library huggingface_hub uses depends on its version."""
     from huggingface_hub import errors
 

@@ -57,7 +57,7 @@ COMPANIONS = (
 """Files that come along with a grown checkpoint, whatever the case of their names. The model card does not: the grown model gets its own."""
 
 # Whatever they are called, weights and pickles are no companions.
-_NEVER = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".npy")
+NEVER = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".npy")
 
 
 def open_source(
@@ -97,7 +97,7 @@ def open_source(
 def is_companion(path: str) -> bool:
     """Whether a file, by its path in the folder or repository, comes along with a grown checkpoint."""
     # fnmatch's * matches a slash too, but LICENSE* must not reach into a folder LICENSES.
-    return not path.lower().endswith(_NEVER) and any(
+    return not path.lower().endswith(NEVER) and any(
         pattern.count("/") == path.count("/") and fnmatchcase(path.lower(), pattern.lower()) for pattern in COMPANIONS
     )
 
@@ -106,10 +106,10 @@ def companions(folder: Path) -> list[Path]:
     """The companion files in `folder`, as paths relative to it; none that a link leads out of it, but for those of the Hub's cache."""
     candidates = [Path(n) for n in os.listdir(folder)]
     candidates += [Path(p.parent.name, p.name) for p in folder.glob("*/*") if p.parent.name == "additional_chat_templates"]
-    return sorted(p for p in candidates if is_companion(p.as_posix()) and (folder / p).is_file() and _is_inside(folder, folder / p))
+    return sorted(p for p in candidates if is_companion(p.as_posix()) and (folder / p).is_file() and is_inside(folder, folder / p))
 
 
-def _is_inside(folder: Path, path: Path) -> bool:
+def is_inside(folder: Path, path: Path) -> bool:
     if path.resolve().is_relative_to(folder.resolve()):
         return True
     if folder.parent.name != "snapshots" or not path.is_symlink():

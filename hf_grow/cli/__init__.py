@@ -21,7 +21,9 @@ COMMANDS = {
     "experts": ("grow", "a dense model into a mixture of experts, or more experts"),
     "grow": ("grow", "carry out a growth recipe (YAML)"),
     "verify": ("verify", "prove that a grown checkpoint is what its plan says"),
-    "inspect": ("inspect", "what a checkpoint is, from config and headers"),
+    "push": ("push", "publish a finished checkpoint on the Hub"),
+    "card": ("card", "write the model card of a grown checkpoint"),
+    "inspect": ("inspect", "what a checkpoint is, and what it was grown from"),
     "demo": ("demo", "train a small model, grow it, go on training; nothing to download"),
 }
 

@@ -39,7 +39,7 @@ def _add_flag(parser: argparse._ActionsContainer, name: str, field: FieldInfo, s
         parser.add_argument(*names, dest=name, default=SKIP, metavar=_metavar(name, field), help=text)
 
 
-_METAVARS = {"to": "SIZE", "max_shard_size": "BYTES", "memory_budget": "BYTES", "output": "DIR", "with_optimizer": "DIR"}
+_METAVARS = {"to": "SIZE", "max_shard_size": "BYTES", "memory_budget": "BYTES", "output": "DIR", "with_optimizer": "DIR", "push": "REPO"}
 
 
 def _metavar(name: str, field: FieldInfo) -> str:

@@ -8,18 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_grow.api import find_method, plan_for
-from hf_grow.checkpoint.source import open_source
+from hf_grow.api import find_method, measured, open_sources, plan_for
 from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, PartialFolder, check_room, layout
 from hf_grow.cli import flags, render
 from hf_grow.cli.allocator import keep_freed_memory
 from hf_grow.cli.commands import add_json, add_source, print_json, show_next
+from hf_grow.cli.push import PublishOptions, push_with_bar, pushed_facts, show_pushed
 from hf_grow.errors import InputError
 from hf_grow.growth import Method
 from hf_grow.methods import METHODS
 from hf_grow.methods.hybrid import HybridOptions, candidates
 from hf_grow.methods.sizing import short
 from hf_grow.planning import GrowthPlan
+from hf_grow.publish.push import Destination, check_destination, prepare
 from hf_grow.recipe import Bytes, Options, load_yaml, parse
 from hf_grow.training.carry import check_trainer_checkpoint, grow_checkpoint_state
 
@@ -32,7 +33,7 @@ RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "_rec
 """The recipes that come with hf-grow; in the repository they lie in recipes/."""
 
 
-class OutputOptions(Options):
+class OutputOptions(PublishOptions):
     """How the result is written; the same for every method."""
 
     output: str | None = None
@@ -64,8 +65,8 @@ class RecipeOptions(OutputOptions):
     """Checkpoint folder or Hub id."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository."""
-    method: str = "dus"
-    """Growth method."""
+    method: str | None = None
+    """Growth method. Default: dus, or pipeline where there are steps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
@@ -118,11 +119,11 @@ def run_recipe(arguments: argparse.Namespace) -> int:
     data = load_yaml(find_recipe(arguments.recipe))
     if arguments.source:
         data = {**data, "source": arguments.source, "revision": None}
-    method = find_method(str(data.get("method", "dus")))
+    method = find_method(str(data.get("method") or ("pipeline" if "steps" in data else "dus")))
     # One model of both, so that every mistake of the recipe is told at once.
     keys: type[RecipeOptions] = type("Recipe", (RecipeOptions, method.options), {"__module__": __name__})
     recipe = parse(keys, data, where=arguments.recipe)
-    options = method.options(**recipe.model_dump(include=set(method.options.model_fields), exclude_unset=True))
+    options = method.options(**{name: getattr(recipe, name) for name in recipe.model_fields_set & method.options.model_fields.keys()})
     flagged = parse(OutputOptions, flags.given(arguments, OutputOptions), where="The command line", strict=False)
     output = OutputOptions(**(recipe.model_dump(include=set(OutputOptions.model_fields)) | flagged.model_dump(exclude_unset=True)))
     return carry_out(recipe.source, recipe.revision, method, options, output, as_json=arguments.json)
@@ -138,10 +139,13 @@ def _chosen(arguments: argparse.Namespace) -> Method:
 
 
 def carry_out(source: str, revision: str | None, method: Method, options: Options, output: OutputOptions, *, as_json: bool) -> int:
-    checkpoint = open_source(source, revision=revision, weights=False, notify=render.note)
+    checkpoint = open_sources(source, options, revision=revision, weights=False, notify=render.note)
     plan = plan_for(checkpoint.info, method, options)
     out = Path(output.output) if output.output else default_output(source, plan)
     PartialFolder.check(out, resume=output.resume, overwrite=output.overwrite)
+    to = output.destination()
+    if to:
+        check_destination(to)
     if not as_json:
         if isinstance(options, HybridOptions):
             render.show_candidates(checkpoint.info.architecture, candidates(checkpoint.info.architecture, options), options)
@@ -150,10 +154,13 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
         check_trainer_checkpoint(Path(output.with_optimizer))
     if output.dry_run:
         check_room(out, sum(s.size for s in layout(plan.targets, output.max_shard_size)))
-        return _finish(plan, out, None, as_json)
-    if checkpoint.folder is None:
-        checkpoint = open_source(checkpoint.ref, revision=checkpoint.revision, weights=True, notify=render.note)
+        return _finish(plan, out, None, as_json, to)
+    if any(c.folder is None for c in (checkpoint, *checkpoint.others.values())):
+        checkpoint = open_sources(checkpoint.ref, options, revision=checkpoint.revision, weights=True, notify=render.note)
         plan = plan_for(checkpoint.info, method, options)
+    plan = measured(plan, checkpoint, options, notify=render.note)
+    if to:
+        to = prepare(to)  # before the work: a token that may not write is told now
     from hf_grow.execute import execute
 
     keep_freed_memory()
@@ -170,7 +177,7 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
             progress=progress,
             also=_also(output, plan),
         )
-    return _finish(plan, out, result, as_json)
+    return _finish(plan, out, result, as_json, to)
 
 
 def _also(output: OutputOptions, plan: GrowthPlan) -> Callable[[Path], set[str]]:
@@ -185,14 +192,18 @@ def default_output(source: str, plan: GrowthPlan) -> Path:
     return Path(f"{name}-{plan.growth.method}-{short(plan.sizes[1].total)}")
 
 
-def _finish(plan: GrowthPlan, out: Path, result: Result | None, as_json: bool) -> int:
+def _finish(plan: GrowthPlan, out: Path, result: Result | None, as_json: bool, to: Destination | None = None) -> int:
     if as_json:
         facts: dict[str, Any] = {"output": str(out), "dry_run": result is None, "plan": render.plan_facts(plan)}
         if result:
             facts |= {"seconds": result.seconds, "bytes": result.nbytes, "shards": dict(result.shards), "resumed_tensors": result.resumed}
+        if to:
+            facts["pushed"] = pushed_facts(push_with_bar(out, to, quiet=True)) if result else None
         print_json(facts)
     elif result is None:
         render.console.print(f"output     {out} (nothing written: --dry-run)", markup=False)
+        if to:
+            render.console.print(f"publish    {to.repo} (nothing sent)", markup=False)
     else:
         rate = result.nbytes / 1e9 / result.seconds
         kept = f", {result.resumed} tensors kept from the interrupted run" if result.resumed else ""
@@ -200,5 +211,7 @@ def _finish(plan: GrowthPlan, out: Path, result: Result | None, as_json: bool) -
             f"wrote      {out}: {render.gigabytes(result.nbytes)} in {result.seconds:.2f} s ({rate:.2f} GB/s), checked and synced{kept}",
             markup=False,
         )
+        if to:
+            show_pushed(push_with_bar(out, to, quiet=False))
         show_next("verify", plan.source.ref, out)
     return 0

@@ -47,6 +47,12 @@ class Pushed:
     """Of the model; how much of it had to be sent, the Hub decides."""
 
 
+def check_destination(to: Destination) -> None:
+    """Raises OutputError for a name that cannot be, and where there is no token; asks nobody."""
+    check_repo_id(to.repo)
+    check_login()
+
+
 def prepare(to: Destination) -> Destination:
     """Makes the repository and the branch where they are not there, and gives the full id. Raises OutputError, ExecutionError.
 
@@ -54,8 +60,7 @@ def prepare(to: Destination) -> Destination:
     """
     from huggingface_hub import HfApi
 
-    check_repo_id(to.repo)
-    check_login()
+    check_destination(to)
     api = HfApi(library_name="hf-grow")
     with explained(to.repo, "Try again."):
         made = api.create_repo(to.repo, private=to.private or None, exist_ok=True)
@@ -83,6 +88,7 @@ def push(
     from huggingface_hub import CommitOperationAdd
 
     cargo = survey(folder)
+    cards = card(folder, cargo.files)
     to = prepare(to)
     for doubt in cargo.doubts:
         notify(doubt)
@@ -93,8 +99,10 @@ def push(
         if name in cargo.sha256:
             addition.upload_info.sha256 = bytes.fromhex(cargo.sha256[name])
         additions.append(addition)
-    additions += card(cargo.folder, cargo.files)
-    commit, pull_request = send(to, additions, cargo.title, f"Repeat with `hf-grow push {folder} {to.repo}`; what arrived is not sent again.")
+    additions += cards
+    commit, pull_request = send(
+        to, additions, cargo.title, f"Repeat with `hf-grow push {folder} {to.repo}`; what arrived is not sent again."
+    )
     return Pushed(to.repo, f"{page()}/{to.repo}", commit, pull_request, len(additions), cargo.nbytes)
 
 

@@ -99,7 +99,9 @@ def _by_status(error: BaseException, repo: str, again: str) -> GrowError:
     if status == 429:
         return ExecutionError(f"{page()} asks for fewer requests.", hint=f"Wait a few minutes. {again}")
     if status < 500:
-        return OutputError(f"{page()} refuses this (status {status}).", hint="Check the name of the repository, the revision and the files.")
+        return OutputError(
+            f"{page()} refuses this (status {status}).", hint="Check the name of the repository, the revision and the files."
+        )
     return ExecutionError(f"{page()} failed (status {status}).", hint=again)
 
 

@@ -1,0 +1,139 @@
+"""`hf-grow push DIR REPO`: publish a finished checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from hf_grow.cli import flags, render
+from hf_grow.cli.commands import add_json, existing_folder, print_json
+from hf_grow.errors import InputError
+from hf_grow.publish.cargo import CARD, Cargo, survey
+from hf_grow.publish.push import Destination, Pushed, on_the_hub, push
+from hf_grow.recipe import Options, parse
+
+
+class PushOptions(Options):
+    """How a folder is published."""
+
+    private: bool = False
+    """Make the repository private; refused where a public one exists."""
+    revision: str | None = None
+    """Branch to commit to, made if need be; or refs/pr/N."""
+    create_pr: bool = False
+    """Open a pull request instead of committing; needs no right to write."""
+    message: str | None = None
+    """First line of the commit. Default: method and source."""
+    dry_run: bool = False
+    """List what would be sent, and send nothing."""
+
+
+class PublishOptions(Options):
+    """Publishing as a part of a growth."""
+
+    push: str | None = None
+    """Publish the result as this repository on the Hub, OWNER/NAME; see hf-grow push."""
+    private: bool = False
+    """With --push, make the repository private."""
+    push_revision: str | None = None
+    """With --push, branch to commit to, made if need be."""
+    create_pr: bool = False
+    """With --push, open a pull request instead of committing."""
+    message: str | None = None
+    """With --push, first line of the commit."""
+
+    def destination(self) -> Destination | None:
+        """Where the result is published. Raises InputError for options that mean nothing without --push."""
+        if self.push:
+            return Destination(self.push, self.private, self.push_revision, self.create_pr, self.message)
+        for name in ("private", "push_revision", "create_pr", "message"):
+            if getattr(self, name):
+                raise InputError(
+                    f"--{name.replace('_', '-')} means nothing without --push.", hint="Add --push OWNER/NAME, or leave it out."
+                )
+        return None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="checkpoint folder, as hf-grow or save_pretrained writes it")
+    parser.add_argument("repo", metavar="REPO", help="repository on the Hub, OWNER/NAME; NAME alone is one of your account")
+    flags.add_flags(parser, [PushOptions])
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    options = parse(PushOptions, flags.given(arguments, PushOptions), where="The command line", strict=False)
+    folder = existing_folder(arguments.folder)
+    to = Destination(arguments.repo, options.private, options.revision, options.create_pr, options.message)
+    if options.dry_run:
+        return _dry_run(survey(folder), to, as_json=arguments.json)
+    pushed = push_with_bar(folder, to, quiet=arguments.json)
+    if arguments.json:
+        print_json(pushed_facts(pushed))
+    else:
+        show_pushed(pushed)
+    return 0
+
+
+def push_with_bar(folder: Path, to: Destination, *, quiet: bool) -> Pushed:
+    """The bar follows the reading; huggingface_hub draws its own for the sending."""
+    cargo = survey(folder)
+    if cargo.left_out:
+        render.note(f"Left out: {', '.join(cargo.left_out)}.")
+    with render.bytes_bar("checking", cargo.weight_nbytes, quiet=quiet) as progress:
+        return push(folder, to, progress=progress, notify=render.note)
+
+
+def pushed_facts(pushed: Pushed) -> dict[str, Any]:
+    return {
+        "repository": pushed.repo,
+        "url": pushed.url,
+        "commit": pushed.commit,
+        "pull_request": pushed.pull_request,
+        "files": pushed.files,
+        "bytes": pushed.nbytes,
+    }
+
+
+def show_pushed(pushed: Pushed) -> None:
+    where = pushed.pull_request or f"{pushed.url} at {pushed.commit[:12]}"
+    render.console.print(f"pushed     {pushed.files} files, {render.gigabytes(pushed.nbytes)}: {where}", markup=False)
+
+
+def _dry_run(cargo: Cargo, to: Destination, *, as_json: bool) -> int:
+    with render.bytes_bar("checking", cargo.weight_nbytes, quiet=as_json) as progress:
+        there = on_the_hub(cargo, to, progress)
+    sizes = {name: path.stat().st_size for name, path in cargo.files.items()}
+    missing = sum(size for name, size in sizes.items() if name not in (there or ()))
+    if as_json:
+        print_json(
+            {
+                "dry_run": True,
+                "repository": to.repo,
+                "exists": there is not None,
+                "files": sizes,
+                "there_already": sorted(there or ()),
+                "bytes": missing,
+                "left_out": list(cargo.left_out),
+            }
+        )
+        return 0
+    table = Table(
+        title=f"push: {cargo.folder} to {to.repo}{'' if there is not None else ' (new)'}", title_justify="left", title_style="bold"
+    )
+    for column in ("file", "size", ""):
+        table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
+    for name, size in sizes.items():
+        table.add_row(name, render.gigabytes(size), "there already" if name in (there or ()) else "")
+    if CARD not in sizes:
+        table.add_row(CARD, "", "written from growth.json")
+    render.console.print(table)
+    for name in cargo.left_out:
+        render.console.print(f"left out   {name}", markup=False)
+    for doubt in cargo.doubts:
+        render.note(doubt)
+    render.console.print(f"to send    at most {render.gigabytes(missing)} (nothing sent: --dry-run)", markup=False)
+    return 0

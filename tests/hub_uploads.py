@@ -1,0 +1,202 @@
+"""Uploads for the test Hub of hub_server.py: repositories made, files sent plainly or by LFS, commits, branches, pull requests.
+
+Import it to have the endpoints. Tokens may write where `writers` says so; objects are kept by SHA-256 and checked, as the real store does.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import socket
+from typing import Any
+
+from hub_server import _REPO, LFS_SUFFIXES, Blob, HubServer, Repo, _Handler, route
+
+WRITE = "hf_writewritewrite"
+READ = "hf_readreadreadread"
+
+
+def allow(hub: HubServer, *owners: str) -> None:
+    """Makes WRITE a token that may write for `owners`, and READ one that may only read."""
+    hub.tokens |= {WRITE, READ}
+    hub.writers = {owner: {WRITE} for owner in owners}
+
+
+def received(hub: HubServer) -> int:
+    """Bytes of weights that arrived, also of uploads that broke off."""
+    return sum(r.received for r in hub.log if r.method == "PUT")
+
+
+def body(request: _Handler) -> bytes | None:
+    """The request's body; None if the fault says that the connection breaks off in it."""
+    cut = request.fault.cut_after
+    got = bytearray()
+    while request.unread and (cut < 0 or len(got) < cut):
+        piece = request.rfile.read(min(request.unread, 1 << 16 if cut < 0 else cut - len(got)))
+        if not piece:
+            break
+        got += piece
+        request.unread -= len(piece)
+        request.entry.received += len(piece)
+    if cut >= 0:
+        request.close_connection = True
+        request.connection.shutdown(socket.SHUT_RDWR)
+        return None
+    return bytes(got)
+
+
+def may_write(request: _Handler, owner: str) -> bool:
+    return request.token in request.hub.writers.get(owner, set())
+
+
+def writable(request: _Handler, repo_id: str, *, read_will_do: bool = False) -> Repo | None:
+    repo = request.repo(repo_id)
+    if repo is None:
+        return None
+    if not request.token:
+        request.refuse(401, "", "Invalid username or password.")
+        return None
+    if not read_will_do and not may_write(request, repo_id.split("/")[0]):
+        request.refuse(403, "", "Forbidden: you don't have the rights to write here.")
+        return None
+    return repo
+
+
+@route("POST", r"/api/repos/create")
+def create_repo(request: _Handler) -> None:
+    asked = json.loads(body(request) or b"{}")
+    if not request.token:
+        return request.refuse(401, "", "Invalid username or password.")
+    owner = asked.get("organization") or "tester"
+    if not may_write(request, owner):
+        return request.refuse(403, "", f"You don't have the rights to create a model under the namespace {owner!r}.")
+    repo_id = f"{owner}/{asked['name']}"
+    url = f"{request.hub.url}/{repo_id}"
+    if repo_id in request.hub.repos:
+        return request.json({"error": "You already created this model repo", "url": url}, 409)
+    private = asked.get("visibility") == "private"
+    repo = request.hub.repos[repo_id] = Repo(repo_id, private=private, readers={request.token})
+    repo.commit({".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)})
+    return request.json({"url": url, "name": repo_id})
+
+
+@route("POST", r"/api/validate-yaml")
+def validate_yaml(request: _Handler) -> None:
+    import yaml
+
+    content = json.loads(body(request) or b"{}")["content"]
+    head = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
+    try:
+        data = yaml.safe_load(head[1]) if head else {}
+        errors = [] if isinstance(data.get("license", ""), str) else [{"message": '"license" must be a string'}]
+    except yaml.YAMLError:
+        errors = [{"message": "not YAML"}]
+    request.json({"errors": errors, "warnings": []}, 400 if errors else 200)
+
+
+@route("POST", rf"/api/models/{_REPO}/preupload/(?P<revision>[^/]+)")
+def preupload(request: _Handler, repo: str, revision: str) -> None:
+    asked = json.loads(body(request) or b"{}")
+    found = writable(request, repo, read_will_do="create_pr" in request.query)
+    if not found or not (commit := request.files(found, revision)):
+        return
+    files = []
+    for file in asked["files"]:
+        lfs = file["path"].endswith(LFS_SUFFIXES) or file["size"] > 10_000_000
+        entry: dict[str, Any] = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+        if blob := commit[1].get(file["path"]):
+            entry["oid"] = blob.sha256 if blob.lfs else blob.oid
+        files.append(entry)
+    request.json({"files": files, "commitOid": commit[0]})
+
+
+@route("POST", rf"/{_REPO}\.git/info/lfs/objects/batch")
+def lfs_batch(request: _Handler, repo: str) -> None:
+    asked = json.loads(body(request) or b"{}")
+    hub = request.hub
+    if not writable(request, repo, read_will_do=True):
+        return None
+    objects = []
+    for item in asked["objects"]:
+        entry: dict[str, Any] = {"oid": item["oid"], "size": item["size"]}
+        if item["oid"] not in hub.objects:
+            target = f"{hub.cdn}/upload/{item['oid']}?X-Amz-Signature=secret-signature"
+            entry["actions"] = {"upload": {"href": target}, "verify": {"href": f"{hub.url}/lfs/verify/{item['oid']}"}}
+        objects.append(entry)
+    wanted = sum(o["size"] for o in objects if "actions" in o)
+    if wanted + sum(len(data) for data in hub.objects.values()) > hub.quota:
+        return request.refuse(403, "", "Private repository storage limit reached, please upgrade your plan.")
+    return request.json({"transfer": "basic", "objects": objects})
+
+
+@route("PUT", r"/upload/(?P<sha256>[0-9a-f]{64})")
+def lfs_upload(request: _Handler, sha256: str) -> None:
+    data = body(request)
+    if data is None:
+        return None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        return request.refuse(400, "", "XAmzContentSHA256Mismatch")
+    request.hub.objects[sha256] = data
+    return request.json({})
+
+
+@route("POST", r"/lfs/verify/(?P<sha256>[0-9a-f]{64})")
+def lfs_verify(request: _Handler, sha256: str) -> None:
+    asked = json.loads(body(request) or b"{}")
+    data = request.hub.objects.get(sha256)
+    if data is None or len(data) != asked["size"]:
+        return request.refuse(404, "", "object is not there")
+    return request.json({})
+
+
+@route("POST", rf"/api/models/{_REPO}/commit/(?P<revision>[^/]+)")
+def commit(request: _Handler, repo: str, revision: str) -> None:
+    sent = body(request)
+    pull = "create_pr" in request.query
+    found = writable(request, repo, read_will_do=pull)
+    if sent is None or not found or not request.files(found, revision):
+        return None
+    lines = [json.loads(line) for line in sent.splitlines()]
+    add: dict[str, Blob] = {}
+    delete = []
+    for line in lines:
+        value = line["value"]
+        if line["key"] == "header":
+            found.messages.append(value["summary"])
+        elif line["key"] == "file":
+            add[value["path"]] = Blob(base64.b64decode(value["content"]), False)
+        elif line["key"] == "lfsFile":
+            data = request.hub.objects.get(value["oid"])
+            if data is None or len(data) != value["size"]:
+                return request.refuse(400, "", "LFS pointer pointed to a file that does not exist")
+            add[value["path"]] = Blob(data, True)
+        elif line["key"] == "deletedFile":
+            delete.append(value["path"])
+    branch = revision
+    if pull:
+        branch = f"refs/pr/{len([r for r in found.refs if r.startswith('refs/pr/')]) + 1}"
+        found.refs[branch] = found.refs[revision]
+    sha = found.commit(add, branch=branch, delete=tuple(delete))
+    url = f"{request.hub.url}/{repo}"
+    number = branch.rpartition("/")[2]
+    return request.json(
+        {
+            "commitOid": sha,
+            "commitUrl": f"{url}/commit/{sha}",
+            "pullRequestUrl": f"{url}/discussions/{number}" if pull else None,
+        }
+    )
+
+
+@route("POST", rf"/api/models/{_REPO}/branch/(?P<branch>[^/]+)")
+def create_branch(request: _Handler, repo: str, branch: str) -> None:
+    body(request)
+    found = writable(request, repo)
+    if not found:
+        return None
+    if branch in found.refs:
+        return request.refuse(409, "", "Reference already exists")
+    found.refs[branch] = found.refs["main"]
+    return request.json({})
