@@ -1,11 +1,12 @@
-"""`hf-grow inspect MODEL`: what a checkpoint is, from config and headers alone."""
+"""`hf-grow inspect MODEL`: what a checkpoint is and what it was grown from, from config, headers and growth.json alone."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections import Counter
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -13,13 +14,24 @@ from hf_grow.architecture import Entry
 from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, add_source, print_json
+from hf_grow.cli.pictures import show_layer_map, show_lineage
+from hf_grow.errors import InputError, SourceError
 from hf_grow.families import AXES
 from hf_grow.methods.sizing import measure, short
-from hf_grow.planning import check_source
+from hf_grow.planning import GrowthPlan, check_source
+from hf_grow.publish.layermap import layer_map
+from hf_grow.publish.lineage import lineage
+from hf_grow.publish.picture import save_picture
+from hf_grow.publish.reproduce import folder_name, public_name
+
+if TYPE_CHECKING:
+    from hf_grow.checkpoint.reader import Checkpoint
+    from hf_grow.publish.layermap import LayerMap
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the layer map of a grown checkpoint into FILE (.svg, or .png)")
     add_json(parser)
 
 
@@ -27,10 +39,17 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = open_source(arguments.source, revision=arguments.revision, weights=False, notify=render.note)
     extra = check_source(checkpoint.info)
     arch = checkpoint.info.architecture
+    plan, layers = _growth(checkpoint)
+    if arguments.picture:
+        if plan is None or layers is None:
+            raise InputError(f"{checkpoint.ref} was not grown by hf-grow: it has no layer map.", hint="Leave --picture out.")
+        save_picture(layers, public_name(plan.source), _name(checkpoint), arguments.picture)
+        render.note(f"wrote {arguments.picture}")
     size = measure(arch)
     parts: Counter[str] = Counter()
     for entry in arch.tensors.values():
         parts[_part(entry)] += math.prod(entry.shape)
+    tree = lineage(_name(checkpoint), checkpoint.info.history, plan.source.others if plan else None, checkpoint.revision)
     facts: dict[str, Any] = {
         "model": checkpoint.ref,
         "revision": checkpoint.revision,
@@ -45,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         "files": {name: facts["size"] for name, facts in checkpoint.files.items()},
         "not_in_the_table": extra,
         "history": [dict(step) for step in checkpoint.info.history],
+        "lineage": tree.to_json(),
+        "layer_map": [{"sources": list(b.sources), "kind": b.kind} for b in layers.blocks] if layers else None,
     }
     if arguments.json:
         print_json(facts)
@@ -58,11 +79,28 @@ def run(arguments: argparse.Namespace) -> int:
         table.add_row(part, f"{short(count)} ({count / size.total:.1%})")
     table.add_row("dtypes", ", ".join(f"{n} tensors {d}" for d, n in facts["dtypes"].items()))
     table.add_row("files", f"{len(checkpoint.files)}, {render.gigabytes(sum(facts['files'].values()))}")
-    for step in checkpoint.info.history:
-        depth = " -> ".join(map(str, step["layers"]))
-        table.add_row("grown by", f"{step['method']} from {step['source']['ref']}, layers {depth}, {step['guarantee']['kind']}")
     render.console.print(table)
+    if tree.parents:
+        show_lineage(render.console, tree)
+    if layers:
+        show_layer_map(render.console, layers)
     return 0
+
+
+def _growth(checkpoint: Checkpoint) -> tuple[GrowthPlan | None, LayerMap | None]:
+    """The growth that made the checkpoint, where growth.json holds one that can be read."""
+    if checkpoint.growth is None:
+        return None, None
+    try:
+        plan = GrowthPlan.from_json(checkpoint.growth)
+        return plan, layer_map(plan)
+    except SourceError as error:
+        render.note(error.message)
+        return None, None
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    return checkpoint.ref if checkpoint.revision else folder_name(checkpoint.ref)
 
 
 def _part(entry: Entry) -> str:

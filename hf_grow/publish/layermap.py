@@ -45,7 +45,11 @@ class Run:
 
     @property
     def source(self) -> str:
-        return " ~ ".join(map(str, self.sources)) if len(self.sources) > 1 else _span(self.sources[0], self.sources[0] + self.stop - self.start - 1)
+        return (
+            " ~ ".join(map(str, self.sources))
+            if len(self.sources) > 1
+            else _span(self.sources[0], self.sources[0] + self.stop - self.start - 1)
+        )
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,10 @@ def _alibaba(name: str, agreement: str, *, built_with: str = "", limits: str) ->
 def _mistral(name: str) -> Licence:
     """Section 2.2: copy and notice file."""
     return Licence(
-        f"Mistral AI {name}", notice=f"Licensed by Mistral AI under the Mistral AI {name}", copy=True, limits="research or testing only; no commercial use"
+        f"Mistral AI {name}",
+        notice=f"Licensed by Mistral AI under the Mistral AI {name}",
+        copy=True,
+        limits="research or testing only; no commercial use",
     )
 
 

@@ -19,9 +19,13 @@ def line(value: Any, limit: int = 600) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def _escaped(text: str) -> str:
+    return _SPECIAL.sub(r"\\\1", text)
+
+
 def plain(value: Any, limit: int = 600) -> str:
     """As running text. An address is taken apart, so that no renderer makes a link of it."""
-    text = _SPECIAL.sub(r"\\\1", line(value, limit)).replace("&", "&amp;")
+    text = _escaped(line(value, limit)).replace("&", "&amp;")
     return re.sub(r"(?i)(://|www\.|@)", lambda m: m[0].replace(":", "&#58;").replace(".", "&#46;").replace("@", "&#64;"), text)
 
 
@@ -38,7 +42,7 @@ def is_hub_id(value: object) -> bool:
 def hub_link(ref: str) -> str:
     """A Hub repository as a link."""
     assert is_hub_id(ref)
-    return f"[{_SPECIAL.sub(r'\\\1', ref)}](https://huggingface.co/{ref})"
+    return f"[{_escaped(ref)}](https://huggingface.co/{ref})"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

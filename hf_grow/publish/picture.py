@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
-from hf_grow.errors import InputError
+from hf_grow.errors import InputError, OutputError
 from hf_grow.publish.layermap import MEANING, Kind, LayerMap, facts
 from hf_grow.publish.markdown import line
 
@@ -23,6 +23,7 @@ COLUMNS = (170.0, 450.0)
 WIDEST = 150.0
 """Width of the blocks with the larger hidden size; the others in proportion."""
 MOST_LAYERS = 1000
+MADE_BY = b"drawn by hf-grow"
 INK, PAPER, RIM = "#1f2933", "#fcfcf9", "#c9cdd2"
 FILL: dict[Kind, str] = {"kept": "#5b8db8", "copy": "#e3a857", "average": "#b58ac2", "identity": PAPER}
 LINE: dict[Kind, str] = {"kept": "#5b8db8", "copy": "#c98a2e", "average": "#9565a6", "identity": "#3b7d5c"}
@@ -88,7 +89,10 @@ def draw(layers: LayerMap, source: str, target: str) -> Drawing:
     drawing.shapes += _blocks(layers, pitch, starts, widths)
     for i, kind in enumerate(layers.kinds):
         y = bottom + 16 + 20 * i
-        drawing.shapes += [Rect(COLUMNS[0] - WIDEST / 2, y, 28, 13, kind), Text(COLUMNS[0] - WIDEST / 2 + 38, y + 11, MEANING[kind], 12, "start")]
+        drawing.shapes += [
+            Rect(COLUMNS[0] - WIDEST / 2, y, 28, 13, kind),
+            Text(COLUMNS[0] - WIDEST / 2 + 38, y + 11, MEANING[kind], 12, "start"),
+        ]
     return drawing
 
 
@@ -118,9 +122,26 @@ def _blocks(layers: LayerMap, pitch: float, starts: list[float], widths: list[fl
     for i, b in enumerate(layers.blocks):
         yield block(1, i, b.kind)
         if i % every == 0:
-            told = {"identity": f"{i}: new, after {b.sources[0]}", "average": f"{i}: {' ~ '.join(map(str, b.sources[:4]))}"}
-            text = told.get(b.kind, f"{i}: {b.sources[0]}")
+            told = {"identity": f"{i} new, after {b.sources[0]}", "average": f"{i} from {' ~ '.join(map(str, b.sources[:4]))}"}
+            text = told.get(b.kind, f"{i} from {b.sources[0]}")
             yield Text(COLUMNS[1] + WIDEST / 2 + 8, _middle(starts[1], pitch, i) + size / 3, text, size, "start")
+
+
+def save_picture(layers: LayerMap, source: str, target: str, path: Path) -> None:
+    """Draws into a file, by its ending SVG or PNG. A file that is there is replaced only if it is such a picture. Raises InputError."""
+    kind = path.suffix.lower()
+    if kind not in (".svg", ".png"):
+        raise InputError(f"{path} is no name for a picture.", hint="Use one that ends in .svg or .png.")
+    try:
+        if path.exists() and MADE_BY not in path.read_bytes()[:4096]:
+            raise OutputError(f"{path} exists, and hf-grow did not draw it.", hint="Use another name, or remove it.")
+        drawing = draw(layers, source, target)
+        if kind == ".svg":
+            path.write_text(to_svg(drawing), encoding="utf-8", newline="\n")
+        else:
+            to_png(drawing, path)
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {error.strerror}.") from None
 
 
 def to_svg(drawing: Drawing) -> str:
@@ -128,6 +149,7 @@ def to_svg(drawing: Drawing) -> str:
     w, h = _number(WIDTH), _number(drawing.height)
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}" viewBox="0 0 {w} {h}" role="img" aria-labelledby="title desc">',
+        f"<!-- {MADE_BY.decode()} -->",
         f'<title id="title">{escape(drawing.title)}</title>',
         f'<desc id="desc">{escape(drawing.description)}</desc>',
         "<defs>",
@@ -185,8 +207,9 @@ def to_png(drawing: Drawing, path: Path, *, scale: float = 2.0) -> None:
             axes.add_line(Line2D([s.x1, s.x2], [s.y1, s.y2], color=LINE[s.kind], linewidth=0.7, alpha=0.7, linestyle=style, zorder=1))
         else:
             style = "--" if s.kind == "identity" else "-"
-            looks = {"facecolor": FILL[s.kind], "edgecolor": LINE[s.kind], "hatch": HATCH[s.kind], "linestyle": style}
-            axes.add_patch(Rectangle((s.x, s.y), s.width, s.height, linewidth=0.7, zorder=2, **looks))
+            patch = Rectangle((s.x, s.y), s.width, s.height, linewidth=0.7, linestyle=style, zorder=2)
+            patch.set(facecolor=FILL[s.kind], edgecolor=LINE[s.kind], hatch=HATCH[s.kind])
+            axes.add_patch(patch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a letter that the font has not
-        figure.savefig(path, format="png", facecolor=PAPER, metadata={"Software": "hf-grow", "Title": drawing.title})
+        figure.savefig(path, format="png", facecolor=PAPER, metadata={"Software": MADE_BY.decode(), "Title": drawing.title})

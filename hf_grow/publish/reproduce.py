@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_grow.methods import METHODS
 from hf_grow.planning import GrowthPlan, SourceInfo
+from hf_grow.tensormap import Expr, Noise
 
 
 def public_name(source: SourceInfo) -> str:
@@ -38,6 +39,18 @@ def command(plan: GrowthPlan, output: str) -> str | None:
     except TypeError:
         return None
     return shlex.join([*words, "-o", output])
+
+
+def draws_numbers(expr: Expr) -> bool:
+    """Whether random numbers go into a tensor."""
+    below: list[Expr] = []
+
+    def look(child: Expr) -> Expr:
+        below.append(child)
+        return child
+
+    expr.map_children(look)
+    return isinstance(expr, Noise) or any(map(draws_numbers, below))
 
 
 def _flag(name: str, value: Any, others: Mapping[str, SourceInfo]) -> list[str]:

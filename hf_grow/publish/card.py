@@ -1,0 +1,196 @@
+"""The model card of a grown checkpoint: what it is, what was done to make it, what was checked, and what it must not be taken for.
+
+Rendered from growth.json alone, so it needs no weights. Its metadata follow the Hub's rules (https://huggingface.co/docs/hub/model-cards); of the
+four relations to a base model that the Hub knows (adapter, merge, quantized, finetune) none is growth: `finetune` is what the Hub itself takes
+for a full model made from one other, and `merge` for one made of several.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_grow.checkpoint.reader import GROWTH, read_json
+from hf_grow.errors import InputError, OutputError
+from hf_grow.planning import GrowthPlan
+from hf_grow.publish import licences, sections
+from hf_grow.publish.inherited import Inherited, inherit
+from hf_grow.publish.layermap import layer_map
+from hf_grow.publish.markdown import is_hub_id
+from hf_grow.publish.measured import tasks
+from hf_grow.publish.picture import draw, to_svg
+from hf_grow.publish.reproduce import public_name
+from hf_grow.recipe import Options
+
+README, PICTURE, NOTICE = "README.md", "layer-map.svg", "NOTICE"
+_MARK = re.compile(r"<!-- written by hf-grow, sha256 ([0-9a-f]{64}) -->\n\Z")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+
+
+class CardOptions(Options):
+    """What a card needs to know beyond growth.json."""
+
+    name: str | None = None
+    """Name of the model, such as OWNER/NAME. Default: the folder's name."""
+    license: str | None = None
+    """Licence, as the Hub calls it (apache-2.0). Default: that of the source's card; left out where that says none."""
+    base_model: str | None = None
+    """Hub id of the source, where it was grown from a local folder; its card is read there too."""
+    offline: bool = False
+    """Do not ask the Hub: the source's card is read from its folder or the cache, or counts as unknown."""
+
+
+@dataclass(frozen=True)
+class Card:
+    text: str
+    """README.md, metadata included."""
+    files: Mapping[str, str]
+    """Further files that the text shows or the licence wants -> their text."""
+    metadata: Mapping[str, Any]
+    notes: tuple[str, ...] = field(default=())
+    """What the publisher should know or do."""
+
+
+def render_card(folder: Path, options: CardOptions | None = None) -> str:
+    """The card of a grown folder as text. Raises InputError if the folder was not grown, or growth.json is damaged."""
+    return make_card(folder, options).text
+
+
+def make_card(folder: Path, options: CardOptions | None = None) -> Card:
+    """The card, the files that go with it and what its publisher should know; writes nothing. Raises InputError, as `render_card`."""
+    options = options or CardOptions()
+    record = read_json(folder / GROWTH, f"{folder} has no {GROWTH}: it was not grown by hf-grow, which keeps its record there.")
+    plan = GrowthPlan.from_json(record)
+    name = options.name or folder.resolve().name
+    _check(options, name)
+    heritage = inherit(plan, license=options.license, base_model=options.base_model, offline=options.offline)
+    picture = to_svg(draw(layer_map(plan), public_name(plan.source), name.rsplit("/", 1)[-1]))
+    metadata = _metadata(plan, record, heritage, name)
+    body = sections.body(plan, record, heritage, name, PICTURE)
+    duty = _notice(heritage, folder)
+    card = Card(
+        text=_marked(f"---\n{metadata.to_yaml()}\n---\n\n{body}"),
+        files={PICTURE: _marked(picture)} | ({NOTICE: duty} if duty else {}),
+        metadata=metadata.to_dict(),
+        notes=tuple(_notes(heritage, folder, name)),
+    )
+    _refuse_tokens(card)
+    return card
+
+
+def write_card(folder: Path, card: Card, *, output: Path | None = None, overwrite: bool = False) -> list[Path]:
+    """Writes README.md (or `output`) and what goes with it; returns the files. A card that somebody edited, or that something else wrote, is
+    refused with OutputError unless `overwrite`; one that stands as hf-grow wrote it is simply replaced."""
+    target = output or folder / README
+    texts = {target: card.text, **{target.parent / name: text for name, text in card.files.items()}}
+    if len(texts) != 1 + len(card.files):
+        raise OutputError(f"{target} is the name of a file that goes with the card.", hint="Use another name, such as README.md.")
+    foreign = [p for p in texts if not overwrite and p.name != NOTICE and p.exists() and not _untouched(p)]
+    if foreign:
+        raise OutputError(
+            f"{' and '.join(map(str, foreign))} {'were' if len(foreign) > 1 else 'was'} edited, or not written by hf-grow.",
+            hint="Use --overwrite to replace what is there, or write elsewhere with -o FILE.",
+        )
+    for path, text in texts.items():
+        temporary = path.with_name(path.name + ".new")
+        try:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise OutputError(f"Cannot write {path}: {error.strerror}.") from None
+    return list(texts)
+
+
+def _check(options: CardOptions, name: str) -> None:
+    if options.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", options.license):
+        raise InputError(f"{options.license!r} is no licence identifier.", hint="Use one of the Hub's, such as apache-2.0 or llama3.1.")
+    if options.license == "other":
+        raise InputError("--license other says nothing.", hint="Leave it out, and name the licence in the card by hand.")
+    if options.base_model is not None and not is_hub_id(options.base_model):
+        raise InputError(f"{options.base_model!r} is no Hub id.", hint="A Hub id reads OWNER/NAME.")
+    if options.name is not None and not is_hub_id(name if "/" in name else f"owner/{name}"):
+        raise InputError(f"{name!r} is no name for a model.", hint="Use letters, digits, '-', '_' and '.': NAME or OWNER/NAME.")
+
+
+def _metadata(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name: str) -> Any:
+    """huggingface_hub's ModelCardData."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    growth, target = plan.growth, plan.architecture
+    tags = ["hf-grow", "model-growth", *(m for m in growth.method.split("+") if re.fullmatch(r"[a-z0-9_-]{1,40}", m))]
+    tags += ["moe"] if target.is_moe else []
+    results = [
+        EvalResult(task_type="text-generation", dataset_type=task, dataset_name=task, metric_type=metric, metric_value=new)
+        for task, metric, _, new in tasks(record.get("verification"))
+        if new is not None
+    ]
+    bases = heritage.base_models
+    relation = {"base_model_relation": "merge" if len(bases) > 1 else "finetune"} if bases else {}
+    return ModelCardData(
+        base_model=list(bases) if len(bases) > 1 else bases[0] if bases else None,
+        language=list(heritage.language) or None,
+        license=heritage.license or None,
+        license_name=heritage.license_name or None,
+        license_link=heritage.license_link or None,
+        datasets=list(heritage.datasets) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+        eval_results=results or None,
+        model_name=name if results else None,
+        **relation,  # type: ignore[arg-type]
+    )
+
+
+def _notice(heritage: Inherited, folder: Path) -> str:
+    """The text of the NOTICE that the licence wants, where the folder has none."""
+    wanted = heritage.known.notice if heritage.known else ""
+    return f"{wanted}\n" if wanted and not _has(folder, "notice") else ""
+
+
+def _has(folder: Path, start: str) -> bool:
+    try:
+        return any(n.lower().startswith(start) for n in os.listdir(folder))
+    except OSError:
+        return False
+
+
+def _notes(heritage: Inherited, folder: Path, name: str) -> list[str]:
+    known, notes = heritage.known, list(heritage.notes)
+    if known and known.name_start and not licences.name_fits(known, name):
+        notes.append(f'The {known.title} wants the name of a published model to begin with "{known.name_start}"; {name} does not.')
+    if known and known.copy and not (_has(folder, "licen")):
+        notes.append(f"The {known.title} wants a copy of itself to go with the weights; {folder} has no LICENSE file.")
+    if not heritage.base_models:
+        notes.append("The source is a local folder, so the card names no base model; --base-model OWNER/NAME does, if it is on the Hub.")
+    return notes
+
+
+def _marked(text: str) -> str:
+    """With a last line by which it is known later whether anybody edited it."""
+    text = text.rstrip("\n") + "\n"
+    return f"{text}<!-- written by hf-grow, sha256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def _untouched(path: Path) -> bool:
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError):
+        return False
+    match = _MARK.search(text)
+    return match is not None and _marked(text[: match.start()]) == text
+
+
+def _refuse_tokens(card: Card) -> None:
+    """What is published must hold no token, from wherever it came."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    for name, text in {README: card.text, **card.files}.items():
+        if _TOKEN.search(text) or (token and token in text):
+            raise InputError(f"{name} would hold an access token.", hint="Take it out of the names, options or results in growth.json.")

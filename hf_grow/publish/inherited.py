@@ -1,0 +1,96 @@
+"""What a grown model inherits from its sources: base models, licence, languages, datasets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_grow.errors import InputError
+from hf_grow.planning import GrowthPlan, SourceInfo
+from hf_grow.publish import licences
+from hf_grow.publish.licences import Licence
+from hf_grow.publish.lineage import hub_ancestors
+from hf_grow.publish.markdown import is_hub_id
+from hf_grow.publish.reproduce import public_name
+from hf_grow.publish.source_card import SourceCard, latest_card, read_card
+
+
+@dataclass(frozen=True)
+class Inherited:
+    base_models: tuple[str, ...] = ()
+    """Hub ids: of each source, or of its nearest ancestor on the Hub."""
+    license: str = ""
+    """Empty where it is unknown, or where the sources differ."""
+    license_name: str = ""
+    license_link: str = ""
+    language: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    known: Licence | None = None
+    """What the licence asks for, if it is in the table."""
+    origin: str = ""
+    """Where the licence comes from, in words."""
+    notes: tuple[str, ...] = ()
+
+
+def inherit(plan: GrowthPlan, *, license: str | None, base_model: str | None, offline: bool) -> Inherited:
+    """Reads the sources' cards (see source_card); `license` and `base_model` are the publisher's word."""
+    if base_model and plan.source.revision and base_model != plan.source.ref:
+        raise InputError(f"growth.json says that the source is {plan.source.ref}, not {base_model}.", hint="Leave --base-model out.")
+    cards = [_card(plan.source, base_model, offline), *(_card(o, None, offline) for o in plan.source.others.values())]
+    bases = [_base(plan.source, cards[0], base_model)] + [
+        _base(o, c, None) for o, c in zip(plan.source.others.values(), cards[1:], strict=True)
+    ]
+    found = Inherited(
+        base_models=tuple(dict.fromkeys(b for b in bases if b)),
+        language=tuple(dict.fromkeys(x for c in cards for x in c.language)),
+        datasets=tuple(dict.fromkeys(x for c in cards for x in c.datasets)),
+    )
+    names = [public_name(s) for s in (plan.source, *plan.source.others.values())]
+    return _with_licence(found, license, list(zip(names, cards, strict=True)))
+
+
+def _with_licence(found: Inherited, chosen: str | None, cards: list[tuple[str, SourceCard]]) -> Inherited:
+    said = {f"{c.license}\0{c.license_name}": c for _, c in cards if c.licence}
+    unknown = [f"{name}: {c.problem or 'its card names no licence'}" for name, c in cards if not c.licence]
+    licence, name, link, origin = "", "", "", ""
+    notes: list[str] = []
+    if chosen:
+        licence, origin = chosen, "as the publisher says"
+        others = sorted({c.licence for c in said.values()} - {chosen})
+        if others:
+            origin += f"; the card of the source says {', '.join(others)}"
+            notes.append(f"--license {chosen} is not what the card of the source says: {', '.join(others)}.")
+    elif len(said) == 1 and not unknown:
+        card = next(iter(said.values()))
+        licence, name, link = card.license, card.license_name, card.license_link
+        origin = "as on the card of " + ", ".join(dict.fromkeys(c.ref if is_hub_id(c.ref) else source for source, c in cards))
+    elif len(said) > 1:
+        listed = "; ".join(f"{source}: {c.licence}" for source, c in cards if c.licence)
+        origin = f"the sources have different licences ({listed}); ask their owners what holds for a model made of them"
+        notes.append("The sources have different licences, so the card names none: " + listed + ". Use --license once you know.")
+    else:
+        origin = f"unknown: ask the owner of the source ({'; '.join(unknown)})"
+        notes.append(f"The licence is unknown, so the card names none ({'; '.join(unknown)}). Use --license once you know.")
+    known = licences.find(licence, name)
+    return Inherited(found.base_models, licence, name, link, found.language, found.datasets, known, origin, tuple(notes))
+
+
+def _card(source: SourceInfo, base_model: str | None, offline: bool) -> SourceCard:
+    """The card of a source; where it names no licence, that of the nearest ancestor on the Hub."""
+    first = read_card(source.ref, source.revision, source.config, offline=offline)
+    if first.licence:
+        return first
+    if base_model and not source.revision:
+        other = latest_card(base_model, offline=offline)
+        return other if other.licence else first
+    for ref, revision in hub_ancestors(source.history):
+        older = read_card(ref, revision, None, offline=offline)
+        if older.licence:
+            return older
+    return first
+
+
+def _base(source: SourceInfo, card: SourceCard, given: str | None) -> str:
+    """A Hub id, or nothing."""
+    ancestors = [ref for ref, _ in hub_ancestors(source.history)]
+    candidates = [given, source.ref if source.revision else None, *ancestors[:1], card.base_model]
+    return next((c for c in candidates if is_hub_id(c)), "") or ""
