@@ -1,0 +1,245 @@
+"""Self-replay: text sampled from the source model stands in for its training data, for owners who have none of it.
+
+What a model generates is drawn from what it learned, so training on some of it keeps that (pseudo-rehearsal: Robins 1995; for language
+models LAMOL, 1909.03329, and 2605.26097). Samples are filtered: exact duplicates, texts that repeat themselves, broken and short ones.
+
+A folder of samples holds texts.jsonl ({"text": ...} a line, appended batch by batch) and replay.json (what they were sampled from and with,
+how far it got, and what was dropped). Batch i draws from random numbers of its own, made from (seed, i), so an interrupted
+run, repeated, writes the same texts as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from hf_grow._version import __version__
+from hf_grow.errors import ExecutionError, InputError, OutputError
+from hf_grow.recipe import Options, Size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_grow.training.sampling import Sampler
+
+TEXTS = "texts.jsonl"
+RECORD = "replay.json"
+FORMAT = 1
+_HOPELESS = 8
+"""Batches without a single text that is kept, after which sampling stops."""
+
+
+class ReplayOptions(Options):
+    """How text is sampled from a model, and which of it is kept."""
+
+    tokens: Size = Field(default=1_000_000, gt=0)
+    """Tokens of text to keep; more can be added later."""
+    temperature: float = Field(default=1.0, gt=0, le=10)
+    """Below 1 the text is more usual, above 1 more varied."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that together have this probability."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample from this many likeliest tokens; 0 for all."""
+    max_length: int = Field(default=512, ge=2)
+    """Tokens of one text at most (also held to what the model can read)."""
+    batch_size: int = Field(default=64, gt=0)
+    """Texts sampled at once: as many as memory holds. Part of what decides the texts."""
+    start: Literal["document", "random"] = "document"
+    """Begin each text as a document begins (BOS, else EOS), or with a random token: for models that then always say the same."""
+    prompts: str | None = None
+    """Folder, file or glob of texts whose first tokens are continued instead."""
+    prompt_tokens: int = Field(default=8, gt=0)
+    """First tokens of each of these texts."""
+    seed: int = Field(default=0, ge=0)
+    """Decides what is drawn."""
+    min_tokens: int = Field(default=16, ge=0)
+    """Shorter texts are dropped."""
+    max_repetition: float = Field(default=0.5, ge=0, le=1)
+    """Texts in which more than this part of the 4-token sequences came before in the same text are dropped."""
+    max_compression: float = Field(default=6.0, gt=1)
+    """Texts that zlib makes smaller than this many times are dropped."""
+    max_surprise: float | None = Field(default=None, gt=0)
+    """Drop texts whose nats a token lie further than this many deviations from the median of the first batch. Default: none is dropped."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype to compute in. Default: the model's own (auto)."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A finished folder of samples."""
+
+    folder: Path
+    record: Mapping[str, Any]
+    """replay.json: model, digest, settings, counts (texts and tokens kept and sampled, dropped by reason)."""
+    seconds: float
+    """Of this run."""
+    sampled_tokens: int
+    """In this run."""
+
+    def to_json(self) -> dict[str, Any]:
+        rate = self.sampled_tokens / self.seconds if self.seconds else 0.0
+        return {"output": str(self.folder), **self.record, "seconds": round(self.seconds, 3), "tokens_per_second": round(rate, 1)}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one batch says of the rest."""
+
+    seconds: float
+    tokens_per_second: float
+    """Sampled."""
+    kept: float
+    """Part of the sampled tokens that passes the filters."""
+
+    def to_json(self) -> dict[str, float]:
+        return {k: round(v, 4) for k, v in vars(self).items()}
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """replay.json of a folder, or None where there is none. Raises InputError if it cannot be used."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["format"] != FORMAT or not isinstance(record["counts"]["tokens"], int) or not isinstance(record["bytes"], int):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged, or of another version of hf-grow.", hint="Sample again with --overwrite.") from None
+    return dict(record)
+
+
+def estimate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ReplayOptions) -> Estimate:
+    """Samples one batch and writes nothing. The first batch of a process is slower than the others, so a short one goes before it."""
+    from hf_grow.training.sampling import Sampler
+
+    sampler = Sampler(model, tokenizer, options)
+    sampler.warm_up()
+    began = time.perf_counter()
+    drawn = sampler.draw(0)
+    seconds = time.perf_counter() - began
+    sampled = max(1, sum(s.tokens for s in drawn))
+    kept = sum(s.tokens for s in drawn if sampler.fault(s) is None) / sampled
+    rate = sampled / seconds
+    return Estimate(options.tokens / max(rate * kept, 1e-9), rate, kept)
+
+
+def sample_replay(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    options: ReplayOptions,
+    *,
+    ref: str = "",
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Replay:
+    """Samples into the folder `out` until it holds `options.tokens` tokens of text; goes on where an earlier run stopped.
+
+    `ref` is the name of the model for the record; `progress` is told how many tokens more are kept. Raises OutputError if `out` holds
+    something else, or samples of another model or other settings; ExecutionError if the filters leave nothing.
+    """
+    from hf_grow.training.sampling import Sampler, digest
+
+    settings = options.model_dump(mode="json", exclude={"tokens"})
+    settings |= {"max_length": Sampler.length_for(model, options), "prompts_identity": Sampler.prompts_identity(options)}
+    record: dict[str, Any] = {"format": FORMAT, "model": ref, "digest": digest(model), "settings": settings, "made_by": __version__}
+    record = _begin(out, record, overwrite)
+    record |= {"tokens": options.tokens, "complete": record["counts"]["tokens"] >= options.tokens}
+    if record["complete"]:
+        return Replay(out, record, 0.0, 0)
+    sampler = Sampler(model, tokenizer, options)
+    sampler.surprise = (record["surprise"][0], record["surprise"][1]) if record["surprise"] else None
+    began, before = time.perf_counter(), record["counts"]["sampled_tokens"]
+    progress(record["counts"]["tokens"])
+    try:
+        with (out / TEXTS).open("r+b") as file:
+            file.seek(record["bytes"])
+            file.truncate()  # a batch that was written, but not yet noted
+            file.seek(0)
+            seen = {sampler.same(json.loads(line)["text"]) for line in file}
+            _sample(sampler, file, out, record, seen, options.tokens, progress)
+    except OSError as error:
+        raise ExecutionError(f"Cannot write to {out}: {error.strerror}.", hint="What was sampled so far is kept.") from None
+    return Replay(out, record, time.perf_counter() - began, record["counts"]["sampled_tokens"] - before)
+
+
+def _begin(out: Path, fresh: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """The record to go on with: of an earlier run of the same kind, else a new one."""
+    counts = {"texts": 0, "tokens": 0, "sampled_texts": 0, "sampled_tokens": 0, "dropped": {}}
+    fresh |= {"batches": 0, "bytes": 0, "surprise": None, "counts": counts}
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file.", hint="Give a folder with -o.")
+    if out.is_dir() and not overwrite:
+        found = read_record(out)
+        if found is not None:
+            other = [k for k in ("digest", "settings") if found.get(k) != fresh[k]]
+            if not other and (out / TEXTS).is_file() and (out / TEXTS).stat().st_size >= found["bytes"]:
+                return found
+            what = {"digest": "another model", "settings": "other settings"}.get(other[0], "") if other else "texts that were changed since"
+            raise OutputError(
+                f"{out} holds samples of {what}.".replace("samples of texts", "texts"), hint="Give another -o, or --overwrite."
+            )
+        if any(out.iterdir()):
+            raise OutputError(f"{out} is not empty, and holds no samples.", hint="Give a new folder with -o.")
+    elif out.is_dir() and any(p.name not in (TEXTS, RECORD) for p in out.iterdir()):
+        raise OutputError(f"{out} holds other files than samples.", hint="Give a new folder with -o.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / TEXTS).write_bytes(b"")
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror}.") from None
+    return fresh
+
+
+def _sample(
+    sampler: Sampler, file: Any, out: Path, record: dict[str, Any], seen: set[bytes], wanted: int, progress: Callable[[int], None]
+) -> None:
+    counts, barren = record["counts"], 0
+    while not record["complete"]:
+        drawn, kept = sampler.draw(record["batches"]), []
+        for sample in drawn:
+            if counts["tokens"] >= wanted:
+                break
+            fault = "duplicate" if sampler.same(sample.text) in seen else sampler.fault(sample)
+            counts["sampled_texts"] += 1
+            counts["sampled_tokens"] += sample.tokens
+            if fault:
+                counts["dropped"][fault] = counts["dropped"].get(fault, 0) + 1
+                continue
+            seen.add(sampler.same(sample.text))
+            kept.append(sample)
+            counts["texts"] += 1
+            counts["tokens"] += sample.tokens
+        file.write("".join(json.dumps({"text": s.text}, ensure_ascii=False) + "\n" for s in kept).encode())
+        file.flush()
+        os.fsync(file.fileno())
+        record |= {
+            "batches": record["batches"] + 1,
+            "bytes": file.tell(),
+            "complete": counts["tokens"] >= wanted,
+            "surprise": sampler.surprise,
+        }
+        _note(out, record)
+        progress(sum(s.tokens for s in kept))
+        barren = 0 if kept else barren + 1
+        if barren == _HOPELESS:
+            why = ", ".join(f"{reason} {count}" for reason, count in counts["dropped"].items())
+            raise ExecutionError(
+                f"None of the last {_HOPELESS * len(drawn)} texts was kept ({why}, of {counts['sampled_texts']} sampled).",
+                hint="Try --start random, --prompts, another --temperature, or looser filters (--min-tokens, --max-repetition, --max-compression).",
+            )
+
+
+def _note(out: Path, record: dict[str, Any]) -> None:
+    """After the texts are on the disk, and all at once."""
+    new = out / f"{RECORD}.new"
+    new.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(new, out / RECORD)
