@@ -62,11 +62,12 @@ def router_rows(
     arch = checkpoint.info.architecture
     if kind == "cheap-embed" and pooling != "mean":
         raise InputError(
-            f"cheap-embed takes the mean of a prompt's embeddings; pooling {pooling} is for prompts.", hint="Leave the pooling out."
+            f"cheap-embed takes the mean of a prompt's embeddings; pooling {pooling} is for prompts.", hint="Leave --prompt-pooling out."
         )
     if kind == "prompts" and arch.is_moe:
         raise PlanError(
-            "The source is a mixture; hidden states of prompts are taken from a dense source.", hint="cheap-embed works for mixtures too."
+            "The source is a mixture; hidden states of prompts are taken from a dense source.",
+            hint="--router cheap-embed takes mixtures too.",
         )
     if checkpoint.folder is None:
         raise SourceError(f"The weights of {checkpoint.ref} are not on this machine, and router rows from prompts are computed with them.")
