@@ -15,7 +15,8 @@ from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, Progre
 from hf_grow.errors import InputError
 from hf_grow.growth import Method
 from hf_grow.methods import METHODS
-from hf_grow.methods.pipeline import PIPELINE
+from hf_grow.methods.expert_options import ExpertsOptions
+from hf_grow.methods.pipeline import PIPELINE, PipelineOptions
 from hf_grow.planning import GrowthPlan, SourceInfo, check_source, make_plan
 from hf_grow.recipe import Options, parse
 
@@ -61,9 +62,16 @@ def measured(plan: GrowthPlan, checkpoint: Checkpoint, options: Options, *, noti
     """The plan with the numbers that must be measured on the source's weights (router rows from prompts); most plans need none."""
     if not plan.growth.unmeasured():
         return plan
-    from hf_grow.prompted import measure_routers
+    if isinstance(options, PipelineOptions):
+        options = options.steps[0].options
+    import base64
 
-    return replace(plan, growth=replace(plan.growth, data=measure_routers(plan.growth.unmeasured(), checkpoint, options, notify=notify)))
+    from hf_grow.prompted import router_rows
+
+    assert isinstance(options, ExpertsOptions) and options.prompts is not None and options.router in ("prompts", "cheap-embed")
+    rows = router_rows(checkpoint, options.prompts, kind=options.router, pooling=options.prompt_pooling, notify=notify)
+    data = {f"router.{layer}": base64.b64encode(r.numpy().astype("<f4").tobytes()).decode() for layer, r in rows.items()}
+    return replace(plan, growth=replace(plan.growth, data=data))
 
 
 def plan(

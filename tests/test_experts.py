@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_grow import api
 from hf_grow.architecture import Architecture
-from hf_grow.errors import PlanError
+from hf_grow.errors import InputError, PlanError
 from hf_grow.in_memory import disk_tensors, grow_model
 from hf_grow.methods.sizing import measure
 
@@ -223,8 +223,11 @@ REFUSED = {
     "router of copies": ("mixtral", {"add": 2, "router": "zeros"}, "keep the router rows"),
     "prompts for nothing": ("llama", {"experts": 2, "prompts": {"experts": [{"positive": ["a"]}, {"positive": ["b"]}]}}, "means nothing"),
     "no prompts": ("llama", {"experts": 2, "router": "prompts"}, "needs --prompts"),
-    "prompts of another number": ("llama", {"experts": 3, "router": "prompts",
-                                            "prompts": {"experts": [{"positive": ["a"]}, {"positive": ["b"]}]}}, "for 2 experts"),
+    "prompts of another number": (
+        "llama",
+        {"experts": 3, "router": "prompts", "prompts": {"experts": [{"positive": ["a"]}, {"positive": ["b"]}]}},
+        "for 2 experts",
+    ),
     "weights of one": ("llama", {"experts": 2, "weights": [1, 2]}, "several checkpoints"),
     "too many at right angles": ("llama", {"experts": 64, "router": "orthogonal"}, "right angles"),
     "window": ("qwen3-window", {"experts": 4}, "sliding window"),
@@ -241,3 +244,61 @@ def test_what_cannot_be_is_refused(case: str) -> None:
     name, options, words = REFUSED[case]
     with pytest.raises(PlanError, match=words):
         api.plan(make(BY_NAME[name]), "experts", **options)
+
+
+def test_utility_copies_the_most_useful_layer_by_layer(tmp_path: Path) -> None:
+    """By hand: seats in turn to whom has most for each of its copies. Layer 0: 8, 3, 1, 1 -> 0 (8), 0 (4); layer 3: all equal -> 0, 1."""
+    file = tmp_path / "utility.json"
+    file.write_text('{"utility": [[8, 3, 1, 1], [1, 8, 5, 1], [0, 0, 0, 2], [1, 1, 1, 1]]}')
+    model = make(BY_NAME["mixtral"])
+    old, new = both(model, add=2, utility=str(file))
+    for layer, chosen in enumerate([(0, 0), (1, 2), (3, 3), (0, 1)]):
+        wanted = router_of(old, layer)[[0, 1, 2, 3, *chosen]]
+        assert torch.equal(router_of(new, layer), wanted)
+        for at, origin in enumerate(chosen):
+            assert torch.equal(experts_of(new, layer, "up_proj", 6)[4 + at], experts_of(old, layer, "up_proj", 4)[origin])
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        api.plan(model, "experts", add=1, utility=str(tmp_path / "none.json"))
+
+
+def test_router_noise_moves_only_the_copied_rows() -> None:
+    old, new = both(make(BY_NAME["mixtral"]), add=4, router_noise=0.1)
+    before, after = router_of(old, 1), router_of(new, 1)
+    assert torch.equal(after[:4], before)
+    moved = (after[4:] - before) / before.std()
+    assert moved.std().item() == pytest.approx(0.1, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_an_orthogonal_router_has_rows_at_right_angles(name: str) -> None:
+    _, new = both(make(BY_NAME[name]), experts=4, router="orthogonal", router_std=0.05)
+    for layer in range(4):
+        rows = router_of(new, layer).double()
+        gram = rows @ rows.T
+        assert torch.allclose(gram, torch.eye(4, dtype=torch.float64) * 0.05**2 * 48, atol=1e-7)
+    assert not torch.equal(router_of(new, 0), router_of(new, 1))
+
+
+def test_the_shared_expert_is_half_of_the_ffn_or_nothing_yet() -> None:
+    model = make(BY_NAME["qwen2"])
+    old = disk_tensors(model)
+    for shared, share in (("half", 0.5), ("zero", 1.0)):
+        new = disk_tensors(grown(model, experts=3, shared_expert=shared))
+        ffn = old["model.layers.1.mlp.down_proj.weight"]
+        assert all(torch.equal(e, share * ffn) for e in experts_of(new, 1, "down_proj", 3))
+        assert torch.equal(new["model.layers.1.mlp.shared_expert.down_proj.weight"], ffn if shared == "half" else torch.zeros_like(ffn))
+        assert torch.equal(new["model.layers.1.mlp.shared_expert.up_proj.weight"], old["model.layers.1.mlp.up_proj.weight"])
+        assert not new["model.layers.1.mlp.shared_expert_gate.weight"].any()
+
+
+def test_an_active_size_chooses_top_k_and_shards() -> None:
+    arch = Architecture(make(BY_NAME["llama"]).config.to_dict())
+    search = api.find_method("experts").for_size
+    wanted = measure(Architecture(api.plan(make(BY_NAME["llama"]), "experts", experts=8, top_k=3).growth.config))
+    found = search(arch, wanted.total, wanted.active)
+    assert (found.experts, found.top_k) == (8, 3)
+    fine = measure(
+        Architecture(api.plan(make(BY_NAME["llama"]), "experts", experts=16, top_k=2, init="fine-grained", shards=2).growth.config)
+    )
+    found = search(arch, fine.total, fine.active)
+    assert measure(Architecture(api.find_method("experts").build(arch, found).config)).active == pytest.approx(fine.active, rel=0.02)
