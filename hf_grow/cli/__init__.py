@@ -24,6 +24,7 @@ COMMANDS = {
     "push": ("push", "publish a finished checkpoint on the Hub"),
     "card": ("card", "write the model card of a grown checkpoint"),
     "inspect": ("inspect", "what a checkpoint is, and what it was grown from"),
+    "replay": ("replay", "text sampled from a model, to keep what it knows in further training"),
     "demo": ("demo", "train a small model, grow it, go on training; nothing to download"),
 }
 

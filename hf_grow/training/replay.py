@@ -11,6 +11,7 @@ run, repeated, writes the same texts as one that was not.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -50,7 +51,7 @@ class ReplayOptions(Options):
     max_length: int = Field(default=512, ge=2)
     """Tokens of one text at most (also held to what the model can read)."""
     batch_size: int = Field(default=64, gt=0)
-    """Texts sampled at once: as many as memory holds. Part of what decides the texts."""
+    """Texts sampled at once: the more, the faster, as long as memory holds them. Part of what decides the texts."""
     start: Literal["document", "random"] = "document"
     """Begin each text as a document begins (BOS, else EOS), or with a random token: for models that then always say the same."""
     prompts: str | None = None
@@ -63,7 +64,7 @@ class ReplayOptions(Options):
     """Shorter texts are dropped."""
     max_repetition: float = Field(default=0.5, ge=0, le=1)
     """Texts in which more than this part of the 4-token sequences came before in the same text are dropped."""
-    max_compression: float = Field(default=6.0, gt=1)
+    max_compression: float = Field(default=8.0, gt=1)
     """Texts that zlib makes smaller than this many times are dropped."""
     max_surprise: float | None = Field(default=None, gt=0)
     """Drop texts whose nats a token lie further than this many deviations from the median of the first batch. Default: none is dropped."""
@@ -123,7 +124,7 @@ def estimate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options
     sampler = Sampler(model, tokenizer, options)
     sampler.warm_up()
     began = time.perf_counter()
-    drawn = sampler.draw(0)
+    drawn = sampler.draw(0, options.batch_size)
     seconds = time.perf_counter() - began
     sampled = max(1, sum(s.tokens for s in drawn))
     kept = sum(s.tokens for s in drawn if sampler.fault(s) is None) / sampled
@@ -171,32 +172,44 @@ def sample_replay(
     return Replay(out, record, time.perf_counter() - began, record["counts"]["sampled_tokens"] - before)
 
 
-def _begin(out: Path, fresh: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """The record to go on with: of an earlier run of the same kind, else a new one."""
-    counts = {"texts": 0, "tokens": 0, "sampled_texts": 0, "sampled_tokens": 0, "dropped": {}}
-    fresh |= {"batches": 0, "bytes": 0, "surprise": None, "counts": counts}
+def check_output(out: Path, *, overwrite: bool) -> dict[str, Any] | None:
+    """The record of the samples that `out` holds, if they are to be kept. Raises OutputError if it holds something else."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file.", hint="Give a folder with -o.")
-    if out.is_dir() and not overwrite:
-        found = read_record(out)
-        if found is not None:
-            other = [k for k in ("digest", "settings") if found.get(k) != fresh[k]]
-            if not other and (out / TEXTS).is_file() and (out / TEXTS).stat().st_size >= found["bytes"]:
-                return found
-            what = {"digest": "another model", "settings": "other settings"}.get(other[0], "") if other else "texts that were changed since"
-            raise OutputError(
-                f"{out} holds samples of {what}.".replace("samples of texts", "texts"), hint="Give another -o, or --overwrite."
-            )
-        if any(out.iterdir()):
-            raise OutputError(f"{out} is not empty, and holds no samples.", hint="Give a new folder with -o.")
-    elif out.is_dir() and any(p.name not in (TEXTS, RECORD) for p in out.iterdir()):
-        raise OutputError(f"{out} holds other files than samples.", hint="Give a new folder with -o.")
+    if not out.is_dir():
+        return None
+    if overwrite:
+        if any(p.name not in (TEXTS, RECORD) for p in out.iterdir()):
+            raise OutputError(f"{out} holds other files than samples.", hint="Give a new folder with -o.")
+        return None
+    record = read_record(out)
+    # Texts without a record are the first batch of a run that was killed before it noted them.
+    if record is None and any(p.name != TEXTS for p in out.iterdir()):
+        raise OutputError(f"{out} is not empty, and holds no samples.", hint="Give a new folder with -o.")
+    return record
+
+
+def _begin(out: Path, fresh: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """The record to go on with: of an earlier run of the same kind, else a new one."""
+    found = check_output(out, overwrite=overwrite)
+    if found is not None:
+        hint = "Give another -o, or --overwrite."
+        if found.get("digest") != fresh["digest"]:
+            raise OutputError(f"{out} holds samples of another model ({found.get('model')}).", hint=hint)
+        if found.get("settings") != fresh["settings"]:
+            other = [k for k, v in fresh["settings"].items() if found["settings"].get(k) != v]
+            raise OutputError(f"{out} holds samples with other settings ({', '.join(other)}).", hint=hint)
+        if not (out / TEXTS).is_file() or (out / TEXTS).stat().st_size < found["bytes"]:
+            raise OutputError(f"{out / TEXTS} was changed since it was sampled.", hint=hint)
+        return found
+    counts = {"texts": 0, "tokens": 0, "sampled_texts": 0, "sampled_tokens": 0, "dropped": {}}
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / RECORD).unlink(missing_ok=True)
         (out / TEXTS).write_bytes(b"")
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror}.") from None
-    return fresh
+    return fresh | {"batches": 0, "bytes": 0, "surprise": None, "counts": counts}
 
 
 def _sample(
@@ -204,7 +217,7 @@ def _sample(
 ) -> None:
     counts, barren = record["counts"], 0
     while not record["complete"]:
-        drawn, kept = sampler.draw(record["batches"]), []
+        drawn, kept = sampler.draw(record["batches"], _size(sampler, counts, wanted)), []
         for sample in drawn:
             if counts["tokens"] >= wanted:
                 break
@@ -236,6 +249,12 @@ def _sample(
                 f"None of the last {_HOPELESS * len(drawn)} texts was kept ({why}, of {counts['sampled_texts']} sampled).",
                 hint="Try --start random, --prompts, another --temperature, or looser filters (--min-tokens, --max-repetition, --max-compression).",
             )
+
+
+def _size(sampler: Sampler, counts: Mapping[str, Any], wanted: int) -> int:
+    """Texts in the next batch: a whole one, or what will probably be enough. Follows from the record, as everything that decides the texts."""
+    per_text = counts["tokens"] / counts["sampled_texts"] if counts["tokens"] else sampler.length
+    return max(1, min(sampler.options.batch_size, math.ceil((wanted - counts["tokens"]) / per_text)))
 
 
 def _note(out: Path, record: dict[str, Any]) -> None:

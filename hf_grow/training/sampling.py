@@ -37,7 +37,7 @@ class Sample:
 
 
 class Sampler:
-    """Texts of one model. The same batch number gives the same texts."""
+    """Texts of one model. The same batch number and size give the same texts."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ReplayOptions) -> None:
         self.model = model.eval()
@@ -75,12 +75,12 @@ class Sampler:
 
     def warm_up(self) -> None:
         """One token, so that the first real batch is as fast as the others."""
-        self._generate(self._starts(np.random.default_rng(0))[:1], 1)
+        self._generate(self._starts(np.random.default_rng(0), 1), 1)
 
-    def draw(self, batch: int) -> list[Sample]:
-        """Batch number `batch`, from random numbers of its own."""
+    def draw(self, batch: int, size: int) -> list[Sample]:
+        """`size` texts as batch number `batch`, from random numbers of its own."""
         seed = np.random.SeedSequence([self.options.seed, batch])
-        starts = self._starts(np.random.default_rng(seed))
+        starts = self._starts(np.random.default_rng(seed), size)
         with _seeded(int(seed.generate_state(1, np.uint64)[0] >> 1), self.model.device):
             rows = self._generate(starts, self.length - starts.shape[1])
         samples = [self._sample(row, starts.shape[1]) for row in rows]
@@ -112,9 +112,8 @@ class Sampler:
         """Equal for texts that differ in white space only."""
         return hashlib.sha256(" ".join(text.split()).encode()).digest()
 
-    def _starts(self, rng: np.random.Generator) -> torch.Tensor:
-        """[batch_size, tokens before the first that is drawn]"""
-        count = self.options.batch_size
+    def _starts(self, rng: np.random.Generator, count: int) -> torch.Tensor:
+        """[count, tokens before the first that is drawn]"""
         if self._prompts:
             rows = np.asarray(self._prompts)[rng.integers(len(self._prompts), size=count)]
         elif self.options.start == "random":
