@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from hf_grow.architecture import Entry
 from hf_grow.checkpoint.source import open_source
@@ -79,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         table.add_row(part, f"{short(count)} ({count / size.total:.1%})")
     table.add_row("dtypes", ", ".join(f"{n} tensors {d}" for d, n in facts["dtypes"].items()))
     table.add_row("files", f"{len(checkpoint.files)}, {render.gigabytes(sum(facts['files'].values()))}")
+    if tree.parents:
+        table.add_row("grown by", Text(f"{tree.step.split(',')[0]} from {tree.parents[0].name}"))
     render.console.print(table)
     if tree.parents:
         show_lineage(render.console, tree)

@@ -23,6 +23,8 @@ COLUMNS = (170.0, 450.0)
 WIDEST = 150.0
 """Width of the blocks with the larger hidden size; the others in proportion."""
 MOST_LAYERS = 1000
+MOST_CELLS = 16
+"""Experts drawn in a block; the number of all of them stands above."""
 MADE_BY = b"drawn by hf-grow"
 INK, PAPER, RIM = "#1f2933", "#fcfcf9", "#c9cdd2"
 FILL: dict[Kind, str] = {"kept": "#5b8db8", "copy": "#e3a857", "average": "#b58ac2", "identity": PAPER}
@@ -112,15 +114,21 @@ def _blocks(layers: LayerMap, pitch: float, starts: list[float], widths: list[fl
     every = math.ceil(13 / pitch)  # labels of lower blocks would run into each other
     size = min(11.0, 0.62 * pitch * every)
 
-    def block(column: int, index: int, kind: Kind) -> Rect:
-        return Rect(COLUMNS[column] - widths[column] / 2, starts[column] + pitch * index + (pitch - tall) / 2, widths[column], tall, kind)
+    def block(column: int, index: int, kind: Kind) -> Iterator[Rect]:
+        """One rectangle, or where the layer is a mixture one an expert."""
+        arch = (layers.source, layers.target)[column]
+        cells = min(arch.size("experts"), MOST_CELLS) if arch.is_moe and arch.is_sparse(index) else 1
+        left, top = COLUMNS[column] - widths[column] / 2, starts[column] + pitch * index + (pitch - tall) / 2
+        each = widths[column] / cells
+        for cell in range(cells):
+            yield Rect(left + cell * each, top, each - (2 if cells > 1 else 0), tall, kind)
 
     for i in range(layers.source.layers):
-        yield block(0, i, "kept")
+        yield from block(0, i, "kept")
         if i % every == 0:
             yield Text(COLUMNS[0] - WIDEST / 2 - 8, _middle(starts[0], pitch, i) + size / 3, str(i), size, "end")
     for i, b in enumerate(layers.blocks):
-        yield block(1, i, b.kind)
+        yield from block(1, i, b.kind)
         if i % every == 0:
             told = {"identity": f"{i} new, after {b.sources[0]}", "average": f"{i} from {' ~ '.join(map(str, b.sources[:4]))}"}
             text = told.get(b.kind, f"{i} from {b.sources[0]}")

@@ -1,4 +1,7 @@
-"""The one command that makes a grown checkpoint again, from what growth.json keeps of how it was asked for."""
+"""The one command that makes a grown checkpoint again, from what growth.json keeps of how it was asked for.
+
+Flags where they can say it, else a recipe: for several steps, and for options that were read from files.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,10 @@ def folder_name(ref: str) -> str:
 
 
 def command(plan: GrowthPlan, output: str) -> str | None:
-    """As typed in a shell, with every option that was given; None where no single command makes it (steps joined in Python).
-
-    A local source is taken from the current folder.
-    """
+    """As typed in a shell, with every option that was given; None where flags cannot say it. A local source is taken from the current folder."""
     growth = plan.growth
     method = METHODS.get(growth.method)
-    if method is None or not set(growth.options) <= set(method.options.model_fields):
+    if method is None or not _known(growth.method, growth.options):
         return None
     source = plan.source
     words = ["hf-grow", method.kind, source.ref if source.revision else f"./{folder_name(source.ref)}"]
@@ -39,6 +39,33 @@ def command(plan: GrowthPlan, output: str) -> str | None:
     except TypeError:
         return None
     return shlex.join([*words, "-o", output])
+
+
+def recipe(plan: GrowthPlan) -> str | None:
+    """As a recipe for `hf-grow grow`; None for a growth that no recipe makes (a method of another version, or of somebody's own)."""
+    import yaml
+
+    growth, source = plan.growth, plan.source
+    if set(growth.options) == {"steps"} and isinstance(growth.options["steps"], list):
+        steps = growth.options["steps"]
+        known = all(isinstance(s, Mapping) and _known(s.get("method"), {k: v for k, v in s.items() if k != "method"}) for s in steps)
+        data: dict[str, Any] = {"steps": [_shared(s, source.others) for s in steps] if known else []}
+    else:
+        known = _known(growth.method, growth.options)
+        data = {"method": growth.method, **_shared(growth.options, source.others)}
+    if not known:
+        return None
+    head = {"source": source.ref, "revision": source.revision} if source.revision else {"source": f"./{folder_name(source.ref)}"}
+    return str(yaml.safe_dump({**head, **data}, sort_keys=False, allow_unicode=True, width=120)).rstrip()
+
+
+def _known(method: Any, options: Mapping[str, Any]) -> bool:
+    return isinstance(method, str) and method in METHODS and set(options) <= set(METHODS[method].options.model_fields)
+
+
+def _shared(options: Mapping[str, Any], others: Mapping[str, SourceInfo]) -> dict[str, Any]:
+    """The options without the paths of this machine."""
+    return {k: [_public(x, others) if isinstance(x, str) else x for x in v] if isinstance(v, list) else v for k, v in options.items()}
 
 
 def draws_numbers(expr: Expr) -> bool:
@@ -62,6 +89,8 @@ def _flag(name: str, value: Any, others: Mapping[str, SourceInfo]) -> list[str]:
         return [flag, _ranges(value)]
     if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         return [flag, ",".join(_public(v, others) for v in value)]
+    if isinstance(value, list) and value and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
+        return [flag, ",".join(map(repr, value))]
     if isinstance(value, str):
         return [flag, _public(value, others)]
     if isinstance(value, int | float):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +18,7 @@ from hf_grow.publish.inherited import Inherited
 from hf_grow.publish.layermap import MEANING, layer_map, layer_ranges
 from hf_grow.publish.lineage import lineage
 from hf_grow.publish.markdown import code, hub_link, is_hub_id, line, plain, table
-from hf_grow.publish.reproduce import command, draws_numbers, public_name
+from hf_grow.publish.reproduce import command, draws_numbers, public_name, recipe
 
 MOST_LISTED = 20
 
@@ -57,7 +59,7 @@ def _head(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name
     source = _sources(plan)
     method = METHODS.get(plan.growth.method)
     paper = f" ({_paper(method.paper)})" if method and method.paper else ""
-    active = f", {short(new.active)} of them active for a token" if plan.architecture.is_moe else ""
+    active = f", {short(new.active)} of them active for a token," if plan.architecture.is_moe else ""
     made_by = record.get("made_by")
     version = made_by.get("hf_grow") if isinstance(made_by, Mapping) else None
     yield (
@@ -202,13 +204,18 @@ def _listed(layers: list[int]) -> str:
 
 
 def _quoted(name: str) -> str:
-    return repr(line(name, 200).replace("`", "'")).replace("'", '"')
+    return json.dumps(line(name, 200).replace("`", "'"), ensure_ascii=False)
 
 
 def _reproduce(plan: GrowthPlan, record: Mapping[str, Any], name: str) -> Iterator[str]:
-    made = command(plan, re.sub(r"[^\w.-]", "_", name.rsplit("/", 1)[-1]))
+    out = re.sub(r"[^\w.-]", "_", name.rsplit("/", 1)[-1])
+    made = command(plan, out)
+    written = None if made else recipe(plan)
+    if written:
+        yield f"With this as `recipe.yaml`:\n\n```yaml\n{written.replace('```', '')}\n```"
+        made = shlex.join(["hf-grow", "grow", "recipe.yaml", "-o", out])
     if made is None:
-        yield "No single command makes this growth: it was put together in Python. `growth.json` holds its whole plan, tensor by tensor."
+        yield "No command makes this growth: it was put together in Python. `growth.json` holds its whole plan, tensor by tensor."
     else:
         yield f"```\n{made.replace('```', '')}\n```"
         local = not plan.source.revision

@@ -1,0 +1,130 @@
+"""The cards in model_cards/: one for each method, of growths of tiny models, rendered as `hf-grow card` does.
+
+`python tests/cards.py` renders them anew; with --verify it first grows and verifies some of them for real and keeps what it measured, so that
+the cards show true figures and yet are the same bytes on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+
+from hf_grow import api
+from hf_grow._version import __version__
+from hf_grow.architecture import Architecture
+from hf_grow.methods import METHODS
+from hf_grow.planning import GrowthPlan, SourceInfo, TensorInfo, make_plan
+from hf_grow.publish.card import CardOptions, make_card
+from hf_grow.recipe import parse
+
+ROOT = Path(__file__).parents[1] / "model_cards"
+MEASURED = ROOT / "verification.json"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+APACHE = "---\nlicense: apache-2.0\nlanguage:\n- en\ndatasets:\n- example-org/web-text\n---\n# tiny-mistral\n"
+LLAMA = "---\nlicense: llama3.1\nlanguage: [en, de]\n---\n# Llama-tiny\n"
+
+
+@dataclass(frozen=True)
+class Example:
+    case: str
+    """A row of models.CASES."""
+    options: dict[str, Any] = field(default_factory=dict)
+    verified: bool = False
+
+    @property
+    def ref(self) -> str:
+        return {"mistral": "example-org/tiny-mistral", "llama": "example-org/Llama-tiny"}[self.case]
+
+
+EXAMPLES = {
+    "dus": Example("mistral", {"layers_to": 6}, verified=True),
+    "stack": Example("mistral"),
+    "interleave": Example("mistral", {"layers_to": 6, "noise": 0.01}),
+    "identity": Example("llama", {"layers_to": 6}, verified=True),
+    "layers": Example("mistral", {"layers": "0-2,1-3"}),
+    "tile": Example("llama", {"hidden": 72, "intermediate": 64}, verified=True),
+    "pad": Example("llama", {"hidden": 72}),
+    "lemon": Example("mistral", {"hidden": 96}),
+    "fpi": Example("llama", {"factor": 2}),
+    "aki": Example("mistral", {"factor": 2}),
+    "net2net": Example("llama", {"intermediate": 64}),
+    "hypercloning": Example("mistral", {"factor": 2, "noise_db": 10}),
+    "hybrid": Example("llama", {"to": 200_000, "multiple_of": 8}),
+    "experts": Example("mistral", {"experts": 4, "init": "drop"}, verified=True),
+}
+
+
+def cached_sources(cache: Path) -> None:
+    """A Hub cache that holds the cards of the sources, and nothing else."""
+    for ref, text in (("example-org/tiny-mistral", APACHE), ("example-org/Llama-tiny", LLAMA)):
+        snapshot = cache / f"models--{ref.replace('/', '--')}" / "snapshots" / COMMIT
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (snapshot / "README.md").write_text(text)
+
+
+def plan_of(method: str) -> GrowthPlan:
+    """The plan of an example, from the config alone."""
+    example = EXAMPLES[method]
+    config = models.BY_NAME[example.case].config
+    arch = Architecture(config)
+    tensors = {name: TensorInfo("F32", entry.shape) for name, entry in arch.tensors.items()}
+    options = parse(METHODS[method].options, example.options, where="example", strict=False)
+    return make_plan(SourceInfo(example.ref, COMMIT, config, tensors), METHODS[method].build(arch, options))
+
+
+def folder_of(plan: GrowthPlan, folder: Path, verification: Any = None) -> Path:
+    """A grown folder as far as a card reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = plan.to_json() | {"made_by": {"hf_grow": __version__}} | ({"verification": verification} if verification else {})
+    (folder / "growth.json").write_text(json.dumps(record))
+    return folder
+
+
+def render(method: str, work: Path) -> dict[str, str]:
+    """README.md and what goes with it, by name. The Hub's cache must be that of `cached_sources`."""
+    name = f"{EXAMPLES[method].ref.split('/')[1]}-{method}"
+    verification = json.loads(MEASURED.read_text()).get(method)
+    folder = folder_of(plan_of(method), work / name, verification)
+    (folder / "LICENSE").write_text("the licence of the source")
+    card = make_card(folder, CardOptions(name=f"example-org/{name}", offline=True))
+    return {"README.md": card.text, **card.files}
+
+
+def measure(work: Path) -> dict[str, Any]:
+    """Grows and verifies for real."""
+    found = {}
+    for method, example in EXAMPLES.items():
+        if example.verified:
+            source = models.save(models.make(models.BY_NAME[example.case]), work / f"{method}-source")
+            api.grow(source, work / method, method, **example.options)
+            report = api.verify(source, work / method)
+            assert report.ok
+            found[method] = report.to_json() | {"old": example.ref, "new": method}
+            for check in found[method]["checks"]:
+                if check["name"] in ("source", "provenance"):
+                    check["detail"] = check["detail"].replace(str(source), example.ref)
+    return found
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
+        work = Path(temporary)
+        if "--verify" in sys.argv:
+            MEASURED.write_text(json.dumps(measure(work), indent=1) + "\n")
+        cached_sources(work / "cache")
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(work / "cache"))
+        for method in EXAMPLES:
+            for file, text in render(method, work).items():
+                (ROOT / method).mkdir(exist_ok=True)
+                (ROOT / method / file).write_text(text)
+
+
+if __name__ == "__main__":
+    main()
