@@ -12,7 +12,7 @@ from hf_grow.checkpoint.reader import Checkpoint, open_folder
 from hf_grow.checkpoint.several import named, with_others
 from hf_grow.checkpoint.source import open_source
 from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, Progress
-from hf_grow.errors import InputError
+from hf_grow.errors import InputError, PlanError
 from hf_grow.growth import Method
 from hf_grow.methods import METHODS
 from hf_grow.methods.expert_options import ExpertsOptions
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hf_grow.verification import Report
 
 Notify = Callable[[str], None]
+MOST_DATA = 48 << 20  # growth.json must stay readable
 
 
 def _quiet(message: str) -> None:
@@ -70,7 +71,11 @@ def measured(plan: GrowthPlan, checkpoint: Checkpoint, options: Options, *, noti
 
     assert isinstance(options, ExpertsOptions) and options.prompts is not None and options.router in ("prompts", "cheap-embed")
     rows = router_rows(checkpoint, options.prompts, kind=options.router, pooling=options.prompt_pooling, notify=notify)
-    data = {f"router.{layer}": base64.b64encode(r.numpy().astype("<f4").tobytes()).decode() for layer, r in rows.items()}
+    # In 16 bit: what a router begins with need not be finer, and another number of threads then gives the same bytes.
+    packed = {layer: base64.b64encode(r.numpy().astype("<f2").tobytes()).decode() for layer, r in rows.items()}
+    data = {key: packed[int(key.partition(".")[2] or 0)] for key in plan.growth.unmeasured()}
+    if sum(map(len, data.values())) > MOST_DATA:
+        raise PlanError("So many router rows do not fit into growth.json.", hint="Use --router cheap-embed, or normal.")
     return replace(plan, growth=replace(plan.growth, data=data))
 
 
@@ -144,13 +149,16 @@ def verify(
     dtype: str = "auto",
     progress: Progress = lambda nbytes: None,
     notify: Notify = _quiet,
+    **options: Any,
 ) -> Report:
     """Checks the grown checkpoint `new` against its source `old` (folder or Hub id); `Report.ok` tells the outcome.
 
+    ``options`` are those of evaluation tasks, as on the command line: ``tasks``, ``limit``, ``shots``, ``batch_size``.
     Raises InputError for what cannot be read; a wrong checkpoint is no error but a report that is not ok.
     """
-    from hf_grow.verification import verify_checkpoints
+    from hf_grow.verification import TaskOptions, verify_checkpoints
 
+    parsed = parse(TaskOptions, {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}, where="verify", strict=False)
     grown = open_folder(Path(new))
     source = open_source(str(old), revision=revision or _grown_from(str(old), grown), weights=True, notify=notify)
     source = with_others(source, _further_of(grown), weights=True, notify=notify)
@@ -161,6 +169,7 @@ def verify(
         text=None if text is None else Path(text),
         tokens=tokens,
         dtype=dtype,
+        tasks=parsed,
         progress=progress,
         notify=notify,
     )

@@ -289,8 +289,8 @@ def _(expr: Orthogonal, ev: Evaluator, start: int, stop: int) -> Tensor:
 def _(expr: Values, ev: Evaluator, start: int, stop: int) -> Tensor:
     if ev.quantity != "weight":
         return torch.zeros(stop - start, *expr.size[1:], dtype=ev.compute)
-    values = np.frombuffer(base64.b64decode(ev.data[expr.key]), dtype="<f4").reshape(expr.size)
-    return torch.from_numpy(values[start:stop].copy()).to(ev.compute)
+    values = np.frombuffer(base64.b64decode(ev.data[expr.key]), dtype="<f2").reshape(expr.size)
+    return torch.from_numpy(values[start:stop].astype(np.float32)).to(ev.compute)
 
 
 def _random_bits(seed: int, key: str, chunk: int) -> np.ndarray[Any, np.dtype[np.uint16]]:

@@ -59,7 +59,7 @@ class Growth:
     warnings: tuple[str, ...] = ()
     seed: int = 0
     data: Mapping[str, str] = field(default_factory=dict)
-    """Numbers of `Values` nodes by their key: float32, little endian, base64. Empty until they are measured."""
+    """Numbers of `Values` nodes by their key: float16, little endian, base64. Empty until they are measured."""
 
     def unmeasured(self) -> list[str]:
         """The keys of `Values` nodes whose numbers are not there yet."""

@@ -145,7 +145,6 @@ class GrowthPlan:
                 "axes": {n: a.to_json() for n, a in g.axes.items()},
                 "dropped": dict(g.dropped),
                 "warnings": list(g.warnings),
-                "training": training_lists(self.source.architecture, self.architecture, g),
                 **({"data": dict(g.data)} if g.data else {}),
             },
             "target": {
@@ -268,9 +267,10 @@ class _Dtypes:
         return self.by_template.get(self.templates[name], self.commonest)
 
 
-def training_lists(old: Architecture, new: Architecture, growth: Growth) -> dict[str, Any]:
+def training_lists(plan: GrowthPlan) -> dict[str, Any]:
     """What a trainer may treat apart: layers that are new, routers, and experts that were there before or were not (by index)."""
-    lists: dict[str, Any] = {"new_layers": [i for i, layer in enumerate(growth.layers) if layer.new or layer.identity]}
+    old, new = plan.source.architecture, plan.architecture
+    lists: dict[str, Any] = {"new_layers": [i for i, layer in enumerate(plan.growth.layers) if layer.new or layer.identity]}
     if new.is_moe:
         kept = old.size("experts") if old.is_moe else 0
         lists["routers"] = [n for n, e in new.tensors.items() if any(d.axes == ("experts",) for d in e.spec.dims)]

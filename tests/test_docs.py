@@ -21,6 +21,8 @@ from hf_grow.tensormap import Expr
 ROOT = Path(__file__).parents[1]
 USER = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*USER, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "model_cards" / "README.md"]
+FILES = {"utility.json": '{"utility": [1, 2]}', "domains.yaml": "experts: [{positive: [code]}, {positive: [prose]}]"}
+"""Files that the pages name."""
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 
@@ -42,9 +44,15 @@ def test_commands_are_found() -> None:
 
 
 @pytest.mark.parametrize("page", USER, ids=lambda p: p.name)
-def test_every_command_line_parses(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_line_parses(
+    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """As far as its flags and options go; nothing is opened or run."""
-    monkeypatch.chdir(ROOT)
+    for path in ROOT.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    for name, content in FILES.items():  # options that read a file do so when they are parsed
+        (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
     for name, (module, _) in COMMANDS.items():
         if module != "grow":
             monkeypatch.setattr(importlib.import_module(f"hf_grow.cli.{module}"), "run", lambda arguments: 0)

@@ -291,14 +291,9 @@ def test_the_shared_expert_is_half_of_the_ffn_or_nothing_yet() -> None:
         assert not new["model.layers.1.mlp.shared_expert_gate.weight"].any()
 
 
-def test_an_active_size_chooses_top_k_and_shards() -> None:
+def test_an_active_size_chooses_top_k() -> None:
     arch = Architecture(make(BY_NAME["llama"]).config.to_dict())
     search = api.find_method("experts").for_size
     wanted = measure(Architecture(api.plan(make(BY_NAME["llama"]), "experts", experts=8, top_k=3).growth.config))
     found = search(arch, wanted.total, wanted.active)
     assert (found.experts, found.top_k) == (8, 3)
-    fine = measure(
-        Architecture(api.plan(make(BY_NAME["llama"]), "experts", experts=16, top_k=2, init="fine-grained", shards=2).growth.config)
-    )
-    found = search(arch, fine.total, fine.active)
-    assert measure(Architecture(api.find_method("experts").build(arch, found).config)).active == pytest.approx(fine.active, rel=0.02)

@@ -42,12 +42,12 @@ def test_the_measured_rows_are_the_router_s(kind: Any, source: Path, tmp_path: P
     rows = router_rows(open_folder(source), PromptsFile.model_validate(PROMPTS), kind=kind)
     found = load_file(out / "model.safetensors")
     for layer, wanted in rows.items():
-        assert torch.allclose(found[f"model.layers.{layer}.block_sparse_moe.gate.weight"], wanted * 0.1 * 48**0.5, atol=1e-6)
+        assert torch.allclose(found[f"model.layers.{layer}.block_sparse_moe.gate.weight"], wanted * 0.1 * 48**0.5, atol=4e-4)  # kept in 16 bit
     (tmp_path / "prompts.yaml").unlink()  # growth.json holds the prompts and the rows
     assert api.verify(source, out).ok
     record = json.loads((out / "growth.json").read_text())
     assert record["growth"]["options"]["prompts"]["experts"][1]["negative"] == ["verb noun"]
-    assert len(record["growth"]["data"]) == 4
+    assert len(record["growth"]["data"]) == (4 if kind == "prompts" else 1)
 
 
 def test_cheap_rows_are_means_of_embeddings(source: Path, tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_cheap_rows_are_means_of_embeddings(source: Path, tmp_path: Path) -> Non
 
     second = mean("tale of the king") - mean("verb noun")
     found = load_file(tmp_path / "out" / "model.safetensors")["model.layers.2.block_sparse_moe.gate.weight"]
-    assert torch.allclose(found[1].double(), second / second.norm() * 48**0.5, atol=1e-5)
+    assert torch.allclose(found[1].double(), second / second.norm() * 48**0.5, atol=4e-3)
 
 
 def test_a_prompted_router_in_a_later_step_is_refused(source: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -39,17 +39,29 @@ def _add_flag(parser: argparse._ActionsContainer, name: str, field: FieldInfo, s
         parser.add_argument(*names, dest=name, default=SKIP, metavar=_metavar(name, field), help=text)
 
 
-_METAVARS = {"to": "SIZE", "max_shard_size": "BYTES", "memory_budget": "BYTES", "output": "DIR", "with_optimizer": "DIR", "push": "REPO"}
+_METAVARS = {
+    "to": "SIZE",
+    "max_shard_size": "BYTES",
+    "memory_budget": "BYTES",
+    "output": "DIR",
+    "with_optimizer": "DIR",
+    "push": "REPO",
+    "tasks": "FILE|NAMES",
+    "prompts": "FILE",
+    "utility": "FILE",
+}
 
 
 def _metavar(name: str, field: FieldInfo) -> str:
+    if name in _METAVARS:
+        return _METAVARS[name]
     kinds = _types(field.annotation)
     choices = [a for k in kinds if typing.get_origin(k) is typing.Literal for a in typing.get_args(k)]
     if choices:
         return "{" + ",".join(map(str, choices)) + "}"
     if any(typing.get_origin(k) is tuple for k in kinds):
         return "LIST"
-    return _METAVARS.get(name) or ("N" if int in kinds else "X" if float in kinds else name.upper())
+    return "N" if int in kinds else "X" if float in kinds else name.upper()
 
 
 def _types(annotation: Any) -> list[Any]:

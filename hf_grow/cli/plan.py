@@ -23,14 +23,19 @@ from hf_grow.recipe import parse_size
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     parser.add_argument("--to", required=True, metavar="SIZE", help="number of parameters to reach, such as 10.7B")
+    parser.add_argument(
+        "--active", metavar="SIZE", help="parameters that a token passes through, such as 13B: mixtures of experts are chosen by both"
+    )
+    parser.add_argument(
+        "--context", type=int, default=8192, metavar="N", help="tokens of the sequence in the memory for serving; default: 8192"
+    )
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        target = int(parse_size(arguments.to))
-    except ValueError as error:
-        raise InputError(f"--to: {error}.") from None
+    target, active = _size("--to", arguments.to), _size("--active", arguments.active) if arguments.active else None
+    if arguments.context < 1:
+        raise InputError("--context must be at least 1.")
     checkpoint = open_source(arguments.source, revision=arguments.revision, weights=False, notify=render.note)
     check_source(checkpoint.info)
     now = measure(checkpoint.info.architecture).total
@@ -38,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"{checkpoint.ref} has {short(now)} parameters already; {short(target)} is no growth.", hint="Give a larger --to.")
     ways: list[tuple[GrowthPlan, str]] = []
     for method in METHODS.values():
-        options = method.for_size(checkpoint.info.architecture, target)
+        wanted = (target, active) if method.kind == "experts" else (target,)
+        options = method.for_size(checkpoint.info.architecture, *wanted)
         if options is not None:
             plan = plan_for(checkpoint.info, method, options)
             own = method.name in COMMANDS  # a command of its own; the others are chosen by --method
@@ -47,38 +53,60 @@ def run(arguments: argparse.Namespace) -> int:
             words += [w for k, v in given.items() for w in (f"--{k.replace('_', '-')}", v)]
             words += ["--revision", arguments.revision] if arguments.revision else []
             ways.append((plan, shlex.join(words)))
-    ways.sort(key=lambda way: abs(way[0].sizes[1].total - target))
+    ways.sort(key=lambda way: _off(way[0], target, active))
     if arguments.json:
-        facts = [{**render.plan_facts(p), "command": c, "off_target": p.sizes[1].total / target - 1} for p, c in ways]
-        print_json({"source": checkpoint.ref, "parameters": measure(checkpoint.info.architecture).total, "target": target, "ways": facts})
+        facts = [
+            {
+                **render.plan_facts(p),
+                "command": c,
+                "off_target": p.sizes[1].total / target - 1,
+                "off_active": p.sizes[1].active / active - 1 if active else None,
+                "serving_bytes": p.sizes[1].serving_bytes(arguments.context),
+            }
+            for p, c in ways
+        ]
+        print_json(
+            {"source": checkpoint.ref, "parameters": now, "target": target, "active": active, "context": arguments.context, "ways": facts}
+        )
     else:
-        _show(checkpoint.info.architecture, target, ways, arguments.source)
+        _show(checkpoint.info.architecture, target, active, arguments.context, ways, arguments.source)
     return 0
 
 
-def _show(arch: Any, target: int, ways: list[tuple[GrowthPlan, str]], source: str) -> None:
+def _size(flag: str, text: str) -> int:
+    try:
+        return int(parse_size(text))
+    except ValueError as error:
+        raise InputError(f"{flag}: {error}.") from None
+
+
+def _off(plan: GrowthPlan, target: int, active: int | None) -> float:
+    """How far a plan ends from what is wanted, as a share of it: in total, and in active parameters where they are asked for."""
+    size = plan.sizes[1]
+    return max(abs(size.total / target - 1), abs(size.active / active - 1) if active else 0.0)
+
+
+def _show(arch: Any, target: int, active: int | None, context: int, ways: list[tuple[GrowthPlan, str]], source: str) -> None:
     size = measure(arch)
-    title = f"{source} ({short(size.total)}, {arch.layers} layers) to {short(target)}; FLOPs and KV cache are of one token"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    columns = ["method", "layers", "size", "off", *(["active"] if arch.is_moe else []), "disk", "FLOPs", "KV", "function"]
+    wanted = short(target) + (f", {short(active)} active" if active else "")
+    title = f"{source} ({short(size.total)}, {arch.layers} layers) to {wanted}; serving: one sequence of {context} tokens, 16 bit"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    columns = ["method", "layers", "size", "off", "active", *(["off"] if active else []), "disk", "serving", "function"]
     for column in columns:
         table.add_column(column, justify="left" if column in ("method", "function") else "right", no_wrap=True)
     for plan, _ in ways:
         new = plan.sizes[1]
-        off = new.total / target - 1
-        style = "" if abs(off) <= TOLERANCE else "dim"
-        cells = [plan.growth.method, str(plan.architecture.layers), short(new.total), f"{off:+.1%}"]
-        cells += [short(new.active)] if arch.is_moe else []
+        cells = [plan.growth.method, str(plan.architecture.layers), short(new.total), f"{new.total / target - 1:+.1%}"]
+        cells += [short(new.active), *([f"{new.active / active - 1:+.0%}"] if active else [])]
         cells += [
             render.gigabytes(plan.nbytes),
-            short(new.flops),
-            f"{new.kv_values / 512:.0f} KiB",
+            render.gigabytes(new.serving_bytes(context)),
             "lossless" if plan.guarantee.lossless else "changes",
         ]
-        table.add_row(*cells, style=style)
+        table.add_row(*cells, style="" if _off(plan, target, active) <= TOLERANCE else "dim")
     render.console.print(table)
-    for plan, command in ways:
-        if abs(plan.sizes[1].total / target - 1) <= TOLERANCE:
-            render.console.print(f"{plan.growth.method:<11} [bold]{command}[/]")
-    if not any(abs(p.sizes[1].total / target - 1) <= TOLERANCE for p, _ in ways):
-        render.console.print(f"No way comes within {TOLERANCE:.0%} of {short(target)}; the nearest sizes are above.", style="yellow")
+    near = [(plan, command) for plan, command in ways if _off(plan, target, active) <= TOLERANCE]
+    for plan, command in near:
+        render.console.print(f"{plan.growth.method:<11} [bold]{command}[/]")
+    if not near:
+        render.console.print(f"No way comes within {TOLERANCE:.0%} of {wanted}; the nearest are above.", style="yellow")

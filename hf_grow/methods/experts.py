@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from hf_grow.architecture import Architecture
 from hf_grow.errors import PlanError
@@ -12,9 +12,6 @@ from hf_grow.methods.more_experts import experts_keys, more_experts
 from hf_grow.methods.sizing import measure
 from hf_grow.methods.upcycle import UPCYCLED, upcycled, upcycled_config
 from hf_grow.recipe import Options
-
-MOST_SHARDS = 8
-"""Finest shards that the search for a size tries."""
 
 
 def build_experts(arch: Architecture, options: ExpertsOptions, others: Sequence[Architecture] = ()) -> Growth:
@@ -50,38 +47,21 @@ def _nearest_count(arch: Architecture, target: int, options: ExpertsOptions) -> 
     return min(max(count, 2 * unit, arch.size("experts")), MOST_EXPERTS // unit * unit)
 
 
-def _nearest_top_k(arch: Architecture, count: int, active: int, shards: int) -> int:
-    """The top_k whose active parameters come nearest to `active`."""
-    choices = range(shards, count + 1, shards)
-    return min(choices, key=lambda k: abs(measure(_sized(arch, count, k, shards)).active - active))
+def _nearest_top_k(arch: Architecture, count: int, active: int) -> int:
+    """The top_k whose active parameters come nearest to `active`. (Shards are chosen by whole groups, so they give no finer steps.)"""
+    return min(range(1, count + 1), key=lambda k: abs(measure(_sized(arch, count, k, 1)).active - active))
 
 
 def _for_size(arch: Architecture, target: int, active: int | None = None) -> Options | None:
     """The options nearest to `target` parameters, and to `active` of them where that is wanted."""
-    best: tuple[float, ExpertsOptions] | None = None
-    for options in _tried(arch, target, active):
-        try:
-            size = measure(Architecture(build_experts(arch, options).config))
-        except PlanError:
-            continue
-        off = max(abs(size.total / target - 1), abs(size.active / active - 1) if active else 0.0)
-        if best is None or off < best[0] - 0.01:  # finer shards must be worth it
-            best = off, options
-    return best[1] if best else None
-
-
-def _tried(arch: Architecture, target: int, active: int | None) -> Iterator[ExpertsOptions]:
-    shards = 1
-    while shards <= (MOST_SHARDS if active and not arch.is_moe else 1):
-        grain = {"init": "fine-grained", "shards": shards} if shards > 1 else {}
-        if arch.size("inter") % shards == 0 or arch.is_moe:
-            try:
-                count = _nearest_count(arch, target, ExpertsOptions(**grain))
-                top_k = _nearest_top_k(arch, count, active, shards) if active else min(count, arch.top_k or 2)
-            except PlanError:
-                return
-            yield ExpertsOptions(experts=count, top_k=top_k, **grain)
-        shards *= 2
+    try:
+        count = _nearest_count(arch, target, ExpertsOptions())
+        top_k = _nearest_top_k(arch, count, active) if active else min(count, arch.top_k or 2)
+        options = ExpertsOptions(experts=count, top_k=top_k)
+        build_experts(arch, options)
+    except PlanError:
+        return None
+    return options
 
 
 EXPERTS = Method(

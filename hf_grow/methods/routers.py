@@ -39,5 +39,6 @@ def new_rows(entry: Entry, rows: int, options: ExpertsOptions) -> Expr:
             if rows > size[1]:
                 raise PlanError(f"{rows} router rows of {size[1]} numbers cannot all be at right angles.", hint="Use --router normal.")
             return Orthogonal(size, options.router_std, entry.name)
-        case _:  # measured rows have length one
-            return Sum((Values(size, f"router.{entry.layer}"),), (options.router_std * math.sqrt(size[1]),))
+        case _:  # measured rows have length one; cheap ones are the same in every layer
+            key = "router" if options.router == "cheap-embed" else f"router.{entry.layer}"
+            return Sum((Values(size, key),), (options.router_std * math.sqrt(size[1]),))

@@ -29,6 +29,10 @@ class Size:
         """Forward FLOPs of one token: 2 a parameter passed, attention scores not counted (they depend on the length)."""
         return 2 * self.active
 
+    def serving_bytes(self, context: int) -> int:
+        """Memory to serve one sequence of `context` tokens in 16 bit: all weights (experts that rest count too) and the KV cache."""
+        return 2 * self.total + 2 * self.kv_values * context
+
 
 def _counts(arch: Architecture) -> Iterator[tuple[TensorSpec, int, list[int]]]:
     """Every row of the table with its parameters in one place (all experts together) and the layers it stands in (-1: outside the blocks)."""
