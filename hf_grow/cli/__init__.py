@@ -25,10 +25,11 @@ COMMANDS = {
     "card": ("card", "write the model card of a grown checkpoint"),
     "inspect": ("inspect", "what a checkpoint is, and what it was grown from"),
     "replay": ("replay", "text sampled from a model, to keep what it knows in further training"),
+    "train": ("train", "continued pretraining that does not forget, by a recipe (YAML)"),
     "demo": ("demo", "train a small model, grow it, go on training; nothing to download"),
 }
 
-RESUMABLE = {name for name, (module, _) in COMMANDS.items() if module == "grow"}
+RESUMABLE = {name for name, (module, _) in COMMANDS.items() if module in ("grow", "train")}
 
 EPILOG = """\
 examples:
@@ -75,8 +76,11 @@ def _run(argv: list[str]) -> int:
         sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
         if name == chosen:
             _add_arguments(name, sub)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
     module = importlib.import_module(f"hf_grow.cli.{COMMANDS[arguments.command][0]}")
+    if rest and not getattr(module, "OVERRIDES", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.overrides = rest
     run = module.run_recipe if arguments.command == "grow" else module.run
     return int(run(arguments))
 

@@ -37,7 +37,7 @@ class LoraOptions(Options):
 
     r: Positive = 16
     """Rank."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Positive = 32
     """The update is scaled by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the update."""
@@ -188,7 +188,7 @@ def _merged(base: Path, plan: GrowthPlan | None, adapter: Path, dtype: str) -> P
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False)
     if plan is not None:
         model = grow_model(model, plan)
-    config = LoraConfig.from_pretrained(adapter)
+    config = LoraConfig.from_pretrained(str(adapter))
     config.layer_replication = None  # the layers are there; peft must not replicate them again
     try:
         wrapped = PeftModel.from_pretrained(model, adapter, config=config)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -45,7 +45,7 @@ class Teacher(Options):
 class DistillOptions(Options):
     """Learning from the previous stage besides the text."""
 
-    teachers: Annotated[list[Teacher], Field(min_length=1)] = [Teacher()]
+    teachers: list[Teacher] = Field(default=[Teacher()], min_length=1)
     """Who teaches; by default the source of the growth."""
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the teachers in the loss."""
@@ -155,7 +155,7 @@ def row_key(row: np.ndarray[Any, Any]) -> bytes:
 
 def write_cache(
     model: PreTrainedModel,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     folder: Path,
     *,
     top_k: int,
@@ -207,7 +207,7 @@ def write_cache(
     return LogitCache(folder)
 
 
-def _batches(rows: Sequence[dict[str, Any]], size: int) -> Iterable[np.ndarray[Any, Any]]:
+def _batches(rows: Sequence[Mapping[str, Any]], size: int) -> Iterable[np.ndarray[Any, Any]]:
     import numpy as np
 
     for start in range(0, len(rows), size):

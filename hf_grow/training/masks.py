@@ -69,7 +69,8 @@ def select(
 
 def local(tensor: Tensor) -> Tensor:
     """The piece of a sharded tensor that this process holds, sharing its memory; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return, operator]
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
 
 
 def local_mask(mask: Tensor, like: Tensor) -> Tensor:

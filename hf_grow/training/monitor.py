@@ -101,7 +101,7 @@ class Monitor:
         if not self.shocked and since < self.options.window and loss > self.before + self.options.shock:
             self.shocked = True
             return [Finding("transition_shock", {"loss": loss, "before": self.before, "nats": loss - self.before})]
-        recent = list(self.losses)[-7:] + [loss]
+        recent = [*list(self.losses)[-7:], loss]
         if since >= 7 and len(recent) == 8 and fmean(recent) <= self.before:
             self.recovered = True
             return [Finding("recovered", {"loss": fmean(recent), "steps": since + 1})]

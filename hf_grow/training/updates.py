@@ -10,7 +10,7 @@ which `carry` and every other tool can read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +36,14 @@ class Updates:
     `settle` first, once, before the optimizer is made; then `gradients` after every last backward, and `before`/`after` around each step.
     """
 
-    def __init__(self, trains: Mapping[str, Mask], new: Mapping[str, Mask], phases: list[Mapping[str, Mask]] | None = None) -> None:
+    def __init__(self, trains: Mapping[str, Mask], new: Mapping[str, Mask], phases: Sequence[Mapping[str, Mask]] = ()) -> None:
         self.trains, self.new = dict(trains), dict(new)
-        self.phases = [{n: both(self.trains[n], phase[n]) for n in self.trains} for phase in phases or []]
+        self.phases = [{n: both(self.trains[n], phase[n]) for n in self.trains} for phase in phases]
         self._selections: dict[tuple[str, str, int | None], Selection] = {}
         self._held: list[tuple[Tensor, Selection, Tensor, float]] = []
         self._groups: list[dict[str, Any]] | None = None
+        self.used: dict[Any, float] = {}
+        """The learning rate of every parameter that moves in this step, between `before` and `after`."""
 
     def settle(self, model: Module) -> None:
         """Parameters that never train need no gradient, and so no memory for one."""
@@ -99,6 +101,7 @@ class Updates:
         if rates.every != 1.0 or any(f != 1.0 for f in whole.values()):
             self._groups = optimizer.param_groups
             optimizer.param_groups = [g for group in optimizer.param_groups for g in split(group, whole, rates.every)]
+        self.used = {p: g["lr"] for g in optimizer.param_groups for p in g["params"] if p.grad is not None}
 
     def _hold(self, p: Parameter, chosen: Selection, factor: float) -> None:
         values = local(p.data)
@@ -113,6 +116,7 @@ class Updates:
         for values, chosen, old, factor in self._held:
             chosen.put(values, torch.lerp(old, chosen.take(values), factor) if factor else old)
         self._held.clear()
+        self.used = {}
 
     def describe(self, model: Module) -> list[tuple[str, int, int]]:
         """(what, tensors, parameters) of old, new, partly new and frozen parameters, for people."""

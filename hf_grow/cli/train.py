@@ -1,0 +1,176 @@
+"""`hf-grow train RECIPE.yaml`: continued pretraining, with every key of the recipe as a flag."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_grow.cli import render
+from hf_grow.cli.commands import add_json, print_json, show_next
+from hf_grow.errors import InputError
+from hf_grow.methods.sizing import short
+
+if TYPE_CHECKING:
+    from hf_grow.training.run import TrainResult
+
+RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "_recipes" / "train").glob("*.yaml"))}
+"""The training recipes that come with hf-grow; in the repository they lie in recipes/train/."""
+OVERRIDES = True
+"""This command reads further --key value pairs itself."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _epilog()
+    parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, or one of: {', '.join(RECIPES)}")
+    parser.add_argument("-o", "--output", metavar="DIR", help="folder for the trained model, its checkpoints and events.jsonl")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in the output folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier training in the output folder")
+    parser.add_argument("--dry-run", action="store_true", help="print recipe, parameter groups, memory, tokens and FLOPs, and stop")
+    add_json(parser)
+
+
+def _epilog() -> str:
+    """Every key of hf-grow's own, with the first sentence of what it says of itself."""
+    from hf_grow.training.recipe import TrainRecipe
+
+    lines = ["any key of the recipe, with dots for nested ones, as --KEY VALUE: --learning_rate 1e-4 --data.seq_length 512", "", "keys:"]
+    for name, field in TrainRecipe.model_fields.items():
+        text = (field.description or "").replace("\n", " ")
+        lines.append(f"  {name:<26}{text.split('. ')[0].rstrip('.')}")
+    return "\n".join([*lines, "  and every argument of transformers' TrainingArguments: learning_rate, max_steps, bf16, report_to, ..."])
+
+
+def find_recipe(text: str) -> Path:
+    """A file, or a bare name of RECIPES (a file of that name in the current folder goes first). Raises InputError."""
+    path = Path(text)
+    if path.is_file() or path.suffix or os.sep in text:
+        return path
+    if text not in RECIPES:
+        raise InputError(f"There is no training recipe {text!r}.", hint=f"Give a YAML file, or one of: {', '.join(RECIPES)}.")
+    return RECIPES[text]
+
+
+def overrides(words: list[str]) -> dict[str, Any]:
+    """['--data.seq_length', '128', '--bf16'] -> {'data.seq_length': 128, 'bf16': True}; values as YAML reads them, 1e-4 as a number too.
+
+    Raises InputError for a word that belongs to no key.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    at = 0
+    while at < len(words):
+        word = words[at]
+        at += 1
+        if not word.startswith("--") or len(word) < 3:
+            raise InputError(f"{word!r} belongs to no key.", hint="Write --KEY VALUE; a list as --train '[new, norms]'.")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if at < len(words) and not words[at].startswith("--"):
+                text, at = words[at], at + 1
+            else:
+                text = "true"
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(
+                f"--{key}: {text!r} cannot be read.", hint="Values are read as YAML; quote what it takes for something else."
+            ) from None
+        found[".".join(part.replace("-", "_") if i == 0 else part for i, part in enumerate(key.split(".")))] = _number(value)
+    return found
+
+
+def _number(value: Any) -> Any:
+    """YAML takes 1e-4 for a word."""
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() else value
+        except ValueError:
+            return value
+    return value
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from hf_grow.training import recipe
+    from hf_grow.training.run import dry_run, train
+
+    path = find_recipe(arguments.recipe)
+    _quiet()
+    read = recipe.load(path, overrides(arguments.overrides))
+    settings = {"output": arguments.output, "resume": arguments.resume, "overwrite": arguments.overwrite}
+    if arguments.dry_run:
+        facts = dry_run(read, notify=render.note, **settings)
+        if arguments.json:
+            print_json(facts)
+        else:
+            _show_plan(facts)
+        return 0
+    first = int(os.environ.get("RANK", "0")) == 0
+    result = train(read, notify=render.note if first else _silent, show=_silent if arguments.json or not first else _line, **settings)
+    if not first:
+        return 0
+    if arguments.json:
+        print_json(result.to_json())
+    else:
+        _show_result(result)
+    return 0
+
+
+def _silent(message: str) -> None:
+    pass
+
+
+def _line(text: str) -> None:
+    render.console.print(text, markup=False)
+
+
+def _quiet() -> None:
+    """transformers' own bars and hints would stand between ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _show_plan(facts: dict[str, Any]) -> None:
+    import yaml
+    from rich.table import Table
+
+    out = render.console
+    out.print(yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True).rstrip(), markup=False)
+    groups = Table(title="parameters", title_justify="left", title_style="bold")
+    for column in ("", "tensors", "parameters"):
+        groups.add_column(column, justify="left" if not column else "right")
+    for kind, tensors, parameters in facts["parameter_groups"]:
+        groups.add_row(kind, str(tensors), short(parameters))
+    out.print(groups)
+    memory = Table(title="memory, all on one device", title_justify="left", title_style="bold")
+    memory.add_column("")
+    memory.add_column("", justify="right")
+    for purpose, nbytes in facts["memory"].items():
+        memory.add_row(f"{purpose} (estimated)" if purpose == "activations" else purpose, render.gigabytes(nbytes))
+    out.print(memory)
+    for text in facts["texts"]:
+        size = "size unknown" if text["tokens"] is None else f"about {short(text['tokens'])} tokens"
+        out.print(f"{text['use']:<12} {text['label']}: {size}", markup=False)
+    if facts["tokens"]:
+        out.print(
+            f"{'training':<12} {facts['steps']:,} steps of {facts['tokens_a_step']:,} tokens: {short(facts['tokens'])} tokens, {facts['flops']:.3g} FLOPs"
+        )
+    out.print(f"{'output':<12} {facts['output']} (nothing written: --dry-run)", markup=False)
+
+
+def _show_result(result: TrainResult) -> None:
+    out = render.console
+    for name, loss in result.end.items():
+        start = result.start.get(name)
+        out.print(f"{name:<12} loss {loss:.4f}" + ("" if start is None else f" ({loss - start:+.4f} since the start)"), markup=False)
+    why = f", ended by {result.stopped}" if result.stopped else ""
+    out.print(
+        f"trained      {result.output}: {result.steps:,} steps, {short(result.tokens)} tokens, {result.flops:.3g} FLOPs, {result.seconds:.0f} s{why}",
+        markup=False,
+    )
+    show_next("inspect", result.output)

@@ -1,0 +1,220 @@
+"""The training recipe: one YAML file with hf-grow's sections and, flat beside them, any argument of transformers' TrainingArguments.
+
+Everything is read strictly, and every mistake is told at once: unknown keys, strings for numbers, files that are not there, a tokenizer that does
+not belong to the model, a Fisher of another model (`check`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from hf_grow.errors import InputError
+from hf_grow.recipe import Options, load_yaml, mistakes
+from hf_grow.training.adapters import LoraOptions
+from hf_grow.training.data.options import DataOptions
+from hf_grow.training.distill import DistillOptions
+from hf_grow.training.monitor import MonitorOptions
+from hf_grow.training.regularizers.options import PenaltyOptions
+from hf_grow.training.warmups import AfterGrowth, Parts, Phase, Positive, Warmup
+
+NumberOfSteps = Annotated[int, Field(ge=0)]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+PartNames = Annotated[Parts, BeforeValidator(_listed)]
+
+
+class MoeOptions(Options):
+    """Mixtures of experts."""
+
+    aux_loss: bool = True
+    """Train with the router's load-balancing loss."""
+    aux_coefficient: Annotated[float, Field(ge=0)] | None = None
+    """Its coefficient. Default: router_aux_loss_coef of the model's config."""
+
+
+class TrainRecipe(Options):
+    """What `hf-grow train` takes, besides TrainingArguments."""
+
+    model: str
+    """Checkpoint folder or Hub id; usually a grown one, whose growth.json says what is new."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub repository."""
+    output: str | None = None
+    """Folder for the trained model, its checkpoints and events.jsonl (also -o). Default: the model's name with -trained, in the current folder."""
+    tokenizer: str | None = None
+    """Checkpoint folder or Hub id of the tokenizer. Default: the model's own."""
+    data: DataOptions
+    """Texts: train, replay, eval, seq_length (docs/data.md)."""
+    train: PartNames = Field(default=["everything"])
+    """Parts that train: everything, or a list of new, old, new_layers, routers, new_experts, old_experts, embeddings, norms, head."""
+    freeze: Annotated[list[str], BeforeValidator(_listed)] = Field(default=[])
+    """Parts that do not, even where `train` says so."""
+    warmup: Warmup = Warmup()
+    """Gentle start of what is new: zero_init, lr, steps, alpha_steps."""
+    phases: list[Phase] = Field(default=[])
+    """First steps in which only some parts train, as [{steps: 100, train: [new]}]: the host stays frozen meanwhile."""
+    after_growth: AfterGrowth = AfterGrowth()
+    """Settling (a lower learning rate, then restored) and consolidation."""
+    regularizer: PenaltyOptions = PenaltyOptions()
+    """What keeps old weights near their place: kind, lambda, fisher, form (docs/regularizers.md)."""
+    distill: DistillOptions | None = None
+    """Teachers: {} takes the source of the growth."""
+    lora: LoraOptions | None = None
+    """Low-rank updates for what is old; {} takes the defaults."""
+    moe: MoeOptions = MoeOptions()
+    """Router loss of mixtures."""
+    monitor: MonitorOptions = MonitorOptions()
+    """Spikes, shocks, regressions, and what happens then."""
+    old_set: str = "old"
+    """The named set of data.eval that forgetting is measured on."""
+    kl_rows: NumberOfSteps = 0
+    """Rows of the old set on which KL(source || model) is taken at every evaluation. Default: 0, none; the source's logits of them stay in memory."""
+    early_stopping_patience: Positive | None = None
+    """Stop when metric_for_best_model has not improved for so many evaluations."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """What counts as an improvement."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype that the weights are trained in. Default: auto, float32 with `bf16` or `fp16` (which compute in 16 bits), else that of the checkpoint."""
+    attn_implementation: str | None = None
+    """sdpa, eager, flash_attention_2: as from_pretrained takes it."""
+
+
+OURS = {"output_dir": "output", "do_train": "", "do_eval": "", "do_predict": "", "local_rank": "", "remove_unused_columns": "", "train_sampling_strategy": "",
+        "label_names": "", "ignore_data_skip": ""}  # fmt: skip
+"""TrainingArguments that hf-grow sets itself, with the key to use instead, if there is one."""
+DEFAULTS: Mapping[str, Any] = {
+    "per_device_train_batch_size": 8, "num_train_epochs": 1.0, "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.05,
+    "weight_decay": 0.1, "adam_beta2": 0.95, "logging_steps": 10, "save_steps": 500, "save_total_limit": 2, "eval_steps": 100,
+    "report_to": "none",
+}  # fmt: skip
+"""Where they are not those of TrainingArguments."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A recipe as far as it could be read."""
+
+    where: str
+    given: Mapping[str, Any]
+    """The data of the file and the command line."""
+    recipe: TrainRecipe | None
+    arguments: Mapping[str, Any]
+    """TrainingArguments that were given."""
+    mistakes: tuple[str, ...]
+
+
+@cache
+def argument_model() -> type[Options]:
+    """TrainingArguments' fields as an options class, for the same strict reading and the same messages."""
+    import dataclasses
+    import enum
+    import typing
+
+    from pydantic import create_model
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainingArguments):
+        kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
+        enums = [k for k in kinds if isinstance(k, type) and issubclass(k, enum.Enum)]
+        if field.name in OURS or any("parallelism_config" in str(k) or "DebugOption" in str(k) for k in kinds):
+            continue
+        # An enum is given by one of its words.
+        kind = Literal[tuple(str(m.value) for m in enums[0])] if enums else hints[field.name]
+        fields[field.name] = (kind, None)
+    model: type[Options] = create_model("Arguments", __base__=Options, **fields)
+    return model
+
+
+def load(path: Path, overrides: Mapping[str, Any]) -> Read:
+    """The recipe of a file, with what the command line sets instead ("data.seq_length": 128). Raises InputError if the file cannot be read."""
+    data = load_yaml(path)
+    for key, value in overrides.items():
+        data = put(data, key.split("."), value, key)
+    return read(data, str(path))
+
+
+def put(data: Any, keys: list[str], value: Any, whole: str) -> dict[str, Any]:
+    """A copy of nested data with one value set. Raises InputError where the way leads through something that holds no keys."""
+    if data is not None and not isinstance(data, dict):
+        raise InputError(f"--{whole}: {keys[0]} cannot be set inside {str(data)[:40]!r}.")
+    inside = dict(data or {})
+    inside[keys[0]] = value if len(keys) == 1 else put(inside.get(keys[0]), keys[1:], value, whole)
+    return inside
+
+
+def read(data: Mapping[str, Any], where: str = "The recipe") -> Read:
+    """Types and keys, nothing else; no file is opened."""
+    own = {k: v for k, v in data.items() if k in TrainRecipe.model_fields}
+    known = argument_model().model_fields
+    theirs = {k: v for k, v in data.items() if k in known}
+    recipe, found = mistakes(TrainRecipe, own)
+    _, more = mistakes(argument_model(), theirs)
+    found += more
+    for key in data.keys() - own.keys() - theirs.keys():
+        instead = OURS.get(key)
+        if instead is not None:
+            found.append(f"{key}: is set by hf-grow{f'; use {instead}' if instead else ''}.")
+        else:
+            close = difflib.get_close_matches(key, [*TrainRecipe.model_fields, *known], 1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            found.append(f"{key}: unknown key.{hint} Known: {', '.join(TrainRecipe.model_fields)}, and TrainingArguments.")
+    bad = {re.split(r"[.:]", line)[0] for line in found}
+    if recipe is None:  # as far as it goes, so that files can be looked at all the same
+        recipe, _ = mistakes(TrainRecipe, {k: v for k, v in own.items() if k not in bad})
+    if recipe is not None:
+        found += _contradictions(recipe, theirs)
+    return Read(where, data, recipe, {k: v for k, v in theirs.items() if k not in bad}, tuple(found))
+
+
+def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[str]:
+    found = []
+    steps = arguments.get("max_steps")
+    if recipe.data.streaming and not (isinstance(steps, int) and steps > 0):
+        found.append("max_steps: is missing; streamed text has no length of its own.")
+    if isinstance(steps, int) and steps > 0 and recipe.warmup.alpha_steps > steps:
+        found.append(
+            f"warmup.alpha_steps: {recipe.warmup.alpha_steps} is more than max_steps {steps}: the saved model would compute what was never trained."
+        )
+    if isinstance(steps, int) and steps > 0 and sum(p.steps for p in recipe.phases) >= steps:
+        found.append(f"phases: take {sum(p.steps for p in recipe.phases)} steps, but max_steps is {steps}: nothing else would ever train.")
+    if recipe.lora and recipe.regularizer.kind != "none":
+        found.append("regularizer: has nothing to do beside `lora`, which leaves old weights where they are.")
+    if recipe.lora and (recipe.train != ["everything"] or recipe.freeze or recipe.phases):
+        found.append("lora: says itself what trains; leave out train, freeze and phases.")
+    if recipe.early_stopping_patience and not recipe.data.eval:
+        found.append("early_stopping_patience: needs a set to measure on (data.eval).")
+    if recipe.kl_rows and recipe.old_set not in recipe.data.eval:
+        found.append(f"kl_rows: data.eval has no set {recipe.old_set!r}.")
+    if "eval_strategy" in arguments and arguments["eval_strategy"] != "no" and not recipe.data.eval:
+        found.append("eval_strategy: there is no set to measure on (data.eval).")
+    return found
+
+
+def complain(where: str, found: list[str] | tuple[str, ...]) -> None:
+    """Raises InputError with all mistakes, one a line, if there are any."""
+    if found:
+        lines = "\n".join(f"  {line}" for line in dict.fromkeys(found))
+        raise InputError(f"{where} has {len(set(found))} mistake{'s' * (len(set(found)) > 1)}:\n{lines}")
+
+
+def collect(found: list[str], key: str, work: Callable[[], Any]) -> Any:
+    """What `work` returns; an InputError of its becomes one of the mistakes, and None."""
+    try:
+        return work()
+    except InputError as error:
+        found.append(f"{key}: {error.message}{f' {error.hint}' if error.hint else ''}")
+        return None

@@ -1,0 +1,364 @@
+"""`hf-grow train`: a recipe carried out from start to end, resumed, or only reckoned (dry run).
+
+The output folder holds checkpoint-N/ (Trainer's, each a plain model), events.jsonl and training.json from the start; the trained model itself
+appears there at the end, so that a folder with config.json is a finished one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_grow.checkpoint.source import companions
+from hf_grow.errors import OutputError
+from hf_grow.execute import versions
+from hf_grow.methods.sizing import measure
+from hf_grow.portable import portable_config
+from hf_grow.training import adapters, estimate
+from hf_grow.training.check import Checked, Notify, check, clear_output, resolve
+from hf_grow.training.data import build, survey
+from hf_grow.training.distill import Teacher
+from hf_grow.training.events import NAME as EVENTS
+from hf_grow.training.events import EventLog
+from hf_grow.training.extras import need
+from hf_grow.training.monitor import Monitor
+from hf_grow.training.prepare import blend_for, distiller, load_model, weights_dtype, who_trains, with_lora, zero_new_blocks
+from hf_grow.training.recipe import Read
+from hf_grow.training.regularizers import make_penalty, penalty_bytes
+from hf_grow.training.skeleton import skeleton
+
+if TYPE_CHECKING:
+    from hf_grow.training.blocks import Blend
+    from hf_grow.training.data import TrainData
+    from hf_grow.training.regularizers import Penalty
+    from hf_grow.training.trainer import Growing, GrowTrainer
+    from hf_grow.training.updates import Updates
+
+RECORD = "training.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    output: Path
+    steps: int
+    tokens: int
+    flops: float
+    seconds: float
+    loss: float
+    """Mean training loss of the steps of this call."""
+    start: Mapping[str, float]
+    """Loss of each named set at the start, nats a token."""
+    end: Mapping[str, float]
+    forgetting: float | None
+    """Rise of the old set's loss; None without such a set."""
+    stopped: str
+    """Why it ended before its last step, or empty."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "output": str(self.output)}
+
+
+def dry_run(
+    read: Read, *, output: str | None = None, resume: bool = False, overwrite: bool = False, notify: Notify = print
+) -> dict[str, Any]:
+    """What a training would do and need, as JSON data. Opens config, headers and the first documents of every text; loads no weights."""
+    need("accelerate", "datasets")
+    checked = check(read, output=output, resume=resume, overwrite=overwrite, notify=notify)
+    recipe, arguments, info = checked.recipe, checked.arguments, checked.checkpoint.info
+    texts = survey(recipe.data, checked.tokenizer, notify=notify, vocab_size=checked.vocabulary)
+    model = skeleton(info.config)
+    who = who_trains(model, checked.plan, recipe)
+    blend_for(model, who, recipe)
+    groups = [list(g) for g in who.updates.describe(model)]
+    trainable = sum(p.numel() for n, p in model.named_parameters() if who.updates.trains[n] is not False)
+    parameters = sum(p.numel() for p in model.parameters())
+    own = {"float32": 4, "bfloat16": 2, "float16": 2}.get(weights_dtype(recipe, arguments)) or max(
+        2, {"F64": 8, "F32": 4}.get(next(iter(info.tensors.values())).dtype, 2)
+    )
+    if recipe.lora is not None:
+        wrapped, updates = with_lora(model, who, recipe)
+        groups = [list(g) for g in updates.describe(wrapped)]
+        trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        parameters = sum(p.numel() for p in wrapped.parameters())
+    teachers, flops = _teachers(checked)
+    copies = (
+        who.updates.copies(model) * own // 4
+        if recipe.lora is None and (recipe.warmup.lr != 1.0 or recipe.warmup.steps or _frozen(who))
+        else 0
+    )
+    memory = estimate.estimate(
+        info.architecture, arguments, parameters=parameters, trainable=trainable, width=own, length=recipe.data.seq_length,
+        penalty=penalty_bytes(recipe.regularizer, skeleton(info.config), checked.plan), rows=copies, teachers=teachers,
+    )  # fmt: skip
+    step = estimate.tokens_a_step(arguments, recipe.data.seq_length, arguments.world_size)
+    known = [t["tokens"] for t in texts if t["use"] == "train"]
+    one_pass = sum(known) if known and all(known) else None
+    tokens = step * arguments.max_steps if arguments.max_steps > 0 else one_pass and round(one_pass * arguments.num_train_epochs)
+    return {
+        "output": str(checked.out),
+        "recipe": resolved(checked),
+        "texts": texts,
+        "parameter_groups": groups,
+        "memory": dict(estimate.as_json(memory)),
+        "tokens_a_step": step,
+        "tokens": tokens,
+        "steps": arguments.max_steps if arguments.max_steps > 0 else tokens and max(1, tokens // step),
+        "flops": tokens and tokens * estimate.flops_per_token(info.architecture, flops),
+    }
+
+
+def _frozen(who: Any) -> bool:
+    return any(not isinstance(m, bool) for m in who.updates.trains.values())
+
+
+def _teachers(checked: Checked) -> tuple[int, int]:
+    """Bytes and forward FLOPs a token of teachers in memory."""
+    from hf_grow.checkpoint.source import open_source
+
+    options = checked.recipe.distill
+    if options is None or options.top_k is not None:
+        return 0, 0
+    held = [open_source(ref, revision=revision, weights=False) for ref, revision in (resolve(t, checked.plan) for t in options.teachers)]
+    return sum(t.info.nbytes for h in held for t in h.tensors.values()), sum(measure(h.info.architecture).flops for h in held)
+
+
+def resolved(checked: Checked) -> dict[str, Any]:
+    """The recipe with every default that differs from transformers' own, as JSON data."""
+    changed = {k: v for k, v in checked.arguments.to_dict().items() if k in checked.read.arguments or k in _SHOWN}
+    return {**checked.recipe.model_dump(mode="json", by_alias=True), **changed}
+
+
+_SHOWN = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+          "adam_beta1", "adam_beta2", "max_steps", "num_train_epochs", "max_grad_norm", "bf16", "seed", "save_steps", "eval_steps")  # fmt: skip
+
+
+def train(
+    read: Read,
+    *,
+    output: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    notify: Notify = lambda message: None,
+    show: Callable[[str], None] = lambda line: None,
+) -> TrainResult:
+    """Carries a recipe out. Raises InputError before anything is written if something is wrong with it.
+
+    ``resume`` goes on from the newest whole checkpoint in the output (from the start where there is none yet). ``notify`` gets what the user
+    should know, ``show`` the progress where there is no terminal.
+    """
+    need("accelerate", "datasets")
+    began = time.perf_counter()
+    checked = check(read, output=output, resume=resume, overwrite=overwrite, notify=notify)
+    from hf_grow.training.trainer import last_checkpoint, write_json
+
+    out, arguments = checked.out, checked.arguments
+    come_from = last_checkpoint(out) if resume else None
+    if resume:
+        _same_run(checked, notify)
+        if come_from is None:
+            notify(f"{out} has no whole checkpoint yet; the training begins anew.")
+    ready = _prepare(checked, notify)
+    with arguments.main_process_first(desc="the output folder"):
+        if arguments.should_save:
+            if overwrite:
+                clear_output(out)
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / RECORD, {"recipe": dict(read.given), "model": checked.checkpoint.ref, "made_by": versions()})
+            (out / EVENTS).touch()
+    trainer = _trainer(checked, ready, notify, show)
+    start_from = str(come_from or arguments.resume_from_checkpoint or "") or None
+    trainer.growing.announce = "start" if come_from is None else "resume"
+    found = trainer.train(resume_from_checkpoint=start_from)
+    return _finish(trainer, checked, found, time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What is loaded before anything is written."""
+
+    model: Any
+    data: TrainData
+    updates: Updates
+    blend: Blend | None
+    penalty: Penalty | None
+
+
+def _prepare(checked: Checked, notify: Notify) -> _Ready:
+    """Also where a run is resumed, the model comes with the weights that it started from: the penalty holds it near those."""
+    recipe, arguments = checked.recipe, checked.arguments
+    model = load_model(recipe.model, recipe.revision, weights_dtype(recipe, arguments), recipe.attn_implementation, notify)
+    who = who_trains(model, checked.plan, recipe)
+    blend = blend_for(model, who, recipe)
+    if recipe.warmup.zero_init and checked.plan is not None:
+        zero_new_blocks(model, checked.plan)
+    penalty = make_penalty(recipe.regularizer, model, checked.plan)
+    rows = None
+    if arguments.max_steps > 0:
+        rows = arguments.max_steps * estimate.tokens_a_step(arguments, 1, arguments.world_size)
+    with arguments.main_process_first(desc="the texts"):
+        data = build(
+            recipe.data,
+            checked.tokenizer,
+            notify=notify,
+            vocab_size=checked.vocabulary,
+            sequences=rows,
+            model=str(checked.checkpoint.folder or recipe.model),
+        )
+    if rows is None and data.sequences is not None and data.sequences < arguments.per_device_train_batch_size:
+        notify(f"There are only {data.sequences} training sequences; one batch has {arguments.per_device_train_batch_size}.")
+    updates = who.updates
+    trained: Any = model
+    if recipe.lora is not None:
+        trained, updates = with_lora(model, who, recipe)
+    return _Ready(trained, data, updates, blend, penalty)
+
+
+def _trainer(checked: Checked, ready: _Ready, notify: Notify, show: Callable[[str], None]) -> GrowTrainer:
+    from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+
+    from hf_grow.training.progress import Progress
+    from hf_grow.training.trainer import Growing, GrowTrainer
+
+    recipe, arguments, data = checked.recipe, checked.arguments, ready.data
+    arch = checked.checkpoint.info.architecture
+    events = EventLog(checked.out / EVENTS if arguments.should_save else None)
+    with arguments.main_process_first(desc="the teachers"):
+        teach, flops, told = distiller(checked, data, notify)
+    for facts in told:
+        events.write("teacher", 0, **facts)
+    growing = Growing(
+        updates=ready.updates, blend=ready.blend, warmup=recipe.warmup, phases=recipe.phases, after=recipe.after_growth, penalty=ready.penalty,
+        distiller=teach, monitor=Monitor(recipe.monitor), events=events, old_set=recipe.old_set if recipe.old_set in data.evals else None,
+        flops_per_token=estimate.flops_per_token(arch, flops), save_extra=lambda folder: _companions(checked, folder),
+        start_facts={"model": checked.checkpoint.ref},
+    )  # fmt: skip
+    if arch.is_moe and recipe.moe.aux_loss:
+        given = recipe.moe.aux_coefficient
+        growing.aux_loss = float(ready.model.config.router_aux_loss_coef if given is None else given)
+        base = ready.model.get_base_model() if recipe.lora is not None else ready.model
+        base.router_aux_loss_coef = growing.aux_loss
+    if recipe.lora is not None:
+        growing.save_extra = lambda folder: adapters.save_in_full(ready.model, folder)
+        growing.load_extra = lambda folder: adapters.load_in_full(ready.model, folder)
+    _beside_the_source(checked, ready, growing, notify)
+    progress = Progress(estimate.tokens_a_step(arguments, data.seq_length, arguments.world_size), show)
+    growing.told = progress.evaluated
+    trainer = GrowTrainer(
+        model=ready.model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.evals or None,
+        data_collator=data.collator,
+        growing=growing,
+    )
+    growing.record = lambda step: record_of(checked, {"steps": step, **_losses(growing)})
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    trainer.add_callback(progress)
+    if recipe.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience, recipe.early_stopping_threshold))
+    return trainer
+
+
+def _beside_the_source(checked: Checked, ready: _Ready, growing: Growing, notify: Notify) -> None:
+    """Loads the source of the growth for a moment, where its losses or its distribution are asked for."""
+    recipe, data = checked.recipe, ready.data
+    if not (recipe.kl_rows or recipe.monitor.baseline == "source"):
+        return
+    from hf_grow.training.baseline import SourceKL, losses
+
+    ref, revision = resolve(Teacher(), checked.plan)
+    source = load_model(ref, revision, "auto", recipe.attn_implementation, notify).to(checked.arguments.device)
+    if recipe.monitor.baseline == "source":
+        found = losses(source, data.evals, data.collator, checked.arguments.per_device_eval_batch_size)
+        growing.start_losses |= found
+        growing.events.write("baseline", 0, losses=found, of=ref)
+    if recipe.kl_rows:
+        old = data.evals[recipe.old_set]
+        growing.kl = SourceKL(source, [old[i] for i in range(min(recipe.kl_rows, len(old)))], data.collator)
+
+
+def _same_run(checked: Checked, notify: Notify) -> None:
+    """Tells what a resumed run does otherwise than it began. Raises OutputError if it is of another model."""
+    try:
+        before = json.loads((checked.out / RECORD).read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    changed = sorted(k for k in before.keys() | checked.read.given.keys() if before.get(k) != checked.read.given.get(k))
+    if "model" in changed:
+        raise OutputError(
+            f"{checked.out} is the training of {before.get('model')}, not of {checked.recipe.model}.", hint="Choose another -o."
+        )
+    if changed:
+        notify(f"Other than when this training began: {', '.join(changed)}.")
+
+
+def _companions(checked: Checked, folder: Path) -> None:
+    """Tokenizer, generation config and licence, byte for byte as they are; only another tokenizer than the model's own is written anew."""
+    source = checked.checkpoint.folder
+    if source is not None:
+        for relative in companions(source):
+            (folder / relative).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / relative, folder / relative)
+    if source is None or checked.recipe.tokenizer is not None:
+        checked.tokenizer.save_pretrained(folder)
+
+
+def record_of(checked: Checked, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """growth.json of the trained model: the growth's, with a `training` section. What speaks of the weights as they were grown goes in there."""
+    grown = checked.checkpoint.growth
+    if grown is None:
+        return None
+    record = {k: v for k, v in grown.items() if k not in ("verification", "training")}
+    record["target"] = {k: v for k, v in grown["target"].items() if k != "files"}
+    section: dict[str, Any] = {"recipe": dict(checked.read.given), "model": checked.checkpoint.ref, **facts, "made_by": versions()}
+    if "verification" in grown:
+        section["verification_before"] = grown["verification"]
+    if "training" in grown:
+        section["earlier"] = grown["training"]
+    return {**record, "training": section}
+
+
+def _losses(growing: Growing) -> dict[str, Any]:
+    return {"losses": {"start": dict(growing.start_losses), "end": dict(growing.last_losses)}}
+
+
+def _finish(trainer: GrowTrainer, checked: Checked, found: Any, seconds: float) -> TrainResult:
+    """The last evaluation, and the model in the output folder."""
+    from hf_grow.training.trainer import write_json
+
+    g, out, step = trainer.growing, checked.out, int(trainer.state.global_step)
+    if checked.recipe.data.eval and (g.evaluated_at != step or checked.arguments.load_best_model_at_end):
+        trainer.evaluate()
+    if checked.recipe.monitor.contribution_steps and checked.recipe.data.eval:
+        trainer.contributions()
+    tokens = step * estimate.tokens_a_step(checked.arguments, checked.recipe.data.seq_length, checked.arguments.world_size)
+    stopped = "" if step >= trainer.state.max_steps else "early stopping"
+    if stopped:
+        g.events.write("stop", step, reason=stopped)
+    g.record = lambda step: record_of(
+        checked, {"steps": step, "tokens": tokens, "flops": trainer.state.total_flos, "train_loss": found.training_loss, **_losses(g)}
+    )
+    if checked.recipe.lora is not None:
+        g.save_extra = lambda folder: _companions(checked, folder)
+        trainer.model = trainer.model.merge_and_unload()
+    trainer.save_model(str(out))
+    if checked.arguments.should_save:
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        write_json(out / "config.json", portable_config(config))
+    old = checked.recipe.old_set
+    forgetting = g.last_losses[old] - g.start_losses[old] if old in g.last_losses and old in g.start_losses else None
+    result = TrainResult(
+        out, step, tokens, float(trainer.state.total_flos), seconds, float(found.training_loss), dict(g.start_losses), dict(g.last_losses),
+        forgetting, stopped,
+    )  # fmt: skip
+    g.events.write("end", step, output=str(out), loss=float(found.training_loss))
+    if checked.arguments.should_save:
+        kept = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        write_json(out / RECORD, {**kept, "result": result.to_json()})
+    return result

@@ -1,0 +1,443 @@
+"""GrowTrainer: Trainer that knows what is new in a grown model, and keeps what is old.
+
+Where things happen in one optimizer step, and why there:
+
+    on_step_begin        alpha of new blocks and the phase are set: one value for all micro-batches
+    compute_loss         distillation, and the router loss: Trainer sums micro-batches, so that one would count once for each
+    training_step        after the last backward: + d(penalty)/dp (no second pass through a graph), frozen gradients go
+    clipping             by Trainer, with the penalty in the norm
+    on_pre_optimizer_step, on_optimizer_step    rates of new parts, frozen rows, whatever the penalty does around a step
+    on_step_end          the monitor looks at loss and gradient norm
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer, TrainerCallback
+
+from hf_grow.checkpoint.reader import GROWTH
+from hf_grow.training.blocks import Blend
+from hf_grow.training.distill import Distiller
+from hf_grow.training.events import EventLog, plain
+from hf_grow.training.monitor import Monitor, MonitorOptions
+from hf_grow.training.updates import Rates, Updates
+from hf_grow.training.warmups import AfterGrowth, Phase, Warmup, phase_at
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+    from hf_grow.training.regularizers import Penalty
+
+STATE = "growth_state.json"
+"""In every checkpoint: where the run stands since the growth, and what the monitor knows."""
+PENALTY = "penalty.pt"
+
+
+@dataclass
+class Growing:
+    """What GrowTrainer does besides training; every part may be left out."""
+
+    updates: Updates | None = None
+    blend: Blend | None = None
+    warmup: Warmup = field(default_factory=Warmup)
+    phases: list[Phase] = field(default_factory=list)
+    after: AfterGrowth = field(default_factory=AfterGrowth)
+    penalty: Penalty | None = None
+    distiller: Distiller | None = None
+    aux_loss: float | None = None
+    """Coefficient of the router loss of a mixture; None for a dense model."""
+    monitor: Monitor = field(default_factory=lambda: Monitor(MonitorOptions()))
+    events: EventLog = field(default_factory=lambda: EventLog(None))
+    old_set: str | None = None
+    """The named set that forgetting is measured on."""
+    flops_per_token: float | None = None
+    """Forward and backward; None leaves it to Trainer, which counts every expert."""
+    record: Callable[[int], Mapping[str, Any] | None] = lambda step: None
+    """growth.json of a model saved after so many steps, or None where there is none."""
+    kl: Callable[[Any], float] | None = None
+    """KL(source || model), nats a token, taken at evaluations."""
+    start_losses: dict[str, float] = field(default_factory=dict)
+    """Losses of the named sets at their first evaluation."""
+    grown_at: int = 0
+    """Global step of the last growth."""
+    last_losses: dict[str, float] = field(default_factory=dict)
+    evaluated_at: int = -1
+    told: Callable[[Any, dict[str, float]], None] = lambda state, metrics: None
+    """Hears of every evaluation of all sets."""
+    announce: str = ""
+    """The event that opens the log, start or resume; written once the first step is known."""
+    start_facts: Mapping[str, Any] = field(default_factory=dict)
+    save_extra: Callable[[Path], None] = lambda folder: None
+    """Writes what `save_pretrained` leaves out (see adapters)."""
+    load_extra: Callable[[Path], None] = lambda folder: None
+
+
+class Rollback(Exception):
+    """Training goes back to a checkpoint; raised in the middle of a step's end, caught by `GrowTrainer.train`."""
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(checkpoint)
+        self.checkpoint = checkpoint
+
+
+class GrowTrainer(Trainer):  # type: ignore[misc]
+    """Trainer with a `Growing`. Everything else, arguments and checkpoints included, is Trainer's."""
+
+    def __init__(self, *args: Any, growing: Growing | None = None, **options: Any) -> None:
+        self.growing = growing or Growing()
+        super().__init__(*args, **options)
+        if self.growing.updates:
+            self.growing.updates.settle(self.model)
+        self._step_loss: Tensor | None = None
+        self._norm: float | None = None
+        self._routing: dict[str, Tensor] = {}
+        self._resumed_from: Any = None
+        self.used = Rates()
+        """What learning rates were multiplied by in the last step."""
+        self.add_callback(_Hooks(self))
+
+    # ---- one step ---------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def since(self) -> int:
+        """Optimizer steps done since the growth."""
+        return int(self.state.global_step) - self.growing.grown_at
+
+    def training_step(self, model: Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        if self.accelerator.sync_gradients:
+            g = self.growing
+            scaler = self.accelerator.scaler
+            if g.penalty is not None:
+                g.penalty.add_gradient(scaler.get_scale() if scaler is not None else 1.0)
+            if g.updates is not None:
+                g.updates.gradients(self.model, phase_at(g.phases, self.since))
+        return loss
+
+    def compute_loss(
+        self, model: Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor | tuple[Tensor, Any]:
+        g = self.growing
+        if g.aux_loss is not None:
+            # Only in training: an evaluation loss with the router loss in it would be no cross-entropy.
+            inputs = {**inputs, "output_router_logits": bool(model.training)}
+        if not model.training or (g.aux_loss is None and g.distiller is None):
+            found: Tensor | tuple[Tensor, Any] = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return found
+        labels: Any = inputs.get("labels")
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # With a token count the micro-batches are summed and (across processes) their mean is taken of losses scaled by the process count.
+        summed = num_items_in_batch is not None and self.model_accepts_loss_kwargs
+        processes = self.accelerator.num_processes if summed and self.args.average_tokens_across_devices else 1
+        steps = self.current_gradient_accumulation_steps if summed else 1
+        if g.aux_loss is not None:
+            aux = g.aux_loss * outputs.aux_loss.to(loss.device)
+            loss = loss - processes * aux
+            self._note_routing(outputs)
+        if g.distiller is not None:
+            taught = g.distiller.loss(outputs.logits, inputs["input_ids"], labels, num_items_in_batch)
+            loss = (1 - g.distiller.alpha) * loss + g.distiller.alpha * processes * taught
+        if g.aux_loss is not None:
+            loss = loss + aux / steps
+        return (loss, outputs) if return_outputs else loss
+
+    def _note_routing(self, outputs: Any) -> None:
+        """How evenly the last micro-batch was spread: router loss (top_k when even), busiest expert (1 when even), idle experts."""
+        import torch
+
+        if not self.accelerator.sync_gradients:
+            return
+        with torch.no_grad():
+            config = self.model.config
+            loads = []
+            for logits in outputs.router_logits:
+                chosen = logits.float().topk(config.num_experts_per_tok, dim=-1).indices
+                loads.append(torch.bincount(chosen.flatten(), minlength=logits.shape[-1]).float() / chosen.numel() * logits.shape[-1])
+            load = torch.stack(loads)
+            self._routing = {"aux_loss": outputs.aux_loss.detach(), "expert_load_max": load.max(), "experts_idle": (load == 0).sum()}
+
+    def _get_grad_norm(self, model: Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._norm = float(norm)
+        return norm
+
+    def rates(self) -> Rates:
+        g, m = self.growing, self.growing.monitor
+        own = self.since - m.warmup_from if m.extra_warmup else self.since
+        return Rates(g.after.factor(self.since) * m.lr_factor, g.warmup.lr_factor(own, m.extra_warmup))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        if self.growing.flops_per_token is None:
+            return int(super().floating_point_ops(inputs))
+        return int(self.growing.flops_per_token * inputs["input_ids"].numel())
+
+    # ---- logs and evaluations -----------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        g = self.growing
+        if "loss" in logs:
+            rates = self.used
+            if g.penalty is not None:
+                logs["penalty"] = float(g.penalty.value())
+            if rates.every != 1.0:
+                logs["lr_factor"] = rates.every
+            if rates.new != 1.0:
+                logs["lr_factor_new"] = rates.new
+            if g.blend is not None and g.blend.alpha != 1.0:
+                logs["alpha"] = g.blend.alpha
+            logs |= {name: float(value) for name, value in self._routing.items()}
+        super().log(logs, start_time)
+        if "loss" in logs:
+            g.events.write("log", self.state.global_step, **logs, flops=self.state.total_flos)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is None and metric_key_prefix == "eval":
+            self._evaluated(metrics)
+        return metrics
+
+    def _evaluated(self, metrics: dict[str, float]) -> None:
+        g, step = self.growing, self.state.global_step
+        losses = losses_of(metrics)
+        for name, loss in losses.items():
+            g.start_losses.setdefault(name, loss)
+        g.last_losses, g.evaluated_at = dict(losses), int(step)
+        facts: dict[str, Any] = {"losses": losses}
+        if g.old_set in losses:
+            facts["forgetting"] = metrics["eval_forgetting"] = losses[g.old_set] - g.start_losses[g.old_set]
+        if g.kl is not None:
+            facts["kl"] = metrics["eval_kl"] = g.kl(self.model)
+        g.events.write("evaluation", step, **facts)
+        g.told(self.state, metrics)
+        for name, loss in losses.items():
+            if loss > g.start_losses[name] + g.monitor.options.regression:
+                g.events.write("regression", step, set=name, loss=loss, baseline=g.start_losses[name])
+        every = g.monitor.options.contribution_steps
+        if every and g.blend is not None and step and self.since % every < max(1, round(self.args.eval_steps or 1)):
+            self.contributions(losses)
+
+    def contributions(self, losses: Mapping[str, float] | None = None) -> dict[str, dict[int, float]]:
+        """For each named set (its first rows), the loss without each new block minus the loss with all of them."""
+        g = self.growing
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        out: dict[str, dict[int, float]] = {}
+        if g.blend is None:
+            return out
+        for name, rows in sets.items():
+            few = rows.select(range(min(len(rows), g.monitor.options.rows))) if hasattr(rows, "select") else rows
+            whole = self._loss_on(few)
+            out[name] = {}
+            for block in g.blend.layers:
+                with g.blend.without(block):
+                    out[name][block] = self._loss_on(few) - whole
+            g.events.write("contribution", self.state.global_step, set=name, loss=whole, blocks=out[name])
+        return out
+
+    def _loss_on(self, rows: Any) -> float:
+        """Mean loss, without telling callbacks or logs of an evaluation."""
+        found = self.evaluation_loop(self.get_eval_dataloader(rows), "", prediction_loss_only=True, metric_key_prefix="part")
+        return float(found.metrics["part_loss"])
+
+    # ---- saving, resuming, going back -----------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
+        record = self.growing.record(int(self.state.global_step))
+        if record is not None:
+            write_json(folder / GROWTH, record)
+        self.growing.save_extra(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Before trainer_state.json, which Trainer writes last: a checkpoint that has it is whole.
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.growing.penalty is not None:
+            self._save_penalty(Path(output_dir))
+        if self.args.should_save:
+            write_json(Path(output_dir) / STATE, self.growth_state())
+
+    def _save_penalty(self, folder: Path) -> None:
+        import torch
+
+        assert self.growing.penalty is not None
+        state = self.growing.penalty.state_dict()  # on every process: sharded state is gathered
+        if self.args.should_save:
+            torch.save(state, folder / PENALTY)
+
+    def growth_state(self) -> dict[str, Any]:
+        g = self.growing
+        left = max(0, g.after.consolidate_steps - self.since)
+        return {"grown_at": g.grown_at, "consolidate_until": g.grown_at + g.after.consolidate_steps, "consolidation_left": left,
+                "start_losses": g.start_losses, "monitor": g.monitor.state()}  # fmt: skip
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.growing.load_extra(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / STATE
+        if path.is_file():
+            state = json.loads(path.read_text(encoding="utf-8"))
+            self.growing.grown_at, self.growing.start_losses = state["grown_at"], state["start_losses"]
+            self.growing.monitor.load(state["monitor"])
+        else:  # a checkpoint that was grown, or of a plain Trainer: the growth is now, and its loss was
+            self.growing.grown_at = int(self.state.global_step)
+            earlier = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+            self.growing.monitor.before = earlier[-1] if earlier else None
+
+    def load_penalty(self, checkpoint: Path) -> None:
+        import torch
+
+        if self.growing.penalty is not None and (checkpoint / PENALTY).is_file():
+            self.growing.penalty.load_state_dict(torch.load(checkpoint / PENALTY, map_location="cpu", weights_only=True))
+
+    def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
+        while True:
+            try:
+                self._resumed_from = resume_from_checkpoint or None
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+            except Rollback as back:
+                resume_from_checkpoint = back.checkpoint
+                self._step_loss = None
+
+    def watch(self) -> None:
+        """The monitor's look at the step that was just done, and its reaction."""
+        import torch
+
+        g, step = self.growing, self.state.global_step
+        assert self._step_loss is not None
+        mean = self._step_loss
+        if self.accelerator.num_processes > 1:  # every process must come to the same decision
+            mean = self.accelerator.gather(mean.reshape(1)).mean()
+        loss, self._step_loss = float(torch.as_tensor(mean)), None
+        for finding in g.monitor.step(self.since - 1, loss, self._norm):
+            g.events.write(finding.event, step, **finding.facts)
+            if finding.event == "instability":
+                self._react()
+
+    def _react(self) -> None:
+        g, step = self.growing, self.state.global_step
+        last = last_checkpoint(Path(self.args.output_dir))
+        reaction = g.monitor.react(self.since - 1, None if last is None else str(last))
+        g.events.write(reaction.event, step, **reaction.facts)
+        if reaction.facts["action"] == "rollback" and last is not None:
+            if self.args.should_save:  # a run that is resumed from there must know of the reaction too
+                path = last / STATE
+                state = json.loads(path.read_text(encoding="utf-8"))
+                state["monitor"] |= g.monitor.reacted()
+                write_json(path, state)
+            self.accelerator.wait_for_everyone()
+            raise Rollback(str(last))
+
+
+class _Hooks(TrainerCallback):  # type: ignore[misc]
+    """Trainer's moments, handed to the trainer itself."""
+
+    def __init__(self, trainer: GrowTrainer) -> None:
+        self.trainer = trainer
+        self.told: set[str] = set()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        t = self.trainer
+        if t.growing.blend is not None:
+            t.growing.blend.set(t.growing.warmup.alpha(t.since))
+        if t.growing.penalty is not None:
+            t.growing.penalty.attach(t.model)
+            if t._resumed_from:
+                t.load_penalty(Path(t._resumed_from))
+        g = t.growing
+        if g.announce == "start":
+            g.events.write("start", state.global_step, steps=state.max_steps, grown_at=g.grown_at, **g.start_facts)
+        elif g.announce == "resume":
+            g.events.write("resume", state.global_step, steps=state.max_steps, grown_at=g.grown_at, checkpoint=str(t._resumed_from))
+        g.announce = ""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        t, g = self.trainer, self.trainer.growing
+        if g.blend is not None:
+            g.blend.set(g.warmup.alpha(t.since))
+        self._tell(t)
+
+    def _tell(self, t: GrowTrainer) -> None:
+        """Events of a schedule, at the step where they begin."""
+        g, since, step = t.growing, t.since, t.state.global_step
+        starts, at = {}, 0
+        for phase in g.phases:
+            starts[at] = phase.train
+            at += phase.steps
+        if since in starts:
+            g.events.write("phase", step, train=starts[since])
+        elif g.phases and since == at:
+            g.events.write("phase", step, train=["as `train` says"])
+        if g.after.settle_steps and since == g.after.settle_steps + g.after.restore_steps:
+            g.events.write("settled", step, lr_factor=t.rates().every)
+        if g.warmup.alpha_steps and since == g.warmup.alpha_steps:
+            g.events.write("blended", step, alpha=1.0)
+        if g.after.consolidate_steps and since == g.after.consolidate_steps:
+            g.events.write("consolidated", step, steps=since)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        t, g = self.trainer, self.trainer.growing
+        if g.penalty is not None:
+            g.penalty.before_step()
+        if g.updates is not None:
+            t.used = t.rates()
+            g.updates.before(t.model, inner(t.optimizer), phase_at(g.phases, t.since), t.used)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        t, g = self.trainer, self.trainer.growing
+        if g.penalty is not None:  # before frozen rows are put back: a proximal step would move them
+            g.penalty.after_step(g.updates.used if g.updates is not None else t._get_learning_rate())
+        if g.updates is not None:
+            g.updates.after(inner(t.optimizer))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.watch()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.growing.events.write("checkpoint", state.global_step, folder=f"checkpoint-{state.global_step}")
+
+
+def inner(optimizer: Any) -> Any:
+    """The optimizer that accelerate wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def losses_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """{'eval_old_loss': 3.5} -> {'old': 3.5}; a single set is called eval."""
+    found = {k.removeprefix("eval_").removesuffix("_loss"): v for k, v in metrics.items() if k.startswith("eval_") and k.endswith("_loss")}
+    return {("eval" if k == "loss" else k): v for k, v in found.items()} if "eval_loss" not in metrics else {"eval": metrics["eval_loss"]}
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole: Trainer writes trainer_state.json last, and one cut off by kill -9 has none, or half of one."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]) if p.name.rpartition("-")[2].isdigit() else -1)
+    for path in reversed(found):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(state, dict) and (path / STATE).is_file():
+            return path
+    return None
+
+
+def write_json(path: Path, data: Any) -> None:
+    """In one step, so that no reader ever sees half of it."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(json.dumps(plain(data), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
