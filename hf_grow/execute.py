@@ -14,8 +14,9 @@ import os
 import platform
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,11 +27,12 @@ import xxhash
 
 from hf_grow._version import __version__
 from hf_grow.checkpoint.reader import GROWTH, INDEX, Checkpoint
+from hf_grow.checkpoint.sink import Sink, local_bytes
 from hf_grow.checkpoint.source import companions
 from hf_grow.checkpoint.transfer import FiniteCheck, copy_range, digest, write_all
 from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, PartialFolder, Progress, Shard, Slot, check_room, index_of, layout
 from hf_grow.errors import ExecutionError, GrowError, SourceError
-from hf_grow.planning import GrowthPlan
+from hf_grow.planning import GrowthPlan, training_lists
 from hf_grow.tensormap import Fill
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class _Job:
     memory_budget: int
     allow_nonfinite: bool
     copies: Mapping[str, str]
+    sink: Sink
     halt: threading.Event = field(default_factory=threading.Event)
     digests: dict[str, str] = field(default_factory=dict)
     """Source tensor -> digest of its bytes, taken once."""
@@ -94,8 +97,10 @@ def execute(
     allow_nonfinite: bool = False,
     progress: Progress = lambda nbytes: None,
     also: Callable[[Path], set[str]] = lambda folder: set(),
+    sink: Sink | None = None,
 ) -> Result:
     """Writes the plan's target to the folder `out`. ``also`` may write further files into it before it gets its name; it returns their names.
+    ``sink`` may take shards away as they are finished.
 
     Raises OutputError before a byte is written if `out` exists or the disk has no room; SourceError if a weight is not finite (unless
     `allow_nonfinite`); ExecutionError if writing fails. After an error or an interruption `out`.partial can be gone on with by `resume`.
@@ -104,16 +109,17 @@ def execute(
     shards = layout(plan.targets, max_shard_size)
     total = sum(s.size for s in shards)
     PartialFolder.check(out, resume=resume, overwrite=overwrite)
-    key = hashlib.sha256(f"{plan.fingerprint}\n{__version__}\n{[s.file for s in shards]}".encode()).hexdigest()
+    key = hashlib.sha256(f"{plan.fingerprint}\n{__version__}\n{[(s.file, s.size) for s in shards]}".encode()).hexdigest()
+    sink = sink or Sink()
     if not resume:
-        check_room(out, total)
+        check_room(out, local_bytes(shards, sink.window))
     with PartialFolder(out, key, resume=resume, overwrite=overwrite) as folder, _explained(folder):
-        job = _Job(plan, checkpoint, folder, progress, memory_budget, allow_nonfinite, copies=plan.copies())
+        job = _Job(plan, checkpoint, folder, progress, memory_budget, allow_nonfinite, plan.copies(), sink)
         hashes = _write_shards(job, shards, workers or min(4, os.cpu_count() or 1))
         _check_unchanged(checkpoint)
         files = _write_rest(job, shards, hashes)
         files |= also(folder.path)
-        folder.finish(files)
+        sink.finish(folder, files)
         return Result(out, hashes, total, time.perf_counter() - began, len(folder.done))
 
 
@@ -134,30 +140,46 @@ def _write_shards(job: _Job, shards: list[Shard], workers: int) -> dict[str, str
 
     Writers take tensor after tensor in the order of the files; one checker a shard follows them, and one syncer starts the disk meanwhile.
     """
+    hashes = dict(job.sink.gone(job.folder))
     for shard in shards:
-        with _target(job, shard) as target:
-            os.ftruncate(target, shard.size)
-            write_all(target, shard.header, 0)
+        if shard.file in hashes:
+            job.progress(sum(s.stop - s.start for s in shard.slots))
+    todo = [shard for shard in shards if shard.file not in hashes]
+    window = len(todo) if job.sink.window is None else job.sink.window
     with ThreadPoolExecutor(workers, "write") as writers, ThreadPoolExecutor(2 * workers, "check") as checkers:
         futures: list[Future[Any]] = []
-        hashes: dict[str, Future[str]] = {}
+        begun: deque[tuple[Shard, Future[Any], Future[Any]]] = deque()  # with its check and its sync
+
+        def deliver() -> None:
+            shard, *finished = begun.popleft()
+            wait(finished, return_when=FIRST_EXCEPTION)
+            for future in futures:  # a failure anywhere stops all
+                if future.done():
+                    future.result()
+            hashes[shard.file] = finished[0].result()
+            job.sink.take(job.folder, shard, hashes[shard.file])
+
         try:
-            for shard in shards:
+            for shard in todo:
+                if len(begun) == window:
+                    deliver()
+                with _target(job, shard) as target:
+                    os.ftruncate(target, shard.size)
+                    write_all(target, shard.header, 0)
                 written = [writers.submit(_write_tensor, job, shard, slot) for slot in shard.slots]
-                futures += written
-                hashes[shard.file] = checkers.submit(_check_shard, job, shard, written)
-                futures += [hashes[shard.file], checkers.submit(_sync_shard, job, shard, written)]
-            wait(futures, return_when=FIRST_EXCEPTION)
+                begun.append((shard, checkers.submit(_check_shard, job, shard, written), checkers.submit(_sync_shard, job, shard, written)))
+                futures += [*written, *begun[-1][1:]]
+            if job.sink.window is None:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            while begun:
+                deliver()
         finally:
             # Reached by KeyboardInterrupt too: `with` then waits for threads that stop at their next piece.
             if not all(f.done() and f.exception() is None for f in futures):
                 job.halt.set()
                 for f in futures:
                     f.cancel()
-    errors = [e for f in futures if not f.cancelled() and (e := f.exception()) is not None]
-    for error in sorted(errors, key=lambda e: isinstance(e, _Halted | CancelledError)):
-        raise error
-    return {file: future.result() for file, future in hashes.items()}
+    return hashes
 
 
 @contextmanager
@@ -273,6 +295,7 @@ def _write_rest(job: _Job, shards: list[Shard], hashes: Mapping[str, str]) -> se
         files.add(INDEX)
     record = job.plan.to_json()
     record["target"]["files"] = {s.file: {"size": s.size, "sha256": hashes[s.file]} for s in shards}
+    record["growth"]["training"] = training_lists(job.plan)
     record["made_by"] = versions()  # and no time: the same plan gives the same bytes
     folder.write_json(GROWTH, record)
     return files

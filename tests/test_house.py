@@ -24,7 +24,7 @@ FLOORS = [
      "methods.more_experts", "methods.experts", "methods.hybrid",
      "methods", "methods.pipeline"],
     ["planning"],
-    ["checkpoint.reader", "checkpoint.names", "checkpoint.hub", "checkpoint.source", "checkpoint.several", "checkpoint.transfer", "checkpoint.writer", "checkpoint"],
+    ["checkpoint.reader", "checkpoint.names", "checkpoint.hub", "checkpoint.source", "checkpoint.several", "checkpoint.transfer", "checkpoint.writer", "checkpoint.sink", "checkpoint"],
     ["evaluate", "layerwise", "prompted", "in_memory", "execute"],
     ["verification", "publish", "training"],
     ["api", "demo", "cli", "__main__", ""],

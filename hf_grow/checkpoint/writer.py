@@ -114,6 +114,10 @@ class PartialFolder:
         self.overwrite = overwrite
         self.done: dict[str, str] = {}
         """Tensors written by an earlier, interrupted run -> digest of their bytes."""
+        self.sent: dict[str, tuple[int, str]] = {}
+        """Shards that an earlier run sent away -> size and SHA-256."""
+        self.committed: dict[str, Any] = {}
+        """What an earlier run noted of the commit that published them."""
         self._journal_lock = threading.Lock()
         self.check(final, resume=resume, overwrite=overwrite)
         try:
@@ -173,12 +177,21 @@ class PartialFolder:
             )
         if lines[-1]:
             self._journal.write(b"\n")  # end the torn line, so that the next entry stands alone
-        self.done = {e["tensor"]: e["digest"] for e in entries[1:] if isinstance(e, dict) and "tensor" in e}
+        notes = [e for e in entries[1:] if isinstance(e, dict)]
+        self.done = {e["tensor"]: e["digest"] for e in notes if "tensor" in e}
+        self.sent = {e["sent"]: (e["size"], e["sha256"]) for e in notes if "sent" in e}
+        self.committed = next((e["committed"] for e in notes if "committed" in e), {})
 
     def note(self, tensor: str, digest: str) -> None:
         self._append({"tensor": tensor, "digest": digest})
 
-    def _append(self, entry: dict[str, str]) -> None:
+    def note_sent(self, shard: Shard, sha256: str) -> None:
+        self._append({"sent": shard.file, "size": shard.size, "sha256": sha256})
+
+    def note_committed(self, facts: dict[str, Any]) -> None:
+        self._append({"committed": facts})
+
+    def _append(self, entry: dict[str, Any]) -> None:
         with self._journal_lock:
             self._journal.write(json.dumps(entry).encode() + b"\n")
             self._journal.flush()
@@ -211,6 +224,10 @@ class PartialFolder:
         _sync_folder(self.final.parent)
         if aside is not None:
             shutil.rmtree(aside)
+
+    def discard(self) -> None:
+        """Everything is elsewhere: nothing stays here."""
+        shutil.rmtree(self.path)
 
     def __enter__(self) -> PartialFolder:
         return self

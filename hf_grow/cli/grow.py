@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_grow.api import find_method, measured, open_sources, plan_for
+from hf_grow.checkpoint.sink import local_bytes
 from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, PartialFolder, check_room, layout
 from hf_grow.cli import flags, render
 from hf_grow.cli.allocator import keep_freed_memory
@@ -20,7 +21,10 @@ from hf_grow.methods import METHODS
 from hf_grow.methods.hybrid import HybridOptions, candidates
 from hf_grow.methods.sizing import short
 from hf_grow.planning import GrowthPlan
-from hf_grow.publish.push import Destination, check_destination, prepare
+from hf_grow.publish.cargo import path_shown, title_of
+from hf_grow.publish.push import Destination, Pushed, check_destination, prepare
+from hf_grow.publish.stream import SHARD_SIZE as STREAM_SHARD_SIZE
+from hf_grow.publish.stream import StreamSink
 from hf_grow.recipe import Bytes, Options, load_yaml, parse
 from hf_grow.training.carry import check_trainer_checkpoint, grow_checkpoint_state
 
@@ -38,8 +42,8 @@ class OutputOptions(PublishOptions):
 
     output: str | None = None
     """Folder to write (also -o). Default: the source's name with method and size, in the current folder."""
-    max_shard_size: Bytes = DEFAULT_SHARD_SIZE
-    """Largest weight file, such as 5GB. Default: 50GB, as transformers."""
+    max_shard_size: Bytes | None = None
+    """Largest weight file, such as 10GB. Default: 50GB, as transformers; 5GB where shards are streamed."""
     resume: bool = False
     """Go on with an interrupted run: only unfinished tensors are written again."""
     overwrite: bool = False
@@ -56,6 +60,10 @@ class OutputOptions(PublishOptions):
     """What new entries start with: the mapped state (map), zero (keep-and-zero), or nothing at all for any parameter (reset)."""
     exact_steps: bool = False
     """Write optimizer groups with which AdamW repeats the small model's steps exactly; for an optimizer made from hf_grow.training.trajectory.groups."""
+
+    @property
+    def shard_size(self) -> int:
+        return self.max_shard_size or (STREAM_SHARD_SIZE if self.stream_push else DEFAULT_SHARD_SIZE)
 
 
 class RecipeOptions(OutputOptions):
@@ -146,6 +154,8 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
     to = output.destination()
     if to:
         check_destination(to)
+    if output.stream_push and output.with_optimizer:
+        raise InputError("--stream-push sends the model only, and --with-optimizer writes more.", hint="Leave one of them out.")
     if not as_json:
         if isinstance(options, HybridOptions):
             render.show_candidates(checkpoint.info.architecture, candidates(checkpoint.info.architecture, options), options)
@@ -153,7 +163,7 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
     if output.with_optimizer:
         check_trainer_checkpoint(Path(output.with_optimizer))
     if output.dry_run:
-        check_room(out, sum(s.size for s in layout(plan.targets, output.max_shard_size)))
+        check_room(out, local_bytes(layout(plan.targets, output.shard_size), StreamSink.window if output.stream_push else None))
         return _finish(plan, out, None, as_json, to)
     if any(c.folder is None for c in (checkpoint, *checkpoint.others.values())):
         checkpoint = open_sources(checkpoint.ref, options, revision=checkpoint.revision, weights=True, notify=render.note)
@@ -164,20 +174,26 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
     from hf_grow.execute import execute
 
     keep_freed_memory()
-    with render.bytes_bar("growing", plan.nbytes, quiet=as_json) as progress:
+    sink = None
+    if to and output.stream_push:
+        sink = StreamSink(to, title_of(plan.growth.method, plan.source.ref), render.note)
+        for doubt in path_shown(plan.source.ref):
+            render.note(doubt)
+    with render.bytes_bar("growing", plan.nbytes, quiet=as_json or sink is not None) as progress:  # uploads draw bars of their own
         result = execute(
             plan,
             checkpoint,
             out,
-            max_shard_size=output.max_shard_size,
+            max_shard_size=output.shard_size,
             resume=output.resume,
             overwrite=output.overwrite,
             memory_budget=output.memory_budget,
             allow_nonfinite=output.allow_nonfinite,
             progress=progress,
             also=_also(output, plan),
+            sink=sink,
         )
-    return _finish(plan, out, result, as_json, to)
+    return _finish(plan, out, result, as_json, to, sink)
 
 
 def _also(output: OutputOptions, plan: GrowthPlan) -> Callable[[Path], set[str]]:
@@ -192,13 +208,18 @@ def default_output(source: str, plan: GrowthPlan) -> Path:
     return Path(f"{name}-{plan.growth.method}-{short(plan.sizes[1].total)}")
 
 
-def _finish(plan: GrowthPlan, out: Path, result: Result | None, as_json: bool, to: Destination | None = None) -> int:
+def _finish(
+    plan: GrowthPlan, out: Path, result: Result | None, as_json: bool, to: Destination | None = None, sink: StreamSink | None = None
+) -> int:
+    def published() -> Pushed | None:
+        return sink.pushed if sink else push_with_bar(out, to, quiet=as_json) if to and result else None
+
     if as_json:
         facts: dict[str, Any] = {"output": str(out), "dry_run": result is None, "plan": render.plan_facts(plan)}
         if result:
             facts |= {"seconds": result.seconds, "bytes": result.nbytes, "shards": dict(result.shards), "resumed_tensors": result.resumed}
-        if to:
-            facts["pushed"] = pushed_facts(push_with_bar(out, to, quiet=True)) if result else None
+        if pushed := published():
+            facts["pushed"] = pushed_facts(pushed)
         print_json(facts)
     elif result is None:
         render.console.print(f"output     {out} (nothing written: --dry-run)", markup=False)
@@ -207,11 +228,11 @@ def _finish(plan: GrowthPlan, out: Path, result: Result | None, as_json: bool, t
     else:
         rate = result.nbytes / 1e9 / result.seconds
         kept = f", {result.resumed} tensors kept from the interrupted run" if result.resumed else ""
-        render.console.print(
-            f"wrote      {out}: {render.gigabytes(result.nbytes)} in {result.seconds:.2f} s ({rate:.2f} GB/s), checked and synced{kept}",
-            markup=False,
-        )
-        if to:
-            show_pushed(push_with_bar(out, to, quiet=False))
+        what = f"{out}: {render.gigabytes(result.nbytes)} in {result.seconds:.2f} s ({rate:.2f} GB/s), checked and "
+        render.console.print(f"wrote      {what}{'sent' if sink else 'synced'}{kept}", markup=False)
+        if pushed := published():
+            show_pushed(pushed)
+        if sink and pushed:
+            render.console.print(f"{out} was not kept; to verify: hf download {pushed.repo} --local-dir {out}", markup=False)
         show_next("verify", plan.source.ref, out)
     return 0

@@ -44,12 +44,14 @@ class PublishOptions(Options):
     """With --push, open a pull request instead of committing."""
     message: str | None = None
     """With --push, first line of the commit."""
+    stream_push: bool = False
+    """With --push, send each shard when it is finished and remove it here: two shards lie on the disk at most. The commit comes last."""
 
     def destination(self) -> Destination | None:
         """Where the result is published. Raises InputError for options that mean nothing without --push."""
         if self.push:
             return Destination(self.push, self.private, self.push_revision, self.create_pr, self.message)
-        for name in ("private", "push_revision", "create_pr", "message"):
+        for name in ("private", "push_revision", "create_pr", "message", "stream_push"):
             if getattr(self, name):
                 raise InputError(
                     f"--{name.replace('_', '-')} means nothing without --push.", hint="Add --push OWNER/NAME, or leave it out."

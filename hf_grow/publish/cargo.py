@@ -52,7 +52,7 @@ class Cargo:
         """First line of the commit."""
         try:
             assert self.growth is not None
-            return f"{self.growth['growth']['method']} growth of {Path(str(self.growth['source']['ref'])).name} with hf-grow"
+            return title_of(self.growth["growth"]["method"], self.growth["source"]["ref"])
         except (AssertionError, KeyError, TypeError):
             return "Upload with hf-grow"
 
@@ -62,10 +62,16 @@ class Cargo:
         if self.growth is None:
             return []
         found = [] if self.growth.get("verification") else [f"It was not verified; `hf-grow verify SOURCE {self.folder}` does that."]
-        ref = str((self.growth.get("source") or {}).get("ref", ""))
-        if ref.startswith(("/", "~", ".")):
-            found.append(f"{GROWTH} will show your path {ref}; edit source.ref to change that.")
-        return found
+        return found + path_shown(str((self.growth.get("source") or {}).get("ref", "")))
+
+
+def title_of(method: str, ref: str) -> str:
+    return f"{method} growth of {Path(ref).name} with hf-grow"
+
+
+def path_shown(ref: str) -> list[str]:
+    """What to say where a record names a folder of this machine."""
+    return [f"{GROWTH} will show your path {ref}; edit source.ref to change that."] if ref.startswith(("/", "~", ".")) else []
 
 
 def survey(folder: Path) -> Cargo:
