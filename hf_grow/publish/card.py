@@ -192,5 +192,6 @@ def _refuse_tokens(card: Card) -> None:
 
     token = get_token()
     for name, text in {README: card.text, **card.files}.items():
-        if _TOKEN.search(text) or (token and token in text):
+        bare = text.replace("\\", "")  # as it reads, not as it is escaped
+        if _TOKEN.search(bare) or (token and (token in bare or token in text)):
             raise InputError(f"{name} would hold an access token.", hint="Take it out of the names, options or results in growth.json.")

@@ -35,6 +35,12 @@ def code(value: Any, limit: int = 200) -> str:
     return "`" + (text or " ").replace("|", r"\|") + "`"
 
 
+def block(text: str, language: str = "") -> str:
+    """As a block of code, which nothing in it ends. Every line of `text` must be printable already."""
+    inside = text.replace("```", "'''").replace("$$", "$ $")
+    return f"```{language}\n{inside}\n```"
+
+
 def is_hub_id(value: object) -> bool:
     return isinstance(value, str) and bool(_HUB_ID.fullmatch(value)) and ".." not in value and "--" not in value
 

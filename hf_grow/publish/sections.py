@@ -17,7 +17,7 @@ from hf_grow.publish import licences, measured
 from hf_grow.publish.inherited import Inherited
 from hf_grow.publish.layermap import MEANING, layer_map, layer_ranges
 from hf_grow.publish.lineage import lineage
-from hf_grow.publish.markdown import code, hub_link, is_hub_id, line, plain, table
+from hf_grow.publish.markdown import block, code, hub_link, is_hub_id, line, plain, table
 from hf_grow.publish.reproduce import command, draws_numbers, public_name, recipe
 
 MOST_LISTED = 20
@@ -31,7 +31,7 @@ def body(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name:
     evaluated = measured.tasks_table(record.get("verification"))
     if evaluated:
         parts += ["## Evaluation", "By `hf-grow verify --tasks`, the same tasks on both models:", evaluated]
-    parts += ["## Continue training", *_training(plan, record, name)]
+    parts += ["## Continue training", *_training(plan, name)]
     parts += ["## Reproduce", *_reproduce(plan, record, name)]
     parts += ["## Licence", *_licence(heritage, name)]
     parts += ["## Limits", *_limits(plan)]
@@ -108,8 +108,8 @@ def _done(plan: GrowthPlan, record: Mapping[str, Any], picture: str) -> Iterator
         yield "\n".join(f"- Warning of the plan: {plain(w)}" for w in plan.growth.warnings[:MOST_LISTED])
     tree = lineage("this model", history_of(record), plan.source.others)
     if any(parent.parents for parent in tree.parents) or plan.source.others:
-        text = "\n".join(tree.ascii()).replace("```", "'''")
-        yield f"Lineage, back to the first ancestor:\n\n```text\n{text}\n```"
+        yield "Lineage, back to the first ancestor:"
+        yield block("\n".join(tree.ascii()), "text")
 
 
 def plan_table(plan: GrowthPlan) -> str:
@@ -162,16 +162,13 @@ def _verified(plan: GrowthPlan, record: Mapping[str, Any]) -> Iterator[str]:
         yield function
 
 
-def _training(plan: GrowthPlan, record: Mapping[str, Any], name: str) -> Iterator[str]:
-    growth = record.get("growth")
-    lists = growth.get("training") if isinstance(growth, Mapping) else None
-    lists = lists if isinstance(lists, Mapping) else {}
+def _training(plan: GrowthPlan, name: str) -> Iterator[str]:
     yield (
         "The folder is a plain transformers checkpoint: any trainer that takes the source takes it. The text should be like that of the source's "
         "pretraining, or hold some of it, or what it knew is forgotten."
     )
-    new = [i for i in lists.get("new_layers", ()) if type(i) is int] if isinstance(lists.get("new_layers"), list) else []
     identity = [i for i, o in enumerate(plan.growth.layers) if o.identity]
+    new = [i for i, o in enumerate(plan.growth.layers) if o.new and not o.identity]
     advice = []
     if identity:
         advice.append(
@@ -187,15 +184,14 @@ def _training(plan: GrowthPlan, record: Mapping[str, Any], name: str) -> Iterato
         advice.append("Keep the load-balancing loss on (`output_router_logits=True`), and watch that no expert runs empty.")
     advice.append("`growth.json` lists under `growth.training` which layers and experts are new, so that a trainer can treat them apart.")
     yield "\n".join(f"- {a}" for a in advice)
-    yield "\n".join([
-        "```python",
+    lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"model = AutoModelForCausalLM.from_pretrained({_quoted(name)})",
         f"tokenizer = AutoTokenizer.from_pretrained({_quoted(name)})",
         *(["model.config.output_router_logits = True"] if plan.architecture.is_moe else []),
-        "```",
-    ])  # fmt: skip
+    ]
+    yield block("\n".join(lines), "python")
 
 
 def _listed(layers: list[int]) -> str:
@@ -204,7 +200,7 @@ def _listed(layers: list[int]) -> str:
 
 
 def _quoted(name: str) -> str:
-    return json.dumps(line(name, 200).replace("`", "'"), ensure_ascii=False)
+    return json.dumps(line(name, 200), ensure_ascii=False)
 
 
 def _reproduce(plan: GrowthPlan, record: Mapping[str, Any], name: str) -> Iterator[str]:
@@ -212,12 +208,13 @@ def _reproduce(plan: GrowthPlan, record: Mapping[str, Any], name: str) -> Iterat
     made = command(plan, out)
     written = None if made else recipe(plan)
     if written:
-        yield f"With this as `recipe.yaml`:\n\n```yaml\n{written.replace('```', '')}\n```"
+        yield "With this as `recipe.yaml`:"
+        yield block(written, "yaml")
         made = shlex.join(["hf-grow", "grow", "recipe.yaml", "-o", out])
     if made is None:
         yield "No command makes this growth: it was put together in Python. `growth.json` holds its whole plan, tensor by tensor."
     else:
-        yield f"```\n{made.replace('```', '')}\n```"
+        yield block(made)
         local = not plan.source.revision
         random = any(map(draws_numbers, plan.growth.tensors.values()))
         drawn = f", and its random numbers come from seed {plan.growth.seed}" if random else ""
