@@ -34,6 +34,8 @@ def show_report(report: Report) -> None:
         console.print(figures)
         if experts and experts["new"] and experts["new"]["dead"]:
             console.print(f"warning    {_dead(experts['new'])}", style="yellow", markup=False)
+    if "tasks" in m:
+        _show_tasks(m["tasks"], m["task_settings"])
 
 
 def _add_routing(figures: Table, experts: dict[str, Any]) -> None:
@@ -64,3 +66,27 @@ def _dead(routing: dict[str, Any], most: int = 4) -> str:
     more = f"; and {len(parts) - most} more layers" if len(parts) > most else ""
     count = len(routing["dead"])
     return f"{count} expert{'s' * (count > 1)} got none of the {routing['tokens']} tokens: {'; '.join(parts[:most])}{more}"
+
+
+def _show_tasks(tasks: dict[str, dict[str, list[float | None]]], settings: dict[str, Any]) -> None:
+    """One row a metric, with its standard error; of a group only its own rows, where it has some."""
+    limit = "" if settings["limit"] is None else f", first {settings['limit']} examples only"
+    table = Table(title=f"tasks: {settings['harness']}{limit}", title_justify="left", title_style="bold")
+    for column in ("task", "shots", "metric", "before", "after"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right", overflow="fold")
+    parts = {task for group, members in settings["groups"].items() if tasks.get(group) for task in members}
+    for task, metrics in tasks.items():
+        shots = settings["tasks"][task]["shots"]
+        if task not in parts:
+            for metric, pair in metrics.items():
+                name, _, kind = metric.partition(",")
+                if not name.endswith("_stderr"):
+                    errors = metrics.get(f"{name}_stderr" + (f",{kind}" if kind else ""), [None, None])
+                    table.add_row(task, "-" if shots is None else str(shots), metric, *map(_score, pair, errors))
+    console.print(table)
+    if parts:
+        console.print(f"and {len(parts)} parts of groups: --json, or verification.metrics.tasks in growth.json", markup=False)
+
+
+def _score(value: float | None, error: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hf_grow.api import verify
 from hf_grow.checkpoint.reader import GROWTH, Checkpoint, open_folder
 from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, existing_folder, print_json
+from hf_grow.cli.flags import add_flags, given
 from hf_grow.cli.report import show_report
 from hf_grow.errors import InputError
-from hf_grow.verification import Report
+from hf_grow.verification import Report, TaskOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16", "float16", "float64"], default="auto", help="dtype to compute in"
     )
+    add_flags(parser, [TaskOptions])
     parser.add_argument("--no-record", action="store_true", help="do not write the result into NEW/growth.json")
     add_json(parser)
 
@@ -46,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
             text=arguments.text,
             tokens=arguments.tokens,
             dtype=arguments.dtype,
+            **given(arguments, TaskOptions),
             progress=progress,
             notify=render.note,
         )
@@ -65,10 +70,18 @@ def _record(new: Checkpoint, report: Report) -> None:
         return
     target = new.folder / GROWTH
     temporary = target.with_suffix(".json.new")
+    found = report.to_json()
+    found["metrics"] = {**_earlier_tasks(new.growth, report), **found["metrics"]}
     try:
-        temporary.write_text(
-            json.dumps({**new.growth, "verification": report.to_json()}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(json.dumps({**new.growth, "verification": found}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, target)
     except OSError as error:
         render.note(f"The result could not be recorded in {target}: {error.strerror}.")
+
+
+def _earlier_tasks(growth: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """Evaluations take hours: those of the same weights, by their SHA-256, outlive a verification that runs none."""
+    verification = growth.get("verification")
+    metrics = verification.get("metrics") if isinstance(verification, dict) else None
+    same = any(c.name == "SHA-256" and c.status == "pass" for c in report.checks)
+    return {k: metrics[k] for k in ("tasks", "task_settings") if k in metrics} if same and isinstance(metrics, dict) else {}

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.errors import InputError
 from hf_grow.verification.report import Check, Report
+from hf_grow.verification.tasks import TaskOptions, compare_tasks, prepare
 
-__all__ = ["Check", "Report", "verify_checkpoints"]
+__all__ = ["Check", "Report", "TaskOptions", "verify_checkpoints"]
 
 
 def verify_checkpoints(
@@ -19,12 +21,24 @@ def verify_checkpoints(
     text: Path | None = None,
     tokens: int = 2048,
     dtype: str = "auto",
+    tasks: TaskOptions | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> Report:
-    """All checks in order of cost; the functional ones only on a checkpoint whose structure is sound."""
+    """All checks in order of cost; the functional ones and the tasks only on a checkpoint whose structure is sound.
+
+    Raises InputError, before anything else is done, for tasks that cannot be run.
+    """
     from hf_grow.verification import function, structure
 
+    harness = None
+    if tasks is not None and tasks.tasks is not None:
+        if structure_only:
+            raise InputError("--structure-only runs no model, so --tasks cannot be run.", hint="Leave one of them out.")
+        for checkpoint in (old, new):
+            if not function.has_tokenizer(checkpoint):
+                raise InputError(f"{checkpoint.ref} has no tokenizer, so --tasks cannot be run.", hint="Put its tokenizer files there.")
+        harness = prepare(tasks)
     report = Report(old.ref, new.ref)
     plan = structure.check_tables(new, report)
     if plan and structure.check_same_source(old, plan, report):
@@ -35,5 +49,8 @@ def verify_checkpoints(
     if not report.ok:
         report.add("function", None, "not run: the structure is wrong")
         return report
+    dtype = function.choose_dtype(old, new, dtype, notify)
     function.compare(old, new, report, text=text, tokens=tokens, dtype=dtype, notify=notify, plan=plan)
+    if harness is not None and all(c.status != "fail" for c in report.checks if c.name == "logits"):
+        compare_tasks(harness, old, new, report, dtype=dtype, notify=notify)
     return report

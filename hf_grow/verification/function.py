@@ -22,7 +22,7 @@ from hf_grow.verification.routing import Routing, compare_routing
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WINDOW = 256
 LOGITS_BYTES = 1 << 30
@@ -49,19 +49,18 @@ def compare(
     notify: Callable[[str], None],
     plan: GrowthPlan | None,
 ) -> None:
-    """Fills the report's metrics, and checks what the guarantee promises; without a plan nothing is promised."""
+    """Fills the report's metrics, and checks what the guarantee promises; without a plan nothing is promised. `dtype` is one of torch."""
     import torch
 
-    name = _dtype(old, new, dtype, notify)
     vocab = min(old.info.architecture.size("vocab"), new.info.architecture.size("vocab"))
     if old.info.architecture.size("vocab") != new.info.architecture.size("vocab"):
         notify("The vocabularies differ in size; only the common part is compared.")
     most = max(WINDOW, LOGITS_BYTES // (4 * vocab))
     windows, what = _token_windows(old, text, min(tokens, most), vocab)
     routers = Routing(old.info.architecture), Routing(new.info.architecture)
-    before = _logits(old, windows, name, vocab, routing=routers[0])
-    after = _logits(new, windows, name, vocab, routing=routers[1])
-    metrics = {"text": what, "tokens": int(sum(w.numel() for w in windows)), "dtype": name, **_measure(windows, before, after)}
+    before = _logits(old, windows, dtype, vocab, routing=routers[0])
+    after = _logits(new, windows, dtype, vocab, routing=routers[1])
+    metrics = {"text": what, "tokens": int(sum(w.numel() for w in windows)), "dtype": dtype, **_measure(windows, before, after)}
     experts = compare_routing(plan, *routers)
     if experts is not None:
         metrics["experts"] = experts
@@ -73,12 +72,12 @@ def compare(
     if plan is None or not plan.guarantee.lossless:
         report.add("lossless", None, "not promised: " + ("no growth.json" if plan is None else "the method changes the function"))
         return
-    floor = ROUNDING[name] * max(1.0, metrics["logits_max"])
-    why = f"rounding in {name} explains"
+    floor = ROUNDING[dtype] * max(1.0, metrics["logits_max"])
+    why = f"rounding in {dtype} explains"
     if _rounded(plan):
         # Computed weights were rounded once more: allow what as much rounding does to the source itself, here, on this text.
         shaken = _logits(
-            old, windows, name, vocab, shake=HALF_ULP[min((t.dtype for t in plan.targets.values()), key=lambda d: -HALF_ULP[d])]
+            old, windows, dtype, vocab, shake=HALF_ULP[min((t.dtype for t in plan.targets.values()), key=lambda d: -HALF_ULP[d])]
         )
         floor += 2 * max(float((a - b).abs().max()) for a, b in zip(before, shaken, strict=True))
         why = "rounding the weights once more does"
@@ -93,7 +92,8 @@ def _rounded(plan: GrowthPlan) -> bool:
     return any(name not in copies and not isinstance(e, Fill) for name, e in plan.growth.tensors.items())
 
 
-def _dtype(old: Checkpoint, new: Checkpoint, asked: str, notify: Callable[[str], None]) -> str:
+def choose_dtype(old: Checkpoint, new: Checkpoint, asked: str, notify: Callable[[str], None]) -> str:
+    """What both models are computed in, as torch names it; `auto` is fp32 where that fits into memory."""
     if asked != "auto":
         return asked
     if any(t.dtype == "F64" for t in old.tensors.values()):
@@ -109,19 +109,13 @@ def _dtype(old: Checkpoint, new: Checkpoint, asked: str, notify: Callable[[str],
 def _token_windows(old: Checkpoint, text: Path | None, tokens: int, vocab: int) -> tuple[list[torch.Tensor], str]:
     """The text as windows of token ids; random ids where the checkpoint has no tokenizer."""
     import torch
-    from transformers import AutoTokenizer
 
-    has_tokenizer = old.folder is not None and any((old.folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    if has_tokenizer:
+    if has_tokenizer(old):
         try:
             words = builtin_text() if text is None else text.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"Cannot read {text}: {error}.") from None
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(old.folder, trust_remote_code=False)
-            ids = tokenizer(words)["input_ids"]
-        except Exception as error:  # tokenizers fail in many ways; each is a reason, none is ours
-            raise InputError(f"The tokenizer of {old.ref} cannot be used: {str(error).splitlines()[0]}") from None
+        ids = load_tokenizer(old)(words)["input_ids"]
         what = str(text) if text else "built-in text"
         ids = [i for i in ids if i < vocab][:tokens]
     elif text is not None:
@@ -137,6 +131,23 @@ def _token_windows(old: Checkpoint, text: Path | None, tokens: int, vocab: int) 
     length = min(WINDOW, old.config.get("max_position_embeddings") or WINDOW)
     windows = [torch.tensor(ids[i : i + length]) for i in range(0, len(ids), length)]
     return [w for w in windows if w.numel() > 1], what
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return checkpoint.folder is not None and any((checkpoint.folder / n).exists() for n in names)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. Raises InputError for one that does not load."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        tokenizer("a")
+    except Exception as error:  # tokenizers fail in many ways; each is a reason, none is ours
+        raise InputError(f"The tokenizer of {checkpoint.ref} cannot be used: {str(error).splitlines()[0]}") from None
+    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
