@@ -6,7 +6,7 @@ COMPAT ?= .venv-compat
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 
-.PHONY: demo test test-slow test-compat check format bench bench-width bench-7b clean help
+.PHONY: demo test test-slow test-compat check format bench bench-width bench-experts bench-7b clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -63,6 +63,9 @@ bench: $(VENV)/.installed  ## a 1.1B-shaped checkpoint, 22 to 34 layers, beside 
 
 bench-width: $(VENV)/.installed  ## the same checkpoint at twice the width (needs 20 GB of disk)
 	$(BIN)/python benchmarks/conversion.py --size 1b --method tile --factor 2 --repeats 3
+
+bench-experts: $(VENV)/.installed  ## the same checkpoint with eight experts (needs 30 GB of disk)
+	$(BIN)/python benchmarks/conversion.py --size 1b --method experts --experts 8 --repeats 3
 
 bench-7b: $(VENV)/.installed  ## the exact Mistral-7B config to 10.7B (needs 60 GB of disk)
 	$(BIN)/python benchmarks/conversion.py --size 7b --layers-to 48 --repeats 1

@@ -43,7 +43,8 @@ class Contender:
 
 
 def grow_options(arguments: argparse.Namespace) -> dict[str, str]:
-    given = {"layers_to": arguments.layers_to, "seam_average": arguments.seam_average, "factor": arguments.factor, "to": arguments.to}
+    given = {"layers_to": arguments.layers_to, "seam_average": arguments.seam_average, "factor": arguments.factor}
+    given |= {"to": arguments.to, "experts": arguments.experts, "init": arguments.init}
     return {k: str(v) for k, v in given.items() if v is not None}
 
 
@@ -74,6 +75,16 @@ def contenders(scratch: Path, source: Path, grown: GrowthPlan, arguments: argpar
             (scratch / "mergekit.yaml").write_text(text)
             command = [str(arguments.mergekit), str(scratch / "mergekit.yaml"), str(out), *arguments.mergekit_arguments.split()]
             found.append(Contender("mergekit-yaml, whole process", [command], source))
+    if arguments.mergekit and arguments.method == "experts":
+        with_mergekit.add_tokenizer(source)
+        (scratch / "moe.yaml").write_text(with_mergekit.moe_recipe(source, int(arguments.experts)))
+        command = [
+            str(arguments.mergekit.parent / "mergekit-moe"),
+            str(scratch / "moe.yaml"),
+            str(out),
+            *arguments.mergekit_arguments.split(),
+        ]
+        found.append(Contender("mergekit-moe, whole process", [command], source))
     return found
 
 
@@ -83,13 +94,15 @@ def check(found: list[Contender], scratch: Path, source: Path, grown: GrowthPlan
     done = run([[sys.executable, "-m", "hf_grow", "verify", "--structure-only", str(source), str(reference)]], OFFLINE)
     facts = ["`hf-grow verify --structure-only` passes on hf-grow's output"] if done else []
     for contender in found:
-        if contender.name.startswith("mergekit"):
+        if contender.name.startswith("mergekit-yaml"):
             run(contender.commands, OFFLINE)
             try:
                 said = run([[sys.executable, str(HERE / "compare.py"), str(reference), str(out)]]).stdout.strip()
             finally:
                 remove(out)
             facts.append(f"hf-grow's output against mergekit's: {said}")
+        elif contender.name.startswith("mergekit-moe"):
+            facts.append("mergekit-moe's output is not compared: its routers are other random numbers, its experts have other names")
     return facts
 
 
@@ -139,7 +152,7 @@ def facts(scratch: Path, grown: GrowthPlan, found: list[Contender], checks: list
 def command_of(arguments: argparse.Namespace) -> str:
     """The command line again, without what only says where things lie on this machine."""
     words = ["python", "benchmarks/conversion.py", "--size", arguments.size, "--repeats", str(arguments.repeats)]
-    for name in ("method", "layers_to", "seam_average", "factor", "to"):
+    for name in ("method", "layers_to", "seam_average", "factor", "to", "experts", "init"):
         if getattr(arguments, name) is not None:
             words += ["--" + name.replace("_", "-"), str(getattr(arguments, name))]
     words += ["--" + name.replace("_", "-") for name in ("cold", "no_settle", "mergekit") if getattr(arguments, name)]
@@ -163,7 +176,12 @@ def benchmark(arguments: argparse.Namespace) -> Path:
         checks = check(found, scratch, source, grown)
         time_all(found, scratch / "out", grown.nbytes, arguments)
         about = facts(scratch, grown, found, checks, arguments)
-    options = [arguments.size, arguments.method if arguments.method != "dus" else "", "seam-average" if arguments.seam_average else ""]
+    options = [
+        arguments.size,
+        arguments.method if arguments.method != "dus" else "",
+        arguments.init or "",
+        "seam-average" if arguments.seam_average else "",
+    ]
     name = "conversion-" + "-".join([o for o in options if o] + ["cold"] * arguments.cold)
     title = f"Growing a {arguments.size} checkpoint, beside copying it"
     table = list(rows(found))
@@ -181,6 +199,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers-to", type=int, help="default: the method's own")
     parser.add_argument("--seam-average", type=int, help="dus: layers to average on each side of the seam")
     parser.add_argument("--factor", type=int, help="width methods: grow hidden, FFN and heads by this")
+    parser.add_argument("--experts", type=int, help="experts: how many")
+    parser.add_argument("--init", help="experts: what they begin as")
     parser.add_argument("--to", help="size to grow to, such as 4B")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before each run")

@@ -34,6 +34,20 @@ def version(binary: Path) -> str:
     return subprocess.run([str(binary.parent / "python"), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
+def add_tokenizer(source: Path) -> None:
+    """A tokenizer of one word: mergekit-moe wants one, also for a random router."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"x": 0}, unk_token="x")).save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "x"}))
+
+
+def moe_recipe(source: Path, experts: int) -> str:
+    """mergekit-moe's config for as many equal experts with a random router. JSON, which is YAML."""
+    expert = {"source_model": str(source), "positive_prompts": ["x"]}
+    return json.dumps({"base_model": str(source), "gate_mode": "random", "dtype": "bfloat16", "experts": [expert] * experts}, indent=2)
+
+
 def recipe(source: Path, layers: Sequence[LayerOrigin]) -> str | None:
     """A passthrough merge of these layers; None if passthrough cannot say them (means of layers). JSON, which is YAML."""
     if any(len(layer.sources) > 1 for layer in layers):

@@ -56,6 +56,16 @@ def growths(arch: Architecture) -> dict[str, Steps]:
     }
     if not arch.has_norm_over("head_dim"):  # q and k norms share rms_norm_eps
         found["tile-odd-eps"] = [("tile", {**odd, "rms_mode": "eps"})]
+    if arch.is_moe:
+        found["experts"] = [("experts", {"experts": 2 * arch.size("experts"), "top_k": 2 * arch.top_k})]
+        found["experts-add"] = [("experts", {"add": 1, "router_noise": 0.01})]
+    elif not (arch.get("attention_bias") and arch.family.model_type == "llama") and not arch.get("use_sliding_window"):
+        found["experts"] = [("experts", {"experts": 4, "init": "noise"})]
+        found["experts-fine"] = [("experts", {"experts": 8, "init": "fine-grained", "router": "orthogonal"})]
+        found["experts-drop-identity"] = [("experts", {"experts": 3, "init": "drop"}), ("identity", {})]
+    if arch.family.model_type == "qwen2_moe":  # transformers 4 wants head_dim * heads = hidden_size there
+        square = arch.size("head_dim") * arch.heads == arch.size("hidden")
+        found = {label: steps for label, steps in found.items() if square and "odd" not in label and label != "hybrid"}
     return found
 
 
