@@ -40,7 +40,11 @@ demo: $(VENV)/.installed  ## train a small model, grow it, go on training (about
 test: $(VENV)/.installed  ## the tests (some minutes, no GPU, no network)
 	$(BIN)/python -m pytest -q
 
-test-slow: $(VENV)/.installed  ## tests that take minutes or gigabytes
+$(VENV)/.eval: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[eval]'
+	touch $@
+
+test-slow: $(VENV)/.eval  ## tests that take minutes or gigabytes, evaluation tasks among them
 	$(BIN)/python -m pytest -q -m slow
 
 test-compat: $(VENV)/.installed $(COMPAT)/.installed  ## grown checkpoints load alike in transformers 4.57 (an environment of its own)
