@@ -253,8 +253,9 @@ def _sample(
 
 def _size(sampler: Sampler, counts: Mapping[str, Any], wanted: int) -> int:
     """Texts in the next batch: a whole one, or what will probably be enough. Follows from the record, as everything that decides the texts."""
-    per_text = counts["tokens"] / counts["sampled_texts"] if counts["tokens"] else sampler.length
-    return max(1, min(sampler.options.batch_size, math.ceil((wanted - counts["tokens"]) / per_text)))
+    per_text: float = counts["tokens"] / counts["sampled_texts"] if counts["tokens"] else sampler.length
+    needed: int = math.ceil((wanted - counts["tokens"]) / per_text)
+    return min(sampler.options.batch_size, max(1, needed))
 
 
 def _note(out: Path, record: dict[str, Any]) -> None:

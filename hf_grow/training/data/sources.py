@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -226,6 +226,8 @@ def _commit(ref: str, revision: str | None, notify: Notify) -> str:
     """Which commit `revision` is; where the Hub gives no answer, the one in its cache. Raises SourceError."""
     from huggingface_hub import HfApi
 
+    # Where the Hub's own tools note which commit a branch was when it was last asked for.
+    seen = hub.cache_folder() / f"datasets--{ref.replace('/', '--')}" / "refs" / (revision or "main")
     try:
         if hub.offline():
             raise hub.Unreachable(f"The Hub is not asked (HF_HUB_OFFLINE), and {ref} is not in the cache.", hint="Unset HF_HUB_OFFLINE.")
@@ -233,13 +235,15 @@ def _commit(ref: str, revision: str | None, notify: Notify) -> str:
             commit = HfApi(library_name="hf-grow").dataset_info(ref, revision=revision, timeout=hub.LOOK_UP_TIMEOUT).sha
         if not commit:
             raise SourceError(f"The Hub names no commit of {ref}.", hint="Try again later.")
-        return commit
     except hub.Unreachable:
-        seen = hub.cache_folder() / f"datasets--{ref.replace('/', '--')}" / "refs" / (revision or "main")
         if not seen.is_file():
             raise
         notify(f"The Hub gives no answer; using {ref} from the cache.")
-        return seen.read_text().strip()
+        return seen.read_text(encoding="utf-8").strip()
+    with suppress(OSError):  # a cache that cannot be written is no reason to stop
+        seen.parent.mkdir(parents=True, exist_ok=True)
+        seen.write_text(commit, encoding="utf-8")
+    return commit
 
 
 def _explain(label: str, error: Exception) -> InputError:
@@ -253,8 +257,13 @@ def _explain(label: str, error: Exception) -> InputError:
         return InputError(f"{label} wants another `name`: {text[:300]}")
     if "nknown split" in text or "Bad split" in text:
         return InputError(f"{label} has no such split: {text[:300]}")
-    if isinstance(error, FileNotFoundError):
-        return InputError(f"{label} holds no such files: {text[:200]}", hint="`files` is a glob inside the repository.")
+    if "gated" in text or "doesn't exist on the Hub" in text:
+        return SourceError(
+            f"{label} may not be read: it is gated, or private.",
+            hint="Accept its terms on its page on the Hub, then log in with `hf auth login` (or set HF_TOKEN).",
+        )
+    if isinstance(error, FileNotFoundError) or "Couldn't find cache" in text:
+        return InputError(f"{label} holds no such files, or none of a known format.", hint="`files` is a glob inside the repository.")
     if isinstance(error, ConnectionError):
         return SourceError(f"{label} could not be read from the Hub ({type(error).__name__}).", hint="Check the network and try again.")
     return InputError(f"{label} could not be read: {text[:300] or type(error).__name__}.")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from datasets import IterableDataset as Documents
 
+from hf_grow.errors import InputError
 from hf_grow.training.data.mixing import Pattern
 from hf_grow.training.data.packing import Encoding, batches, check_ids, cut, no_text
 from hf_grow.training.data.sources import Notify, readable
@@ -73,7 +74,7 @@ class PackedStream:
 class MixedStream(torch.utils.data.IterableDataset[dict[str, list[int]]]):
     """{"input_ids": [seq_length]} from several streams, in the turns of a Pattern, without end.
 
-    With several DataLoader workers each reads everything and keeps its part, so that the order stays the same.
+    At most one DataLoader worker reads it: several would divide the text among them, and no order would be left.
     """
 
     def __init__(self, streams: Sequence[PackedStream], pattern: Pattern) -> None:
@@ -99,12 +100,14 @@ class MixedStream(torch.utils.data.IterableDataset[dict[str, list[int]]]):
                 stream.rewind()
         self._resumed = False
         worker = torch.utils.data.get_worker_info()
-        part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
+        if worker and worker.num_workers > 1:
+            raise InputError(
+                f"Streamed text cannot be read by {worker.num_workers} DataLoader workers.", hint="Use dataloader_num_workers: 1."
+            )
         open_streams = [iter(s) for s in self.streams]
         for start in count(self._place, _TURNS):
             turns, _ = self.pattern.turns(start, start + _TURNS)
             for place, turn in enumerate(turns.tolist(), start):
                 block = next(open_streams[turn])
                 self._place = place + 1
-                if place % parts == part:
-                    yield {"input_ids": block.tolist()}
+                yield {"input_ids": block.tolist()}
