@@ -143,13 +143,29 @@ def test_the_metadata_are_read_back_by_huggingface_hub(tmp_path: Path, cache: Pa
 
 
 def test_evaluations_stand_in_the_text_and_in_the_model_index(tmp_path: Path) -> None:
-    tasks = {"arc_easy": {"acc": [0.5, 0.25], "acc_norm": [None, 0.375]}, "bad": {"x": [1], "y": "0.5"}, "worse": 3}
-    verification = {"ok": True, "checks": [], "metrics": {"tasks": tasks}}
+    scores = {
+        "acc": [0.5, 0.25],
+        "acc_stderr": [0.0625, 0.03125],
+        "acc_norm": [None, 0.375],
+        "em,strict": [1, 0],
+        "em_stderr,strict": [0.5, None],
+    }
+    settings = {"harness": "lm-eval 0.4.9", "dtype": "float32", "limit": 20, "tasks": {"arc_easy": {"shots": 5}}}
+    tasks = {"arc_easy": scores, "bad": {"x": [1], "y": "0.5"}, "worse": 3}
+    verification = {"ok": True, "checks": [], "metrics": {"tasks": tasks, "task_settings": settings}}
     folder = grown(tmp_path, verification=verification)
     card = make_card(folder, CardOptions(name="org/Grown"))
-    assert "| arc\\_easy | acc | 0.5 | 0.25 |\n| arc\\_easy | acc\\_norm | - | 0.375 |" in card.text
+    table = [
+        "| arc\\_easy | acc | 5 | 0.5 ± 0.062 | 0.25 ± 0.031 |",
+        "| arc\\_easy | acc\\_norm | 5 | - | 0.375 |",
+        "| arc\\_easy | em,strict | 5 | 1 ± 0.5 | 0 |",
+    ]
+    assert "\n".join(table) in card.text
+    assert "(lm-eval 0.4.9, computed in float32, **only the first 20 examples of each task**)" in card.text
     found = ModelCard(card.text).data.eval_results or []
-    assert [(r.dataset_name, r.metric_type, r.metric_value) for r in found] == [("arc_easy", "acc", 0.25), ("arc_easy", "acc_norm", 0.375)]
+    assert [(r.dataset_name, r.metric_type, r.metric_value) for r in found] == [
+        ("arc_easy", "acc", 0.25), ("arc_easy", "acc_norm", 0.375), ("arc_easy", "em,strict", 0.0),
+    ]  # fmt: skip
     assert card.metadata["model-index"][0]["name"] == "org/Grown"
 
 

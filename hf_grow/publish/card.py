@@ -66,7 +66,7 @@ def make_card(folder: Path, options: CardOptions | None = None) -> Card:
     options = options or CardOptions()
     record = read_json(folder / GROWTH, f"{folder} has no {GROWTH}: it was not grown by hf-grow, which keeps its record there.")
     plan = GrowthPlan.from_json(record)
-    name = options.name or folder.resolve().name
+    name = options.name or folder.resolve().name.removesuffix(".partial")
     _check(options, name)
     heritage = inherit(plan, license=options.license, base_model=options.base_model, offline=options.offline)
     picture = to_svg(draw(layer_map(plan), public_name(plan.source), name.rsplit("/", 1)[-1]))
@@ -125,9 +125,9 @@ def _metadata(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, 
     tags = ["hf-grow", "model-growth", *(m for m in growth.method.split("+") if re.fullmatch(r"[a-z0-9_-]{1,40}", m))]
     tags += ["moe"] if target.is_moe else []
     results = [
-        EvalResult(task_type="text-generation", dataset_type=task, dataset_name=task, metric_type=metric, metric_value=new)
-        for task, metric, _, new in tasks(record.get("verification"))
-        if new is not None
+        EvalResult(task_type="text-generation", dataset_type=s.task, dataset_name=s.task, metric_type=s.metric, metric_value=s.new)
+        for s in tasks(record.get("verification"))
+        if s.new is not None
     ]
     bases = heritage.base_models
     relation = {"base_model_relation": "merge" if len(bases) > 1 else "finetune"} if bases else {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -71,21 +72,57 @@ def function_table(verification: Mapping[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def tasks(verification: object) -> Iterator[tuple[str, str, float | None, float | None]]:
-    """(task, metric, before, after) of every evaluation in the record."""
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task, before and after; None where it was not measured."""
+
+    task: str
+    metric: str
+    old: float | None
+    new: float | None
+    errors: tuple[float | None, float | None]
+    """Standard errors."""
+
+
+def tasks(verification: object) -> Iterator[Score]:
+    """Every evaluation in the record."""
     found = metrics(verification).get("tasks")
     for task, results in list(found.items())[:MOST_ROWS] if isinstance(found, Mapping) else ():
-        for metric, pair in list(results.items())[:MOST_ROWS] if isinstance(results, Mapping) else ():
-            if isinstance(pair, list | tuple) and len(pair) == 2:
-                old, new = map(number, pair)
-                if old is not None or new is not None:
-                    yield str(task), str(metric), old, new
+        results = results if isinstance(results, Mapping) else {}
+        for metric, pair in list(results.items())[:MOST_ROWS]:
+            name, comma, kind = str(metric).partition(",")
+            old, new = _pair(pair)
+            if (old is not None or new is not None) and not name.endswith("_stderr"):
+                yield Score(str(task), str(metric), old, new, _pair(results.get(f"{name}_stderr{comma}{kind}")))
+
+
+def _pair(value: Any) -> tuple[float | None, float | None]:
+    return (number(value[0]), number(value[1])) if isinstance(value, list | tuple) and len(value) == 2 else (None, None)
 
 
 def tasks_table(verification: object) -> str:
     """Empty where nothing was evaluated."""
-    rows = [
-        [plain(task, 80), plain(metric, 80), "-" if old is None else f"{old:.4g}", "-" if new is None else f"{new:.4g}"]
-        for task, metric, old, new in tasks(verification)
-    ]
-    return table(["task", "metric", "source", "grown"], rows) if rows else ""
+    settings = metrics(verification).get("task_settings")
+    settings = settings if isinstance(settings, Mapping) else {}
+    each = settings.get("tasks")
+    rows = []
+    for s in tasks(verification):
+        own = each.get(s.task) if isinstance(each, Mapping) else None
+        shots = number(own.get("shots")) if isinstance(own, Mapping) else None
+        scores = [_score(s.old, s.errors[0]), _score(s.new, s.errors[1])]
+        rows.append([plain(s.task, 80), plain(s.metric, 80), "-" if shots is None else f"{shots:.0f}", *scores])
+    if not rows:
+        return ""
+    parts = [plain(settings["harness"], 60)] if isinstance(settings.get("harness"), str) else []
+    parts += [f"computed in {plain(settings['dtype'], 20)}"] if isinstance(settings.get("dtype"), str) else []
+    limit = number(settings.get("limit"))
+    if limit is not None:
+        parts.append(
+            f"**only the first {limit:g} examples of each task**" if limit >= 1 else f"**only {limit:.2%} of the examples of each task**"
+        )
+    told = f"`hf-grow verify --tasks` ran the same tasks on both models{' (' + ', '.join(parts) + ')' if parts else ''}; ± is the standard error."
+    return told + "\n\n" + table(["task", "metric", "shots", "source", "grown"], rows)
+
+
+def _score(value: float | None, error: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")

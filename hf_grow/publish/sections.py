@@ -30,7 +30,7 @@ def body(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name:
     parts += ["## Guarantee and verification", *_verified(plan, record)]
     evaluated = measured.tasks_table(record.get("verification"))
     if evaluated:
-        parts += ["## Evaluation", "By `hf-grow verify --tasks`, the same tasks on both models:", evaluated]
+        parts += ["## Evaluation", evaluated]
     parts += ["## Continue training", *_training(plan, name)]
     parts += ["## Reproduce", *_reproduce(plan, record, name)]
     parts += ["## Licence", *_licence(heritage, name)]
