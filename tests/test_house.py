@@ -24,8 +24,8 @@ FLOORS = [
      "methods.more_experts", "methods.experts", "methods.hybrid",
      "methods", "methods.pipeline"],
     ["planning"],
-    ["checkpoint.reader", "checkpoint.names", "checkpoint.hub", "checkpoint.source", "checkpoint.several", "checkpoint.transfer", "checkpoint.writer", "checkpoint.sink", "checkpoint"],
-    ["evaluate", "layerwise", "prompted", "in_memory", "execute"],
+    ["checkpoint.reader", "checkpoint.names", "checkpoint.hub_errors", "checkpoint.hub", "checkpoint.source", "checkpoint.several", "checkpoint.transfer", "checkpoint.writer", "checkpoint.sink", "checkpoint"],
+    ["noise", "evaluate", "layerwise", "prompted", "in_memory", "execute"],
     ["verification", "publish", "training"],
     ["api", "demo", "cli", "__main__", ""],
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from hf_grow.checkpoint import hub
+from hf_grow.checkpoint.hub_errors import Unreachable, cache_folder
 from hf_grow.checkpoint.names import ALIASES
 from hf_grow.checkpoint.reader import (
     GROWTH,
@@ -83,7 +84,7 @@ def open_source(
         return _from_cache(name, revision, weights, notify)
     try:
         remote = hub.look_up(name, revision)
-    except hub.Unreachable as error:
+    except Unreachable as error:
         try:
             checkpoint = _from_cache(name, revision, weights, notify)
         except SourceError:
@@ -165,7 +166,7 @@ def _download(remote: hub.Remote, checkpoint: Checkpoint, notify: Callable[[str]
         wanted.append(INDEX)
     size = hub.bytes_to_fetch(remote, wanted)
     if size:
-        notify(f"Downloading {size / 1e9:.2f} GB of {remote.ref} to {hub.cache_folder()}.")
+        notify(f"Downloading {size / 1e9:.2f} GB of {remote.ref} to {cache_folder()}.")
     return _snapshot(hub.download(remote, wanted), remote.ref, remote.commit, remote.sha256)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_grow.checkpoint.hub import page
+from hf_grow.checkpoint.hub_errors import page
 from hf_grow.checkpoint.reader import INDEX
 from hf_grow.checkpoint.writer import Progress
 from hf_grow.errors import OutputError

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hf_grow.checkpoint.hub import http_error, page
+from hf_grow.checkpoint.hub_errors import http_error, page
 from hf_grow.errors import ExecutionError, GrowError, OutputError
 
 _QUOTA = re.compile(r"storage|quota|billing|payment", re.IGNORECASE)

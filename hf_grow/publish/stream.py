@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from hf_grow.checkpoint.hub import page
+from hf_grow.checkpoint.hub_errors import page
 from hf_grow.checkpoint.sink import Sink
 from hf_grow.checkpoint.writer import PartialFolder, Shard
 from hf_grow.errors import OutputError
