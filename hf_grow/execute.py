@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 import threading
@@ -33,7 +34,7 @@ from hf_grow.checkpoint.transfer import FiniteCheck, copy_range, digest, write_a
 from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, PartialFolder, Progress, Shard, Slot, check_room, index_of, layout
 from hf_grow.errors import ExecutionError, GrowError, SourceError
 from hf_grow.planning import GrowthPlan, training_lists
-from hf_grow.tensormap import Fill
+from hf_grow.tensormap import Fill, Noise
 
 if TYPE_CHECKING:
     from hf_grow.evaluate import Evaluator
@@ -245,31 +246,39 @@ def _copy_tensor(job: _Job, name: str, slot: Slot, target: int) -> str:
 
 
 def _evaluate_tensor(job: _Job, slot: Slot, target: int) -> str:
-    expr = job.plan.growth.tensors[slot.name]
     hasher = xxhash.xxh3_128()
     at = slot.start
-    if isinstance(expr, Fill) and expr.value == 0:  # zeros need no arithmetic, and so no torch
-        zeros = bytes(min(1 << 20, slot.stop - slot.start))
-        while at < slot.stop:
-            job.stop()
-            piece = memoryview(zeros)[: slot.stop - at]
-            write_all(target, piece, at)
-            hasher.update(piece)
-            at += len(piece)
-        return hasher.hexdigest()
-    from hf_grow.evaluate import one_thread_each, raw_bytes
-
     try:
-        with one_thread_each():
-            for block in job.evaluator().blocks(expr, slot.info, job.memory_budget):
-                job.stop()
-                data = raw_bytes(block)
-                write_all(target, data, at)
-                hasher.update(data)
-                at += len(data)
+        for data in _blocks(job, slot):
+            job.stop()
+            write_all(target, data, at)
+            hasher.update(data)
+            at += len(data)
     except GrowError as error:
         raise type(error)(f"{slot.name}: {error.message}", hint=error.hint) from None
     return hasher.hexdigest()
+
+
+def _blocks(job: _Job, slot: Slot) -> Iterator[memoryview | bytes]:
+    """The bytes of a computed tensor, one block after another. Zeros and plain noise (a new router) come without torch, and so without its memory."""
+    expr = job.plan.growth.tensors[slot.name]
+    if isinstance(expr, Fill) and expr.value == 0:
+        zeros = bytes(min(1 << 20, slot.stop - slot.start))
+        for at in range(slot.start, slot.stop, len(zeros)):
+            yield memoryview(zeros)[: slot.stop - at]
+    elif isinstance(expr, Noise) and expr.like is None:
+        from hf_grow.noise import NOISE_CHUNK, draw, stored
+
+        count = math.prod(expr.size)
+        for first in range(0, count, NOISE_CHUNK):
+            values = draw(job.plan.growth.seed, expr.key, first, min(first + NOISE_CHUNK, count), expr.std)
+            yield stored(values, slot.info.dtype)
+    else:
+        from hf_grow.evaluate import one_thread_each, raw_bytes
+
+        with one_thread_each():
+            for block in job.evaluator().blocks(expr, slot.info, job.memory_budget):
+                yield raw_bytes(block)
 
 
 def _check_unchanged(checkpoint: Checkpoint) -> None:

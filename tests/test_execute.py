@@ -18,9 +18,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_grow import api, execute
+from hf_grow.architecture import Architecture
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.errors import ExecutionError, GrowError, OutputError, SourceError
+from hf_grow.evaluate import Evaluator, HeldTensors, raw_bytes
 from hf_grow.in_memory import describe, disk_tensors, grow_model
+from hf_grow.noise import draw, stored
+from hf_grow.planning import TensorInfo, make_plan
+from hf_grow.tensormap import Noise
 
 WAYS: dict[str, dict[str, Any]] = {
     "dus": {},
@@ -388,3 +393,13 @@ def test_a_model_in_memory_that_is_not_the_planned_one_is_refused() -> None:
     broken.model.norm.weight = torch.nn.Parameter(broken.model.norm.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(SourceError, match="int8"):
         describe(broken)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F64"])
+def test_plain_noise_without_torch_is_the_evaluator_s_bit_for_bit(dtype: str) -> None:
+    growth = api.find_method("experts").build(Architecture(BY_NAME["llama"].config), api.find_method("experts").options(experts=4, seed=5))
+    plan = make_plan(describe(make(BY_NAME["llama"])), growth)
+    expr = Noise((1500, 48), 0.37, "key")  # more than one chunk
+    wanted = Evaluator(plan, HeldTensors({})).whole(expr, TensorInfo(dtype, expr.size))
+    found = stored(draw(growth.seed, "key", 0, 1500 * 48, 0.37), dtype)
+    assert found == bytes(raw_bytes(wanted))

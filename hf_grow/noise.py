@@ -1,0 +1,56 @@
+"""Gaussian numbers that depend on (seed, key) and their place alone: drawn in fixed chunks, on a stream that is fixed for good. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+NOISE_CHUNK = 1 << 16
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def draw(seed: int, key: str, first: int, last: int, std: float) -> Floats:
+    """Numbers [first, last) of the stream of `key`, N(0, std^2)."""
+    quantiles = normal_quantiles() * np.float32(std)
+    values = np.empty(last - first, dtype=np.float32)
+    for chunk in range(first // NOISE_CHUNK, -(-last // NOISE_CHUNK)):
+        low, high = max(first, chunk * NOISE_CHUNK), min(last, (chunk + 1) * NOISE_CHUNK)
+        bits = _random_bits(seed, key, chunk)[low - chunk * NOISE_CHUNK : high - chunk * NOISE_CHUNK]
+        np.take(quantiles, bits, out=values[low - first : high - first], mode="clip")
+    return values
+
+
+def stored(values: Floats, dtype: str) -> bytes:
+    """The bytes of the values in a dtype of safetensors, rounded to even as torch does."""
+    match dtype:
+        case "BF16":
+            bits = values.view(np.uint32)
+            return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+        case "F16":
+            return values.astype("<f2").tobytes()
+        case "F64":
+            return values.astype("<f8").tobytes()
+        case _:
+            return values.astype("<f4").tobytes()
+
+
+def _random_bits(seed: int, key: str, chunk: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """NOISE_CHUNK random 16-bit numbers. The stream of Philox is fixed for good (Salmon et al. 2011); that of numpy's normal() is not."""
+    digest = hashlib.blake2b(f"{seed}\0{key}\0{chunk}".encode(), digest_size=16).digest()
+    raw = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(NOISE_CHUNK // 4)
+    return raw.astype("<u8", copy=False).view("<u2")
+
+
+@cache
+def normal_quantiles() -> Floats:
+    """The standard normal distribution in 65,536 equally likely values (at most 4.3 in size), with variance one: five times as fast as drawing
+    each value, and as fine as 16-bit weights can tell."""
+    inverse = NormalDist().inv_cdf
+    half = np.array([inverse((i + 0.5) / 65536) for i in range(32768, 65536)])
+    values = np.concatenate([-half[::-1], half])
+    return np.asarray(values / values.std(), dtype=np.float32)
