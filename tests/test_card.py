@@ -188,6 +188,8 @@ def test_several_sources_are_a_merge_of_all_of_them(tmp_path: Path, cache: Path)
     assert "maths" in card.text
     assert "/home" not in card.text
     assert "|-- code: org/coder (0123456789ab)" in card.text
+    assert "The further sources must be at the commits named above." in card.text
+    assert "with 2 more checkpoints" in card.files["layer-map.svg"]
 
 
 def test_sources_of_different_licences_give_none(tmp_path: Path, cache: Path) -> None:

@@ -55,6 +55,8 @@ def _shapes(layers: LayerMap) -> Iterator[str]:
     a, b = layers.source, layers.target
     axes = ("hidden", "inter", "expert_inter", "kv", "group", "head_dim", "experts")
     changed = [f"{axis} {a.size(axis) or '-'} -> {b.size(axis) or '-'}" for axis in axes if a.size(axis) != b.size(axis)]
+    if layers.further:
+        yield f"with       {len(layers.further)} further checkpoints in every layer"
     if changed:
         yield "inside     " + ", ".join(changed)
 

@@ -58,6 +58,8 @@ class LayerMap:
     source: Architecture
     target: Architecture
     blocks: tuple[Block, ...]
+    further: tuple[str, ...] = ()
+    """Labels of further source checkpoints, which go into every layer."""
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -71,7 +73,8 @@ class LayerMap:
         """The whole picture in words."""
         parts = [f"{r.target} from {r.source} ({MEANING[r.kind]})" for r in self.runs()]
         listed = "; ".join(parts[:40]) + (f"; and {len(parts) - 40} more runs" if len(parts) > 40 else "")
-        return f"{self.source.layers} layers become {self.target.layers}. Target layers: {listed}."
+        more = f" {len(self.further)} further source checkpoints go into every layer." if self.further else ""
+        return f"{self.source.layers} layers become {self.target.layers}. Target layers: {listed}.{more}"
 
 
 def layer_map(plan: GrowthPlan) -> LayerMap:
@@ -81,7 +84,7 @@ def layer_map(plan: GrowthPlan) -> LayerMap:
     sane = all(o.sources and all(type(s) is int and 0 <= s < source.layers for s in o.sources) for o in layers)
     if not sane or len(layers) != target.layers:
         raise SourceError("growth.json is damaged: its layers are not those of its configs.")
-    return LayerMap(plan.growth.method, source, target, tuple(Block(o.sources, _kind(o)) for o in layers))
+    return LayerMap(plan.growth.method, source, target, tuple(Block(o.sources, _kind(o)) for o in layers), tuple(plan.source.others))
 
 
 def facts(arch: Architecture) -> list[str]:

@@ -74,7 +74,7 @@ def draw(layers: LayerMap, source: str, target: str) -> Drawing:
     if count > MOST_LAYERS:
         raise InputError(f"A picture shows at most {MOST_LAYERS} layers; this model has {count}.")
     pitch = min(22.0, max(6.0, 900 / count))
-    top = 42.0 + 16 * max(len(facts(layers.source)), len(facts(layers.target))) + 22
+    top = 42.0 + 16 * max(len(facts(layers.source)) + bool(layers.further), len(facts(layers.target))) + 22
     bottom = top + pitch * count
     drawing = Drawing(
         height=bottom + 24 + 20 * len(layers.kinds),
@@ -86,7 +86,8 @@ def draw(layers: LayerMap, source: str, target: str) -> Drawing:
     starts = [top + pitch * (count - n) / 2 for n in (layers.source.layers, layers.target.layers)]
     for column, (arch, name) in zip(COLUMNS, ((layers.source, source), (layers.target, target)), strict=True):
         drawing.shapes.append(Text(column, 28, line(name, 34), 14, bold=True))
-        drawing.shapes += [Text(column, 48 + 16 * i, fact, 12) for i, fact in enumerate(facts(arch))]
+        told = [*facts(arch), *([f"with {len(layers.further)} more checkpoints"] if layers.further and arch is layers.source else [])]
+        drawing.shapes += [Text(column, 48 + 16 * i, fact, 12) for i, fact in enumerate(told)]
     drawing.shapes += _lines(layers, pitch, starts, widths)
     drawing.shapes += _blocks(layers, pitch, starts, widths)
     for i, kind in enumerate(layers.kinds):

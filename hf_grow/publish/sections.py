@@ -64,7 +64,7 @@ def _head(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name
     version = made_by.get("hf_grow") if isinstance(made_by, Mapping) else None
     yield (
         f"{plain(name.rsplit('/', 1)[-1], 100)} has {short(new.total)} parameters{active} in {plan.architecture.layers} layers. It was grown from "
-        f"{source} ({short(old.total)}, {plan.source.architecture.layers} layers) by {code(plan.growth.method, 60)}{paper}"
+        f"{source} ({'each ' if plan.source.others else ''}{short(old.total)}, {plan.source.architecture.layers} layers) by {code(plan.growth.method, 60)}{paper}"
         f"{f' with hf-grow {plain(version, 30)}' if version else ''}. This card speaks of the weights as they were grown, whose SHA-256 stand in "
         "`growth.json`, and of no training after that."
     )
@@ -132,7 +132,8 @@ def plan_table(plan: GrowthPlan) -> str:
     rows.append(["parameters", f"{short(old.total)} ({old.total:,})", f"{short(new.total)} ({new.total:,})"])
     if a.is_moe or b.is_moe:
         rows.append(["active parameters", short(old.active), short(new.active)])
-    rows.append(["weights on disk", _gigabytes(plan.source_nbytes), _gigabytes(plan.nbytes)])
+    own = sum(t.nbytes for t in plan.source.tensors.values())
+    rows.append(["weights on disk", _gigabytes(own), _gigabytes(plan.nbytes)])
     rows.append(["forward FLOPs a token", short(old.flops), short(new.flops)])
     rows.append(["KV cache a token (16 bit)", *(f"{2 * s.kv_values / 1024:.4g} KiB" for s in (old, new))])
     return table(["", "source", "grown"], rows)
@@ -220,6 +221,7 @@ def _reproduce(plan: GrowthPlan, record: Mapping[str, Any], name: str) -> Iterat
         drawn = f", and its random numbers come from seed {plan.growth.seed}" if random else ""
         yield (
             ("The source is a local checkpoint of that name. " if local else "")
+            + ("The further sources must be at the commits named above. " if any(o.revision for o in plan.source.others.values()) else "")
             + f"The same plan gives the same bytes{drawn}. Where the weights were split into files by `--max-shard-size`, the files differ "
             "without it, the tensors do not."
         )
