@@ -1,6 +1,6 @@
 """The source model beside the grown one: its losses on the named sets, and KL(source || model) on a few rows.
 
-The source is in memory only while it computes. For KL its log-probabilities at those rows stay, which is rows * length * vocabulary * 2 bytes.
+The source is in memory only while it computes. For KL its log-probabilities at those rows stay, which is rows * length * vocabulary * 4 bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SourceKL:
 
     def __init__(self, source: PreTrainedModel, rows: Sequence[Mapping[str, Any]], collate: Any) -> None:
         self.inputs = [collate([row])["input_ids"] for row in rows]
-        self.said = [self._log_probabilities(source, ids).cpu().half() for ids in self.inputs]
+        self.said = [self._log_probabilities(source, ids).cpu() for ids in self.inputs]
 
     @staticmethod
     def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class SourceKL:
         total, count = 0.0, 0
         for ids, said in zip(self.inputs, self.said, strict=True):
             own = self._log_probabilities(model, ids)
-            source = said.to(own.device).float()
+            source = said.to(own.device)
             total += float((source.exp() * (source - own)).sum())
             count += ids.numel()
         model.train(was)

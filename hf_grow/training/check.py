@@ -87,9 +87,16 @@ def check(read: Read, *, output: str | None, resume: bool, overwrite: bool, noti
     if recipe is not None:
         usable = recipe
         arguments = collect(found, "arguments", lambda: arguments_for(usable, read.arguments, out))
+        _resumable(read.arguments.get("resume_from_checkpoint"), found)
     complain(read.where, found)
     assert recipe is not None and checkpoint is not None and arguments is not None
     return Checked(read, recipe, arguments, checkpoint, plan, tokenizer, out)
+
+
+def _resumable(folder: Any, found: list[str]) -> None:
+    """A checkpoint of a Trainer (grown or not) that this run is to go on from."""
+    if isinstance(folder, str) and not (Path(folder) / "trainer_state.json").is_file():
+        found.append(f"resume_from_checkpoint: {folder} holds no state of a training (trainer_state.json).")
 
 
 def default_output(model: str) -> str:

@@ -77,10 +77,13 @@ def estimate(
         penalty=penalty,
         rows=rows,
         teachers=teachers,
-        activations=activations(
-            arch, arguments.per_device_train_batch_size, length, computed, checkpointing=bool(arguments.gradient_checkpointing)
-        ),
+        activations=activations(arch, arguments.per_device_train_batch_size, length, computed, checkpointing=checkpoints(arguments)),
     )
+
+
+def checkpoints(arguments: TrainingArguments) -> bool:
+    """Whether blocks are computed twice; the argument has two names."""
+    return any(getattr(arguments, name, None) for name in ("gradient_checkpointing", "activation_checkpointing"))
 
 
 def flops_per_token(arch: Architecture, teachers: int = 0) -> float:

@@ -28,13 +28,6 @@ from hf_grow.training.warmups import AfterGrowth, Parts, Phase, Positive, Warmup
 NumberOfSteps = Annotated[int, Field(ge=0)]
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-PartNames = Annotated[Parts, BeforeValidator(_listed)]
-
-
 class MoeOptions(Options):
     """Mixtures of experts."""
 
@@ -57,9 +50,9 @@ class TrainRecipe(Options):
     """Checkpoint folder or Hub id of the tokenizer. Default: the model's own."""
     data: DataOptions
     """Texts: train, replay, eval, seq_length (docs/data.md)."""
-    train: PartNames = Field(default=["everything"])
+    train: Parts = Field(default=["everything"])
     """Parts that train: everything, or a list of new, old, new_layers, routers, new_experts, old_experts, embeddings, norms, head."""
-    freeze: Annotated[list[str], BeforeValidator(_listed)] = Field(default=[])
+    freeze: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(default=[])
     """Parts that do not, even where `train` says so."""
     warmup: Warmup = Warmup()
     """Gentle start of what is new: zero_init, lr, steps, alpha_steps."""
@@ -191,6 +184,8 @@ def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[s
         )
     if isinstance(steps, int) and steps > 0 and sum(p.steps for p in recipe.phases) >= steps:
         found.append(f"phases: take {sum(p.steps for p in recipe.phases)} steps, but max_steps is {steps}: nothing else would ever train.")
+    if recipe.warmup.zero_init and recipe.regularizer.fisher:
+        found.append("warmup.zero_init: changes the weights that the Fisher was taken on; grow with method identity instead.")
     if recipe.lora and recipe.regularizer.kind != "none":
         found.append("regularizer: has nothing to do beside `lora`, which leaves old weights where they are.")
     if recipe.lora and (recipe.train != ["everything"] or recipe.freeze or recipe.phases):

@@ -235,7 +235,7 @@ def _trainer(checked: Checked, ready: _Ready, notify: Notify, show: Callable[[st
         updates=ready.updates, blend=ready.blend, warmup=recipe.warmup, phases=recipe.phases, after=recipe.after_growth, penalty=ready.penalty,
         distiller=teach, monitor=Monitor(recipe.monitor), events=events, old_set=recipe.old_set if recipe.old_set in data.evals else None,
         flops_per_token=estimate.flops_per_token(arch, flops), save_extra=lambda folder: _companions(checked, folder),
-        start_facts={"model": checked.checkpoint.ref},
+        trains=[*recipe.train, *(f"but {p}" for p in recipe.freeze)], start_facts={"model": checked.checkpoint.ref},
     )  # fmt: skip
     if arch.is_moe and recipe.moe.aux_loss:
         given = recipe.moe.aux_coefficient
@@ -335,7 +335,7 @@ def _finish(trainer: GrowTrainer, checked: Checked, found: Any, seconds: float) 
     g, out, step = trainer.growing, checked.out, int(trainer.state.global_step)
     if checked.recipe.data.eval and (g.evaluated_at != step or checked.arguments.load_best_model_at_end):
         trainer.evaluate()
-    if checked.recipe.monitor.contribution_steps and checked.recipe.data.eval:
+    if checked.recipe.monitor.contribution_steps and g.contributed_at != step:
         trainer.contributions()
     tokens = step * estimate.tokens_a_step(checked.arguments, checked.recipe.data.seq_length, checked.arguments.world_size)
     stopped = "" if step >= trainer.state.max_steps else "early stopping"

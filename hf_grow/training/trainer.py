@@ -69,6 +69,9 @@ class Growing:
     """Global step of the last growth."""
     last_losses: dict[str, float] = field(default_factory=dict)
     evaluated_at: int = -1
+    contributed_at: int = -1
+    trains: list[str] = field(default_factory=lambda: ["everything"])
+    """What trains after the phases, for the log."""
     told: Callable[[Any, dict[str, float]], None] = lambda state, metrics: None
     """Hears of every evaluation of all sets."""
     announce: str = ""
@@ -222,15 +225,16 @@ class GrowTrainer(Trainer):  # type: ignore[misc]
                 g.events.write("regression", step, set=name, loss=loss, baseline=g.start_losses[name])
         every = g.monitor.options.contribution_steps
         if every and g.blend is not None and step and self.since % every < max(1, round(self.args.eval_steps or 1)):
-            self.contributions(losses)
+            self.contributions()
 
-    def contributions(self, losses: Mapping[str, float] | None = None) -> dict[str, dict[int, float]]:
+    def contributions(self) -> dict[str, dict[int, float]]:
         """For each named set (its first rows), the loss without each new block minus the loss with all of them."""
         g = self.growing
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         out: dict[str, dict[int, float]] = {}
-        if g.blend is None:
+        if g.blend is None or not self.eval_dataset:
             return out
+        g.contributed_at = int(self.state.global_step)
         for name, rows in sets.items():
             few = rows.select(range(min(len(rows), g.monitor.options.rows))) if hasattr(rows, "select") else rows
             whole = self._loss_on(few)
@@ -382,7 +386,7 @@ class _Hooks(TrainerCallback):  # type: ignore[misc]
         if since in starts:
             g.events.write("phase", step, train=starts[since])
         elif g.phases and since == at:
-            g.events.write("phase", step, train=["as `train` says"])
+            g.events.write("phase", step, train=g.trains)
         if g.after.settle_steps and since == g.after.settle_steps + g.after.restore_steps:
             g.events.write("settled", step, lr_factor=t.rates().every)
         if g.warmup.alpha_steps and since == g.warmup.alpha_steps:

@@ -7,9 +7,9 @@ blended in (`alpha_steps`). Steps count from the growth, so a run that was grown
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from hf_grow.recipe import Options
 
@@ -17,7 +17,14 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Factor = Annotated[float, Field(gt=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Parts = Annotated[list[str], Field(min_length=1)]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Parts = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
+"""Names of parts; one alone needs no list."""
 
 
 class Warmup(Options):
