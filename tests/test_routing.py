@@ -286,7 +286,7 @@ def test_it_is_told_recorded_and_shown(pair: tuple[Path, Path], capsys: pytest.C
     assert main(["verify", str(old), str(new)]) == 0
     said = capsys.readouterr().out
     assert "4, top 2 / 8, top 4" in said
-    assert "router entropy" in said and "% of most" in said
+    assert "router entropy" in said and "as a share of the most" in said
     assert "most loaded expert" in said and "least loaded expert" in said
     assert "top-k agreement" in said and "100.0%" in said
     assert "warning" not in said

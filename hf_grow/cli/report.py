@@ -45,10 +45,8 @@ def _add_routing(figures: Table, experts: dict[str, Any]) -> None:
         figures.add_row(name, " / ".join(text(experts[side]) if experts[side] else "-" for side in ("old", "new")))
 
     row("experts", lambda r: f"{r['experts']}, top {r['top_k']}")
-    row(
-        "router entropy",
-        lambda r: f"{r['entropy']:.3g} nats" + ("" if r["entropy_share"] is None else f", {r['entropy_share']:.0%} of most"),
-    )
+    row("router entropy, nats", lambda r: f"{r['entropy']:.3g}")
+    row("as a share of the most", lambda r: "-" if r["entropy_share"] is None else f"{r['entropy_share']:.0%}")
     row("most loaded expert", lambda r: f"{r['most_loaded']['share']:.1%}")
     row("least loaded expert", lambda r: f"{r['least_loaded']['share']:.1%}")
     row("variation of the load", lambda r: f"{r['load_variation']:.2f}")
