@@ -99,3 +99,35 @@ def test_wrong_steps_are_told(case: str) -> None:
 def test_a_step_that_does_not_fit_is_named() -> None:
     with pytest.raises(PlanError, match=r"Step 2 \(experts\).*fewer|Step 2 \(experts\).*no growth"):
         api.plan(make(BY_NAME["llama"]), "pipeline", steps=[{"method": "experts", "experts": 4}, {"method": "experts", "experts": 3}])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of `hf-grow demo --quick`: trained for seconds on real text, with its tokenizer."""
+    from rich.console import Console
+
+    from hf_grow.demo import run, settings
+
+    folder, chosen = tmp_path_factory.mktemp("demo"), settings.quick(0)
+    console = Console(quiet=True)
+    _, tokenizer, blocks = run._text(chosen, console)
+    run._small(chosen, tokenizer, blocks, folder / "small", folder / "cache", "small", True, console)
+    return folder / "small"
+
+
+@pytest.mark.slow
+def test_each_transition_of_a_trained_model_keeps_a_frozen_batch(trained: Path, tmp_path: Path) -> None:
+    """dense -> experts -> width -> depth on disk, in fp32: to 1e-5 of the largest logit after every step, and in one pass."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(trained)("The following example shows how a list can be sorted.", return_tensors="pt")["input_ids"]
+    before = logits(AutoModelForCausalLM.from_pretrained(trained), ids)
+    source = trained
+    for number, step in enumerate(STEPS):
+        api.grow(source, tmp_path / str(number), step["method"], **{k: v for k, v in step.items() if k != "method"})
+        source = tmp_path / str(number)
+        off = (logits(AutoModelForCausalLM.from_pretrained(source), ids) - before).abs().max() / before.abs().max()
+        assert off < 1e-5, step
+    api.grow(trained, tmp_path / "one", "pipeline", steps=STEPS)
+    off = (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "one"), ids) - before).abs().max() / before.abs().max()
+    assert off < 1e-5
