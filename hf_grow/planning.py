@@ -63,6 +63,11 @@ class SourceInfo:
     def architecture(self) -> Architecture:
         return Architecture(self.config)
 
+    @property
+    def refs(self) -> str:
+        """The checkpoint, and the further ones beside it, for people."""
+        return ", ".join([self.ref, *(other.ref for other in self.others.values())])
+
     @cached_property
     def by_key(self) -> Mapping[str, TensorInfo]:
         """The tensors of all source checkpoints by `Source.key`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ def plan_facts(plan: GrowthPlan) -> dict[str, Any]:
 def show_plan(plan: GrowthPlan) -> None:
     old, new = plan.sizes
     a, b = plan.source.architecture, plan.architecture
-    table = Table(title=f"{plan.growth.method}: {plan.source.ref}", title_justify="left", title_style="bold")
+    table = Table(title=f"{plan.growth.method}: {plan.source.refs}", title_justify="left", title_style="bold")
     for column in ("", "source", "target"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("layers", str(a.layers), str(b.layers))
@@ -129,3 +129,18 @@ def bytes_bar(label: str, total: int, *, quiet: bool) -> Iterator[Progress]:
     with Bar(*columns, console=notes, transient=True) as bar:
         task = bar.add_task(label, total=total)
         yield lambda nbytes: bar.advance(task, nbytes)
+
+
+@contextmanager
+def tokens_bar(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """The same for tokens, whose number so far it shows."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda tokens: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
+    with Bar(*columns, console=notes, transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda tokens: bar.advance(task, tokens)

@@ -73,7 +73,7 @@ def upcycled(arch: Architecture, options: ExpertsOptions, others: Sequence[Archi
         options=options.given(),
         config=target.config,
         tensors={name: made.tensor(entry) for name, entry in target.tensors.items()},
-        guarantee=_guarantee(options, shards, len(weights)),
+        guarantee=_guarantee(options, shards, len(weights), target.size("shared_inter") > 0),
         layers=tuple(LayerOrigin((i,)) for i in range(arch.layers)),
         axes=made.axes,
         warnings=tuple(_notes(options, others)),
@@ -244,12 +244,19 @@ def _undual(axis: AxisMap) -> AxisMap:
     return AxisMap(axis.source_size, axis.runs, dual=False)
 
 
-def _guarantee(options: ExpertsOptions, shards: int, checkpoints: int) -> Guarantee:
+def _guarantee(options: ExpertsOptions, shards: int, checkpoints: int, has_shared: bool) -> Guarantee:
     if checkpoints > 1:
         why = f"the experts come from {checkpoints} checkpoints, and everything else is their average"
         return Guarantee("changes the function", why)
     if options.init == "copy":
-        return Guarantee("lossless", "all experts are the dense FFN, and the weights of the chosen ones add up to one")
+        what = "all experts are the dense FFN"
+        if has_shared:
+            what += (
+                " with half its down_proj, the shared one does the other half"
+                if options.shared_expert == "half"
+                else ", the shared one adds zero"
+            )
+        return Guarantee("lossless", f"{what}, and the weights of the chosen ones add up to one")
     if options.init == "fine-grained":
         if options.router == "zeros":
             return Guarantee("changes the function", "with a router of zeros the chosen experts need not be whole groups of shards")

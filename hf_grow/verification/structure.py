@@ -51,7 +51,7 @@ def check_tables(new: Checkpoint, report: Report) -> GrowthPlan | None:
         return None
     changed = sorted(k for k in {**plan.growth.config, **new.config} if plan.growth.config.get(k) != new.config.get(k))
     report.add("config.json", not changed, f"differs from the plan in {', '.join(changed)}" if changed else "as planned")
-    report.add("provenance", True, f"{plan.growth.method} from {plan.source.ref}: {plan.guarantee.kind}")
+    report.add("provenance", True, f"{plan.growth.method} from {plan.source.refs}: {plan.guarantee.kind}")
     return plan
 
 
@@ -86,7 +86,7 @@ def check_same_source(old: Checkpoint, plan: GrowthPlan, report: Report) -> bool
         dict(old.info.by_key) == dict(plan.source.by_key)
         and Architecture(old.config).tensors.keys() == plan.source.architecture.tensors.keys()
     )
-    detail = f"{old.ref} has the tensors the plan was made for" if same else f"{old.ref} is not the checkpoint that {plan.source.ref} was"
+    detail = f"{old.info.refs} has the tensors the plan was made for" if same else f"{old.ref} is not the checkpoint that {plan.source.ref} was"
     report.add("source", same, detail)
     return same
 
