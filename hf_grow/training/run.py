@@ -190,7 +190,10 @@ class _Ready:
 
 def _prepare(checked: Checked, notify: Notify) -> _Ready:
     """Also where a run is resumed, the model comes with the weights that it started from: the penalty holds it near those."""
+    from transformers import set_seed
+
     recipe, arguments = checked.recipe, checked.arguments
+    set_seed(arguments.seed)  # adapters are drawn before Trainer does this
     model = load_model(recipe.model, recipe.revision, weights_dtype(recipe, arguments), recipe.attn_implementation, notify)
     who = who_trains(model, checked.plan, recipe)
     blend = blend_for(model, who, recipe)

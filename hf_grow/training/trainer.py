@@ -26,6 +26,7 @@ from hf_grow.training.blocks import Blend
 from hf_grow.training.distill import Distiller
 from hf_grow.training.events import EventLog, plain
 from hf_grow.training.monitor import Monitor, MonitorOptions
+from hf_grow.training.settled import STATE
 from hf_grow.training.updates import Rates, Updates
 from hf_grow.training.warmups import AfterGrowth, Phase, Warmup, phase_at
 
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
     from hf_grow.training.regularizers import Penalty
 
-STATE = "growth_state.json"
-"""In every checkpoint: where the run stands since the growth, and what the monitor knows."""
 PENALTY = "penalty.pt"
 
 
