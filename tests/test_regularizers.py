@@ -311,20 +311,20 @@ def test_si_finds_the_curvature_of_a_quadratic_loss_and_omega_adds_up_to_what_wa
     bowl = _Bowl()
     penalty = SynapticIntelligence(1.0, {"w": bowl.w.detach().clone()}, None, xi=1e-9, storage=torch.float64)
     penalty.attach(bowl)
-    optimizer = torch.optim.SGD(bowl.parameters(), lr=1e-3)
-    first = float(bowl.loss())
-    for _ in range(40_000):
+    optimizer = torch.optim.SGD(bowl.parameters(), lr=4e-3)
+    first = float(bowl.loss().detach())
+    for _ in range(8_000):
         optimizer.zero_grad()
         bowl.loss().backward()
         penalty.add_gradient()
         penalty.before_step()
         optimizer.step()
-        penalty.after_step(1e-3)
-    gained = first - float(bowl.loss())
-    assert float(penalty.path["w"]["omega"].sum()) == pytest.approx(gained, rel=5e-3)
+        penalty.after_step(4e-3)
+    gained = first - float(bowl.loss().detach())
+    assert float(penalty.path["w"]["omega"].sum()) == pytest.approx(gained, rel=1e-2)
     penalty.consolidate()
     f = penalty.importances()["w"]
-    torch.testing.assert_close(f[:3], bowl.h[:3], rtol=5e-3, atol=0)
+    torch.testing.assert_close(f[:3], bowl.h[:3], rtol=1e-2, atol=0)
     assert f[3] == 0  # it never moved
 
 

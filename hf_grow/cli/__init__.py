@@ -25,6 +25,7 @@ COMMANDS = {
     "card": ("card", "write the model card of a grown checkpoint"),
     "inspect": ("inspect", "what a checkpoint is, and what it was grown from"),
     "replay": ("replay", "text sampled from a model, to keep what it knows in further training"),
+    "fisher": ("fisher", "what each weight matters for old data, for a penalty that keeps it"),
     "train": ("train", "continued pretraining that does not forget, by a recipe (YAML)"),
     "demo": ("demo", "train a small model, grow it, go on training; nothing to download"),
 }

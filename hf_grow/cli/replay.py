@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from hf_grow.checkpoint.source import open_source
@@ -50,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = load(checkpoint, options.dtype, how.device)
     if how.dry_run:
         return _tell_estimate(estimate(model, tokenizer, options), options, how, as_json=arguments.json)
-    with _tokens_bar(options.tokens, quiet=arguments.json) as progress:
+    with render.tokens_bar("sampling", options.tokens, quiet=arguments.json) as progress:
         try:
             replay = sample_replay(model, tokenizer, out, options, ref=checkpoint.ref, overwrite=how.overwrite, progress=progress)
         except KeyboardInterrupt:
@@ -88,20 +86,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-@contextmanager
-def _tokens_bar(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with tokens kept and the time left; silent where stderr is no terminal."""
-    import sys
-
-    if quiet or not sys.stderr.isatty():
-        yield lambda tokens: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
-    with Bar(*columns, console=render.notes, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda tokens: bar.advance(task, tokens)

@@ -7,7 +7,7 @@ bf16 copy of a checkpoint round to. A file of another model, however alike, is r
 from __future__ import annotations
 
 import base64
-import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_grow._version import __version__
+from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.writer import shard_of
 from hf_grow.errors import ExecutionError, InputError, OutputError
 from hf_grow.planning import TensorInfo
@@ -33,8 +34,13 @@ def sample(tensor: Tensor) -> Tensor:
     import torch
 
     flat = full(tensor.detach()).reshape(-1)
-    at = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-    return flat[at.to(flat.device)].to("cpu", torch.bfloat16)
+    return flat[_places(flat.numel()).to(flat.device)].to("cpu", torch.bfloat16)
+
+
+def _places(count: int) -> Tensor:
+    import torch
+
+    return torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float64).long()
 
 
 def samples(model: PreTrainedModel) -> str:
@@ -43,6 +49,23 @@ def samples(model: PreTrainedModel) -> str:
 
     held = parameters(model)
     return encode({n: sample(place.of(full(held[place.parameter].detach()))) for n, place in places(model).items()})
+
+
+def samples_on_disk(checkpoint: Checkpoint) -> str:
+    """The same for a checkpoint on this machine, read value by value: no model is made."""
+    import torch
+
+    from hf_grow.evaluate import torch_dtype
+    from hf_grow.planning import DTYPE_BYTES
+
+    found: dict[str, Tensor] = {}
+    for name in checkpoint.info.architecture.tensors:
+        stored = checkpoint.tensors[name]
+        width, count = DTYPE_BYTES[stored.dtype], math.prod(stored.shape)
+        with checkpoint.path(stored.file).open("rb", buffering=0) as file:
+            data = b"".join(os.pread(file.fileno(), width, stored.start + width * at) for at in _places(count).tolist())
+        found[name] = torch.frombuffer(bytearray(data), dtype=torch_dtype(stored.dtype)).to(torch.bfloat16)
+    return encode(found)
 
 
 def encode(tensors: Mapping[str, Tensor]) -> str:
@@ -81,10 +104,6 @@ class Importance:
         if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
             raise InputError(f"{self.path}: {name} holds values that are negative or not finite.", hint="Make the file again.")
         return tensor
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(f"{sorted(self.metadata.items())}".encode()).hexdigest()
 
 
 def open_importance(path: Path) -> Importance:

@@ -1,0 +1,268 @@
+"""`hf-grow fisher MODEL --text OLD_DATA -o FILE`: what each weight matters for the old data; the penalty of a training reads it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.checkpoint.source import open_source
+from hf_grow.cli import flags, render
+from hf_grow.cli.commands import add_json, add_source, print_json
+from hf_grow.errors import InputError, OutputError
+from hf_grow.methods.sizing import measure, short
+from hf_grow.planning import GrowthPlan, check_source
+from hf_grow.recipe import Options, parse
+from hf_grow.training.extras import need
+from hf_grow.training.fisher import FisherOptions, memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from hf_grow.training.calibrate import Calibration
+
+MEASURED = 32
+"""Sequences, of old and of new text, that calibration measures on."""
+
+
+class RunOptions(Options):
+    """What the command reads and writes."""
+
+    output: str
+    """File to write (also -o), such as fisher.safetensors."""
+    text: str | None = None
+    """Text of the old domain: a folder, a file (txt, jsonl, json, parquet), a glob, or the id of a data set on the Hub."""
+    from_growth: Path | None = None
+    """Instead of text: the Fisher of the source, mapped through MODEL's growth.json so that it punishes as much as before."""
+    merge: Path | None = None
+    """Fisher of earlier tasks, for the same tensors; the file holds decay * merge + this one (online EWC)."""
+    decay: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """What --merge counts (gamma)."""
+    utility: Path | None = None
+    """Write the squared gradients of every expert of a mixture into this JSON file, for hf-grow experts --utility."""
+    calibrate: Annotated[float, Field(gt=0)] | None = None
+    """Find the lambda with which short trainings on --on raise the old loss by no more than this many nats a token."""
+    on: str | None = None
+    """New text for --calibrate; like --text."""
+    calibrate_steps: Annotated[int, Field(ge=1)] = 60
+    """Steps of each training."""
+    calibrate_lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Learning rate of each training; take the one of your run."""
+    device: str | None = None
+    """Where the model runs: cpu, cuda, cuda:1. Default: the first GPU, else the CPU."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+    dry_run: bool = False
+    """Say what it would take, and stop."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_source(parser)
+    files = parser.add_argument_group("input and output")
+    flags.add_flags(files, [RunOptions], short={"output": "-o"})
+    for action in parser._actions:
+        if action.dest in ("output", "from_growth", "merge"):
+            action.metavar = "FILE"
+    flags.add_flags(parser.add_argument_group("estimation"), [FisherOptions])
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    how = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False)
+    options = parse(FisherOptions, flags.given(arguments, FisherOptions), where="The command line", strict=False)
+    _check(how, options)
+    out = Path(how.output).expanduser()
+    for path in (out, how.utility):
+        if path is not None and path.exists() and not how.overwrite and not how.dry_run:
+            raise OutputError(f"{path} exists.", hint="Give another name, or --overwrite.")
+        if path is not None and not path.parent.is_dir():
+            raise OutputError(f"There is no folder {path.parent}.")
+    checkpoint = open_source(arguments.source, revision=arguments.revision, weights=not how.dry_run, notify=render.note)
+    check_source(checkpoint.info)
+    if how.utility is not None and not checkpoint.info.architecture.is_moe:
+        raise InputError(f"{checkpoint.ref} has no experts; --utility means nothing here.")
+    if how.dry_run:
+        facts = _dry(checkpoint, options, mapped=how.from_growth is not None)
+    else:
+        start = time.perf_counter()
+        facts = (
+            _mapped(checkpoint, how, options, out) if how.from_growth else _estimated(checkpoint, how, options, out, quiet=arguments.json)
+        )
+        facts = {"output": str(out), **facts, "seconds": round(time.perf_counter() - start, 1)}
+    print_json(facts) if arguments.json else _show(facts)
+    return 0
+
+
+def _check(how: RunOptions, options: FisherOptions) -> None:
+    """Raises InputError with everything that does not go together."""
+    wrong = []
+    if (how.text is None) == (how.from_growth is None):
+        wrong.append("give one of --text (old data) and --from-growth (the source's Fisher)")
+    if how.from_growth is not None:
+        wrong += [f"--{n} needs --text" for n in ("merge", "utility", "calibrate") if getattr(how, n) is not None]
+    if (how.calibrate is None) != (how.on is None):
+        wrong.append("--calibrate NATS and --on NEW_DATA go together")
+    if how.decay != 1.0 and how.merge is None:
+        wrong.append("--decay belongs to --merge")
+    if wrong:
+        raise InputError(f"The command line has {len(wrong)} mistake{'s' * (len(wrong) > 1)}:\n" + "\n".join(f"  {w}." for w in wrong))
+
+
+def _dry(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) -> dict[str, Any]:
+    total = measure(checkpoint.info.architecture).total
+    stored = total * (4 if options.storage == "fp32" else 2)
+    if mapped:
+        return {"dry_run": True, "parameters": total, "file_bytes": stored, "note": "mapped tensor by tensor; no model is loaded"}
+    needs = memory(total, {"bfloat16": 2, "float64": 8}.get(options.dtype, 4))
+    return {
+        "dry_run": True, "parameters": total, "tokens": options.tokens, "file_bytes": stored,
+        "memory_bytes": {**needs, "total": sum(needs.values())}, "flops": 3 * measure(checkpoint.info.architecture).flops * options.tokens,
+        "note": "activations of one batch come on top",
+    }  # fmt: skip
+
+
+def _mapped(checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, out: Path) -> dict[str, Any]:
+    from hf_grow.training.fisher_file import open_importance, samples_on_disk, write_importance
+    from hf_grow.training.fisher_growth import check_of_source, grow_importance
+
+    assert how.from_growth is not None
+    if checkpoint.growth is None:
+        raise InputError(f"{checkpoint.ref} has no growth.json.", hint="--from-growth needs a model that hf-grow made.")
+    plan = GrowthPlan.from_json(checkpoint.growth)
+    source = open_importance(how.from_growth)
+    check_of_source(source, plan, checkpoint)
+    shapes = {n: t.shape for n, t in plan.targets.items()}
+    facts = {
+        **{k: v for k, v in source.metadata.items() if k not in ("format", "made_by", "sample", "model", "revision")},
+        "model": checkpoint.ref, "revision": checkpoint.revision, "sample": samples_on_disk(checkpoint),
+        "mapped_from": source.metadata.get("model", ""), "mapped_by": plan.growth.method,
+    }  # fmt: skip
+    write_importance(out, shapes, grow_importance(plan, source.read), facts, storage=options.storage)
+    return {"kind": facts.get("kind", ""), "mapped_from": facts["mapped_from"], "mapped_by": plan.growth.method}
+
+
+def _estimated(checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, out: Path, *, quiet: bool) -> dict[str, Any]:
+    need("datasets")
+    from hf_grow.training.fisher import estimate, merged, on_disk, sequences, utility
+    from hf_grow.training.fisher_file import Importance, check_model, open_importance, samples, write_importance
+    from hf_grow.training.sampling import load
+
+    old: Importance | None = None
+    shapes = {n: t.shape for n, t in checkpoint.info.tensors.items() if n in checkpoint.info.architecture.tensors}
+    if how.merge is not None:
+        old = open_importance(how.merge)
+        check_model(old, shapes, None)
+    model, tokenizer = load(checkpoint, _dtype(options, how.device), how.device)
+    length = min(options.seq_length, model.config.max_position_embeddings)
+    wanted = -(-options.tokens // length)
+    assert how.text is not None
+    apart = MEASURED if how.calibrate is not None else 0
+    rows = sequences([how.text], model, tokenizer, length=length, count=wanted + apart, seed=options.seed)
+    new = None
+    if how.on is not None:
+        count = how.calibrate_steps * options.batch + MEASURED
+        new = sequences([how.on], model, tokenizer, length=length, count=count, seed=options.seed)
+        for label, some in ((how.text, rows), (how.on, new)):
+            if len(some) < 8:
+                raise InputError(
+                    f"{label} fills {len(some)} sequences of {length} tokens; calibration needs 8.", hint="Use a smaller --seq-length."
+                )
+    rows, heldout = (rows[: -min(apart, len(rows) // 2)], rows[-min(apart, len(rows) // 2) :]) if apart else (rows, rows[:0])
+    if len(rows) < wanted:
+        render.note(f"{how.text} gives {rows.numel():,} tokens, not the {options.tokens:,} asked for.")
+    with render.tokens_bar("Fisher", rows.numel(), quiet=quiet) as progress:
+        found, tokens = estimate(model, rows, options, progress=progress)
+    facts = {
+        "kind": options.kind, "exact": options.exact or options.kind == "empirical", "tokens": tokens, "seq_length": length,
+        "batch": options.batch, "seed": options.seed, "dtype": str(model.dtype).removeprefix("torch."),
+        "model": checkpoint.ref, "revision": checkpoint.revision, "sample": samples(model),
+    }  # fmt: skip
+    if old is not None:
+        facts |= {"merged": old.metadata.get("model", ""), "decay": how.decay}
+    tensors = on_disk(model, found)
+    write_importance(out, shapes, tensors if old is None else merged(tensors, old.read, how.decay), facts, storage=options.storage)
+    told: dict[str, Any] = {k: v for k, v in facts.items() if k != "sample"}
+    count = sum(t.numel() for t in found.values())
+    told["mean"] = sum(float(t.sum(dtype=t.dtype).double()) for t in found.values()) / count
+    told["bytes"] = out.stat().st_size
+    if how.utility is not None:
+        arch = checkpoint.info.architecture
+        table = utility(arch.layers, arch.size("experts"), on_disk(model, found), arch.tensors)
+        how.utility.write_text(json.dumps({"utility": table}) + "\n", encoding="utf-8")
+        told["utility"] = str(how.utility)
+    if new is not None:
+        del found
+        told["calibration"] = _calibrated(model.float(), how, out, heldout, new, options.batch, quiet=quiet)
+    return told
+
+
+def _dtype(options: FisherOptions, device: str | None) -> str:
+    if options.dtype != "auto":
+        return options.dtype
+    import torch
+
+    return "bfloat16" if (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda") else "float32"
+
+
+def _calibrated(
+    model: PreTrainedModel, how: RunOptions, file: Path, old: Tensor, new: Tensor, batch: int, *, quiet: bool
+) -> dict[str, Any]:
+    from hf_grow.training.calibrate import calibrate
+    from hf_grow.training.regularizers import PenaltyOptions, Quadratic, make_penalty
+
+    penalty = make_penalty(PenaltyOptions(kind="ewc", fisher=(file,)), model)
+    assert isinstance(penalty, Quadratic) and how.calibrate is not None
+    penalty.attach(model)
+    measured = min(MEASURED, len(new) // 2)
+    with render.tokens_bar("calibrating", 6 * how.calibrate_steps * batch * new.shape[1], quiet=quiet) as progress:
+        found = calibrate(
+            model, penalty, old=old, train=new[:-measured], new=new[-measured:], tolerated=how.calibrate,
+            steps=how.calibrate_steps, lr=how.calibrate_lr, batch=batch, progress=progress,
+        )  # fmt: skip
+    return _told(found, how)
+
+
+def _told(found: Calibration, how: RunOptions) -> dict[str, Any]:
+    return {
+        "lambda": found.chosen, "tolerated": how.calibrate, "steps": how.calibrate_steps, "lr": how.calibrate_lr,
+        "before": {"old": found.old, "new": found.new},
+        "trials": [{"lambda": t.strength, "old": t.old, "new": t.new, "rise": t.rise} for t in sorted(found.trials, key=lambda t: t.strength)],
+    }  # fmt: skip
+
+
+def _show(facts: dict[str, Any]) -> None:
+    say = render.console.print
+    if "dry_run" in facts:
+        say(f"parameters {short(facts['parameters'])}; the file takes {render.gigabytes(facts['file_bytes'])}")
+        if "memory_bytes" in facts:
+            parts = ", ".join(f"{k} {render.gigabytes(v)}" for k, v in facts["memory_bytes"].items() if k != "total")
+            say(f"memory     {render.gigabytes(facts['memory_bytes']['total'])}: {parts}")
+            say(f"compute    {short(facts['flops'])} FLOPs for {facts['tokens']:,} tokens")
+        say(f"{facts['note']} (nothing done: --dry-run)")
+        return
+    if "mapped_by" in facts:
+        say(f"wrote      {facts['output']}: mapped through {facts['mapped_by']}, {facts['seconds']} s", markup=False)
+    else:
+        how = "a sequence at a time" if facts["exact"] else f"batches of {facts['batch']}"
+        say(f"wrote      {facts['output']} ({render.gigabytes(facts['bytes'])}): {facts['kind']} Fisher, {facts['tokens']:,} tokens, {how}, "
+            f"mean {facts['mean']:.3g}, {facts['seconds']} s", markup=False)  # fmt: skip
+    if "utility" in facts:
+        say(f"wrote      {facts['utility']}: squared gradients of the experts (hf-grow experts --add N --utility FILE)", markup=False)
+    if "calibration" in facts:
+        c = facts["calibration"]
+        say(f"before     old {c['before']['old']:.4f}, new {c['before']['new']:.4f} nats a token; {c['steps']} steps at {c['lr']:g}:")
+        for t in c["trials"]:
+            say(
+                f"lambda {t['lambda']:<10.4g} old {t['old']:.4f} ({t['rise']:+.4f})   new {t['new']:.4f}{'   <-' * (t['lambda'] == c['lambda'])}"
+            )
+    strength = facts.get("calibration", {}).get("lambda", 10.0)
+    say(
+        f"use it     regularizer: {{kind: ewc, fisher: {facts['output']}, lambda: {strength:.4g}}} in the recipe of hf-grow train",
+        markup=False,
+    )
