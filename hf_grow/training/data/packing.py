@@ -106,10 +106,10 @@ def cut(carry: NDArray[np.int32], documents: Iterable[Sequence[int]], length: in
     return stream[:full].reshape(-1, length), stream[full:]
 
 
-def batches(rows: Iterable[dict[str, str]], size: int = BATCH) -> Iterator[list[str]]:
-    """Texts, `size` at a time."""
+def batches(rows: Iterable[dict[str, str]], size: int | None = None) -> Iterator[list[str]]:
+    """Texts, `size` (BATCH) at a time."""
     iterator = iter(rows)
-    while batch := [row["text"] for row in islice(iterator, size)]:
+    while batch := [row["text"] for row in islice(iterator, size or BATCH)]:
         yield batch
 
 
