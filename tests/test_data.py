@@ -664,3 +664,16 @@ def test_data_sets_on_the_hub(tmp_path: Path) -> None:
         assert (offline[0]["commit"], offline[0]["texts"]) == (commit, docs)
         assert "from the cache" in offline[0]["told"][0]
         assert "not in the cache" in offline[1]["error"]
+
+
+def test_data_md_tells_every_option() -> None:
+    from hf_grow.training.data import EvalSource, ReplaySource, TextOptions, TrainSource
+    from hf_grow.training.replay import ReplayOptions
+
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    keys = {k for model in (DataOptions, TextOptions, TrainSource, EvalSource) for k in model.model_fields}
+    assert not [k for k in keys if f"`{k}`" not in text and f"{k}:" not in text]
+    assert not [
+        k for k in ReplaySource.model_fields.keys() - TextOptions.model_fields if f"`replay.{k}`" not in text and f"{{{k}:" not in text
+    ]
+    assert not [k for k in ReplayOptions.model_fields if f"`--{k.replace('_', '-')}`" not in text]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,13 +18,9 @@ from pathlib import Path
 from hf_grow._version import __version__
 from hf_grow.demo.settings import Pretraining
 from hf_grow.errors import OutputError
+from hf_grow.training.data.cache import default_root
 
-
-def default_root() -> Path:
-    """Where caches belong: beside the Hub's if HF_HOME moves that, else where XDG says."""
-    if home := os.environ.get("HF_HOME"):
-        return Path(home).expanduser() / "hf-grow"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf-grow"
+__all__ = ["default_root", "fetch", "key"]
 
 
 def key(settings: Pretraining, corpus_digest: str) -> str:
