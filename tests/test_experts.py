@@ -222,6 +222,10 @@ REFUSED = {
     "add to dense": ("llama", {"add": 2}, "mixture"),
     "router of copies": ("mixtral", {"add": 2, "router": "zeros"}, "keep the router rows"),
     "prompts for nothing": ("llama", {"experts": 2, "prompts": {"experts": [{"positive": ["a"]}, {"positive": ["b"]}]}}, "means nothing"),
+    "noise of copies": ("llama", {"experts": 4, "noise": 0.1}, "belongs to --init noise"),
+    "drop of copies": ("llama", {"experts": 4, "drop": 0.1}, "belongs to --init drop"),
+    "no shared expert": ("llama", {"experts": 4, "shared_expert": "zero"}, "shared one"),
+    "pooling of noise": ("llama", {"experts": 4, "prompt_pooling": "last"}, "belongs to --router prompts"),
     "no prompts": ("llama", {"experts": 2, "router": "prompts"}, "needs --prompts"),
     "prompts of another number": (
         "llama",
@@ -257,7 +261,7 @@ def test_utility_copies_the_most_useful_layer_by_layer(tmp_path: Path) -> None:
         assert torch.equal(router_of(new, layer), wanted)
         for at, origin in enumerate(chosen):
             assert torch.equal(experts_of(new, layer, "up_proj", 6)[4 + at], experts_of(old, layer, "up_proj", 4)[origin])
-    with pytest.raises(InputError, match="cannot be read as JSON"):
+    with pytest.raises(InputError, match="cannot be read: No such file"):
         api.plan(model, "experts", add=1, utility=str(tmp_path / "none.json"))
 
 

@@ -34,8 +34,10 @@ def _utility(value: Any) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(Path(value).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{value} cannot be read as JSON: {error}") from None
+        except OSError as error:
+            raise ValueError(f"{value} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"{value} is not valid JSON: {error}") from None
     if isinstance(value, Mapping):
         value = value.get("utility")
     rows = value if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple) else [value]

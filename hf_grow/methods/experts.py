@@ -22,12 +22,28 @@ def build_experts(arch: Architecture, options: ExpertsOptions, others: Sequence[
             "Say how many experts, or the size to grow to: one of --experts, --add, --to and --experts-from.",
             hint="Such as --experts 8 --top-k 2.",
         )
+    _check_meaning(arch, options)
     if options.to is not None:
         if others:
             raise PlanError("--to cannot be met with --experts-from.", hint="The checkpoints say how many experts there are.")
         count = _nearest_count(arch, options.to, options)
         options = options.model_copy(update={"experts": count, "to": None})
     return (more_experts if arch.is_moe else upcycled)(arch, options, others)
+
+
+def _check_meaning(arch: Architecture, options: ExpertsOptions) -> None:
+    """Raises PlanError for an option that changes nothing here: whoever gave it expects something of it."""
+    given = options.given()
+    shared = not arch.is_moe and UPCYCLED.get(arch.family.model_type, ("",))[0] == "qwen2_moe"
+    means = {
+        "noise": (options.init == "noise", "belongs to --init noise"),
+        "drop": (options.init == "drop", "belongs to --init drop"),
+        "shared_expert": (shared, "is for a dense source whose family of experts has a shared one (qwen2)"),
+        "prompt_pooling": (options.router == "prompts", "belongs to --router prompts"),
+    }
+    for name, (does, why) in means.items():
+        if name in given and not does:
+            raise PlanError(f"--{name.replace('_', '-')} {why}.")
 
 
 def _sized(arch: Architecture, count: int, top_k: int, shards: int) -> Architecture:
