@@ -1,7 +1,7 @@
 """Watching a run after a growth: spikes of loss and gradient norm, the shock of the growth itself, and what to do about them.
 
-A signal is compared with its own recent past by a robust z-score, (x - median) / (1.4826 MAD), which one earlier spike does not move. Plain
-numbers only: the trainer feeds it one step after another and carries out what it asks for, and its state goes into every checkpoint.
+A signal is compared with its own recent past by a robust z-score, (x - expected) / (1.4826 MAD): medians, which one earlier spike does not move,
+around the resistant line through the medians of both halves of the past, because a loss that falls fast has no other spread. Plain numbers only: the trainer feeds it one step after another and carries out what it asks for, and its state goes into every checkpoint.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Monitor:
             if norm is not None:
                 self.norms.append(norm)
             return found
-        self.quiet_until = since + self.options.window // 4
+        self.quiet_until = since + self.options.window // 2
         if math.isfinite(loss):
             self.losses.append(loss)
         return [*found, unstable]
@@ -165,10 +165,14 @@ class Monitor:
 
 
 def robust_z(value: float, past: Sequence[float] | deque[float]) -> float:
-    """How many robust deviations `value` lies above the median of `past`; 1.4826 makes the MAD of a normal sample its standard deviation."""
-    middle = median(past)
-    spread = 1.4826 * median(abs(x - middle) for x in past)
-    return (value - middle) / max(spread, FLOOR * abs(middle), 1e-12)
+    """How many robust deviations `value` lies above what `past` lets expect next; 1.4826 makes the MAD of a normal sample its standard deviation."""
+    values = list(past)
+    n, half = len(values), len(values) // 2
+    slope = (median(values[n - half :]) - median(values[:half])) / (n - half)
+    level = median(v - slope * i for i, v in enumerate(values))
+    expected = level + slope * n
+    spread = 1.4826 * median(abs(v - slope * i - level) for i, v in enumerate(values))
+    return (value - expected) / max(spread, FLOOR * abs(expected), 1e-12)
 
 
 def detrended(values: Sequence[float]) -> list[float]:
