@@ -27,6 +27,7 @@ COMMANDS = {
     "replay": ("replay", "text sampled from a model, to keep what it knows in further training"),
     "fisher": ("fisher", "what each weight matters for old data, for a penalty that keeps it"),
     "train": ("train", "continued pretraining that does not forget, by a recipe (YAML)"),
+    "merge": ("merge", "a LoRA adapter, replicated layers and all, as a plain checkpoint"),
     "demo": ("demo", "train a small model, grow it, go on training; nothing to download"),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -140,14 +141,23 @@ def replicated(config: Mapping[str, Any]) -> list[int] | None:
     return [i for start, stop in pairs for i in range(start, stop)]
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What was merged: into which base, and by which growth, if layers were replicated."""
+
+    base: str
+    layers: int
+    plan: GrowthPlan | None
+
+
 def merge_adapter(
     adapter: Path, out: Path, *, base: str | None = None, revision: str | None = None, overwrite: bool = False,
     dtype: str = "auto", notify: Callable[[str], None] = lambda message: None,
-) -> GrowthPlan | None:  # fmt: skip
+) -> Merged:  # fmt: skip
     """Writes the plain checkpoint that computes what peft's model of `base` and the adapter computes.
 
     `base` is the checkpoint the adapter was made for; by default the one that its config names. With `layer_replication` the layers are
-    real afterwards: the plan of that growth goes into growth.json and is returned. Raises InputError (SourceError, OutputError).
+    real afterwards: the plan of that growth goes into growth.json. Raises InputError (SourceError, OutputError).
     """
     need("peft")
     config = adapter_config(adapter)
@@ -176,7 +186,7 @@ def merge_adapter(
         if record:
             folder.write_json(GROWTH, {**record, "training": facts})
         folder.finish({p.name for p in folder.path.iterdir() if not p.name.startswith(".")})
-    return plan
+    return Merged(str(ref), merged.config.num_hidden_layers, plan)
 
 
 def _merged(base: Path, plan: GrowthPlan | None, adapter: Path, dtype: str) -> PreTrainedModel:

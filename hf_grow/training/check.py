@@ -260,7 +260,7 @@ def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> T
         settings.setdefault("eval_strategy", "steps")
         settings.setdefault("eval_on_start", True)
         settings.setdefault("per_device_eval_batch_size", settings["per_device_train_batch_size"])
-    if recipe.early_stopping_patience:
+    if recipe.early_stopping_patience and recipe.data.eval:
         sets = list(recipe.data.eval)
         settings.setdefault("metric_for_best_model", f"eval_{'new' if 'new' in sets else sets[0]}_loss")
         settings.setdefault("load_best_model_at_end", True)

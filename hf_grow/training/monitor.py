@@ -47,7 +47,7 @@ class MonitorOptions(Options):
     regression: Annotated[float, Field(gt=0)] = 0.1
     """Loss of a named set above its baseline, in nats, from which on an evaluation tells of a regression."""
     contribution_steps: Count = 0
-    """Measure what each new block contributes every so many steps, by leaving it out. Default: 0, never; `evaluation_rows` makes it cheap."""
+    """Measure what each new block contributes every so many steps, by leaving it out. Default: 0, never. It takes a forward pass over `rows` for each new block."""
     rows: Positive = 16
     """Rows of each named set that contributions are measured on."""
 

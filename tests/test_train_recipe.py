@@ -1,0 +1,241 @@
+"""Training recipes: strict, every mistake at once, status 2; overriding on the command line; nothing written before all is well."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from models import BY_NAME, make, save
+from safetensors.torch import load_file, save_file
+from trained import FAST, WORDS, grown, recipe, run, source, text, tokenizer
+
+from hf_grow.cli import main
+from hf_grow.cli.train import RECIPES, overrides
+from hf_grow.errors import InputError
+from hf_grow.training.check import arguments_for, stored_samples
+from hf_grow.training.fisher_file import samples
+from hf_grow.training.recipe import OURS, TrainRecipe, argument_model, read
+
+
+def test_all_mistakes_of_all_kinds_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unknown keys, strings for numbers, missing files, a tokenizer and a Fisher of other models, an output that is there: one message."""
+    model = grown(tmp_path)
+    large = tokenizer([*WORDS, "more", "words"])
+    large.save_pretrained(tmp_path / "large")
+    other = source(tmp_path / "other", hidden_size=24)
+    fisher = fisher_of(other, tmp_path / "other.safetensors")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").write_text("dear")
+    path = recipe(
+        tmp_path, model, learning_rate="fast", save_steps="1e-3", lerning_rate=1.0, bf16="yes", optim="adamm",
+        warmup={"alpha_step": 3, "steps": "many"}, train=["new", "wings"], tokenizer=str(tmp_path / "large"),
+        regularizer={"kind": "ewc", "fisher": str(fisher), "lambda": "10"}, output_dir="there",
+        monitor={"on_instability": "panic"},
+        data={"train": str(tmp_path / "nowhere.txt"), "eval": {"old": str(tmp_path / "gone"), "new": str(text(tmp_path, "new"))}},
+    )  # fmt: skip
+    said = run(capsys, "train", path, status=2)["error"]
+    told = said.splitlines()
+    for line in (
+        "learning_rate: should be a valid number", "save_steps: '1e-3' is a string. YAML needs a plain number",
+        "lerning_rate: unknown key. Did you mean learning_rate?", "bf16: should be", "optim: should be",
+        "warmup.alpha_step: unknown key. Known: alpha_start, alpha_steps", "warmup.steps: should be a valid integer",
+        "train: there is no part 'wings'", "tokenizer: knows 65 tokens, but the model's vocabulary has 64", "regularizer.lambda: '10' is a string",
+        "output_dir: is set by hf-grow; use output", "monitor.on_instability: should be", "data.train.0: ", "data.eval.old: ",
+        "output: ",
+    ):  # fmt: skip
+        assert any(t.strip().startswith(line) for t in told), (line, said)
+    assert f"has {len(told) - 1} mistakes" in told[0]
+    assert "Traceback" not in said
+    # The Fisher stands in a section that could not be read; once that is mended, it is told of too.
+    path = recipe(tmp_path, model, regularizer={"kind": "ewc", "fisher": str(fisher)}, lerning_rate=1.0)
+    said = run(capsys, "train", path, status=2)["error"]
+    assert "regularizer.fisher: " in said and "is of another model" in said and "lerning_rate" in said
+
+
+def fisher_of(model: Path, path: Path, *, twin: Any = None) -> Path:
+    """A file of importances of a checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    import hf_grow.training.fisher_file as files
+
+    held = AutoModelForCausalLM.from_pretrained(model) if twin is None else twin
+    tensors = {n: torch.ones_like(t, dtype=torch.float32) for n, t in load_file(model / "model.safetensors").items()}
+    save_file(tensors, path, metadata={"format": files.FORMAT, "sample": samples(held), "model": str(model), "kind": "fisher"})
+    return path
+
+
+def test_a_fisher_of_the_same_shape_but_other_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = source(tmp_path / "model")
+    twin = source(tmp_path / "twin", rms_norm_eps=1e-2)
+    other = save(make(BY_NAME["llama"], num_hidden_layers=2, seed=5), tmp_path / "seed")
+    assert stored_samples_of(model) == stored_samples_of(twin)
+    assert stored_samples_of(model) != stored_samples_of(other)
+    right, wrong = fisher_of(model, tmp_path / "right.safetensors"), fisher_of(other, tmp_path / "wrong.safetensors")
+    said = run(capsys, "train", recipe(tmp_path, model, regularizer={"kind": "ewc", "fisher": str(wrong)}), "--dry-run", status=2)["error"]
+    assert "regularizer.fisher" in said and "1 mistake:" in said
+    run(capsys, "train", recipe(tmp_path, model, regularizer={"kind": "ewc", "fisher": str(right)}, max_steps=1))
+
+
+def stored_samples_of(folder: Path) -> str:
+    from hf_grow.checkpoint.reader import open_folder
+
+    return stored_samples(open_folder(folder))
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "mixtral", "qwen3_moe-mixed", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_identity_of_a_folder_is_that_of_its_model(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make(BY_NAME[case], dtype=dtype)
+    assert stored_samples_of(save(model, tmp_path / "m", sharded=True)) == samples(model)
+
+
+CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"data": {"streaming": True}, "max_steps": None}, "max_steps: is missing; streamed text"),
+    ({"warmup": {"alpha_steps": 7}}, "warmup.alpha_steps: 7 is more than max_steps 6"),
+    ({"phases": [{"steps": 4, "train": "new"}, {"steps": 2, "train": "new"}]}, "phases: take 6 steps"),
+    ({"lora": {}, "regularizer": {"kind": "l2sp"}}, "regularizer: has nothing to do beside `lora`"),
+    ({"lora": {}, "freeze": "norms"}, "lora: says itself what trains"),
+    ({"early_stopping_patience": 2, "data": {"eval": {}}}, "early_stopping_patience: needs a set"),
+    ({"kl_rows": 2, "old_set": "ancient"}, "kl_rows: data.eval has no set 'ancient'"),
+    ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint: nowhere holds no state"),
+    ({"eval_steps": 4, "load_best_model_at_end": True, "metric_for_best_model": "eval_new_loss"}, "arguments: "),
+    ({"model": "./nowhere"}, "model: There is no folder"),
+    ({"phases": [{"steps": 1, "train": "the engine"}]}, "phases.train: there is no part 'the engine'"),
+    ({"data": None}, "data: is missing"),
+]
+
+
+@pytest.mark.parametrize(("changes", "line"), CONTRADICTIONS, ids=[c[1][:24] for c in CONTRADICTIONS])
+def test_what_cannot_be(changes: dict[str, Any], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = grown(tmp_path)
+    base = recipe(tmp_path, model)
+    data = yaml.safe_load(base.read_text())
+    for key, value in changes.items():
+        data[key] = {**data[key], **value} if key == "data" and value is not None else value
+    base.write_text(yaml.safe_dump({k: v for k, v in data.items() if v is not None}))
+    said = run(capsys, "train", base, status=2)["error"]
+    assert any(t.strip().startswith(line) for t in said.splitlines()), said
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_that_this_model_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = source(tmp_path / "plain")
+    said = run(capsys, "train", recipe(tmp_path, plain, train="new_layers"), status=2)["error"]
+    assert "Nothing would train: this model has no new_layers" in said
+    said = run(capsys, "train", recipe(tmp_path, plain, warmup={"alpha_steps": 2}), status=2)["error"]
+    assert "about new blocks, and this model has none" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_a_tokenizer_or_with_another_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = save(make(BY_NAME["llama"], num_hidden_layers=2), tmp_path / "bare")
+    assert "has no tokenizer" in run(capsys, "train", recipe(tmp_path, bare), status=2)["error"]
+    tokenizer(WORDS[::-1]).save_pretrained(tmp_path / "swapped")
+    run(capsys, "train", recipe(tmp_path, bare, tokenizer=str(tmp_path / "swapped"), max_steps=1))
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    said = run(capsys, "train", recipe(tmp_path, source(tmp_path / "own"), tokenizer=str(tmp_path / "swapped")), status=2)["error"]
+    assert "gives tokens other numbers" in said
+
+
+def test_files_that_are_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content, expected in (
+        ("list.yaml", "- a\n- b\n", "must hold"),
+        ("broken.yaml", "a: [", "not valid YAML"),
+        ("gone.yaml", None, "Cannot read"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        assert expected in run(capsys, "train", tmp_path / name, status=2)["error"]
+    assert main(["train", "no_such_recipe"]) == 2
+    assert "solar_10b7_continued" in capsys.readouterr().err
+
+
+def test_overriding_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, grown(tmp_path))
+    words = ["--learning_rate", "1e-3", "--data.seq_length=8", "--data.replay", f"{{path: {tmp_path / 'old.jsonl'}, share: 0.5}}", "--train",
+             "[new, norms]", "--warmup.steps", "2", "--gradient-accumulation-steps", "2", "--activation_checkpointing"]  # fmt: skip
+    found = run(capsys, "train", path, "--dry-run", *words, "--max_steps", 3)
+    r = found["recipe"]
+    assert (r["learning_rate"], r["data"]["seq_length"], r["data"]["replay"]["share"], r["train"]) == (1e-3, 8, 0.5, ["new", "norms"])
+    assert (r["warmup"]["steps"], r["gradient_accumulation_steps"], r["activation_checkpointing"], r["max_steps"]) == (2, 2, True, 3)
+    assert r["data"]["eval"].keys() == {"old", "new"}
+    assert "--data.seq_length.x: " in run(capsys, "train", path, "--data.seq_length.x", 1, status=2)["error"]
+    assert "belongs to no key" in run(capsys, "train", path, "stray", status=2)["error"]
+    assert "unknown key" in run(capsys, "train", path, "--no_such_key", 1, status=2)["error"]
+
+
+def test_words_to_values() -> None:
+    found = overrides(["--a.b", "1e-4", "--c=x=y", "--flag", "--none", "null", "--n", "-1", "--s", '"5"', "--list", "[1, a]"])
+    assert found == {"a.b": 1e-4, "c": "x=y", "flag": True, "none": None, "n": -1, "s": "5", "list": [1, "a"]}
+    with pytest.raises(InputError, match="cannot be read"):
+        overrides(["--a", "[1"])
+
+
+def test_every_argument_of_trainer_may_stand_in_a_recipe() -> None:
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    known = set(argument_model().model_fields)
+    left = {f.name for f in fields(TrainingArguments)} - known - set(OURS)
+    assert left == {"parallelism_config", "debug"}
+    assert not known & set(TrainRecipe.model_fields)
+    assert set(OURS) <= {f.name for f in fields(TrainingArguments)}
+
+
+def test_defaults_and_what_follows_from_a_recipe(tmp_path: Path) -> None:
+    data = {"model": "m", "data": {"train": "t", "eval": {"old": "o", "new": "n"}}, **FAST, "early_stopping_patience": 3}
+    found = read(data)
+    assert found.mistakes == ()
+    assert found.recipe is not None
+    arguments = arguments_for(found.recipe, found.arguments, tmp_path)
+    assert (arguments.metric_for_best_model, arguments.load_best_model_at_end, arguments.greater_is_better) == (
+        "eval_new_loss",
+        True,
+        False,
+    )
+    assert arguments.eval_on_start and arguments.train_sampling_strategy == "sequential" and not arguments.remove_unused_columns
+    assert arguments.report_to == []
+    mine = arguments_for(found.recipe, {**found.arguments, "metric_for_best_model": "eval_old_loss", "eval_on_start": False}, tmp_path)
+    assert (mine.metric_for_best_model, mine.eval_on_start) == ("eval_old_loss", False)
+
+
+def test_help_tells_every_key_and_loads_no_torch() -> None:
+    code = "import sys\nfrom hf_grow.cli import main\ntry:\n    main(['train', '--help'])\nexcept SystemExit:\n    print([m for m in ('torch', 'transformers', 'datasets', 'peft') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith("[]"), done.stdout[-300:] + done.stderr
+    assert all(f"  {name} " in done.stdout for name in TrainRecipe.model_fields)
+    assert all(name in done.stdout for name in RECIPES)
+
+
+def test_docs_tell_every_key() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    for name, field in TrainRecipe.model_fields.items():
+        assert f"`{name}`" in page or f"`{name}." in page, name
+        assert field.description
+    for section in ("warmup", "after_growth", "monitor", "distill", "lora", "moe"):
+        inner = TrainRecipe.model_fields[section].annotation
+        models = [m for m in (inner, *getattr(inner, "__args__", ())) if hasattr(m, "model_fields")]
+        for key in models[0].model_fields:
+            assert f"`{section}.{key}`" in page, f"{section}.{key}"
+
+
+def test_a_broken_installation_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import hf_grow.training.extras as extras
+
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "datasets" else name)
+    said = run(capsys, "train", recipe(tmp_path, grown(tmp_path)), status=2)["error"]
+    assert "pip install 'hf-grow[train]'" in said
+
+
+def test_json_results_are_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(capsys, "train", recipe(tmp_path, grown(tmp_path), max_steps=1))
+    assert found.keys() == {"output", "steps", "tokens", "flops", "seconds", "loss", "start", "end", "forgetting", "stopped"}
+    kept = json.loads((tmp_path / "out" / "training.json").read_text())["result"]
+    assert kept == found
