@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -550,6 +552,14 @@ def test_new_modules_cannot_be_held(tmp_path: Path) -> None:
     model.adapter = torch.nn.Linear(2, 2)
     with pytest.raises(InputError, match="no anchor for adapter"):
         penalty.attach(model)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_what_penalties_cost_runs(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "ewc_overhead.py"
+    subprocess.run([sys.executable, script, "--size", "tiny", "--rounds", "1", "--batch", "2", "--out", tmp_path / "r.md"], check=True)
+    text = (tmp_path / "r.md").read_text()
+    assert all(f"| {arm} |" in text for arm in ("none", "EWC", "EWC, proximal step", "L2-SP", "SI, following the path"))
 
 
 def test_tokens_reach_every_expert_of_the_test_models() -> None:

@@ -1,0 +1,171 @@
+"""What a penalty costs a training step: all of them in turn on one model, in one run, beside the step without one.
+
+    python benchmarks/ewc_overhead.py [--size 12m|43m] [--batch 8] [--length 256] [--rounds 20]
+
+A step is forward, backward, penalty, clipping, AdamW. In every round each arm does one step, each round beginning with another arm; medians are
+of the rounds. The penalty's share falls with the tokens a step: it touches every weight once, whatever the batch. Result: results/ewc-overhead.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from hf_grow.training.fisher import FisherOptions, estimate, on_disk
+from hf_grow.training.fisher_file import samples, write_importance
+from hf_grow.training.regularizers import Penalty, PenaltyOptions, Quadratic, make_penalty
+
+SIZES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "12m": {"hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4},
+    "43m": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 4},
+}
+VOCAB = 8192
+
+
+@dataclass
+class Arm:
+    label: str
+    penalty: Penalty | None
+    in_loss: bool = False
+    """As a term of the loss, differentiated by autograd."""
+
+
+def arms(model: Any, fisher: Path) -> list[Arm]:
+    """One penalty of each kind, all bound to the same model."""
+
+    def made(**options: Any) -> Penalty:
+        penalty = make_penalty(PenaltyOptions.model_validate({"lambda": 1.0, **options}), model)
+        assert penalty is not None
+        penalty.attach(model)
+        return penalty
+
+    return [
+        Arm("none", None),
+        Arm("EWC", made(kind="ewc", fisher=fisher)),
+        Arm("EWC, F and w* in bf16", made(kind="ewc", fisher=fisher, storage="bf16")),
+        Arm("EWC, proximal step", made(kind="ewc", fisher=fisher, form="proximal")),
+        Arm("EWC, a term of the loss (autograd)", made(kind="ewc", fisher=fisher), in_loss=True),
+        Arm("L2-SP", made(kind="l2sp")),
+        Arm("SI, importance from a file", made(kind="si", fisher=fisher)),
+        Arm("SI, following the path", made(kind="si")),
+    ]
+
+
+def step(model: Any, optimizer: Any, ids: torch.Tensor, arm: Arm) -> tuple[float, float]:
+    """Seconds of the whole step, and of the penalty's part that can be told apart."""
+    begin, part = time.perf_counter(), 0.0
+
+    def timed(call: Callable[[], Any]) -> None:
+        nonlocal part
+        at = time.perf_counter()
+        call()
+        part += time.perf_counter() - at
+
+    optimizer.zero_grad()
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    if arm.in_loss:
+        assert isinstance(arm.penalty, Quadratic)
+        loss = loss + arm.penalty.term()
+    loss.backward()
+    if arm.penalty is not None and not arm.in_loss:
+        timed(arm.penalty.add_gradient)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if arm.penalty is not None:
+        timed(arm.penalty.before_step)
+    optimizer.step()
+    if arm.penalty is not None and not arm.in_loss:
+        timed(lambda: arm.penalty.after_step(1e-4))  # type: ignore[union-attr]
+    return time.perf_counter() - begin, part
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="12m")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ewc-overhead.md")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, max_position_embeddings=options.length, tie_word_embeddings=True, **SIZES[options.size]
+    )
+    model = transformers.LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(0, VOCAB, (options.batch, options.length))
+    with tempfile.TemporaryDirectory() as folder:
+        fisher = Path(folder) / "fisher.safetensors"
+        found, _ = estimate(model, ids[:4], FisherOptions(batch=4))
+        tensors = dict(on_disk(model, found))
+        write_importance(fisher, {n: tuple(t.shape) for n, t in tensors.items()}, iter(tensors.items()), {"sample": samples(model)})
+        del found, tensors
+        chosen = arms(model, fisher)
+        for arm in chosen:
+            step(model, optimizer, ids, arm)  # buffers, caches
+        times: dict[str, list[tuple[float, float]]] = {a.label: [] for a in chosen}
+        before, began = os.getloadavg()[0], time.perf_counter()
+        busy = os.times()
+        for round_ in range(options.rounds):
+            for at in range(len(chosen)):
+                arm = chosen[(at + round_) % len(chosen)]
+                times[arm.label].append(step(model, optimizer, ids, arm))
+            print(f"round {round_ + 1} of {options.rounds}", file=sys.stderr)
+        own = (os.times().user - busy.user + os.times().system - busy.system) / (time.perf_counter() - began)
+    count = sum(p.numel() for p in model.parameters())
+    text = report(
+        chosen, times, count, options, f"load average {before:.1f} at the start; this process used {own:.1f} of {os.cpu_count()} cores"
+    )
+    options.out.write_text(text)
+    print(text)
+
+
+def report(chosen: list[Arm], times: dict[str, list[tuple[float, float]]], count: int, options: argparse.Namespace, load: str) -> str:
+    plain = [t for t, _ in times["none"]]
+    base = statistics.median(plain)
+    command = " ".join(["python", "benchmarks/ewc_overhead.py", *sys.argv[1:]])
+    lines = [
+        "# What a penalty costs a training step",
+        "",
+        f"`{command}`: a Llama of {count / 1e6:.1f}M parameters in fp32, {options.batch} x {options.length} tokens a step, fused AdamW, "
+        f"{options.rounds} rounds.",
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}; {load}.",
+        "",
+        "| penalty | step, ms: median (min - max) | over the step without (fastest steps) | penalty alone, ms | of that step | memory, MB | x the weights |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in chosen:
+        steps, parts = zip(*times[arm.label], strict=True)
+        median, part = statistics.median(steps), statistics.median(parts)
+        # In each round the arm is compared with the plain step of the same round: slow spells of the machine hit both.
+        over = statistics.median(a / b - 1 for a, b in zip(steps, plain, strict=True))
+        held = arm.penalty.nbytes() if arm.penalty else 0
+        cells = [
+            arm.label,
+            f"{median * 1e3:.0f} ({min(steps) * 1e3:.0f} - {max(steps) * 1e3:.0f})",
+            f"{over:+.1%} ({min(steps) / min(plain) - 1:+.1%})" if arm.penalty else "",
+            "" if arm.penalty is None or arm.in_loss else f"{part * 1e3:.1f}",
+            "" if arm.penalty is None or arm.in_loss else f"{part / base:.1%}",
+            f"{held / 1e6:.0f}" if held else "",
+            f"{held / (4 * count):.1f}" if held else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "\"Over the step without\": median over the rounds of the ratio to the plain step of the same round; in brackets that of the fastest",
+              "steps, which other load disturbs least. The penalty touches every weight once a step, so its share falls as the tokens of a step grow (larger batches, gradient accumulation)."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
