@@ -268,7 +268,7 @@ def test_kill_at_some_moment_and_the_same_command_again(saved: Path, tmp_path: P
     import time
 
     def command(out: Path) -> list[str]:
-        sizes = ["--tokens", "20000", "--batch-size", "8", "--max-length", "32"]
+        sizes = ["--tokens", "12000", "--batch-size", "8", "--max-length", "32"]
         return [sys.executable, "-m", "hf_grow", "replay", str(saved), "-o", str(out), *sizes]
 
     out = tmp_path / "out"
