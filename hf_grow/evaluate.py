@@ -72,6 +72,12 @@ class StoredTensors:
             raise ExecutionError(f"{key} could not be read whole from {stored.file}.", hint="Did the source change? Run again.")
         return data
 
+    def forget(self, path: Path) -> None:
+        """A file is about to go."""
+        with self._lock:
+            if path in self._handles:
+                os.close(self._handles.pop(path))
+
     def close(self) -> None:
         with self._lock:
             while self._handles:

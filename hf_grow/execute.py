@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +30,20 @@ from hf_grow._version import __version__
 from hf_grow.checkpoint.reader import GROWTH, INDEX, Checkpoint
 from hf_grow.checkpoint.sink import Sink, local_bytes
 from hf_grow.checkpoint.source import companions
+from hf_grow.checkpoint.spool import Spool
 from hf_grow.checkpoint.transfer import FiniteCheck, copy_range, digest, write_all
-from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, PartialFolder, Progress, Shard, Slot, check_room, index_of, layout
+from hf_grow.checkpoint.writer import (
+    DEFAULT_MEMORY,
+    DEFAULT_SHARD_SIZE,
+    WORKERS,
+    PartialFolder,
+    Progress,
+    Shard,
+    Slot,
+    check_room,
+    index_of,
+    layout,
+)
 from hf_grow.errors import ExecutionError, GrowError, SourceError
 from hf_grow.planning import GrowthPlan, training_lists
 from hf_grow.tensormap import Fill, Noise
@@ -61,6 +73,7 @@ class _Job:
     allow_nonfinite: bool
     copies: Mapping[str, str]
     sink: Sink
+    spool: Spool | None
     halt: threading.Event = field(default_factory=threading.Event)
     digests: dict[str, str] = field(default_factory=dict)
     """Source tensor -> digest of its bytes, taken once."""
@@ -74,7 +87,10 @@ class _Job:
     def _evaluator(self) -> Evaluator:
         from hf_grow.evaluate import Evaluator, StoredTensors
 
-        return Evaluator(self.plan, StoredTensors(self.checkpoint))
+        stored = StoredTensors(self.checkpoint)
+        if self.spool:
+            self.spool.forget = stored.forget
+        return Evaluator(self.plan, stored)
 
     def evaluator(self) -> Evaluator:
         with self.lock:
@@ -99,9 +115,10 @@ def execute(
     progress: Progress = lambda nbytes: None,
     also: Callable[[Path], set[str]] = lambda folder: set(),
     sink: Sink | None = None,
+    spool: Spool | None = None,
 ) -> Result:
     """Writes the plan's target to the folder `out`. ``also`` may write further files into it before it gets its name; it returns their names.
-    ``sink`` may take shards away as they are finished.
+    ``sink`` may take shards away as they are finished; ``spool`` gets the source's tensors where `checkpoint` is on the Hub.
 
     Raises OutputError before a byte is written if `out` exists or the disk has no room; SourceError if a weight is not finite (unless
     `allow_nonfinite`); ExecutionError if writing fails. After an error or an interruption `out`.partial can be gone on with by `resume`.
@@ -112,11 +129,13 @@ def execute(
     PartialFolder.check(out, resume=resume, overwrite=overwrite)
     key = hashlib.sha256(f"{plan.fingerprint}\n{__version__}\n{[(s.file, s.size) for s in shards]}".encode()).hexdigest()
     sink = sink or Sink()
+    workers = workers or WORKERS
     if not resume:
-        check_room(out, local_bytes(shards, sink.window))
+        check_room(out, local_bytes(shards, sink.window) + (spool.most(workers) if spool else 0))
     with PartialFolder(out, key, resume=resume, overwrite=overwrite) as folder, _explained(folder):
-        job = _Job(plan, checkpoint, folder, progress, memory_budget, allow_nonfinite, plan.copies(), sink)
-        hashes = _write_shards(job, shards, workers or min(4, os.cpu_count() or 1))
+        with spool.begin(folder.path) if spool else nullcontext(checkpoint) as readable:
+            job = _Job(plan, readable, folder, progress, memory_budget, allow_nonfinite, plan.copies(), sink, spool)
+            hashes = _write_shards(job, shards, workers)
         _check_unchanged(checkpoint)
         files = _write_rest(job, shards, hashes)
         files |= also(folder.path)
@@ -143,8 +162,10 @@ def _write_shards(job: _Job, shards: list[Shard], workers: int) -> dict[str, str
     """
     hashes = dict(job.sink.gone(job.folder))
     for shard in shards:
-        if shard.file in hashes:
-            job.progress(sum(s.stop - s.start for s in shard.slots))
+        for slot in shard.slots if shard.file in hashes else ():
+            job.progress(slot.stop - slot.start)
+            if job.spool:
+                job.spool.passed(slot.name)
     todo = [shard for shard in shards if shard.file not in hashes]
     window = len(todo) if job.sink.window is None else job.sink.window
     with ThreadPoolExecutor(workers, "write") as writers, ThreadPoolExecutor(2 * workers, "check") as checkers:
@@ -221,9 +242,12 @@ def _write_tensor(job: _Job, shard: Shard, slot: Slot) -> str:
     with _target(job, shard) as target:
         earlier = job.folder.done.get(slot.name)
         if earlier and digest(target, slot.start, slot.stop, job.stop) == earlier:
+            if job.spool:
+                job.spool.passed(slot.name)
             return earlier
-        source = job.copies.get(slot.name)
-        return _evaluate_tensor(job, slot, target) if source is None else _copy_tensor(job, source, slot, target)
+        with job.spool.needed(slot.name, job.stop) if job.spool else nullcontext():
+            source = job.copies.get(slot.name)
+            return _evaluate_tensor(job, slot, target) if source is None else _copy_tensor(job, source, slot, target)
 
 
 def _copy_tensor(job: _Job, name: str, slot: Slot, target: int) -> str:
@@ -284,7 +308,7 @@ def _blocks(job: _Job, slot: Slot) -> Iterator[memoryview | bytes]:
 def _check_unchanged(checkpoint: Checkpoint) -> None:
     for other in checkpoint.others.values():
         _check_unchanged(other)
-    for file, facts in checkpoint.files.items():
+    for file, facts in checkpoint.files.items() if checkpoint.folder else ():
         stat = checkpoint.path(file).stat()
         if stat.st_size != facts["size"] or stat.st_mtime_ns != facts.get("mtime_ns", stat.st_mtime_ns):
             raise ExecutionError(f"{file} of the source changed while it was read.", hint="Start again with --overwrite.")
@@ -293,9 +317,10 @@ def _check_unchanged(checkpoint: Checkpoint) -> None:
 def _write_rest(job: _Job, shards: list[Shard], hashes: Mapping[str, str]) -> set[str]:
     """Config, index, provenance and the files that come along. Returns the names of all files of the folder."""
     folder, files = job.folder, {s.file for s in shards} | {"config.json", GROWTH}
-    assert job.checkpoint.folder is not None
-    for relative in companions(job.checkpoint.folder):
-        folder.copy_in(job.checkpoint.folder, relative)
+    beside = job.spool.small if job.spool and job.spool.small else job.checkpoint.folder
+    assert beside is not None
+    for relative in companions(beside):
+        folder.copy_in(beside, relative)
         files.add(relative.parts[0])
     folder.write_json("config.json", job.plan.growth.config)
     index = index_of(shards)

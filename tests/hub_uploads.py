@@ -10,7 +10,11 @@ import hashlib
 import json
 import re
 import socket
+import time
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from hub_server import _REPO, LFS_SUFFIXES, Blob, HubServer, Repo, _Handler, route
 
@@ -22,6 +26,12 @@ def allow(hub: HubServer, *owners: str) -> None:
     """Makes WRITE a token that may write for `owners`, and READ one that may only read."""
     hub.tokens |= {WRITE, READ}
     hub.writers = {owner: {WRITE} for owner in owners}
+
+
+def no_pauses(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    """These modules do not sleep between tries; everything else, the server's delays among it, still does."""
+    for module in ("huggingface_hub.utils._http", *modules):
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
 
 
 def received(hub: HubServer) -> int:

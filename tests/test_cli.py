@@ -286,7 +286,7 @@ def test_the_flags_of_dus_are_frozen(capsys: pytest.CaptureFixture[str]) -> None
     assert flags == {
         "--help", "--revision", "--noise", "--seed", "--to", "--layers-to", "--drop", "--seam-average", "--output", "--max-shard-size",
         "--resume", "--overwrite", "--dry-run", "--memory-budget", "--allow-nonfinite", "--with-optimizer", "--optimizer-policy", "--exact-steps", "--json",
-        "--push", "--private", "--push-revision", "--create-pr", "--message", "--stream-push",
+        "--push", "--private", "--push-revision", "--create-pr", "--message", "--stream-push", "--stream-source", "--source-cache",
     }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def open_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
     """A Hub where the token of the environment may write for `someone` and `tester`; the library's pauses are skipped."""
     hub_uploads.allow(hub, "someone", "tester")
     monkeypatch.setenv("HF_TOKEN", WRITE)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub_uploads.no_pauses(monkeypatch)
     return hub
 
 

@@ -48,7 +48,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def open_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
     hub_uploads.allow(hub, "someone")
     monkeypatch.setenv("HF_TOKEN", WRITE)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub_uploads.no_pauses(monkeypatch)
     return hub
 
 
@@ -65,17 +65,17 @@ def streaming(source: object, out: Path, *extra: object) -> list[object]:
 
 
 @contextmanager
-def watched(folder: Path) -> Iterator[list[int]]:
-    """Bytes of weights on the disk under `folder`, looked at all the time by another thread: [most so far, number of looks]."""
+def watched(folder: Path, pattern: str = "*.safetensors*") -> Iterator[list[int]]:
+    """Bytes of weights (or of what the pattern says) on the disk under `folder`, looked at all the time by another thread: [most so far, number of looks]."""
     seen, done = [0, 0], threading.Event()
 
     def look() -> None:
         while not done.is_set():
             here = 0
             with suppress(FileNotFoundError):  # a folder that goes away while it is listed
-                for path in folder.rglob("*.safetensors*"):
+                for path in folder.rglob(pattern):
                     with suppress(FileNotFoundError):
-                        here += path.stat().st_size
+                        here += path.stat().st_size if path.is_file() else 0
             seen[:] = [max(seen[0], here), seen[1] + 1]
             time.sleep(0.0005)
 

@@ -19,6 +19,7 @@ from hf_grow.checkpoint.hub_errors import Unreachable as Unreachable
 from hf_grow.checkpoint.hub_errors import cache_folder as cache_folder
 from hf_grow.checkpoint.hub_errors import example, http_error, page
 from hf_grow.checkpoint.hub_errors import explained as explained
+from hf_grow.checkpoint.ranges import opened, span
 from hf_grow.checkpoint.reader import MAX_JSON, Stored, header_length, read_header
 from hf_grow.errors import SourceError
 
@@ -127,26 +128,14 @@ def _read_range(url: str, start: int, count: int) -> tuple[bytes, int | None]:
 
 
 def _read_range_once(url: str, start: int, count: int) -> tuple[bytes, int | None]:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff  # type: ignore[attr-defined]
-
-    # identity: a range of a compressed answer would be of no use.
-    headers = {**build_hf_headers(library_name="hf-grow"), "Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    with http_stream_backoff("GET", url, headers=headers, timeout=timeout, max_retries=2, retry_on_exceptions=()) as response:
-        hf_raise_for_status(response)
-        skip, total = start, response.headers.get("Content-Length")
-        if response.status_code == 206:
-            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-            if not span or int(span[1]) != start:
-                raise Unreachable(f"{page()} answers byte ranges wrongly.", hint="Try again, or download the model first (hf download).")
-            skip, total = 0, span[2]
+    with opened(url, start, start + count) as response:
+        first, total = span(response)
         got = bytearray()
         for chunk in response.iter_raw():
             got += chunk
-            if len(got) >= skip + count:
+            if len(got) >= start - first + count:
                 break
-    return bytes(got[skip : skip + count]), int(total) if total and total.isdigit() else None
+    return bytes(got[start - first : start - first + count]), total
 
 
 def download(remote: Remote, files: Sequence[str]) -> Path:

@@ -95,6 +95,19 @@ def open_source(
     return _download(remote, checkpoint, notify) if weights else checkpoint
 
 
+def if_cached(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint on the Hub, as a copy in the cache where all its weights are there; else as it is."""
+    if checkpoint.folder is not None or not all(hub.cached_file(checkpoint.ref, checkpoint.revision, f) for f in checkpoint.files):
+        return checkpoint
+    return replace(_from_cache(checkpoint.ref, checkpoint.revision, False, lambda message: None), others=checkpoint.others)
+
+
+def fetch_companions(checkpoint: Checkpoint) -> Path:
+    """A folder with what comes along with a checkpoint that is on the Hub, without its weights. Raises SourceError."""
+    remote = hub.look_up(checkpoint.ref, checkpoint.revision)
+    return hub.download(remote, [f for f in remote.sizes if f == CONFIG or is_companion(f)])
+
+
 def is_companion(path: str) -> bool:
     """Whether a file, by its path in the folder or repository, comes along with a grown checkpoint."""
     # fnmatch's * matches a slash too, but LICENSE* must not reach into a folder LICENSES.

@@ -24,6 +24,8 @@ from hf_grow.planning import DTYPE_BYTES, TensorInfo
 
 DEFAULT_SHARD_SIZE = 50 * 10**9  # as save_pretrained of transformers 5
 DEFAULT_MEMORY = 256 << 20  # for evaluating what is no copy
+DEFAULT_SOURCE_CACHE = 2 * 10**9  # for tensors of a source on the Hub that wait for another use
+WORKERS = min(4, os.cpu_count() or 1)
 Progress = Callable[[int], None]
 """Told the number of bytes that were written and checked since the last call."""
 JOURNAL = ".hf-grow-journal.jsonl"

@@ -43,6 +43,7 @@ _METAVARS = {
     "to": "SIZE",
     "max_shard_size": "BYTES",
     "memory_budget": "BYTES",
+    "source_cache": "BYTES",
     "output": "DIR",
     "with_optimizer": "DIR",
     "push": "REPO",

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_grow.api import find_method, measured, open_sources, plan_for
 from hf_grow.checkpoint.sink import local_bytes
-from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, PartialFolder, check_room, layout
+from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, DEFAULT_SOURCE_CACHE, WORKERS, PartialFolder, check_room, layout
 from hf_grow.cli import flags, render
 from hf_grow.cli.allocator import keep_freed_memory
 from hf_grow.cli.commands import add_json, add_source, print_json, show_next
 from hf_grow.cli.push import PublishOptions, push_with_bar, pushed_facts, show_pushed
+from hf_grow.cli.streamed import fetch_small, streamed
 from hf_grow.errors import InputError
 from hf_grow.growth import Method
 from hf_grow.methods import METHODS
@@ -27,6 +28,7 @@ from hf_grow.publish.stream import SHARD_SIZE as STREAM_SHARD_SIZE
 from hf_grow.publish.stream import StreamSink
 from hf_grow.recipe import Bytes, Options, load_yaml, parse
 from hf_grow.training.carry import check_trainer_checkpoint, grow_checkpoint_state
+from hf_grow.training.settled import warn_unsettled
 
 if TYPE_CHECKING:
     from hf_grow.execute import Result
@@ -54,6 +56,10 @@ class OutputOptions(PublishOptions):
     """Memory for computing tensors that are no copies. Default: 256MiB."""
     allow_nonfinite: bool = False
     """Accept weights that are NaN or infinite."""
+    stream_source: bool = False
+    """Fetch each tensor of a Hub source when it is needed and remove it after its last use, instead of downloading all first."""
+    source_cache: Bytes = DEFAULT_SOURCE_CACHE
+    """With --stream-source, disk for tensors that are needed again later; others are fetched again. Default: 2GB."""
     with_optimizer: str | None = None
     """Folder of a Trainer checkpoint (with optimizer.pt) of the source: its optimizer state grows along, and training resumes from the result."""
     optimizer_policy: Literal["map", "keep-and-zero", "reset"] = "map"
@@ -160,12 +166,19 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
         if isinstance(options, HybridOptions):
             render.show_candidates(checkpoint.info.architecture, candidates(checkpoint.info.architecture, options), options)
         render.show_plan(plan)
+    spool = None
+    if output.stream_source:
+        checkpoint, spool = streamed(plan, checkpoint, output.shard_size, output.source_cache, quiet=as_json)
     if output.with_optimizer:
         check_trainer_checkpoint(Path(output.with_optimizer))
+        warn_unsettled(Path(output.with_optimizer), render.note)
     if output.dry_run:
-        check_room(out, local_bytes(layout(plan.targets, output.shard_size), StreamSink.window if output.stream_push else None))
+        here = local_bytes(layout(plan.targets, output.shard_size), StreamSink.window if output.stream_push else None)
+        check_room(out, here + (spool.most(WORKERS) if spool else 0))
         return _finish(plan, out, None, as_json, to)
-    if any(c.folder is None for c in (checkpoint, *checkpoint.others.values())):
+    if spool:
+        fetch_small(spool, checkpoint)
+    elif any(c.folder is None for c in (checkpoint, *checkpoint.others.values())):
         checkpoint = open_sources(checkpoint.ref, options, revision=checkpoint.revision, weights=True, notify=render.note)
         plan = plan_for(checkpoint.info, method, options)
     plan = measured(plan, checkpoint, options, notify=render.note)
@@ -192,6 +205,7 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
             progress=progress,
             also=_also(output, plan),
             sink=sink,
+            spool=spool,
         )
     return _finish(plan, out, result, as_json, to, sink)
 

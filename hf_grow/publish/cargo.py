@@ -16,7 +16,6 @@ from typing import Any
 
 from hf_grow.checkpoint.reader import GROWTH, SINGLE, open_folder
 from hf_grow.checkpoint.source import NEVER, is_inside
-from hf_grow.checkpoint.transfer import pieces
 from hf_grow.checkpoint.writer import JOURNAL, Progress
 from hf_grow.errors import InputError, VerificationError
 from hf_grow.planning import check_source
@@ -102,6 +101,8 @@ def survey(folder: Path) -> Cargo:
 
 def check_content(cargo: Cargo, progress: Progress = lambda nbytes: None) -> None:
     """Reads the weights once for their SHA-256. Raises VerificationError if growth.json records others."""
+    from hf_grow.checkpoint.transfer import pieces
+
     recorded = _recorded(cargo.growth)
     for name in cargo.weights:
         sha = hashlib.sha256()

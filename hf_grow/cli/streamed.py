@@ -1,0 +1,53 @@
+"""What `--stream-source` means for one plan: said before anything is fetched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.checkpoint.several import check_same_tokenizer
+from hf_grow.checkpoint.source import fetch_companions, if_cached
+from hf_grow.checkpoint.writer import WORKERS, layout
+from hf_grow.cli import render
+from hf_grow.errors import InputError
+from hf_grow.planning import GrowthPlan
+
+if TYPE_CHECKING:
+    from hf_grow.checkpoint.spool import Spool
+
+
+def streamed(plan: GrowthPlan, checkpoint: Checkpoint, shard_size: int, keep: int, *, quiet: bool) -> tuple[Checkpoint, Spool | None]:
+    """The sources, from the cache where they are whole there, and what fetches the rest; None where there is no rest."""
+    checkpoint = if_cached(replace(checkpoint, others={label: if_cached(other) for label, other in checkpoint.others.items()}))
+    if not _remote(checkpoint):
+        render.note("The source is on this machine; --stream-source has nothing to fetch.")
+        return checkpoint, None
+    if plan.growth.unmeasured():
+        raise InputError(
+            "Routers from prompts run the source, so its weights must be here.", hint="Leave --stream-source out, or take --router normal."
+        )
+    from hf_grow.checkpoint.spool import Spool
+
+    order = [slot.name for shard in layout(plan.targets, shard_size) for slot in shard.slots]
+    spool = Spool(plan, checkpoint, order, keep=keep)
+    if not quiet:
+        said = spool.schedule
+        again = f" ({render.gigabytes(said.fetched - said.once)} of them a second time)" if said.fetched > said.once else ""
+        console = render.console
+        console.print(
+            f"fetching   {render.gigabytes(said.fetched)} by byte ranges{again}; at most {render.gigabytes(spool.most(WORKERS))} of it here"
+        )
+    return checkpoint, spool
+
+
+def fetch_small(spool: Spool, checkpoint: Checkpoint) -> None:
+    """Tokenizers, licences and code of the sources; the main one's come along. Raises SourceError, also where tokenizers differ."""
+    main = checkpoint if checkpoint.folder else replace(checkpoint, folder=fetch_companions(checkpoint))
+    spool.small = main.folder
+    for other in checkpoint.others.values():
+        check_same_tokenizer(main, other if other.folder else replace(other, folder=fetch_companions(other)), render.note)
+
+
+def _remote(checkpoint: Checkpoint) -> bool:
+    return any(c.folder is None for c in (checkpoint, *checkpoint.others.values()))
