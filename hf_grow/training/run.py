@@ -86,11 +86,8 @@ def dry_run(
         trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
         parameters = sum(p.numel() for p in wrapped.parameters())
     teachers, flops = _teachers(checked)
-    copies = (
-        who.updates.copies(model) * own // 4
-        if recipe.lora is None and (recipe.warmup.lr != 1.0 or recipe.warmup.steps or _frozen(who))
-        else 0
-    )
+    warming = recipe.warmup.lr != 1.0 or recipe.warmup.steps > 0
+    copies = own * who.updates.copies(model, warming=warming) if recipe.lora is None else 0
     memory = estimate.estimate(
         info.architecture, arguments, parameters=parameters, trainable=trainable, width=own, length=recipe.data.seq_length,
         penalty=penalty_bytes(recipe.regularizer, skeleton(info.config), checked.plan), rows=copies, teachers=teachers,
@@ -110,10 +107,6 @@ def dry_run(
         "steps": arguments.max_steps if arguments.max_steps > 0 else tokens and max(1, tokens // step),
         "flops": tokens and tokens * estimate.flops_per_token(info.architecture, flops),
     }
-
-
-def _frozen(who: Any) -> bool:
-    return any(not isinstance(m, bool) for m in who.updates.trains.values())
 
 
 def _teachers(checked: Checked) -> tuple[int, int]:

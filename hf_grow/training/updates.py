@@ -30,6 +30,22 @@ class Rates:
     new: float = 1.0
 
 
+@dataclass(frozen=True)
+class _Role:
+    """What one parameter does in one phase, with its masks turned into what a step needs."""
+
+    frozen: bool
+    """None of it trains."""
+    new: bool
+    """All of it is new, as far as it trains."""
+    kept: Selection | None
+    """Entries that stay as they are."""
+    lost: Selection | None
+    """Entries that never train, in any phase: they have no gradient either."""
+    scaled: Selection | None
+    """New entries beside old ones."""
+
+
 class Updates:
     """Masks, by parameter name: which entries train (at all), which are new, and which train in each phase.
 
@@ -39,7 +55,7 @@ class Updates:
     def __init__(self, trains: Mapping[str, Mask], new: Mapping[str, Mask], phases: Sequence[Mapping[str, Mask]] = ()) -> None:
         self.trains, self.new = dict(trains), dict(new)
         self.phases = [{n: both(self.trains[n], phase[n]) for n in self.trains} for phase in phases]
-        self._selections: dict[tuple[str, str, int | None], Selection] = {}
+        self._roles: dict[tuple[str, int | None], _Role] = {}
         self._held: list[tuple[Tensor, Selection, Tensor, float]] = []
         self._groups: list[dict[str, Any]] | None = None
         self.used: dict[Any, float] = {}
@@ -51,14 +67,26 @@ class Updates:
             if self.trains.get(name, True) is False:
                 p.requires_grad_(False)
 
-    def _training(self, phase: int | None) -> Mapping[str, Mask]:
-        return self.trains if phase is None else self.phases[phase]
+    def _role(self, name: str, p: Parameter, phase: int | None) -> _Role:
+        """Made once for each phase: masks of a large model are not worked through at every step."""
+        key = (name, phase)
+        if key not in self._roles:
+            now = (self.trains if phase is None else self.phases[phase]).get(name, True)
+            new = self.new.get(name, False)
 
-    def _selection(self, name: str, kind: str, phase: int | None, mask: Tensor, p: Parameter) -> Selection:
-        key = (name, kind, phase)
-        if key not in self._selections:
-            self._selections[key] = Selection(local_mask(mask, p.data))
-        return self._selections[key]
+            def entries(mask: Mask) -> Selection | None:
+                return None if isinstance(mask, bool) else Selection(local_mask(mask, p.data))
+
+            scaled = both(new, now)
+            alone = isinstance(scaled, bool) or (not isinstance(now, bool) and either(inverse(now), new) is True)
+            self._roles[key] = _Role(
+                frozen=now is False,
+                new=scaled is not False and alone,
+                kept=entries(inverse(now)),
+                lost=entries(inverse(self.trains.get(name, True))),
+                scaled=None if alone else entries(scaled),
+            )
+        return self._roles[key]
 
     def gradients(self, model: Module, phase: int | None) -> None:
         """Drops the gradients of whatever does not train in this phase: it neither moves nor counts when the norm is clipped.
@@ -68,36 +96,29 @@ class Updates:
         """
         import torch
 
-        now = self._training(phase)
         for name, p in parameters(model).items():
-            if p.grad is None or name not in now or now[name] is True:
+            if p.grad is None:
                 continue
-            if now[name] is False:
+            role = self._role(name, p, phase)
+            if role.frozen:
                 p.grad = None
-                continue
-            never = inverse(self.trains[name])
-            if not isinstance(never, bool):
-                chosen = self._selection(name, "never", None, never, p)
+            elif role.lost is not None:
                 gradient = local(p.grad)
-                chosen.put(gradient, torch.zeros_like(chosen.take(gradient)))
+                role.lost.put(gradient, torch.zeros_like(role.lost.take(gradient)))
 
     def before(self, model: Module, optimizer: Any, phase: int | None, rates: Rates) -> None:
         """Scales learning rates, and remembers entries whose update is to be another than the optimizer's."""
         assert not self._held and self._groups is None, "two steps at once"
         whole: dict[int, float] = {}
-        now = self._training(phase)
         for name, p in parameters(model).items():
-            if p.grad is None or name not in now:
+            if p.grad is None:
                 continue
-            new, frozen = self.new.get(name, False), inverse(now[name])
-            whole[id(p)] = rates.new if new is True else 1.0
-            if not isinstance(frozen, bool):
-                self._hold(p, self._selection(name, "frozen", phase, frozen, p), 0.0)
-            scaled = both(new, inverse(frozen)) if rates.new != 1.0 and not isinstance(new, bool) else False
-            if not isinstance(scaled, bool):
-                self._hold(p, self._selection(name, "new", phase, scaled, p), rates.new)
-            elif scaled:
-                whole[id(p)] = rates.new
+            role = self._role(name, p, phase)
+            whole[id(p)] = rates.new if role.new else 1.0
+            if role.kept is not None:
+                self._hold(p, role.kept, 0.0)
+            if role.scaled is not None and rates.new != 1.0:
+                self._hold(p, role.scaled, rates.new)
         if rates.every != 1.0 or any(f != 1.0 for f in whole.values()):
             self._groups = optimizer.param_groups
             optimizer.param_groups = [g for group in optimizer.param_groups for g in split(group, whole, rates.every)]
@@ -133,13 +154,15 @@ class Updates:
             entry[1] += p.numel()
         return [(kind, *found) for kind, found in counts.items()]  # type: ignore[misc]
 
-    def copies(self, model: Module) -> int:
-        """Bytes that one step remembers at most, while new rows have a rate of their own or rows are frozen."""
+    def copies(self, model: Module, *, warming: bool) -> int:
+        """Values that one step remembers at most: frozen rows, and new ones beside old ones while they have a rate of their own (`warming`)."""
         total = 0
-        for name, p in parameters(model).items():
-            marked = either(self.new.get(name, False), inverse(self.trains.get(name, True)))
-            if not isinstance(marked, bool) and self.trains.get(name, True) is not False:
-                total += int(marked.sum()) * p.element_size()
+        for name in parameters(model):
+            trains, new = self.trains.get(name, True), self.new.get(name, False)
+            if not isinstance(trains, bool):
+                total += int((~trains).sum())
+            scaled = both(new, trains) if warming and not isinstance(new, bool) else False
+            total += 0 if isinstance(scaled, bool) else int(scaled.sum())
         return total
 
 
