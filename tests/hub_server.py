@@ -131,6 +131,8 @@ class HubServer:
         """Owner -> tokens that may write for it."""
         self.objects: dict[str, bytes] = {}
         """What was uploaded by LFS, by SHA-256."""
+        self.xet: Path | None = None
+        """Store of hf_xet's own offline kind; weights then go there instead of LFS."""
         self.quota = 1 << 60
         """Bytes of LFS that the Hub takes in all."""
 

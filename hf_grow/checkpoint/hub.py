@@ -83,7 +83,7 @@ def fetch_json(remote: Remote, name: str) -> Path:
     if (remote.sizes.get(name) or 0) > MAX_JSON:
         raise SourceError(f"{remote.ref}/{name} is {remote.sizes[name]} bytes; that is no plausible file of its kind.")
     api = HfApi(library_name="hf-grow")
-    with explained(remote.ref, remote.revision), _no_bars():
+    with explained(remote.ref, remote.revision), no_bars():
         # By the name asked for first: this notes in the cache which commit the branch is, and offline use finds it later.
         path = Path(api.hf_hub_download(remote.ref, name, revision=remote.revision))
         if path.parent.name != remote.commit:  # the branch moved on since we looked
@@ -179,8 +179,8 @@ def blob_sha256(path: Path) -> str | None:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """No progress bars for files of a few kilobytes."""
+def no_bars() -> Iterator[None]:
+    """Without the progress bars of huggingface_hub."""
     from huggingface_hub import constants
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars  # type: ignore[attr-defined]
 

@@ -17,7 +17,7 @@ from hf_grow.checkpoint.reader import INDEX
 from hf_grow.checkpoint.writer import Progress
 from hf_grow.errors import OutputError
 from hf_grow.publish.cargo import CARD, Cargo, check_content, survey
-from hf_grow.publish.refusals import check_login, check_repo_id, explained
+from hf_grow.publish.refusals import bars, check_login, check_repo_id, explained
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -125,7 +125,7 @@ def send(to: Destination, additions: list[CommitOperationAdd], title: str, again
     from huggingface_hub import CommitOperationDelete, HfApi
 
     api = HfApi(library_name="hf-grow")
-    with explained(to.repo, again):
+    with explained(to.repo, again), bars():
         there = api.list_repo_files(to.repo, revision=None if to.create_pr else to.revision)
         new = {a.path_in_repo for a in additions}
         stale = [CommitOperationDelete(n) for n in there if n not in new and (n == INDEX or _WEIGHTS.fullmatch(n))]

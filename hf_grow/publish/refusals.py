@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+from hf_grow.checkpoint.hub import no_bars
 from hf_grow.checkpoint.hub_errors import http_error, page
 from hf_grow.errors import ExecutionError, GrowError, OutputError
 
@@ -35,6 +37,11 @@ def check_login() -> None:
         raise OutputError("The Hub is not asked (HF_HUB_OFFLINE), so nothing can be published.", hint="Unset HF_HUB_OFFLINE.")
     if not get_token():
         raise OutputError("Publishing needs a token with the right to write.", hint="Log in with `hf auth login`, or set HF_TOKEN.")
+
+
+def bars() -> AbstractContextManager[None]:
+    """huggingface_hub's progress bars where somebody sees them; those of Xet would fill a log."""
+    return nullcontext() if sys.stderr.isatty() else no_bars()
 
 
 @contextmanager

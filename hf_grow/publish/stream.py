@@ -15,7 +15,7 @@ from hf_grow.checkpoint.sink import Sink
 from hf_grow.checkpoint.writer import PartialFolder, Shard
 from hf_grow.errors import OutputError
 from hf_grow.publish.push import Destination, Pushed, card, send
-from hf_grow.publish.refusals import explained
+from hf_grow.publish.refusals import bars, explained
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -56,7 +56,7 @@ class StreamSink(Sink):
         path = folder.path / shard.file
         addition = CommitOperationAdd(shard.file, str(path))
         addition.upload_info.sha256 = bytes.fromhex(sha256)
-        with explained(self.to.repo, AGAIN):
+        with explained(self.to.repo, AGAIN), bars():
             HfApi(library_name="hf-grow").preupload_lfs_files(
                 self.to.repo, [addition], revision=self.to.revision, create_pr=self.to.create_pr
             )
