@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -51,9 +52,21 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
 
 
 def trainer(model: Any, out: Path, growing: Growing, **arguments: Any) -> GrowTrainer:
-    settings = {**FAST, "report_to": "none", "disable_tqdm": True, "weight_decay": 0.1, "train_sampling_strategy": "sequential", **arguments}
+    gc.freeze()  # see trained.run
+    settings = {
+        **FAST,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "weight_decay": 0.1,
+        "train_sampling_strategy": "sequential",
+        **arguments,
+    }
     return GrowTrainer(
-        model=model, args=TrainingArguments(output_dir=str(out), **settings), train_dataset=Rows(), eval_dataset={"old": Rows(4)}, growing=growing
+        model=model,
+        args=TrainingArguments(output_dir=str(out), **settings),
+        train_dataset=Rows(),
+        eval_dataset={"old": Rows(4)},
+        growing=growing,
     )
 
 
@@ -104,7 +117,9 @@ def loss_of(model: Any, stream: list[int], rows: list[int], length: int = 16) ->
 def test_evaluations_are_the_cross_entropy_written_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also of a mixture, whose router loss must not be in them."""
     model = grown(tmp_path, "mixtral")
-    path = recipe(tmp_path, model, max_steps=1, data={"train": str(text(tmp_path, "one", 20, 5)), "eval": {"old": str(text(tmp_path, "old", 6))}})
+    path = recipe(
+        tmp_path, model, max_steps=1, data={"train": str(text(tmp_path, "one", 20, 5)), "eval": {"old": str(text(tmp_path, "old", 6))}}
+    )
     found = run(capsys, "train", path)
     tokenizer, plain = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     documents = [json.loads(line)["text"] for line in (tmp_path / "old.jsonl").read_text().splitlines()]
@@ -284,7 +299,9 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(tmp_path: Path
     command = [sys.executable, "-m", "hf_grow", "train", str(path), "--resume"]
     draw, kills = random.Random(1), 0
     while kills < 6:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         events, seen = tmp_path / "out" / "events.jsonl", 0
         target = max(logged(tmp_path / "out"), default=0) + draw.randrange(3, 9) if events.exists() else draw.randrange(3, 9)
         while process.poll() is None and seen < target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from pathlib import Path
@@ -78,6 +79,7 @@ def recipe(folder: Path, model: Path, **changes: Any) -> Path:
 
 def run(capsys: Any, *words: object, status: int = 0) -> dict[str, Any]:
     """`hf-grow WORDS --json`: its result, or where it fails what it said."""
+    gc.freeze()  # Trainer collects garbage before it begins, and walking through all loaded modules takes longer than these trainings
     found = main([*map(str, words), "--json"])
     captured = capsys.readouterr()
     assert found == status, captured.err

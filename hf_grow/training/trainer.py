@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer, TrainerCallback
 
 from hf_grow.checkpoint.reader import GROWTH
+from hf_grow.errors import InputError
 from hf_grow.training.blocks import Blend
 from hf_grow.training.distill import Distiller
 from hf_grow.training.events import EventLog, plain
@@ -80,6 +81,12 @@ class Growing:
     """Writes what `save_pretrained` leaves out (see adapters)."""
     load_extra: Callable[[Path], None] = lambda folder: None
 
+    def acts_inside_a_step(self) -> bool:
+        """Whether anything needs the gradients or the weights between backward and step."""
+        w, a = self.warmup, self.after
+        rows = self.updates is not None and any(not isinstance(m, bool) for m in self.updates.trains.values())
+        return bool(self.penalty or self.phases or rows or w.steps or w.lr != 1.0 or a.settle_steps)
+
 
 class Rollback(Exception):
     """Training goes back to a checkpoint; raised in the middle of a step's end, caught by `GrowTrainer.train`."""
@@ -95,6 +102,11 @@ class GrowTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *args: Any, growing: Growing | None = None, **options: Any) -> None:
         self.growing = growing or Growing()
         super().__init__(*args, **options)
+        if self.is_deepspeed_enabled and self.growing.acts_inside_a_step():
+            raise InputError(
+                "DeepSpeed keeps gradients and steps to itself: penalties, freezing of rows, phases and rates of new parameters do not work there.",
+                hint="Use FSDP2 or DDP, or train without them.",
+            )
         if self.growing.updates:
             self.growing.updates.settle(self.model)
         self._step_loss: Tensor | None = None
