@@ -1,9 +1,9 @@
 """What a penalty costs a training step: all of them in turn on one model, in one run, beside the step without one.
 
-    python benchmarks/ewc_overhead.py [--size 12m|43m] [--batch 8] [--length 256] [--rounds 20]
+    python benchmarks/ewc_overhead.py [--size 12m|43m] [--batch 8] [--length 256] [--rounds 20] [--threads 1]
 
 A step is forward, backward, penalty, clipping, AdamW. In every round each arm does one step, each round beginning with another arm; medians are
-of the rounds. The penalty's share falls with the tokens a step: it touches every weight once, whatever the batch. Result: results/ewc-overhead.md.
+of the rounds. Processor time is compared, as long as there is one thread: waiting for others on a shared machine is not in it. The penalty's share falls with the tokens a step: it touches every weight once, whatever the batch. Result: results/ewc-overhead.md.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ def arms(model: Any, fisher: Path) -> list[Arm]:
     ]
 
 
-def step(model: Any, optimizer: Any, ids: torch.Tensor, arm: Arm) -> tuple[float, float]:
-    """Seconds of the whole step, and of the penalty's part that can be told apart."""
-    begin, part = time.perf_counter(), 0.0
+def step(model: Any, optimizer: Any, ids: torch.Tensor, arm: Arm) -> tuple[float, float, float]:
+    """Wall seconds of the whole step, its processor seconds, and those of the penalty's part where it can be told apart."""
+    wall, begin, part = time.perf_counter(), time.process_time(), 0.0
 
     def timed(call: Callable[[], Any]) -> None:
         nonlocal part
-        at = time.perf_counter()
+        at = time.process_time()
         call()
-        part += time.perf_counter() - at
+        part += time.process_time() - at
 
     optimizer.zero_grad()
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -88,7 +88,7 @@ def step(model: Any, optimizer: Any, ids: torch.Tensor, arm: Arm) -> tuple[float
     optimizer.step()
     if arm.penalty is not None and not arm.in_loss:
         timed(lambda: arm.penalty.after_step(1e-4))  # type: ignore[union-attr]
-    return time.perf_counter() - begin, part
+    return time.perf_counter() - wall, time.process_time() - begin, part
 
 
 def main() -> None:
@@ -98,7 +98,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ewc-overhead.md")
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCAB, max_position_embeddings=options.length, tie_word_embeddings=True, **SIZES[options.size]
@@ -115,7 +117,7 @@ def main() -> None:
         chosen = arms(model, fisher)
         for arm in chosen:
             step(model, optimizer, ids, arm)  # buffers, caches
-        times: dict[str, list[tuple[float, float]]] = {a.label: [] for a in chosen}
+        times: dict[str, list[tuple[float, float, float]]] = {a.label: [] for a in chosen}
         before, began = os.getloadavg()[0], time.perf_counter()
         busy = os.times()
         for round_ in range(options.rounds):
@@ -132,38 +134,46 @@ def main() -> None:
     print(text)
 
 
-def report(chosen: list[Arm], times: dict[str, list[tuple[float, float]]], count: int, options: argparse.Namespace, load: str) -> str:
-    plain = [t for t, _ in times["none"]]
+def report(
+    chosen: list[Arm], times: dict[str, list[tuple[float, float, float]]], count: int, options: argparse.Namespace, load: str
+) -> str:
+    plain = [t for _, t, _ in times["none"]]
     base = statistics.median(plain)
     command = " ".join(["python", "benchmarks/ewc_overhead.py", *sys.argv[1:]])
     lines = [
         "# What a penalty costs a training step",
         "",
-        f"`{command}`: a Llama of {count / 1e6:.1f}M parameters in fp32, {options.batch} x {options.length} tokens a step, fused AdamW, "
-        f"{options.rounds} rounds.",
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}; {load}.",
+        f"`{command}`: a Llama of {count / 1e6:.1f}M parameters in fp32, {options.batch} x {options.length} tokens a step, fused AdamW,",
+        f"{options.rounds} rounds. {platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
+        f"transformers {transformers.__version__}; {load}.",
         "",
-        "| penalty | step, ms: median (min - max) | over the step without (fastest steps) | penalty alone, ms | of that step | memory, MB | x the weights |",
-        "|---|---|---|---|---|---|---|",
+        "| penalty | step, wall, s | step, processor, ms: median (min - max) | over the plain step | penalty alone, ms | of the plain step | memory, MB | x the weights |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for arm in chosen:
-        steps, parts = zip(*times[arm.label], strict=True)
-        median, part = statistics.median(steps), statistics.median(parts)
+        walls, steps, parts = zip(*times[arm.label], strict=True)
+        part = statistics.median(parts)
         # In each round the arm is compared with the plain step of the same round: slow spells of the machine hit both.
         over = statistics.median(a / b - 1 for a, b in zip(steps, plain, strict=True))
         held = arm.penalty.nbytes() if arm.penalty else 0
+        apart = arm.penalty is not None and not arm.in_loss
         cells = [
             arm.label,
-            f"{median * 1e3:.0f} ({min(steps) * 1e3:.0f} - {max(steps) * 1e3:.0f})",
-            f"{over:+.1%} ({min(steps) / min(plain) - 1:+.1%})" if arm.penalty else "",
-            "" if arm.penalty is None or arm.in_loss else f"{part * 1e3:.1f}",
-            "" if arm.penalty is None or arm.in_loss else f"{part / base:.1%}",
+            f"{statistics.median(walls):.2f}",
+            f"{statistics.median(steps) * 1e3:.0f} ({min(steps) * 1e3:.0f} - {max(steps) * 1e3:.0f})",
+            f"{over:+.1%}" if arm.penalty else "",
+            f"{part * 1e3:.1f}" if apart else "",
+            f"{part / base:.1%}" if apart else "",
             f"{held / 1e6:.0f}" if held else "",
             f"{held / (4 * count):.1f}" if held else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "\"Over the step without\": median over the rounds of the ratio to the plain step of the same round; in brackets that of the fastest",
-              "steps, which other load disturbs least. The penalty touches every weight once a step, so its share falls as the tokens of a step grow (larger batches, gradient accumulation)."]  # fmt: skip
+    lines += [
+        "",
+        '"Over the plain step": median over the rounds of the ratio to the plain step of the same round. "Penalty alone": its own calls, timed',
+        "inside the step. A penalty touches every weight once a step, so its share falls as the tokens of a step grow (larger batches,",
+        "gradient accumulation).",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -232,7 +232,7 @@ def _told(found: Calibration, how: RunOptions) -> dict[str, Any]:
     return {
         "lambda": found.chosen, "tolerated": how.calibrate, "steps": how.calibrate_steps, "lr": how.calibrate_lr,
         "before": {"old": found.old, "new": found.new},
-        "trials": [{"lambda": t.strength, "old": t.old, "new": t.new, "rise": t.rise} for t in sorted(found.trials, key=lambda t: t.strength)],
+        "trials": [{"lambda": t.strength, "old": t.old, "new": t.new, "rise": t.rise, "forecast": t.forecast} for t in sorted(found.trials, key=lambda t: t.strength)],
     }  # fmt: skip
 
 
@@ -258,8 +258,9 @@ def _show(facts: dict[str, Any]) -> None:
         c = facts["calibration"]
         say(f"before     old {c['before']['old']:.4f}, new {c['before']['new']:.4f} nats a token; {c['steps']} steps at {c['lr']:g}:")
         for t in c["trials"]:
+            mark = "   <-" * (t["lambda"] == c["lambda"])
             say(
-                f"lambda {t['lambda']:<10.4g} old {t['old']:.4f} ({t['rise']:+.4f})   new {t['new']:.4f}{'   <-' * (t['lambda'] == c['lambda'])}"
+                f"lambda {t['lambda']:<10.4g} old {t['old']:.4f} ({t['rise']:+.4f}; 1/2 F d^2 says {t['forecast']:.4f})   new {t['new']:.4f}{mark}"
             )
     strength = facts.get("calibration", {}).get("lambda", 10.0)
     say(

@@ -36,6 +36,8 @@ class Trial:
     new: float
     rise: float
     """Of the old domain's loss, from before the training."""
+    forecast: float
+    """What 1/2 sum F d^2 makes of the move: the rise, if the move were small."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,12 @@ def calibrate(
         penalty.strength = strength
         _train(model, penalty, train, steps, lr, batch, progress)
         after = loss_on(model, old, batch), loss_on(model, new, batch)
+        penalty.strength = 1.0
+        forecast = penalty.value()
         with torch.no_grad():
             for n, p in model.named_parameters():
                 p.copy_(start[n])
-        trial = Trial(strength, *after, after[0] - before[0])
+        trial = Trial(strength, *after, after[0] - before[0], forecast)
         trials.append(trial)
         return trial
 
