@@ -24,9 +24,9 @@ FLOORS = [
      "methods.more_experts", "methods.experts", "methods.hybrid",
      "methods", "methods.pipeline"],
     ["planning"],
-    ["checkpoint.reader", "checkpoint.names", "checkpoint.hub_errors", "checkpoint.ranges", "checkpoint.hub", "checkpoint.source", "checkpoint.several", "checkpoint.transfer", "checkpoint.writer", "checkpoint.sink", "checkpoint.spool",
+    ["checkpoint.record", "checkpoint.reader", "checkpoint.names", "checkpoint.hub_errors", "checkpoint.ranges", "checkpoint.hub", "checkpoint.source", "checkpoint.several", "checkpoint.transfer", "checkpoint.writer", "checkpoint.sink", "checkpoint.spool",
      "checkpoint"],
-    ["noise", "evaluate", "layerwise", "prompted", "in_memory", "execute"],
+    ["noise", "evaluate", "layerwise", "prompted", "in_memory", "besides", "execute"],
     ["verification", "publish", "training"],
     ["api", "demo", "cli", "__main__", ""],
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hf_grow.checkpoint.record import history_of
 from hf_grow.errors import SourceError
 from hf_grow.planning import DTYPE_BYTES, SourceInfo, TensorInfo
 
@@ -75,25 +76,6 @@ class Checkpoint:
     def path(self, file: str) -> Path:
         assert self.folder is not None, "the weights are not on this machine"
         return self.folder / file
-
-
-def history_of(growth: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], ...]:
-    """Earlier growths, oldest first, without their maps."""
-    if not growth:
-        return ()
-    try:
-        step = {
-            "source": {k: growth["source"][k] for k in ("ref", "revision")},
-            **{k: growth["growth"][k] for k in ("method", "options", "guarantee")},
-            "layers": [_depth(growth["source"]["config"]), _depth(growth["target"]["config"])],
-        }
-        return (*map(dict, growth["source"].get("history", ())), step)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return ()
-
-
-def _depth(config: Mapping[str, Any]) -> Any:
-    return config.get("num_hidden_layers")
 
 
 def open_folder(folder: Path, *, ref: str | None = None, revision: str = "") -> Checkpoint:

@@ -6,8 +6,10 @@ All of it works in pieces, releases the interpreter lock where the time goes, an
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,6 +89,16 @@ def digest(handle: int, start: int, stop_at: int, stop: Stop, *also: Any) -> str
         for other in also:
             other.update(piece)
     return hasher.hexdigest()
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] = lambda nbytes: None) -> str:
+    """SHA-256 of a whole file; `progress` hears of the bytes that were read."""
+    sha = hashlib.sha256()
+    with path.open("rb", buffering=0) as handle:
+        for piece in pieces(handle.fileno(), 0, os.fstat(handle.fileno()).st_size, lambda: None):
+            sha.update(piece)
+            progress(len(piece))
+    return sha.hexdigest()
 
 
 # Values that are not finite have all exponent bits set: as integers, they are the largest of either sign.

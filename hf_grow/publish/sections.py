@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_grow.architecture import Architecture
-from hf_grow.checkpoint.reader import history_of
+from hf_grow.checkpoint.record import history_of
 from hf_grow.methods import METHODS
 from hf_grow.methods.sizing import short
 from hf_grow.planning import GrowthPlan, SourceInfo

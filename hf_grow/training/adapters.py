@@ -16,15 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from hf_grow.checkpoint.reader import GROWTH
+from hf_grow.checkpoint.record import after_training
 from hf_grow.checkpoint.source import companions, open_source
 from hf_grow.checkpoint.writer import PartialFolder, check_room
 from hf_grow.errors import InputError, SourceError
+from hf_grow.execute import versions
 from hf_grow.growth import Growth
 from hf_grow.methods import METHODS
 from hf_grow.planning import GrowthPlan, make_plan
+from hf_grow.portable import portable_config
 from hf_grow.recipe import Options, parse
 from hf_grow.training.extras import need
 from hf_grow.training.masks import Mask
+from hf_grow.training.record import files_of
 from hf_grow.training.warmups import Positive
 
 if TYPE_CHECKING:
@@ -179,12 +183,13 @@ def merge_adapter(
     merged = _merged(source.folder, plan, adapter, dtype)
     with PartialFolder(out, f"merge {adapter}", resume=False, overwrite=overwrite) as folder:
         merged.save_pretrained(folder.path)
+        folder.write_json("config.json", portable_config(json.loads((folder.path / "config.json").read_bytes())))
         for relative in companions(source.folder):
             folder.copy_in(source.folder, relative)
         facts = {"adapter": {k: config.get(k) for k in ("r", "lora_alpha", "target_modules", "layer_replication")}, "merged_into": str(ref)}
-        record = plan.to_json() if plan else dict(source.growth or {})
+        record = plan.to_json() if plan else source.growth
         if record:
-            folder.write_json(GROWTH, {**record, "training": facts})
+            folder.write_json(GROWTH, after_training(record, {**facts, "files": files_of(folder.path), "made_by": versions()}))
         folder.finish({p.name for p in folder.path.iterdir() if not p.name.startswith(".")})
     return Merged(str(ref), merged.config.num_hidden_layers, plan)
 

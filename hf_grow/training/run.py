@@ -26,9 +26,11 @@ from hf_grow.training.distill import Teacher
 from hf_grow.training.events import NAME as EVENTS
 from hf_grow.training.events import EventLog
 from hf_grow.training.extras import need
+from hf_grow.training.launch import Launch, launched
 from hf_grow.training.monitor import Monitor
 from hf_grow.training.prepare import blend_for, distiller, load_model, weights_dtype, who_trains, with_lora, zero_new_blocks
 from hf_grow.training.recipe import Read
+from hf_grow.training.record import kept, note_files, record_of
 from hf_grow.training.regularizers import make_penalty, penalty_bytes
 from hf_grow.training.skeleton import skeleton
 
@@ -64,11 +66,21 @@ class TrainResult:
 
 
 def dry_run(
-    read: Read, *, output: str | None = None, resume: bool = False, overwrite: bool = False, notify: Notify = print
+    read: Read,
+    *,
+    output: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    notify: Notify = print,
+    started: Launch | None = None,
 ) -> dict[str, Any]:
-    """What a training would do and need, as JSON data. Opens config, headers and the first documents of every text; loads no weights."""
+    """What a training would do and need, as JSON data. Opens config, headers and the first documents of every text; loads no weights.
+
+    ``started``: the processes to reckon with; by default those that the launcher tells of.
+    """
     need("accelerate", "datasets")
-    checked = check(read, output=output, resume=resume, overwrite=overwrite, notify=notify)
+    started = started or launched()
+    checked = check(read, output=output, resume=resume, overwrite=overwrite, notify=notify, started=started)
     recipe, arguments, info = checked.recipe, checked.arguments, checked.checkpoint.info
     texts = survey(recipe.data, checked.tokenizer, notify=notify, vocab_size=checked.vocabulary)
     model = skeleton(info.config)
@@ -90,9 +102,9 @@ def dry_run(
     copies = own * who.updates.copies(model, warming=warming) if recipe.lora is None else 0
     memory = estimate.estimate(
         info.architecture, arguments, parameters=parameters, trainable=trainable, width=own, length=recipe.data.seq_length,
-        penalty=penalty_bytes(recipe.regularizer, skeleton(info.config), checked.plan), rows=copies, teachers=teachers,
+        penalty=penalty_bytes(recipe.regularizer, skeleton(info.config), checked.plan), rows=copies, teachers=teachers, launch=started,
     )  # fmt: skip
-    step = estimate.tokens_a_step(arguments, recipe.data.seq_length, arguments.world_size)
+    step = estimate.tokens_a_step(arguments, recipe.data.seq_length, started.processes)
     known = [t["tokens"] for t in texts if t["use"] == "train"]
     one_pass = sum(known) if known and all(known) else None
     tokens = step * arguments.max_steps if arguments.max_steps > 0 else one_pass and round(one_pass * arguments.num_train_epochs)
@@ -101,6 +113,8 @@ def dry_run(
         "recipe": resolved(checked),
         "texts": texts,
         "parameter_groups": groups,
+        "processes": started.processes,
+        "sharing": str(started),
         "memory": dict(estimate.as_json(memory)),
         "tokens_a_step": step,
         "tokens": tokens,
@@ -161,7 +175,7 @@ def train(
             if overwrite:
                 clear_output(out)
             out.mkdir(parents=True, exist_ok=True)
-            write_json(out / RECORD, {"recipe": dict(read.given), "model": checked.checkpoint.ref, "made_by": versions()})
+            write_json(out / RECORD, {"recipe": kept(read.given), "model": checked.checkpoint.ref, "made_by": versions()})
             (out / EVENTS).touch()
     trainer = _trainer(checked, ready, notify, show)
     start_from = str(come_from or arguments.resume_from_checkpoint or "") or None
@@ -188,7 +202,8 @@ def _prepare(checked: Checked, notify: Notify) -> _Ready:
     recipe, arguments = checked.recipe, checked.arguments
     set_seed(arguments.seed)  # adapters are drawn before Trainer does this
     model = load_model(recipe.model, recipe.revision, weights_dtype(recipe, arguments), recipe.attn_implementation, notify)
-    who = who_trains(model, checked.plan, recipe)
+    # Under ZeRO-3 the model that is loaded is in pieces without a shape.
+    who = who_trains(skeleton(checked.checkpoint.info.config) if launched().sharing == "zero3" else model, checked.plan, recipe)
     blend = blend_for(model, who, recipe)
     if recipe.warmup.zero_init and checked.plan is not None:
         zero_new_blocks(model, checked.plan)
@@ -252,7 +267,7 @@ def _trainer(checked: Checked, ready: _Ready, notify: Notify, show: Callable[[st
         data_collator=data.collator,
         growing=growing,
     )
-    growing.record = lambda step: record_of(checked, {"steps": step, **_losses(growing)})
+    growing.record = lambda step: record_of(checked, {"steps": step, "tokens": _tokens(checked, step), **_losses(growing)})
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     trainer.add_callback(progress)
@@ -285,7 +300,8 @@ def _same_run(checked: Checked, notify: Notify) -> None:
         before = json.loads((checked.out / RECORD).read_text(encoding="utf-8"))["recipe"]
     except (OSError, ValueError, KeyError, TypeError):
         return
-    changed = sorted(k for k in before.keys() | checked.read.given.keys() if before.get(k) != checked.read.given.get(k))
+    now = kept(checked.read.given)
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     if "model" in changed:
         raise OutputError(
             f"{checked.out} is the training of {before.get('model')}, not of {checked.recipe.model}.", hint="Choose another -o."
@@ -305,19 +321,8 @@ def _companions(checked: Checked, folder: Path) -> None:
         checked.tokenizer.save_pretrained(folder)
 
 
-def record_of(checked: Checked, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """growth.json of the trained model: the growth's, with a `training` section. What speaks of the weights as they were grown goes in there."""
-    grown = checked.checkpoint.growth
-    if grown is None:
-        return None
-    record = {k: v for k, v in grown.items() if k not in ("verification", "training")}
-    record["target"] = {k: v for k, v in grown["target"].items() if k != "files"}
-    section: dict[str, Any] = {"recipe": dict(checked.read.given), "model": checked.checkpoint.ref, **facts, "made_by": versions()}
-    if "verification" in grown:
-        section["verification_before"] = grown["verification"]
-    if "training" in grown:
-        section["earlier"] = grown["training"]
-    return {**record, "training": section}
+def _tokens(checked: Checked, steps: int) -> int:
+    return steps * estimate.tokens_a_step(checked.arguments, checked.recipe.data.seq_length, checked.arguments.world_size)
 
 
 def _losses(growing: Growing) -> dict[str, Any]:
@@ -333,7 +338,7 @@ def _finish(trainer: GrowTrainer, checked: Checked, found: Any, seconds: float) 
         trainer.evaluate()
     if checked.recipe.monitor.contribution_steps and g.contributed_at != step:
         trainer.contributions()
-    tokens = step * estimate.tokens_a_step(checked.arguments, checked.recipe.data.seq_length, checked.arguments.world_size)
+    tokens = _tokens(checked, step)
     stopped = "" if step >= trainer.state.max_steps else "early stopping"
     if stopped:
         g.events.write("stop", step, reason=stopped)
@@ -346,7 +351,9 @@ def _finish(trainer: GrowTrainer, checked: Checked, found: Any, seconds: float) 
     trainer.save_model(str(out))
     if checked.arguments.should_save:
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        write_json(out / "config.json", portable_config(config))
+        # Trainer turns the cache off, for training.
+        write_json(out / "config.json", portable_config(config | {"use_cache": checked.checkpoint.config.get("use_cache", True)}))
+        note_files(out)
     old = checked.recipe.old_set
     forgetting = g.last_losses[old] - g.start_losses[old] if old in g.last_losses and old in g.start_losses else None
     result = TrainResult(

@@ -50,7 +50,7 @@ def verify_checkpoints(
         report.add("function", None, "not run: the structure is wrong")
         return report
     dtype = function.choose_dtype(old, new, dtype, notify)
-    function.compare(old, new, report, text=text, tokens=tokens, dtype=dtype, notify=notify, plan=plan)
+    function.compare(old, new, report, text=text, tokens=tokens, dtype=dtype, notify=notify, plan=plan, since=structure.trained_since(new))
     if harness is not None and all(c.status != "fail" for c in report.checks if c.name == "logits"):
         compare_tasks(harness, old, new, report, dtype=dtype, notify=notify)
     return report

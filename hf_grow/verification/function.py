@@ -48,8 +48,12 @@ def compare(
     dtype: str,
     notify: Callable[[str], None],
     plan: GrowthPlan | None,
+    since: str = "",
 ) -> None:
-    """Fills the report's metrics, and checks what the guarantee promises; without a plan nothing is promised. `dtype` is one of torch."""
+    """Fills the report's metrics, and checks what the guarantee promises; nothing is without a plan, or where the weights were trained `since`.
+
+    `dtype` is one of torch.
+    """
     import torch
 
     vocab = min(old.info.architecture.size("vocab"), new.info.architecture.size("vocab"))
@@ -69,8 +73,9 @@ def compare(
     report.add("logits", finite, "finite on every token" if finite else "NaN or infinite: the grown model is broken")
     if not finite:
         return
-    if plan is None or not plan.guarantee.lossless:
-        report.add("lossless", None, "not promised: " + ("no growth.json" if plan is None else "the method changes the function"))
+    if plan is None or since or not plan.guarantee.lossless:
+        why = "no growth.json" if plan is None else f"{since} since the growth" if since else "the method changes the function"
+        report.add("lossless", None, f"not promised: {why}")
         return
     floor = ROUNDING[dtype] * max(1.0, metrics["logits_max"])
     why = f"rounding in {dtype} explains"

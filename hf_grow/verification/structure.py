@@ -2,6 +2,9 @@
 
 `check_tables`: config, headers and provenance agree. `rederive`: every tensor is computed again from the source, by the map in growth.json,
 and compared bit for bit with what is stored; the same pass over the bytes gives the SHA-256 of each shard. Memory stays small at any size.
+
+Weights that were trained since are not those of the map, and need not be: what is checked is that growth.json says so, that names, shapes and
+config are the growth's, and that the files are those that the training recorded. How many tensors are still the growth's is counted.
 """
 
 from __future__ import annotations
@@ -9,21 +12,25 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.architecture import Architecture
 from hf_grow.checkpoint.reader import Checkpoint, Stored
+from hf_grow.checkpoint.record import recorded_files, told, total, trainings
 from hf_grow.checkpoint.transfer import pieces
 from hf_grow.errors import GrowError, SourceError
-from hf_grow.planning import GrowthPlan, check_source
+from hf_grow.planning import DTYPE_NAMES, GrowthPlan, check_source
 from hf_grow.verification.report import Report
 
 if TYPE_CHECKING:
     from hf_grow.evaluate import Evaluator
 
 MEMORY = 256 << 20
+FREE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
+        "output_router_logits", "router_aux_loss_coef"}  # fmt: skip
+"""Keys of config.json that no logit depends on, and that a trainer may write anew."""
 
 
 def check_tables(new: Checkpoint, report: Report) -> GrowthPlan | None:
@@ -44,15 +51,34 @@ def check_tables(new: Checkpoint, report: Report) -> GrowthPlan | None:
     except SourceError as error:
         report.add("provenance", False, error.message)
         return None
-    stored = {name: t.info for name, t in new.tensors.items()}
-    if stored != dict(plan.targets):
-        differ = sorted(stored.keys() ^ plan.targets.keys()) or [n for n in stored if stored[n] != plan.targets[n]]
+    since = trained_since(new)
+    stored = {name: t.info.shape if since else t.info for name, t in new.tensors.items()}  # training may have its own dtype
+    wanted = {name: t.shape if since else t for name, t in plan.targets.items()}
+    if stored != wanted:
+        differ = sorted(stored.keys() ^ wanted.keys()) or [n for n in stored if stored[n] != wanted[n]]
         report.add("provenance", False, f"growth.json describes other tensors: {differ[0]} and {len(differ) - 1} more")
         return None
-    changed = sorted(k for k in {**plan.growth.config, **new.config} if plan.growth.config.get(k) != new.config.get(k))
+    planned, found = (_as_read(c) if since else c for c in (plan.growth.config, new.config))
+    changed = sorted(k for k in {**planned, **found} if planned.get(k) != found.get(k))
     report.add("config.json", not changed, f"differs from the plan in {', '.join(changed)}" if changed else "as planned")
-    report.add("provenance", True, f"{plan.growth.method} from {plan.source.refs}: {plan.guarantee.kind}")
+    report.add("provenance", True, f"{plan.growth.method} from {plan.source.refs}: {plan.guarantee.kind}{since and f'; then {since}'}")
     return plan
+
+
+def trained_since(new: Checkpoint) -> str:
+    """What was done to the weights since the growth, in words; empty for those that growth wrote."""
+    return told(total(trainings(new.growth)))
+
+
+def _as_read(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As the installed transformers understands it, with its defaults: save_pretrained writes it anew, not as it stood."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        read = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()
+    except Exception:  # whatever it raises; `check_builds` says so
+        read = dict(config)
+    return {k: v for k, v in read.items() if k not in FREE}
 
 
 def check_builds(new: Checkpoint, report: Report) -> None:
@@ -86,7 +112,9 @@ def check_same_source(old: Checkpoint, plan: GrowthPlan, report: Report) -> bool
         dict(old.info.by_key) == dict(plan.source.by_key)
         and Architecture(old.config).tensors.keys() == plan.source.architecture.tensors.keys()
     )
-    detail = f"{old.info.refs} has the tensors the plan was made for" if same else f"{old.ref} is not the checkpoint that {plan.source.ref} was"
+    detail = (
+        f"{old.info.refs} has the tensors the plan was made for" if same else f"{old.ref} is not the checkpoint that {plan.source.ref} was"
+    )
     report.add("source", same, detail)
     return same
 
@@ -104,15 +132,20 @@ def rederive(old: Checkpoint, new: Checkpoint, plan: GrowthPlan, report: Report,
         except BaseException:
             work.halt.set()
             raise
-    total = len(plan.targets)
-    copies = len(plan.copies())
-    if work.wrong:
-        report.add("tensors", False, f"{len(work.wrong)} of {total} differ from the source's map: {', '.join(sorted(work.wrong)[:3])}")
+    count, copies, since = len(plan.targets), len(plan.copies()), trained_since(new)
+    if since:
+        kept = count - len(work.wrong)
+        report.add("tensors", None, f"{since} since, so they need not be the growth's; {kept} of {count} still are, bit for bit")
+    elif work.wrong:
+        report.add("tensors", False, f"{len(work.wrong)} of {count} differ from the source's map: {', '.join(sorted(work.wrong)[:3])}")
     else:
         report.add(
-            "tensors", True, f"{total} derived again from the source, bit for bit equal ({copies} copies, {total - copies} computed)"
+            "tensors", True, f"{count} derived again from the source, bit for bit equal ({copies} copies, {count - copies} computed)"
         )
-    recorded = {f: facts.get("sha256") for f, facts in new.growth["target"].get("files", {}).items()}
+    recorded = {f: facts.get("sha256") for f, facts in recorded_files(new.growth).items()}
+    if since and not recorded:
+        report.add("SHA-256", None, "not known: growth.json does not say what the training wrote")
+        return
     broken = sorted(f for f in hashes.keys() | recorded.keys() if hashes.get(f) != recorded.get(f))
     report.add(
         "SHA-256",
@@ -141,7 +174,7 @@ class _Rederivation:
             for piece in pieces(handle.fileno(), 0, header, self.stop):
                 sha.update(piece)
             for name, stored in tensors:
-                same = self._copied if name in self.copies else self._computed
+                same = self._copied if name in self.copies and stored.info == self.plan.targets[name] else self._computed
                 if not same(name, stored, handle.fileno(), sha):
                     self.wrong.add(name)
                 self.progress(stored.stop - stored.start)
@@ -158,14 +191,16 @@ class _Rederivation:
         return equal
 
     def _computed(self, name: str, stored: Stored, handle: int, sha: Any) -> bool:
+        import torch
+
         from hf_grow.evaluate import Evaluator, StoredTensors, raw_bytes
 
         with self.lock:
             if self.evaluator is None:
                 self.evaluator = Evaluator(self.plan, StoredTensors(self.old))
             equal, at = True, stored.start
-            for block in self.evaluator.blocks(self.plan.growth.tensors[name], stored.info, MEMORY):
-                meant = raw_bytes(block)
+            for block in self.evaluator.blocks(self.plan.growth.tensors[name], self.plan.targets[name], MEMORY):
+                meant = raw_bytes(block.to(getattr(torch, DTYPE_NAMES[stored.dtype])))
                 done = 0
                 for piece in pieces(handle, at, at + len(meant), self.stop):
                     sha.update(piece)
