@@ -530,6 +530,25 @@ def test_contributions_are_losses_without_a_block(tmp_path: Path) -> None:
         assert found[block] == pytest.approx(float(shorter(ids, labels=ids, use_cache=False).loss) - whole, abs=1e-5)
 
 
+def losses_by_hand(model: Path, folder: Path) -> Any:
+    """The saved model's losses on the named sets, without hf-grow's trainer."""
+    tokenizer, plain = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    out = {}
+    for name in ("old", "new"):
+        stream = [
+            i
+            for line in (folder / f"{name}.jsonl").read_text().splitlines()
+            for i in [*tokenizer(json.loads(line)["text"])["input_ids"], 2]
+        ]
+        rows = torch.linspace(0, -(-len(stream) // 16) - 1, 4, dtype=torch.float64).long().tolist()
+        total = 0.0
+        for pair in (rows[:2], rows[2:]):
+            losses = [(loss_of(plain, stream, [r]), min(16, len(stream) - 16 * r) - 1) for r in pair]
+            total += sum(loss * n for loss, n in losses) / sum(n for _, n in losses) / 2
+        out[name] = pytest.approx(total, abs=1e-5)
+    return out
+
+
 def test_zero_init_makes_new_blocks_identity_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two stacked copies of a stack: with the second zeroed the model computes what the source does."""
     model = grown(tmp_path, method="stack")
@@ -538,6 +557,14 @@ def test_zero_init_makes_new_blocks_identity_blocks(tmp_path: Path, capsys: pyte
     events = list(read_events(tmp_path / "out" / "events.jsonl"))
     baseline, first = (next(e["losses"] for e in events if e["event"] == kind) for kind in ("baseline", "evaluation"))
     assert first == pytest.approx(baseline, abs=1e-5)
+    # Blended in from zero they add nothing at first either, and everything at the end.
+    path = recipe(tmp_path, model, warmup={"alpha_steps": 4}, monitor={"baseline": "source"})
+    found = run(capsys, "train", path, "--overwrite")
+    events = list(read_events(tmp_path / "out" / "events.jsonl"))
+    baseline, first = (next(e["losses"] for e in events if e["event"] == kind) for kind in ("baseline", "evaluation"))
+    assert first == pytest.approx(baseline, abs=1e-5)
+    assert [e.get("alpha", 1.0) for e in events if e["event"] == "log"] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert found["end"] == losses_by_hand(tmp_path / "out", tmp_path)
     run(capsys, "train", recipe(tmp_path, model, monitor={"baseline": "source"}), "--overwrite")
     events = list(read_events(tmp_path / "out" / "events.jsonl"))
     baseline, first = (next(e["losses"] for e in events if e["event"] == kind) for kind in ("baseline", "evaluation"))
@@ -623,6 +650,26 @@ def test_early_stopping_keeps_the_best_model(tmp_path: Path, capsys: pytest.Capt
     assert found["stopped"] == "early stopping"
     evaluations = [e["losses"]["new"] for e in read_events(tmp_path / "out" / "events.jsonl") if e["event"] == "evaluation"]
     assert found["end"]["new"] == pytest.approx(min(evaluations[1:]), abs=1e-6)
+
+
+def test_the_best_model_is_whole_with_lora_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its new blocks train beside the adapters, and must come back with them; best is what forgot least here."""
+    path = recipe(tmp_path, grown(tmp_path), max_steps=10, eval_steps=2, save_steps=2, learning_rate=0.1, lora={"r": 2},
+                  load_best_model_at_end=True, metric_for_best_model="eval_forgetting", greater_is_better=False)  # fmt: skip
+    found = run(capsys, "train", path)
+    told = [e for e in read_events(tmp_path / "out" / "events.jsonl") if e["event"] == "evaluation"][1:-1]
+    assert found["forgetting"] == pytest.approx(min(e["forgetting"] for e in told), abs=1e-5)
+    assert found["forgetting"] < told[-1]["forgetting"] - 1e-3
+
+
+def test_a_full_disk_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = recipe(tmp_path, grown(tmp_path))
+    monkeypatch.setattr(GrowTrainer, "_save_optimizer_and_scheduler", full)
+    said = run(capsys, "train", path, status=1)["error"]
+    assert "disk" in said and "--resume" in said and "Traceback" not in said
 
 
 def test_overwriting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

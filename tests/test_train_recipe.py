@@ -104,7 +104,12 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"early_stopping_patience": 2, "data": {"eval": {}}}, "early_stopping_patience: needs a set"),
     ({"kl_rows": 2, "old_set": "ancient"}, "kl_rows: data.eval has no set 'ancient'"),
     ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint: nowhere holds no state"),
-    ({"eval_steps": 4, "load_best_model_at_end": True, "metric_for_best_model": "eval_new_loss"}, "arguments: "),
+    ({"eval_steps": 4, "save_steps": 3, "load_best_model_at_end": True, "metric_for_best_model": "eval_new_loss"}, "arguments: "),
+    (
+        {"metric_for_best_model": "eval_loss"},
+        "metric_for_best_model: 'eval_loss' is not measured. Measured: eval_forgetting, eval_new_loss",
+    ),
+    ({"report_to": "comet_ml"}, "arguments: "),
     ({"model": "./nowhere"}, "model: There is no folder"),
     ({"phases": [{"steps": 1, "train": "the engine"}]}, "phases.train: there is no part 'the engine'"),
     ({"data": None}, "data: is missing"),

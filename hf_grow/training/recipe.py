@@ -196,6 +196,10 @@ def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[s
         found.append(f"kl_rows: data.eval has no set {recipe.old_set!r}.")
     if "eval_strategy" in arguments and arguments["eval_strategy"] != "no" and not recipe.data.eval:
         found.append("eval_strategy: there is no set to measure on (data.eval).")
+    metric = arguments.get("metric_for_best_model")
+    names = {f"{name}_loss" for name in recipe.data.eval} | {"forgetting", *(("kl",) if recipe.kl_rows else ())}
+    if isinstance(metric, str) and metric.removeprefix("eval_") not in names:
+        found.append(f"metric_for_best_model: {metric!r} is not measured. Measured: {', '.join(sorted('eval_' + n for n in names))}.")
     return found
 
 
