@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from hf_grow.errors import InputError
 from hf_grow.training.fisher_file import full
 from hf_grow.training.places import parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK = 1 << 18
 """Values worked on at a time on a CPU: they stay in the cache between operations."""
@@ -47,6 +51,9 @@ class Penalty:
     def value(self) -> float:
         """The penalty at the current weights. Where parameters are sharded, every process must ask."""
         raise NotImplementedError
+
+    def finish(self, folder: Path, model: PreTrainedModel) -> None:
+        """When training is over: writes into `folder`, where the trained `model` goes, what a later run may read. Every process must call."""
 
     def nbytes(self) -> int:
         """Bytes it holds for the whole model, all processes together. Needs no `attach`."""

@@ -12,14 +12,20 @@ w*. With a file of importances and no `consolidate_every` nothing is collected, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_grow.training.fisher_file import full
+from hf_grow.training.fisher import on_disk
+from hf_grow.training.fisher_file import full, samples, write_importance
 from hf_grow.training.regularizers.penalty import Quadratic, Rate, chunks, local, placed_like
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FILE = "importance.safetensors"
 _KEPT = ("omega", "start")
 
 
@@ -106,6 +112,18 @@ class SynapticIntelligence(Quadratic):
     def importances(self) -> dict[str, Tensor]:
         """F by parameter name, whole tensors on the CPU. Where parameters are sharded, every process must ask."""
         return {n: full(h.importance).cpu() for n, h in self.held.items() if isinstance(h.importance, Tensor)}
+
+    def finish(self, folder: Path, model: PreTrainedModel) -> None:
+        """Consolidates, and writes FILE: the `fisher` of a later run that begins at these weights."""
+        if not self.collect:
+            return
+        self.consolidate()
+        found, identity = self.importances(), samples(model)
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+            return
+        tensors = dict(on_disk(model, found))
+        facts = {"kind": "si", "steps": self.steps, "xi": self.xi, "model": str(folder), "sample": identity}
+        write_importance(folder / FILE, {n: tuple(t.shape) for n, t in tensors.items()}, iter(tensors.items()), facts)
 
     def nbytes(self) -> int:
         count = sum(a.numel() for a in self.anchors.values())
