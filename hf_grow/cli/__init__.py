@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_grow._version import __version__
-from hf_grow.errors import GrowError
+from hf_grow.errors import GrowError, InputError
 
 # command -> (module of its arguments and run, one line of help)
 COMMANDS = {
@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except GrowError as error:
-        print(f"hf-grow: {error}", file=sys.stderr)
+        # All processes of a distributed training find the same mistakes; the first of each machine tells of them.
+        if not (isinstance(error, InputError) and os.environ.get("LOCAL_RANK", "0") != "0"):
+            print(f"hf-grow: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         again = " Repeat the command with --resume to go on where it stopped." if RESUMABLE & set(arguments[:1]) else ""
@@ -79,6 +81,12 @@ def _run(argv: list[str]) -> int:
         if name == chosen:
             _add_arguments(name, sub)
     arguments, rest = parser.parse_known_args(argv)
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if started > 1 and arguments.command != "train":
+        raise InputError(
+            f"hf-grow {arguments.command} runs in one process, and {started} were started.",
+            hint="Start it without a launcher; train takes one.",
+        )
     module = importlib.import_module(f"hf_grow.cli.{COMMANDS[arguments.command][0]}")
     if rest and not getattr(module, "OVERRIDES", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

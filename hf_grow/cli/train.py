@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, print_json, show_next
-from hf_grow.errors import InputError
+from hf_grow.errors import ExecutionError, InputError
 from hf_grow.methods.sizing import short
 
 if TYPE_CHECKING:
+    from hf_grow.training.launch import Launch
     from hf_grow.training.run import TrainResult
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "_recipes" / "train").glob("*.yaml"))}
@@ -29,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in the output folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier training in the output folder")
     parser.add_argument("--dry-run", action="store_true", help="print recipe, parameter groups, memory, tokens and FLOPs, and stop")
+    parser.add_argument("--accelerate", type=Path, metavar="FILE", help="--dry-run for the processes of this file of `accelerate launch`")
+    parser.add_argument("--processes", type=int, metavar="N", help="--dry-run for so many processes (without --accelerate: DDP)")
     add_json(parser)
 
 
@@ -101,15 +107,23 @@ def run(arguments: argparse.Namespace) -> int:
     _quiet()
     read = recipe.load(path, overrides(arguments.overrides))
     settings = {"output": arguments.output, "resume": arguments.resume, "overwrite": arguments.overwrite}
+    first = int(os.environ.get("RANK", "0")) == 0
     if arguments.dry_run:
-        facts = dry_run(read, notify=render.note, **settings)
-        if arguments.json:
+        facts = dry_run(read, notify=render.note if first else _silent, started=_launch(arguments), **settings)
+        if not first:
+            pass
+        elif arguments.json:
             print_json(facts)
         else:
             _show_plan(facts)
         return 0
-    first = int(os.environ.get("RANK", "0")) == 0
-    result = train(read, notify=render.note if first else _silent, show=_silent if arguments.json or not first else _line, **settings)
+    if arguments.accelerate or arguments.processes:
+        raise InputError(
+            "--accelerate and --processes only tell --dry-run what to reckon with.",
+            hint="Start a training of several processes by: accelerate launch --config_file FILE -m hf_grow train RECIPE",
+        )
+    with explained():
+        result = train(read, notify=render.note if first else _silent, show=_silent if arguments.json or not first else _line, **settings)
     if not first:
         return 0
     if arguments.json:
@@ -117,6 +131,43 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _show_result(result)
     return 0
+
+
+def _launch(arguments: argparse.Namespace) -> Launch | None:
+    """The processes that a dry run is told to reckon with; None leaves it to the launcher's environment."""
+    from hf_grow.training.launch import Launch, from_file
+
+    count = arguments.processes
+    if count is not None and count < 1:
+        raise InputError(f"--processes {count}: there is at least one.")
+    if arguments.accelerate:
+        return from_file(arguments.accelerate, count)
+    return None if count is None else Launch(count, "ddp" if count > 1 else "one")
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turns what memory and disk say while training into what the user can do."""
+    import torch
+    from safetensors import SafetensorError
+
+    go_on = "Go on with --resume from the last checkpoint."
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ExecutionError(
+            "The accelerator is out of memory.",
+            hint="Take a smaller per_device_train_batch_size and more gradient_accumulation_steps, or activation_checkpointing: true. --dry-run counts.",
+        ) from None
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+            word in str(error) for word in ("No space left", "os error 28", "file write failed")
+        )
+        if not full:
+            raise
+        raise ExecutionError(
+            "The disk of the output is full.", hint=f"Free some space; save_total_limit keeps fewer checkpoints. {go_on}"
+        ) from None
 
 
 def _silent(message: str) -> None:
@@ -147,11 +198,14 @@ def _show_plan(facts: dict[str, Any]) -> None:
     for kind, tensors, parameters in facts["parameter_groups"]:
         groups.add_row(kind, str(tensors), short(parameters))
     out.print(groups)
-    memory = Table(title="memory, all on one device", title_justify="left", title_style="bold")
+    several = facts["processes"] > 1
+    title = f"memory of each process ({facts['sharing']})" if several else "memory, all on one device"
+    memory = Table(title=title, title_justify="left", title_style="bold")
     memory.add_column("")
     memory.add_column("", justify="right")
     for purpose, nbytes in facts["memory"].items():
-        memory.add_row(f"{purpose} (estimated)" if purpose == "activations" else purpose, render.gigabytes(nbytes))
+        if nbytes or purpose != "gathered":
+            memory.add_row(f"{purpose} (estimated)" if purpose in ("activations", "gathered") else purpose, render.gigabytes(nbytes))
     out.print(memory)
     for text in facts["texts"]:
         size = "size unknown" if text["tokens"] is None else f"about {short(text['tokens'])} tokens"

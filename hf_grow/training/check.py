@@ -17,7 +17,7 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError, OutputError
 from hf_grow.planning import DTYPE_BYTES, GrowthPlan
-from hf_grow.training import newness
+from hf_grow.training import launch, newness
 from hf_grow.training.data.options import TextOptions
 from hf_grow.training.data.sources import find
 from hf_grow.training.distill import SOURCE, Teacher, check_teacher
@@ -56,9 +56,12 @@ class Checked:
         return self.plan.source.ref, self.plan.source.revision or None
 
 
-def check(read: Read, *, output: str | None, resume: bool, overwrite: bool, notify: Notify) -> Checked:
-    """Raises InputError that lists every mistake, one line each."""
+def check(
+    read: Read, *, output: str | None, resume: bool, overwrite: bool, notify: Notify, started: launch.Launch | None = None
+) -> Checked:
+    """Raises InputError that lists every mistake, one line each. ``started``: the processes; by default those that the launcher tells of."""
     found = list(read.mistakes)
+    started = started or launch.launched()
     recipe, name = read.recipe, read.given.get("model")
     checkpoint: Checkpoint | None = None
     plan: GrowthPlan | None = None
@@ -87,6 +90,8 @@ def check(read: Read, *, output: str | None, resume: bool, overwrite: bool, noti
     if recipe is not None:
         usable = recipe
         arguments = collect(found, "arguments", lambda: arguments_for(usable, read.arguments, out))
+        if arguments is not None:
+            found += launch.mistakes(started, recipe, arguments, resume=resume or bool(read.arguments.get("resume_from_checkpoint")))
         _resumable(read.arguments.get("resume_from_checkpoint"), found)
     complain(read.where, found)
     assert recipe is not None and checkpoint is not None and arguments is not None
@@ -252,20 +257,26 @@ def resolve(teacher: Teacher, plan: GrowthPlan | None) -> tuple[str, str | None]
 def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> TrainingArguments:
     """TrainingArguments of a recipe. Raises InputError for what transformers refuses."""
     from transformers import TrainingArguments
+    from transformers.integrations import get_available_reporting_integrations
 
     settings = {**DEFAULTS, **given, "output_dir": str(out), "remove_unused_columns": False, "train_sampling_strategy": "sequential"}
     settings.setdefault("prediction_loss_only", True)
     settings.setdefault("disable_tqdm", True)
+    settings.setdefault("ddp_find_unused_parameters", False)  # there are none: what is frozen needs no gradient
     if recipe.data.eval:
         settings.setdefault("eval_strategy", "steps")
         settings.setdefault("eval_on_start", True)
         settings.setdefault("per_device_eval_batch_size", settings["per_device_train_batch_size"])
-    if recipe.early_stopping_patience and recipe.data.eval:
+    if recipe.data.eval and (recipe.early_stopping_patience or settings.get("load_best_model_at_end")):
         sets = list(recipe.data.eval)
         settings.setdefault("metric_for_best_model", f"eval_{'new' if 'new' in sets else sets[0]}_loss")
         settings.setdefault("load_best_model_at_end", True)
         settings.setdefault("greater_is_better", False)
     try:
-        return TrainingArguments(**settings)
+        made = TrainingArguments(**settings)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise InputError(" ".join(str(error).split())) from None
+    missing = sorted(set(made.report_to) - set(get_available_reporting_integrations()))
+    if missing:
+        raise InputError(f"report_to names {', '.join(missing)}, which is not installed or not known.")
+    return made

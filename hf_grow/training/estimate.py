@@ -1,7 +1,8 @@
-"""What a training will need, from shapes alone: memory by purpose, tokens, FLOPs. For `--dry-run`; estimates are called so.
+"""What a training will need, from shapes alone: memory of each process by purpose, tokens, FLOPs. For `--dry-run`; estimates are called so.
 
-Weights, gradients, optimizer, penalty and copies of rows are counted. Activations are estimated: what PyTorch keeps for the backward pass of a
-Llama block and of the loss, with fused attention (no matrix of scores). tests/test_train.py compares them with what is kept.
+Weights, gradients, optimizer, penalty and copies of rows are counted, and divided where several processes share them. Activations are estimated:
+what PyTorch keeps for the backward pass of a Llama block and of the loss, with fused attention (no matrix of scores). tests/test_train.py compares
+them with what is kept. What is gathered for a moment is an upper estimate of what each library holds at once (docs/scale.md).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.architecture import Architecture
-from hf_grow.methods.sizing import measure
+from hf_grow.methods.sizing import block_parameters, measure
+from hf_grow.training.launch import Launch
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -22,7 +24,7 @@ OPTIMIZER_BYTES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "sgd": 0, "ad
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, all on one device."""
+    """Bytes on the device of each process."""
 
     weights: int
     gradients: int
@@ -32,10 +34,16 @@ class Memory:
     """Old values of rows that have a rate of their own or are frozen, during a step."""
     teachers: int
     activations: int
+    gathered: int
+    """What a process holds whole for a moment: blocks of shared parameters and their gradients, or the buckets in which gradients travel."""
 
     @property
     def total(self) -> int:
         return sum(asdict(self).values())
+
+
+LIVE = 1_000_000_000
+"""stage3_max_live_parameters of DeepSpeed: so many gathered parameters may be held before some are given back."""
 
 
 def activations(arch: Architecture, batch: int, length: int, width: int, *, checkpointing: bool) -> int:
@@ -65,20 +73,48 @@ def estimate(
     penalty: int = 0,
     rows: int = 0,
     teachers: int = 0,
+    launch: Launch = Launch(),  # noqa: B008 - cannot change
 ) -> Memory:
-    """``parameters`` and ``trainable`` count weights; ``width`` is the bytes of one of them."""
+    """``parameters`` and ``trainable`` count weights; ``width`` is the bytes of one of them. ``penalty`` and ``rows`` are bytes of the whole model."""
     optim = str(getattr(arguments.optim, "value", arguments.optim))
     kept = OPTIMIZER_BYTES.get(optim.split("_")[0], 2)
-    computed = 2 if arguments.bf16 or arguments.fp16 else width
+    half = bool(arguments.bf16 or arguments.fp16)
+    computed = 2 if half else width
+    own = 4 if half and launch.sharing not in ("one", "ddp") else width  # FSDP2 and DeepSpeed then train in fp32 whatever was loaded
+    whole = {
+        "weights": trainable * own + (parameters - trainable) * width,
+        "gradients": trainable * own,
+        "optimizer": trainable * kept * (1 if "8bit" in optim else own),
+        "penalty": penalty,
+        "rows": rows,
+    }
+    if launch.deepspeed and half:  # the module is in 16 bits, and its optimizer keeps the weights in 32 beside its own numbers
+        whole |= {"weights": parameters * 2, "gradients": trainable * 2, "optimizer": whole["optimizer"] + trainable * 4}
+    cut = {what: nbytes // launch.pieces(what) for what, nbytes in whole.items()}
     return Memory(
-        weights=parameters * width,
-        gradients=trainable * width,
-        optimizer=trainable * kept * (1 if "8bit" in optim else width),
-        penalty=penalty,
-        rows=rows,
+        **cut,
         teachers=teachers,
         activations=activations(arch, arguments.per_device_train_batch_size, length, computed, checkpointing=checkpoints(arguments)),
+        gathered=gathered(arch, launch, computed, trainable * own),
     )
+
+
+def gathered(arch: Architecture, launch: Launch, width: int, gradients: int) -> int:
+    """FSDP2: two blocks (the next is fetched while one is computed) and the head, with the gradients of two of the largest units.
+
+    DDP: buckets as large as all ``gradients`` (bytes). ZeRO-3: up to LIVE parameters, and buckets of hidden^2 numbers (transformers' default).
+    ``width``: bytes of the dtype that is computed in.
+    """
+    if launch.sharing == "ddp" and launch.processes > 1:
+        return gradients
+    if launch.sharing == "zero3":
+        return width * (min(measure(arch).total, LIVE) + 4 * arch.size("hidden") ** 2)
+    if launch.sharing in ("zero1", "zero2"):
+        return width * 2 * arch.size("hidden") ** 2
+    if launch.sharing != "fsdp2":
+        return 0
+    block, head = max(block_parameters(arch)), arch.size("hidden") * arch.size("vocab")
+    return width * (2 * block + head + 2 * max(block, head))
 
 
 def checkpoints(arguments: TrainingArguments) -> bool:

@@ -80,7 +80,8 @@ def local_mask(mask: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     sharded: Any = like
-    return local(distribute_tensor(mask.to(like.device), sharded.device_mesh, sharded.placements))
+    # Every process has the whole mask: none sends anything. The copy lets go of it.
+    return local(distribute_tensor(mask.to(like.device), sharded.device_mesh, sharded.placements, src_data_rank=None)).clone()
 
 
 class Selection:
@@ -89,7 +90,7 @@ class Selection:
     def __init__(self, mask: Tensor) -> None:
         self.mask, self.dim, self.index = mask, -1, mask.new_empty(0)
         for dim in {0, mask.dim() - 1}:
-            lines = mask.movedim(dim, 0).reshape(mask.shape[dim], -1)
+            lines = mask.movedim(dim, 0).reshape(mask.shape[dim], mask.numel() // max(1, mask.shape[dim]))
             if lines.numel() and bool((lines.any(1) == lines.all(1)).all()):
                 self.dim, self.index = dim, lines.all(1).nonzero().flatten()
                 self.mask = mask.new_empty(0)
