@@ -282,6 +282,10 @@ class GrowTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             write_json(Path(output_dir) / STATE, self.growth_state())
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # a checkpoint that has trainer_state.json, which comes next, has the part of every process
+
     def _save_penalty(self, folder: Path) -> None:
         import torch
 
