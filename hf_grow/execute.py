@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.metadata
 import math
 import os
-import platform
 import threading
 import time
 from collections import deque
@@ -27,9 +25,10 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from hf_grow._version import __version__
-from hf_grow.checkpoint.reader import GROWTH, INDEX, Checkpoint
+from hf_grow.besides import versions as versions
+from hf_grow.besides import write_rest
+from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.sink import Sink, local_bytes
-from hf_grow.checkpoint.source import companions
 from hf_grow.checkpoint.spool import Spool
 from hf_grow.checkpoint.transfer import FiniteCheck, copy_range, digest, write_all
 from hf_grow.checkpoint.writer import (
@@ -41,11 +40,10 @@ from hf_grow.checkpoint.writer import (
     Shard,
     Slot,
     check_room,
-    index_of,
     layout,
 )
 from hf_grow.errors import ExecutionError, GrowError, SourceError
-from hf_grow.planning import GrowthPlan, training_lists
+from hf_grow.planning import GrowthPlan
 from hf_grow.tensormap import Fill, Noise
 
 if TYPE_CHECKING:
@@ -137,7 +135,9 @@ def execute(
             job = _Job(plan, readable, folder, progress, memory_budget, allow_nonfinite, plan.copies(), sink, spool)
             hashes = _write_shards(job, shards, workers)
         _check_unchanged(checkpoint)
-        files = _write_rest(job, shards, hashes)
+        beside = spool.small if spool and spool.small else checkpoint.folder
+        assert beside is not None
+        files = write_rest(plan, beside, folder, shards, hashes)
         files |= also(folder.path)
         sink.finish(folder, files)
         return Result(out, hashes, total, time.perf_counter() - began, len(folder.done))
@@ -312,35 +312,3 @@ def _check_unchanged(checkpoint: Checkpoint) -> None:
         stat = checkpoint.path(file).stat()
         if stat.st_size != facts["size"] or stat.st_mtime_ns != facts.get("mtime_ns", stat.st_mtime_ns):
             raise ExecutionError(f"{file} of the source changed while it was read.", hint="Start again with --overwrite.")
-
-
-def _write_rest(job: _Job, shards: list[Shard], hashes: Mapping[str, str]) -> set[str]:
-    """Config, index, provenance and the files that come along. Returns the names of all files of the folder."""
-    folder, files = job.folder, {s.file for s in shards} | {"config.json", GROWTH}
-    beside = job.spool.small if job.spool and job.spool.small else job.checkpoint.folder
-    assert beside is not None
-    for relative in companions(beside):
-        folder.copy_in(beside, relative)
-        files.add(relative.parts[0])
-    folder.write_json("config.json", job.plan.growth.config)
-    index = index_of(shards)
-    if index:
-        folder.write_json(INDEX, index)
-        files.add(INDEX)
-    record = job.plan.to_json()
-    record["target"]["files"] = {s.file: {"size": s.size, "sha256": hashes[s.file]} for s in shards}
-    record["growth"]["training"] = training_lists(job.plan)
-    record["made_by"] = versions()  # and no time: the same plan gives the same bytes
-    folder.write_json(GROWTH, record)
-    return files
-
-
-def versions() -> dict[str, str]:
-    """Versions of what made a checkpoint, without importing any of it."""
-    out = {"hf_grow": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "safetensors", "numpy"):
-        try:
-            out[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return out

@@ -320,6 +320,30 @@ def test_doubts_are_told(open_hub: HubServer, grown: Path, source: Path, capsys:
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("record", [{"source": []}, {"target": [1]}, {"target": {"files": {"x": 3}}}, {"growth": 1, "training": {"steps": 1}}], ids=str)
+def test_a_record_of_no_form_is_no_traceback(open_hub: HubServer, grown: Path, record: dict[str, Any]) -> None:
+    (grown / "growth.json").write_text(json.dumps(record))
+    assert run("push", grown, REPO) == 0
+    (grown / "growth.json").write_text(json.dumps({**record, "verification": {"ok": False, "checks": 7}}))
+    assert run("push", grown, REPO) == 1
+
+
+def test_a_trained_model_is_compared_with_what_its_training_recorded(
+    open_hub: HubServer, grown: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its growth.json keeps nothing of the weights as they were grown."""
+    record = json.loads((grown / "growth.json").read_text())
+    files = record["target"].pop("files")
+    trained = {**record, "training": {"steps": 3, "tokens": 96, "files": files}}
+    (grown / "growth.json").write_text(json.dumps(trained))
+    assert run("push", grown, REPO) == 0
+    assert open_hub.repos[REPO].messages == ["identity growth of small with hf-grow, trained for 3 steps (96 tokens)"]
+    assert "verified" not in capsys.readouterr().err
+    files[weights(grown)[0].name]["sha256"] = "0" * 64
+    (grown / "growth.json").write_text(json.dumps(trained))
+    assert "is not the one that growth.json records" in refused(capsys, "push", grown, REPO, status=1)
+
+
 @pytest.mark.parametrize("repo", ["a/b/c", "no spaces", "someone/", "/abs/path"])
 def test_names_that_cannot_be(open_hub: HubServer, grown: Path, repo: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "OWNER/NAME" in refused(capsys, "push", grown, repo)

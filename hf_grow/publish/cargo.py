@@ -6,7 +6,6 @@ pickles, weights that no index knows, hidden files.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_grow.checkpoint.reader import GROWTH, SINGLE, open_folder
+from hf_grow.checkpoint.record import recorded_files, told, total, trainings
 from hf_grow.checkpoint.source import NEVER, is_inside
 from hf_grow.checkpoint.writer import JOURNAL, Progress
 from hf_grow.errors import InputError, VerificationError
@@ -51,7 +51,8 @@ class Cargo:
         """First line of the commit."""
         try:
             assert self.growth is not None
-            return title_of(self.growth["growth"]["method"], self.growth["source"]["ref"])
+            trained = told(total(trainings(self.growth)))
+            return title_of(self.growth["growth"]["method"], self.growth["source"]["ref"]) + (f", {trained}" if trained else "")
         except (AssertionError, KeyError, TypeError):
             return "Upload with hf-grow"
 
@@ -60,8 +61,13 @@ class Cargo:
         """What a publisher should know, though nothing forbids it."""
         if self.growth is None:
             return []
-        found = [] if self.growth.get("verification") else [f"It was not verified; `hf-grow verify SOURCE {self.folder}` does that."]
-        return found + path_shown(str((self.growth.get("source") or {}).get("ref", "")))
+        found = (
+            []
+            if self.growth.get("verification") or trainings(self.growth)
+            else [f"It was not verified; `hf-grow verify SOURCE {self.folder}` does that."]
+        )
+        source = self.growth.get("source")
+        return found + path_shown(str(source.get("ref", "")) if isinstance(source, dict) else "")
 
 
 def title_of(method: str, ref: str) -> str:
@@ -101,16 +107,11 @@ def survey(folder: Path) -> Cargo:
 
 def check_content(cargo: Cargo, progress: Progress = lambda nbytes: None) -> None:
     """Reads the weights once for their SHA-256. Raises VerificationError if growth.json records others."""
-    from hf_grow.checkpoint.transfer import pieces
+    from hf_grow.checkpoint.transfer import sha256_of
 
-    recorded = _recorded(cargo.growth)
+    recorded = recorded_files(cargo.growth)
     for name in cargo.weights:
-        sha = hashlib.sha256()
-        with cargo.files[name].open("rb", buffering=0) as handle:
-            for piece in pieces(handle.fileno(), 0, os.fstat(handle.fileno()).st_size, lambda: None):
-                sha.update(piece)
-                progress(len(piece))
-        cargo.sha256[name] = sha.hexdigest()
+        cargo.sha256[name] = sha256_of(cargo.files[name], progress)
         if name in recorded and recorded[name].get("sha256", cargo.sha256[name]) != cargo.sha256[name]:
             raise _changed(name)
 
@@ -120,21 +121,18 @@ def _is_private(name: str) -> bool:
     return hidden or name.endswith(".partial") or any(fnmatchcase(name, pattern) for pattern in TRAINING)
 
 
-def _recorded(growth: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    files = (growth or {}).get("target", {}).get("files", {}) if isinstance((growth or {}).get("target", {}), dict) else {}
-    return files if isinstance(files, dict) and all(isinstance(f, dict) for f in files.values()) else {}
-
-
 def _check_record(growth: Mapping[str, Any] | None, sizes: Mapping[str, int]) -> None:
-    recorded = _recorded(growth)
+    recorded = recorded_files(growth)
     for name in recorded.keys() | (sizes.keys() if recorded else set()):
         if name not in recorded or recorded[name].get("size") != sizes.get(name):
             raise _changed(name)
     verification = (growth or {}).get("verification")
     if isinstance(verification, dict) and not verification.get("ok"):
-        failed = [str(c.get("name")) for c in verification.get("checks", []) if isinstance(c, dict) and c.get("status") == "fail"]
+        checks = verification.get("checks")
+        checks = [c for c in checks if isinstance(c, dict)] if isinstance(checks, list) else []
+        failed = ", ".join(str(c.get("name"))[:40] for c in checks if c.get("status") == "fail")
         raise VerificationError(
-            f"This growth failed its verification ({', '.join(failed) or 'see ' + GROWTH}).",
+            f"This growth failed its verification ({failed or 'see ' + GROWTH}).",
             hint="Grow it again; a model that is not what its record says is not published.",
         )
 
@@ -142,5 +140,5 @@ def _check_record(growth: Mapping[str, Any] | None, sizes: Mapping[str, int]) ->
 def _changed(name: str) -> VerificationError:
     return VerificationError(
         f"{name if name != SINGLE else 'The weight file'} is not the one that {GROWTH} records.",
-        hint=f"It was changed after the growth. A model that was trained since is saved to a folder of its own, without this {GROWTH}.",
+        hint=f"It was changed since. A model that was trained with something else is saved to a folder of its own, without this {GROWTH}.",
     )
