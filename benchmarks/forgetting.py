@@ -1,0 +1,148 @@
+"""What continued pretraining forgets, and what helps: `python benchmarks/forgetting.py`; see README.md beside this file.
+
+Every run goes into results/forgetting.jsonl as soon as it is done, so an interrupted benchmark goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Threads that spin while they wait make training many times slower as soon as another program wants the cores. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import tradeoff
+from arms import ARMS, Arm
+from stage import FULL, QUICK, Settings, Stage, prepare
+
+from hf_grow.training.data import cache
+from hf_grow.training.events import read_events
+
+HERE = Path(__file__).parent
+NAME = "forgetting"
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """The runs that are done; a line torn by a crash is left out."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def key_of(arm: Arm, stage: Stage) -> str:
+    """Names what a run follows from, wherever the cache lies."""
+    return cache.key(json.loads(json.dumps([arm.recipe(stage), stage.folder.name]).replace(str(stage.folder), "")))
+
+
+def run(arm: Arm, stage: Stage) -> dict[str, Any]:
+    """One training, as `hf-grow train` does it; its trajectory, its time and its memory."""
+    from hf_grow.training import recipe
+    from hf_grow.training.run import dry_run, train
+
+    read = recipe.read(arm.recipe(stage), arm.name)
+    with tempfile.TemporaryDirectory(prefix="hf-grow-forgetting-") as folder:
+        out = Path(folder) / "out"
+        memory = dry_run(read, output=str(out), notify=lambda message: None)["memory"]
+        began = time.perf_counter()
+        found = train(read, output=str(out))
+        whole = time.perf_counter() - began
+        events = list(read_events(out / "events.jsonl"))
+        shutil.rmtree(out)
+    trajectory = [{"step": e["step"], **e["losses"]} for e in events if e["event"] == "evaluation"]
+    return {
+        "arm": arm.name, "seed": stage.seed, "key": key_of(arm, stage), "trajectory": trajectory, "steps": found.steps, "tokens": found.tokens,
+        "step_seconds": step_seconds(events), "seconds": round(whole, 2), "memory": memory,
+    }  # fmt: skip
+
+
+def step_seconds(events: list[dict[str, Any]]) -> float:
+    """Seconds of a step in the fastest stretch between an evaluation and the next log line: the one that other load disturbed least."""
+    found, since = [], None
+    for event in events:
+        if event["event"] == "evaluation":
+            since = event
+        elif event["event"] == "log" and since is not None:
+            if event["step"] > since["step"]:
+                found.append((event["time"] - since["time"]) / (event["step"] - since["step"]))
+            since = None
+    fastest: float = min(found)
+    return round(fastest, 5)
+
+
+def benchmark(arguments: argparse.Namespace) -> list[Path]:
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(arguments.threads)
+    settings: Settings = QUICK if arguments.quick else FULL
+    chosen = chosen_arms(arguments.arms)
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    store = arguments.results / f"{NAME}{'-quick' if arguments.quick else ''}.jsonl"
+    done = {r["key"]: r for r in records(store)}
+    found = []
+    for seed in range(arguments.seeds):
+        stage = prepare(settings, seed)
+        for arm in chosen:
+            key = key_of(arm, stage)
+            if key not in done or arguments.fresh:
+                began = time.perf_counter()
+                done[key] = run(arm, stage)
+                with store.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(done[key]) + "\n")
+                last = done[key]["trajectory"][-1]
+                first = done[key]["trajectory"][0]
+                print(
+                    f"seed {seed}  {arm.name:<36} old {last['old']:.3f} ({last['old'] - first['old']:+.3f})  new {last['new']:.3f}  "
+                    f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True,
+                )  # fmt: skip
+            found.append(done[key])
+    return tradeoff.write(found, [a.name for a in chosen], settings, arguments.results / store.stem, command_of(arguments))
+
+
+def chosen_arms(words: list[str] | None) -> list[Arm]:
+    """Arms whose names contain one of the words; the plain ones are always among them, as the yardstick. Exits with a message if none fits."""
+    for word in words or ():
+        if not any(word.lower() in name.lower() for name in ARMS):
+            sys.exit(f"There is no arm {word!r}. Arms:\n" + "\n".join(f"  {name}" for name in ARMS))
+    return [a for n, a in ARMS.items() if not words or n in tradeoff.YARDSTICK or any(w.lower() in n.lower() for w in words)]
+
+
+def command_of(arguments: argparse.Namespace) -> str:
+    """The command line again, without what only says where things lie on this machine."""
+    words = ["python", f"benchmarks/{NAME}.py", "--seeds", str(arguments.seeds), "--threads", str(arguments.threads)]
+    words += ["--quick"] * arguments.quick + (["--arms", *arguments.arms] if arguments.arms else [])
+    return shlex.join(words)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure what continued pretraining forgets, and what helps.")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    parser.add_argument("--quick", action="store_true", help="everything tiny: the same path through the code, and no measurement")
+    parser.add_argument("--arms", nargs="+", metavar="WORD", help="only arms whose names contain one of these, and plain fine-tuning")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--fresh", action="store_true", help="run again what was stored")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    for path in benchmark(parse(argv)):
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
