@@ -121,7 +121,7 @@ def test_what_is_here_is_not_fetched(folder: Path) -> None:
 # --- the growth
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way in ("seam", "experts"))) for way in WAYS])
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way in ("seam", "experts", "stack-noise"))) for way in WAYS])
 def test_the_result_is_that_of_a_whole_source(way: str, served: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for keep, workers in ((0, 4), (20_000, 1)):
         monkeypatch.setattr("hf_grow.execute.WORKERS", workers)
@@ -222,7 +222,9 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object, status: int) -> s
     return said
 
 
-@pytest.mark.parametrize("fault", [Fault("/cdn/", cut_after=0), Fault("/cdn/", status=503)], ids=["cut", "503"])
+@pytest.mark.parametrize(
+    "fault", [Fault("/cdn/", cut_after=0), pytest.param(Fault("/cdn/", status=503), marks=pytest.mark.slow)], ids=["cut", "503"]
+)
 def test_a_network_that_stays_away(served: HubServer, tmp_path: Path, fault: Fault, capsys: pytest.CaptureFixture[str]) -> None:
     """After some tensors were fetched; what is written then is not fetched again."""
     good = [Fault("/cdn/", times=1) for _ in range(30)]

@@ -294,6 +294,7 @@ def test_an_interrupted_process_goes_on(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 def test_xet_stores_what_repeats_once_and_an_interrupted_stream_goes_on(open_hub: HubServer, tmp_path: Path) -> None:
     """With huggingface_hub's default way of sending, into hf_xet's own offline store. The test's Hub does not know its objects before a commit."""
     pytest.importorskip("hf_xet")
