@@ -131,6 +131,8 @@ def mistakes(launch: Launch, recipe: TrainRecipe, arguments: TrainingArguments, 
         found.append(
             f"regularizer.collapsed: needs whole matrices; {launch} cuts them. Map the Fisher instead (hf-grow fisher --from-growth)."
         )
+    if launch.sharing == "fsdp2" and recipe.lora is not None:
+        found.append("lora: adapters are not saved whole under FSDP2. They need little memory: use DDP.")
     if launch.deepspeed:
         found += [
             f"{key}: does not work under {launch}, which keeps gradients and steps to itself. Use FSDP2 or DDP." for key in _steps(recipe)
