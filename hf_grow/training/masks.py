@@ -85,7 +85,10 @@ def local_mask(mask: Tensor, like: Tensor) -> Tensor:
 
 
 class Selection:
-    """The entries of a tensor that a mask means, kept as rows or columns where it means whole ones: indices are smaller than a mask."""
+    """The entries of a tensor that a mask means, kept as rows or columns where it means whole ones: indices are smaller than a mask.
+
+    Where it does not, the whole tensor is taken: gathering single entries takes many times as long as copying them all.
+    """
 
     def __init__(self, mask: Tensor) -> None:
         self.mask, self.dim, self.index = mask, -1, mask.new_empty(0)
@@ -97,11 +100,12 @@ class Selection:
                 return
 
     def take(self, tensor: Tensor) -> Tensor:
-        """A copy of the entries."""
-        return tensor[self.mask] if self.dim < 0 else tensor.index_select(self.dim, self.index)
+        """A copy of the entries, or of the whole tensor."""
+        return tensor.clone() if self.dim < 0 else tensor.index_select(self.dim, self.index)
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
+        """Sets the entries to those of what `take` gave, changed or not."""
         if self.dim < 0:
-            tensor[self.mask] = values
+            tensor.copy_(values.where(self.mask, tensor))
         else:
             tensor.index_copy_(self.dim, self.index, values)

@@ -129,13 +129,12 @@ class Updates:
         self._held.append((values, chosen, chosen.take(values), factor))
 
     def after(self, optimizer: Any) -> None:
-        import torch
-
         if self._groups is not None:
             optimizer.param_groups = self._groups
             self._groups = None
         for values, chosen, old, factor in self._held:
-            chosen.put(values, torch.lerp(old, chosen.take(values), factor) if factor else old)
+            now = values if chosen.dim < 0 else chosen.take(values)
+            chosen.put(values, old.lerp_(now, factor) if factor else old)
         self._held.clear()
         self.used = {}
 
@@ -160,9 +159,9 @@ class Updates:
         for name in parameters(model):
             trains, new = self.trains.get(name, True), self.new.get(name, False)
             if not isinstance(trains, bool):
-                total += int((~trains).sum())
+                total += trains.numel()
             scaled = both(new, trains) if warming and not isinstance(new, bool) else False
-            total += 0 if isinstance(scaled, bool) else int(scaled.sum())
+            total += 0 if isinstance(scaled, bool) else scaled.numel()
         return total
 
 
