@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hf_grow._version import __version__
 
 if TYPE_CHECKING:
-    from hf_grow.api import grow, plan, verify
+    from hf_grow.api import grow, plan, push, train, verify
     from hf_grow.errors import ExecutionError, GrowError, InputError, OutputError, PlanError, SourceError, VerificationError
     from hf_grow.execute import Result
     from hf_grow.growth import Guarantee
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hf_grow.verification import Report
 
 _HOMES = {
-    **dict.fromkeys(("grow", "plan", "verify"), "hf_grow.api"),
+    **dict.fromkeys(("grow", "plan", "push", "train", "verify"), "hf_grow.api"),
     **dict.fromkeys(
         ("ExecutionError", "GrowError", "InputError", "OutputError", "PlanError", "SourceError", "VerificationError"), "hf_grow.errors"
     ),
@@ -57,6 +57,8 @@ __all__ = [
     "grow",
     "grow_model",
     "plan",
+    "push",
+    "train",
     "verify",
 ]
 

@@ -1,8 +1,8 @@
-"""The three verbs of hf-grow for Python: plan, grow, verify. The command line calls these too."""
+"""The verbs of hf-grow for Python: plan, grow, verify, train, push."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_grow.execute import Result
+    from hf_grow.publish.push import Pushed
+    from hf_grow.training.run import TrainResult
     from hf_grow.verification import Report
 
 Notify = Callable[[str], None]
@@ -173,6 +175,47 @@ def verify(
         progress=progress,
         notify=notify,
     )
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    progress: Progress = lambda nbytes: None,
+    notify: Notify = _quiet,
+) -> Pushed:
+    """Sends a grown or trained folder to the Hub, with its model card, as one commit.
+
+    Raises OutputError before anything is sent if the folder is not whole, failed its verification, or the repository may not be written.
+    """
+    from hf_grow.publish.push import Destination
+    from hf_grow.publish.push import push as send
+
+    return send(Path(folder), Destination(repo, private, revision, create_pr, message), progress=progress, notify=notify)
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    notify: Notify = _quiet,
+    **changes: Any,
+) -> TrainResult:
+    """Carries out a training recipe: a YAML file, or its content. ``changes`` replace keys of it, nested ones with dots in a mapping's name.
+
+    Raises InputError, with every mistake, before anything is written.
+    """
+    from hf_grow.training import recipe as recipes
+    from hf_grow.training import run
+
+    read = recipes.read({**recipe, **changes}) if isinstance(recipe, Mapping) else recipes.load(Path(recipe), changes)
+    return run.train(read, output=None if output is None else str(output), resume=resume, overwrite=overwrite, notify=notify)
 
 
 def _grown_from(old: str, new: Checkpoint) -> str | None:

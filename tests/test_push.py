@@ -209,8 +209,11 @@ def test_growing_and_publishing_in_one_command(
     assert repo.messages == ["Up"]
     assert said["pushed"]["commit"] == repo.refs["trial"]
     assert {n: b.sha256 for n, b in there.items() if b.lfs} == said["shards"]
-    assert {p.name for p in (tmp_path / "out").iterdir()} == set(there) - {"README.md", ".gitattributes"}
-    assert b"hf-grow" in b"".join(there["README.md"].chunks())  # a card of its own, since the folder has none
+    assert {p.name for p in (tmp_path / "out").iterdir()} == set(there) - {"README.md", "layer-map.svg", ".gitattributes"}
+    card = b"".join(there["README.md"].chunks()).decode()  # of its own, since the folder has none
+    assert card.split("---\n", 2)[2].strip().startswith("# grown\n")  # called as the repository is, not as the folder
+    assert "(layer-map.svg)" in card
+    assert b"".join(there["layer-map.svg"].chunks()).startswith(b"<svg")
     (source / "NOTICE").unlink()
 
 
@@ -340,7 +343,7 @@ def test_a_trained_model_is_compared_with_what_its_training_recorded(
     (grown / "growth.json").write_text(json.dumps(trained))
     assert run("push", grown, REPO) == 0
     assert open_hub.repos[REPO].messages == ["identity growth of small with hf-grow, trained for 3 steps (96 tokens)"]
-    assert "verified" not in capsys.readouterr().err
+    assert "was not verified" in capsys.readouterr().err
     files[weights(grown)[0].name]["sha256"] = "0" * 64
     (grown / "growth.json").write_text(json.dumps(trained))
     assert "is not the one that growth.json records" in refused(capsys, "push", grown, REPO, status=1)
@@ -442,3 +445,10 @@ def test_a_token_is_nowhere_in_what_is_printed_or_stored(open_hub: HubServer, gr
     assert len(kept) > 5
     assert not [p for p in kept if WRITE.encode() in p.read_bytes()]
     assert not [r for r in open_hub.log if r.authorization and r.host.startswith("localhost")], "the token went to the storage"
+
+
+def test_pushing_from_python_is_the_command(grown: Path, open_hub: HubServer) -> None:
+    pushed = api.push(grown, REPO, private=True, message="From Python")
+    assert pushed.repo == REPO
+    assert pushed.nbytes == sum(p.stat().st_size for p in weights(grown))
+    assert [r.path for r in open_hub.log if "/commit/" in r.path] == [f"/api/models/{REPO}/commit/main"]

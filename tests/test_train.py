@@ -712,10 +712,10 @@ def test_recipe_file_is_yaml_of_the_docs(tmp_path: Path) -> None:
     assert yaml.safe_load(path.read_text())["max_steps"] == 6
 
 
-def test_training_from_python_is_the_command(tmp_path: Path) -> None:
-    data = yaml.safe_load(recipe(tmp_path, grown(tmp_path)).read_text())
-    result = api.train(data, output=tmp_path / "python", max_steps=2)
+def test_training_from_python_is_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, grown(tmp_path), output=None)
+    result = api.train(yaml.safe_load(path.read_text()), output=tmp_path / "python", max_steps=2)
     assert result.steps == 2
-    assert run(recipe(tmp_path, grown(tmp_path)), "-o", str(tmp_path / "command"), "--max_steps", "2") == 0
+    run(capsys, "train", path, "-o", tmp_path / "command", "--max_steps", 2)
     mine, theirs = (load_file(tmp_path / f / "model.safetensors") for f in ("python", "command"))
     assert all(torch.equal(mine[n], theirs[n]) for n in theirs)
