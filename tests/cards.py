@@ -1,11 +1,12 @@
-"""The cards in model_cards/: one for each method, of growths of tiny models, rendered as `hf-grow card` does.
+"""The cards in model_cards/: one for each method, of growths of tiny models, and one of a model that was trained then, as `hf-grow card` renders them.
 
-`python tests/cards.py` renders them anew; with --verify it first grows and verifies some of them for real and keeps what it measured, so that
-the cards show true figures and yet are the same bytes on every machine.
+`python tests/cards.py` renders them anew; with --verify it first grows, trains and verifies some of them for real and keeps what it measured, so
+that the cards show true figures and yet are the same bytes on every machine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from hf_grow.methods import METHODS
 from hf_grow.planning import GrowthPlan, SourceInfo, TensorInfo, make_plan
 from hf_grow.publish.card import CardOptions, make_card
 from hf_grow.recipe import parse
+from hf_grow.verification import Report
 
 ROOT = Path(__file__).parents[1] / "model_cards"
 MEASURED = ROOT / "verification.json"
@@ -59,6 +61,16 @@ EXAMPLES = {
     "hybrid": Example("llama", {"to": 200_000, "multiple_of": 8}),
     "experts": Example("mistral", {"experts": 4, "init": "drop"}, verified=True),
 }
+TRAINED = "trained"
+"""The example of `identity`, trained."""
+NAMES = [*EXAMPLES, TRAINED]
+TRAINING = {
+    "data": {
+        "train": "corpus/new.jsonl", "replay": {"path": "corpus/old.jsonl", "share": 0.25}, "seq_length": 16,
+        "eval": {"old": "corpus/old-heldout.jsonl", "new": "corpus/new-heldout.jsonl"},
+    },
+    "regularizer": {"kind": "l2sp", "lambda": 0.1}, "max_steps": 60, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 8, "learning_rate": 3e-3,
+}  # fmt: skip
 
 
 def cached_sources(cache: Path) -> None:
@@ -79,19 +91,21 @@ def plan_of(method: str) -> GrowthPlan:
     return make_plan(SourceInfo(example.ref, COMMIT, config, tensors), METHODS[method].build(arch, options))
 
 
-def folder_of(plan: GrowthPlan, folder: Path, verification: Any = None) -> Path:
-    """A grown folder as far as a card reads it."""
+def folder_of(plan: GrowthPlan, folder: Path, verification: Any = None, **more: Any) -> Path:
+    """A grown folder as far as a card reads it; ``more``: further keys of growth.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = plan.to_json() | {"made_by": {"hf_grow": __version__}} | ({"verification": verification} if verification else {})
+    record = plan.to_json() | {"made_by": {"hf_grow": __version__}} | more | ({"verification": verification} if verification else {})
     (folder / "growth.json").write_text(json.dumps(record))
     return folder
 
 
-def render(method: str, work: Path) -> dict[str, str]:
+def render(example: str, work: Path) -> dict[str, str]:
     """README.md and what goes with it, by name. The Hub's cache must be that of `cached_sources`."""
-    name = f"{EXAMPLES[method].ref.split('/')[1]}-{method}"
-    verification = json.loads(MEASURED.read_text()).get(method)
-    folder = folder_of(plan_of(method), work / name, verification)
+    method = "identity" if example == TRAINED else example
+    name = f"{EXAMPLES[method].ref.split('/')[1]}-{example}"
+    measured = json.loads(MEASURED.read_text())
+    training = {"training": measured["training"]} if example == TRAINED else {}
+    folder = folder_of(plan_of(method), work / name, measured.get(example), **training)
     (folder / "LICENSE").write_text("the licence of the source")
     card = make_card(folder, CardOptions(name=f"example-org/{name}", offline=True))
     return {"README.md": card.text, **card.files}
@@ -106,11 +120,48 @@ def measure(work: Path) -> dict[str, Any]:
             api.grow(source, work / method, method, **example.options)
             report = api.verify(source, work / method)
             assert report.ok
-            found[method] = report.to_json() | {"old": example.ref, "new": method}
-            for check in found[method]["checks"]:
-                if check["name"] in ("source", "provenance"):
-                    check["detail"] = check["detail"].replace(str(source), example.ref)
+            found[method] = told_of(report, source, method, example.ref)
+    return found | measure_training(work / "training")
+
+
+def told_of(report: Report, source: Path, name: str, ref: str) -> dict[str, Any]:
+    """A report without the paths of this machine."""
+    found = report.to_json() | {"old": ref, "new": name}
+    for check in found["checks"]:
+        check["detail"] = check["detail"].replace(str(source), ref)
     return found
+
+
+def measure_training(work: Path) -> dict[str, Any]:
+    """A source that knows the old text, grown as in the example of `identity`, trained on new text and verified: the `training` section of
+    growth.json, and the verification of the result."""
+    from trained import text, tokenizer
+
+    from hf_grow.training import recipe
+    from hf_grow.training.run import train
+
+    example = EXAMPLES["identity"]
+    source = work / "Llama-tiny"
+    tokenizer().save_pretrained(models.save(models.make(models.BY_NAME[example.case]), work / "random"))
+    (work / "corpus").mkdir()
+    for name, seed in (("old", 0), ("new", 5)):
+        text(work / "corpus", name, 400, seed)
+        lines = (work / "corpus" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (work / "corpus" / f"{name}.jsonl").write_text("".join(lines[:-40]))
+        (work / "corpus" / f"{name}-heldout.jsonl").write_text("".join(lines[-40:]))
+    with contextlib.chdir(work):
+        settings = {"use_cpu": True, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "max_steps": 300}
+        data = {"train": "corpus/old.jsonl", "seq_length": 16, "cache": "cache"}
+        train(recipe.read({"model": "random", "output": str(source), "data": data, **settings}))
+        api.grow(source, "Llama-tiny-identity", "identity", **example.options)
+        before = told_of(api.verify(source, "Llama-tiny-identity"), source, "identity", example.ref)
+        given = {"model": "Llama-tiny-identity", "output": TRAINED, "use_cpu": True, "eval_steps": 30, "save_steps": 60, **TRAINING}
+        train(recipe.read({**given, "data": {**TRAINING["data"], "cache": "cache"}}))
+        report = api.verify(source, TRAINED)
+        assert report.ok
+        section = json.loads(Path(TRAINED, "growth.json").read_text())["training"]
+    section["recipe"]["data"].pop("cache")
+    return {"training": section | {"verification_before": before}, TRAINED: told_of(report, source, TRAINED, example.ref)}
 
 
 def main() -> None:
@@ -120,10 +171,10 @@ def main() -> None:
             MEASURED.write_text(json.dumps(measure(work), indent=1) + "\n")
         cached_sources(work / "cache")
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(work / "cache"))
-        for method in EXAMPLES:
-            for file, text in render(method, work).items():
-                (ROOT / method).mkdir(exist_ok=True)
-                (ROOT / method / file).write_text(text)
+        for name in NAMES:
+            for file, text in render(name, work).items():
+                (ROOT / name).mkdir(exist_ok=True)
+                (ROOT / name / file).write_text(text)
 
 
 if __name__ == "__main__":

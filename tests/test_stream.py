@@ -106,7 +106,7 @@ def whole(source: Path) -> dict[str, bytes]:
 
 
 def without_card(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {n: data for n, data in files.items() if n != "README.md"}
+    return {n: data for n, data in files.items() if n not in ("README.md", "layer-map.svg")}
 
 
 # --- pushing shard by shard

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_grow.architecture import Entry
+from hf_grow.checkpoint.record import told, total, trainings
 from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, add_source, print_json
@@ -64,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         "dtypes": dict(Counter(t.dtype for t in checkpoint.tensors.values())),
         "files": {name: facts["size"] for name, facts in checkpoint.files.items()},
         "not_in_the_table": extra,
+        "training": total(trainings(checkpoint.growth)),
         "history": [dict(step) for step in checkpoint.info.history],
         "lineage": tree.to_json(),
         "layer_map": [{"sources": list(b.sources), "kind": b.kind} for b in layers.blocks] if layers else None,
@@ -82,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     table.add_row("files", f"{len(checkpoint.files)}, {render.gigabytes(sum(facts['files'].values()))}")
     if tree.parents:
         table.add_row("grown by", Text(f"{tree.step.split(',')[0]} from {tree.parents[0].name}"))
+    if trained := told(facts["training"]):
+        table.add_row("since then", trained)
     render.console.print(table)
     if tree.parents:
         show_lineage(render.console, tree)

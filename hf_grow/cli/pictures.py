@@ -65,7 +65,7 @@ def show_lineage(console: Console, root: Node) -> None:
     tree = Tree(Text(root.text, "bold"), guide_style="dim")
     _grow(tree, root)
     console.print("lineage", style="bold")
-    console.print(tree)
+    console.print(tree, soft_wrap=False)  # a tree would cut what does not fit
 
 
 def _grow(tree: Tree, node: Node) -> None:

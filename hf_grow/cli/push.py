@@ -11,6 +11,7 @@ from rich.table import Table
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, existing_folder, print_json
 from hf_grow.errors import InputError
+from hf_grow.publish.card import PICTURE
 from hf_grow.publish.cargo import CARD, Cargo, survey
 from hf_grow.publish.push import Destination, Pushed, on_the_hub, push
 from hf_grow.recipe import Options, parse
@@ -130,8 +131,8 @@ def _dry_run(cargo: Cargo, to: Destination, *, as_json: bool) -> int:
         table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
     for name, size in sizes.items():
         table.add_row(name, render.gigabytes(size), "there already" if name in (there or ()) else "")
-    if CARD not in sizes:
-        table.add_row(CARD, "", "written from growth.json")
+    for name in (CARD, PICTURE) if CARD not in sizes else ():
+        table.add_row(name, "", "written from growth.json")
     render.console.print(table)
     for name in cargo.left_out:
         render.console.print(f"left out   {name}", markup=False)

@@ -7,7 +7,7 @@ pickles, weights that no index knows, hidden files.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,7 +21,15 @@ from hf_grow.errors import InputError, VerificationError
 from hf_grow.planning import check_source
 
 CARD = "README.md"
-TRAINING = ("trainer_state.json", "checkpoint-*", "runs", "wandb", "logs")  # optimizer.pt and its like are pickles
+TRAINING = (
+    "trainer_state.json",
+    "training.json",
+    "events.jsonl",
+    "checkpoint-*",
+    "runs",
+    "wandb",
+    "logs",
+)  # optimizer.pt and its like are pickles
 HIDDEN_BUT_PUBLIC = (".gitattributes", ".eval_results")  # the Hub reads evaluation results from the latter
 
 
@@ -61,13 +69,14 @@ class Cargo:
         """What a publisher should know, though nothing forbids it."""
         if self.growth is None:
             return []
-        found = (
-            []
-            if self.growth.get("verification") or trainings(self.growth)
-            else [f"It was not verified; `hf-grow verify SOURCE {self.folder}` does that."]
-        )
+        found = [] if self.growth.get("verification") else [f"It was not verified; `hf-grow verify SOURCE {self.folder}` does that."]
         source = self.growth.get("source")
-        return found + path_shown(str(source.get("ref", "")) if isinstance(source, dict) else "")
+        found += path_shown(str(source.get("ref", "")) if isinstance(source, dict) else "")
+        shown = sorted({p for stage in trainings(self.growth) for p in _paths({k: stage.get(k) for k in ("model", "recipe", "data")})})
+        more = f" and {len(shown) - 1} more" if len(shown) > 1 else ""
+        return found + (
+            [f"{GROWTH} will show your path {shown[0]}{more}, under training; edit them there to change that."] if shown else []
+        )
 
 
 def title_of(method: str, ref: str) -> str:
@@ -77,6 +86,15 @@ def title_of(method: str, ref: str) -> str:
 def path_shown(ref: str) -> list[str]:
     """What to say where a record names a folder of this machine."""
     return [f"{GROWTH} will show your path {ref}; edit source.ref to change that."] if ref.startswith(("/", "~", ".")) else []
+
+
+def _paths(value: Any, depth: int = 0) -> Iterator[str]:
+    """The paths of this machine in a part of a record."""
+    if isinstance(value, str):
+        yield from [value] if value.startswith(("/", "~")) else []
+    elif isinstance(value, dict | list) and depth < 20:
+        for inside in value.values() if isinstance(value, dict) else value:
+            yield from _paths(inside, depth + 1)
 
 
 def survey(folder: Path) -> Cargo:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_grow.checkpoint.record import told
 from hf_grow.planning import SourceInfo
 from hf_grow.publish.markdown import line
 from hf_grow.publish.reproduce import folder_name
@@ -24,7 +25,7 @@ class Node:
     revision: str = ""
     """Commit on the Hub; empty for a folder."""
     step: str = ""
-    """How it was grown from the nodes below: 'dus, layers 32 -> 48, changes the function'. Empty for a first ancestor."""
+    """How it was grown from the nodes below: 'dus, layers 32 -> 48, changes the function', and what was trained then. Empty for a first ancestor."""
     label: str = ""
     """What a further source is called in the map."""
     parents: tuple[Node, ...] = ()
@@ -87,4 +88,5 @@ def _step(step: Mapping[str, Any]) -> str:
         parts.append(f"layers {layers[0]} -> {layers[1]}")
     if isinstance(guarantee, Mapping) and isinstance(guarantee.get("kind"), str):
         parts.append(line(guarantee["kind"], 40))
-    return ", ".join(parts)
+    trained = told(step.get("training"))
+    return ", ".join(parts) + (f"; then {trained}" if trained else "")

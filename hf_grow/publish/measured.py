@@ -6,14 +6,14 @@ The record is read as somebody else's: what has not the right form is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 from hf_grow.publish.markdown import plain, table
 
-MARKS = {"pass": "ok", "fail": "**failed**", "skip": "not run"}
+MARKS = {"pass": "ok", "fail": "**failed**", "skip": "-"}
 PRIVATE = {"source", "provenance"}
 """Checks whose details hold the path of a local source."""
 MOST_ROWS = 200
@@ -37,18 +37,18 @@ def number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
-def checks_table(verification: Mapping[str, Any]) -> str:
+def checks_table(verification: Mapping[str, Any], only: Collection[str] | None = None) -> str:
     rows = []
     checks = verification.get("checks")
     for check in checks[:MOST_ROWS] if isinstance(checks, list) else ():
-        if isinstance(check, Mapping) and check.get("status") in MARKS:
+        if isinstance(check, Mapping) and check.get("status") in MARKS and (only is None or check.get("name") in only):
             detail = "" if check.get("name") in PRIVATE else plain(check.get("detail", ""), 300)
             rows.append([plain(check.get("name", ""), 80), MARKS[str(check["status"])], detail])
     return "\n".join(["| check | | found |", "| --- | --- | --- |", *("| " + " | ".join(r) + " |" for r in rows)])
 
 
-def function_table(verification: Mapping[str, Any]) -> str:
-    """Both models on one text; empty if they were not run."""
+def function_table(verification: Mapping[str, Any], called: str = "grown") -> str:
+    """Both models on one text; empty if they were not run. `called`: what the card calls the second."""
     m = metrics(verification)
     kl = number(m.get("kl_nats_per_token"))
     if kl is None:
@@ -66,10 +66,56 @@ def function_table(verification: Mapping[str, Any]) -> str:
     ]
     return "\n\n".join([
         f"Both models on the same text ({told}, {shown('tokens', '.0f')} tokens, computed in {plain(m.get('dtype', '?'), 20)}):",
-        table(["", "source", "grown"], rows),
-        f"KL(source || grown) is {kl:.3g} nats a token; logits differ by at most {shown('logit_difference_max', '.3g')}; "
+        table(["", "source", called], rows),
+        f"KL(source || {called}) is {kl:.3g} nats a token; logits differ by at most {shown('logit_difference_max', '.3g')}; "
         f"the likeliest next token is the same for {shown('greedy_agreement', '.2%')} of the tokens.",
     ])  # fmt: skip
+
+
+def beside_source(verification: object) -> str:
+    """How a trained model does beside its source, as far as anybody looked."""
+    old, new = (number(metrics(verification).get(f"perplexity_{k}")) for k in ("old", "new"))
+    if old is None or new is None:
+        return "Nobody has compared it with its source."
+    told = f"On the text of the verification (below) its perplexity is {new:.4g}, that of the source {old:.4g}"
+    return f"{told}: **there it is still behind its source.**" if new > old else f"{told}."
+
+
+def routing_table(verification: object, called: str = "grown") -> str:
+    """What the routers of a mixture do on the text; empty for dense models."""
+    experts = metrics(verification).get("experts")
+    experts = experts if isinstance(experts, Mapping) else {}
+    both = [side if isinstance(side, Mapping) else {} for side in (experts.get("old"), experts.get("new"))]
+    if not any(both):
+        return ""
+
+    def shown(form: str, *keys: str) -> list[str]:
+        return ["-" if value is None else format(value, form) for value in (_at(side, *keys) for side in both)]
+
+    dead = [str(len(side["dead"])) if isinstance(side.get("dead"), list) else "-" for side in both]
+    rows = [
+        ["experts a layer", *shown(".0f", "experts")],
+        ["of them for a token", *shown(".0f", "top_k")],
+        ["entropy of the router, nats", *shown(".3g", "entropy")],
+        ["as a share of the most it can be", *shown(".0%", "entropy_share")],
+        ["most loaded expert, share of its layer", *shown(".1%", "most_loaded", "share")],
+        ["least loaded expert, share of its layer", *shown(".1%", "least_loaded", "share")],
+        ["variation of the load", *shown(".2f", "load_variation")],
+        ["experts that no token chose, all layers", *dead],
+    ]
+    told = table(["", "source", called], rows)
+    agreement = experts.get("agreement")
+    mean, inherited = (_at(agreement, k) if isinstance(agreement, Mapping) else None for k in ("mean", "inherited"))
+    if mean is not None:
+        kept = "" if inherited in (None, mean) else f" ({inherited:.1%} in layers that are no further copies)"
+        told += f"\n\n{mean:.1%} of the experts that the {called} model chooses for a token come from one that the source chose for it there{kept}."
+    return "Routers on the same text (variation: 0 where all experts get the same):\n\n" + told
+
+
+def _at(data: Any, *keys: str) -> float | None:
+    for key in keys:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return number(data)
 
 
 @dataclass(frozen=True)
@@ -100,7 +146,7 @@ def _pair(value: Any) -> tuple[float | None, float | None]:
     return (number(value[0]), number(value[1])) if isinstance(value, list | tuple) and len(value) == 2 else (None, None)
 
 
-def tasks_table(verification: object) -> str:
+def tasks_table(verification: object, called: str = "grown") -> str:
     """Empty where nothing was evaluated."""
     settings = metrics(verification).get("task_settings")
     settings = settings if isinstance(settings, Mapping) else {}
@@ -121,7 +167,7 @@ def tasks_table(verification: object) -> str:
             f"**only the first {limit:g} examples of each task**" if limit >= 1 else f"**only {limit:.2%} of the examples of each task**"
         )
     told = f"`hf-grow verify --tasks` ran the same tasks on both models{' (' + ', '.join(parts) + ')' if parts else ''}; ± is the standard error."
-    return told + "\n\n" + table(["task", "metric", "shots", "source", "grown"], rows)
+    return told + "\n\n" + table(["task", "metric", "shots", "source", called], rows)
 
 
 def _score(value: float | None, error: float | None) -> str:

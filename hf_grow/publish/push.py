@@ -7,7 +7,7 @@ interrupted push, repeated, sends only what is missing there. A token is left to
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,7 +88,8 @@ def push(
     from huggingface_hub import CommitOperationAdd
 
     cargo = survey(folder)
-    cards = card(folder, cargo.files)
+    check_destination(to)
+    cards = card(folder, cargo.files, to.repo, notify)
     to = prepare(to)
     for doubt in cargo.doubts:
         notify(doubt)
@@ -106,15 +107,18 @@ def push(
     return Pushed(to.repo, f"{page()}/{to.repo}", commit, pull_request, len(additions), cargo.nbytes)
 
 
-def card(folder: Path, files: Iterable[str]) -> list[CommitOperationAdd]:
-    """A model card for a folder that has none."""
+def card(folder: Path, files: Collection[str], repo: str, notify: Callable[[str], None]) -> list[CommitOperationAdd]:
+    """A model card, and what goes with it, for a folder that has none; `notify` hears what its publisher should know."""
     from huggingface_hub import CommitOperationAdd
 
     if CARD in files:
         return []
-    from hf_grow.publish.card import render_card
+    from hf_grow.publish.card import CardOptions, make_card
 
-    return [CommitOperationAdd(CARD, render_card(folder).encode())]
+    made = make_card(folder, CardOptions(name=repo))
+    for note in made.notes:
+        notify(note)
+    return [CommitOperationAdd(name, text.encode()) for name, text in {CARD: made.text, **made.files}.items() if name not in files]
 
 
 def send(to: Destination, additions: list[CommitOperationAdd], title: str, again: str) -> tuple[str, str | None]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_grow.architecture import Architecture
-from hf_grow.checkpoint.record import history_of
+from hf_grow.checkpoint.record import history_of, recorded_files
 from hf_grow.methods import METHODS
 from hf_grow.methods.sizing import short
 from hf_grow.planning import GrowthPlan, SourceInfo
@@ -19,33 +19,45 @@ from hf_grow.publish.layermap import MEANING, layer_map, layer_ranges
 from hf_grow.publish.lineage import lineage
 from hf_grow.publish.markdown import block, code, hub_link, is_hub_id, line, plain, table
 from hf_grow.publish.reproduce import command, draws_numbers, public_name, recipe
+from hf_grow.publish.trained import Stage, commands, headline, section, stages
 
 MOST_LISTED = 20
 
 
 def body(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name: str, picture: str) -> str:
     """The card below its metadata."""
-    parts = [f"# {plain(name.rsplit('/', 1)[-1], 100)}", *_head(plan, record, heritage, name)]
+    since = stages(record)
+    parts = [f"# {plain(name.rsplit('/', 1)[-1], 100)}", *_head(plan, record, heritage, name, since)]
     parts += ["## What was done", *_done(plan, record, picture)]
-    parts += ["## Guarantee and verification", *_verified(plan, record)]
-    evaluated = measured.tasks_table(record.get("verification"))
+    if since:
+        parts += ["## Training after it was grown", *section(since)]
+    parts += ["## Guarantee and verification", *_verified(plan, record, since)]
+    evaluated = measured.tasks_table(record.get("verification"), _called(since))
     if evaluated:
         parts += ["## Evaluation", evaluated]
-    parts += ["## Continue training", *_training(plan, name)]
-    parts += ["## Reproduce", *_reproduce(plan, record, name)]
+    parts += ["## Continue training", *_training(plan, name, since)]
+    parts += ["## Reproduce", *_reproduce(plan, record, name, since)]
     parts += ["## Licence", *_licence(heritage, name)]
-    parts += ["## Limits", *_limits(plan)]
+    parts += ["## Limits", *_limits(plan, since)]
     return "\n\n".join(parts) + "\n"
 
 
-def _head(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name: str) -> Iterator[str]:
+def _called(since: list[Stage]) -> str:
+    """The model of the card, beside its source."""
+    return "trained" if since else "grown"
+
+
+def _head(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name: str, since: list[Stage]) -> Iterator[str]:
     if heritage.known and heritage.known.built_with:
         yield f"**{heritage.known.built_with}**"
     verification = record.get("verification")
     if measured.state(verification) == "failed":
         yield "> **The verification of this checkpoint failed** (below). Its weights are not what they should be: do not use it."
     because = plain(plan.guarantee.because)
-    if plan.guarantee.lossless:
+    if since:
+        began = "It began as the same function as its source" if plan.guarantee.lossless else "Growing changed the function of the source"
+        yield f"> {headline(since)} {began}: {because}. {measured.beside_source(verification)} Evaluate it for what you want of it before you use it."
+    elif plan.guarantee.lossless:
         yield (
             "> **A start for training.** As it stands, this model computes the same function as its source, at a higher cost; "
             f"it is no better until it has been trained further. Why the same: {because}."
@@ -65,9 +77,16 @@ def _head(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name
     yield (
         f"{plain(name.rsplit('/', 1)[-1], 100)} has {short(new.total)} parameters{active} in {plan.architecture.layers} layers. It was grown from "
         f"{source} ({'each ' if plan.source.others else ''}{short(old.total)}, {plan.source.architecture.layers} layers) by {code(plan.growth.method, 60)}{paper}"
-        f"{f' with hf-grow {plain(version, 30)}' if version else ''}. This card speaks of the weights as they were grown, whose SHA-256 stand in "
-        "`growth.json`, and of no training after that."
+        f"{f' with hf-grow {plain(version, 30)}' if version else ''}. {_weights(record, since)}"
     )
+
+
+def _weights(record: Mapping[str, Any], since: list[Stage]) -> str:
+    """Which weights the card speaks of."""
+    if not since:
+        return "This card speaks of the weights as they were grown, whose SHA-256 stand in `growth.json`, and of no training after that."
+    known = ", whose SHA-256 stand in `growth.json`" if recorded_files(record) else ""
+    return f"This card speaks of the weights as that training left them{known}."
 
 
 def _sources(plan: GrowthPlan) -> str:
@@ -143,27 +162,35 @@ def _gigabytes(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
-def _verified(plan: GrowthPlan, record: Mapping[str, Any]) -> Iterator[str]:
+def _verified(plan: GrowthPlan, record: Mapping[str, Any], since: list[Stage]) -> Iterator[str]:
     lossless = "source and grown model compute the same function in real arithmetic; rounding is what is left"
     changes = "the grown model computes another function than its source"
-    yield f"Guarantee: **{plan.guarantee.kind}** ({lossless if plan.guarantee.lossless else changes})."
+    ends = " It speaks of the weights as they were grown, and of the trained ones no longer." if since else ""
+    yield f"Guarantee: **{plan.guarantee.kind}** ({lossless if plan.guarantee.lossless else changes}).{ends}"
     verification = record.get("verification")
+    before = since[0].facts.get("verification_before") if since else None
+    if isinstance(before, Mapping):
+        yield f"The growth itself, before it was trained: {measured.state(before)}."
+        yield measured.checks_table(before, ("tensors", "SHA-256", "lossless"))
     state = measured.state(verification)
     if state == "not verified" or not isinstance(verification, Mapping):
         yield (
             "**Not verified.** `hf-grow verify SOURCE THIS` derives every tensor again from the source, compares both models on a text, and "
             "records the result; nobody has run it, so the guarantee is what the method promises, not what was measured."
+            if not since
+            else "**The trained model was not verified.** `hf-grow verify SOURCE THIS` checks its shapes, its config and its files, and compares it "
+            "with the source on a text; nobody has run it."
         )
         return
     told = {"failed": "**Failed.**", "structure only": "**Verified in structure only:** no model was run.", "verified": "**Verified.**"}
-    yield f"{told[state]} What `hf-grow verify` found:"
+    yield f"{told[state]} What `hf-grow verify` found{' of the trained model' if since else ''}:"
     yield measured.checks_table(verification)
-    function = measured.function_table(verification)
-    if function:
-        yield function
+    for found in (measured.function_table(verification, _called(since)), measured.routing_table(verification, _called(since))):
+        if found:
+            yield found
 
 
-def _training(plan: GrowthPlan, name: str) -> Iterator[str]:
+def _training(plan: GrowthPlan, name: str, since: list[Stage]) -> Iterator[str]:
     yield (
         "The folder is a plain transformers checkpoint: any trainer that takes the source takes it. The text should be like that of the source's "
         "pretraining, or hold some of it, or what it knew is forgotten."
@@ -171,7 +198,9 @@ def _training(plan: GrowthPlan, name: str) -> Iterator[str]:
     identity = [i for i, o in enumerate(plan.growth.layers) if o.identity]
     new = [i for i, o in enumerate(plan.growth.layers) if o.new and not o.identity]
     advice = []
-    if identity:
+    if since:
+        advice.append("`hf-grow train` takes this folder, or its id, as `model`, and adds to the record what it does.")
+    elif identity:
         advice.append(
             f"Layers {plain(_listed(identity))} add nothing yet. Train them alone first (LLaMA-Pro), or train everything; the rest of the model "
             "keeps what it knows either way at the start."
@@ -204,8 +233,9 @@ def _quoted(name: str) -> str:
     return json.dumps(line(name, 200), ensure_ascii=False)
 
 
-def _reproduce(plan: GrowthPlan, record: Mapping[str, Any], name: str) -> Iterator[str]:
-    out = re.sub(r"[^\w.-]", "_", name.rsplit("/", 1)[-1])
+def _reproduce(plan: GrowthPlan, record: Mapping[str, Any], name: str, since: list[Stage]) -> Iterator[str]:
+    final = re.sub(r"[^\w.-]", "_", name.rsplit("/", 1)[-1])
+    out, trainings = commands(since, final) if since else (final, [])
     made = command(plan, out)
     written = None if made else recipe(plan)
     if written:
@@ -225,6 +255,15 @@ def _reproduce(plan: GrowthPlan, record: Mapping[str, Any], name: str) -> Iterat
             + f"The same plan gives the same bytes{drawn}. Where the weights were split into files by `--max-shard-size`, the files differ "
             "without it, the tensors do not."
         )
+    for file, training, folder in trainings:
+        if training is None:
+            yield "What came then cannot be done again from `growth.json` alone: an adapter that was merged, or a recipe that it does not hold."
+            break
+        yield f"Then, with this as `{file}`, and its texts where it looks for them:"
+        yield block(training, "yaml")
+        yield block(shlex.join(["hf-grow", "train", file, "-o", folder]))
+    if trainings:
+        yield "Training gives the same weights only with the same versions on the same kind of machine."
     made_by = record.get("made_by")
     if isinstance(made_by, Mapping) and isinstance(made_by.get("hf_grow"), str):
         yield f"Made with hf-grow {plain(made_by['hf_grow'], 30)}; `growth.json` names the other versions, the source's files and every tensor."
@@ -251,9 +290,12 @@ def _licence(heritage: Inherited, name: str) -> Iterator[str]:
             yield f'**The name of this model does not begin with "{known.name_start}" yet.**'
 
 
-def _limits(plan: GrowthPlan) -> Iterator[str]:
+def _limits(plan: GrowthPlan, since: list[Stage]) -> Iterator[str]:
     limits = []
-    if plan.guarantee.lossless:
+    if since:
+        limits.append("What it knows beyond its source comes from the texts of its training; their mistakes, bias and gaps are its own.")
+        limits.append("Nothing but the figures above was measured. What the source was tuned or aligned to do may be lost.")
+    elif plan.guarantee.lossless:
         limits.append(
             "It is as good and as bad as its source: the same knowledge, the same bias, the same risks, for more memory and time a token."
         )

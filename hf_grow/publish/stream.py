@@ -81,7 +81,7 @@ class StreamSink(Sink):
                 for path in ([folder.path / name] if (folder.path / name).is_file() else sorted((folder.path / name).rglob("*")))
                 if path.is_file()
             ]
-            additions = [*shards, *small, *card(folder.path, files)]
+            additions = [*shards, *small, *card(folder.path, files, self.to.repo, self.notify)]
             commit, pull_request = send(self.to, additions, self.title, AGAIN)
             nbytes = sum(a.upload_info.size for a in additions)
             done = Pushed(self.to.repo, f"{page()}/{self.to.repo}", commit, pull_request, len(additions), nbytes)

@@ -1,4 +1,4 @@
-"""`hf-grow train`: a recipe carried out from start to end, resumed, or only reckoned (dry run).
+"""`hf-grow train`: a recipe carried out from start to end, or resumed.
 
 The output folder holds checkpoint-N/ (Trainer's, each a plain model), events.jsonl and training.json from the start; the trained model itself
 appears there at the end, so that a folder with config.json is a finished one.
@@ -17,29 +17,33 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.checkpoint.source import companions
 from hf_grow.errors import OutputError
 from hf_grow.execute import versions
-from hf_grow.methods.sizing import measure
 from hf_grow.portable import portable_config
 from hf_grow.training import adapters, estimate
 from hf_grow.training.check import Checked, Notify, check, clear_output, resolve
-from hf_grow.training.data import build, survey
+from hf_grow.training.checkpoints import last_checkpoint, write_json
+from hf_grow.training.data import build
 from hf_grow.training.distill import Teacher
 from hf_grow.training.events import NAME as EVENTS
 from hf_grow.training.events import EventLog
 from hf_grow.training.extras import need
-from hf_grow.training.launch import Launch, launched
+from hf_grow.training.launch import launched
 from hf_grow.training.monitor import Monitor
 from hf_grow.training.prepare import blend_for, distiller, load_model, weights_dtype, who_trains, with_lora, zero_new_blocks
 from hf_grow.training.recipe import Read
+from hf_grow.training.reckon import dry_run
 from hf_grow.training.record import kept, note_files, record_of
-from hf_grow.training.regularizers import make_penalty, penalty_bytes
+from hf_grow.training.regularizers import make_penalty
 from hf_grow.training.skeleton import skeleton
 
 if TYPE_CHECKING:
     from hf_grow.training.blocks import Blend
     from hf_grow.training.data import TrainData
+    from hf_grow.training.growing import Growing
     from hf_grow.training.regularizers import Penalty
-    from hf_grow.training.trainer import Growing, GrowTrainer
+    from hf_grow.training.trainer import GrowTrainer
     from hf_grow.training.updates import Updates
+
+__all__ = ["TrainResult", "dry_run", "train"]
 
 RECORD = "training.json"
 
@@ -65,85 +69,6 @@ class TrainResult:
         return {**asdict(self), "output": str(self.output)}
 
 
-def dry_run(
-    read: Read,
-    *,
-    output: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    notify: Notify = print,
-    started: Launch | None = None,
-) -> dict[str, Any]:
-    """What a training would do and need, as JSON data. Opens config, headers and the first documents of every text; loads no weights.
-
-    ``started``: the processes to reckon with; by default those that the launcher tells of.
-    """
-    need("accelerate", "datasets")
-    started = started or launched()
-    checked = check(read, output=output, resume=resume, overwrite=overwrite, notify=notify, started=started)
-    recipe, arguments, info = checked.recipe, checked.arguments, checked.checkpoint.info
-    texts = survey(recipe.data, checked.tokenizer, notify=notify, vocab_size=checked.vocabulary)
-    model = skeleton(info.config)
-    who = who_trains(model, checked.plan, recipe)
-    blend_for(model, who, recipe)
-    groups = [list(g) for g in who.updates.describe(model)]
-    trainable = sum(p.numel() for n, p in model.named_parameters() if who.updates.trains[n] is not False)
-    parameters = sum(p.numel() for p in model.parameters())
-    own = {"float32": 4, "bfloat16": 2, "float16": 2}.get(weights_dtype(recipe, arguments)) or max(
-        2, {"F64": 8, "F32": 4}.get(next(iter(info.tensors.values())).dtype, 2)
-    )
-    if recipe.lora is not None:
-        wrapped, updates = with_lora(model, who, recipe)
-        groups = [list(g) for g in updates.describe(wrapped)]
-        trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-        parameters = sum(p.numel() for p in wrapped.parameters())
-    teachers, flops = _teachers(checked)
-    warming = recipe.warmup.lr != 1.0 or recipe.warmup.steps > 0
-    copies = own * who.updates.copies(model, warming=warming) if recipe.lora is None else 0
-    memory = estimate.estimate(
-        info.architecture, arguments, parameters=parameters, trainable=trainable, width=own, length=recipe.data.seq_length,
-        penalty=penalty_bytes(recipe.regularizer, skeleton(info.config), checked.plan), rows=copies, teachers=teachers, launch=started,
-    )  # fmt: skip
-    step = estimate.tokens_a_step(arguments, recipe.data.seq_length, started.processes)
-    known = [t["tokens"] for t in texts if t["use"] == "train"]
-    one_pass = sum(known) if known and all(known) else None
-    tokens = step * arguments.max_steps if arguments.max_steps > 0 else one_pass and round(one_pass * arguments.num_train_epochs)
-    return {
-        "output": str(checked.out),
-        "recipe": resolved(checked),
-        "texts": texts,
-        "parameter_groups": groups,
-        "processes": started.processes,
-        "sharing": str(started),
-        "memory": dict(estimate.as_json(memory)),
-        "tokens_a_step": step,
-        "tokens": tokens,
-        "steps": arguments.max_steps if arguments.max_steps > 0 else tokens and max(1, tokens // step),
-        "flops": tokens and tokens * estimate.flops_per_token(info.architecture, flops),
-    }
-
-
-def _teachers(checked: Checked) -> tuple[int, int]:
-    """Bytes and forward FLOPs a token of teachers in memory."""
-    from hf_grow.checkpoint.source import open_source
-
-    options = checked.recipe.distill
-    if options is None or options.top_k is not None:
-        return 0, 0
-    held = [open_source(ref, revision=revision, weights=False) for ref, revision in (resolve(t, checked.plan) for t in options.teachers)]
-    return sum(t.info.nbytes for h in held for t in h.tensors.values()), sum(measure(h.info.architecture).flops for h in held)
-
-
-def resolved(checked: Checked) -> dict[str, Any]:
-    """The recipe with every default that differs from transformers' own, as JSON data."""
-    changed = {k: v for k, v in checked.arguments.to_dict().items() if k in checked.read.arguments or k in _SHOWN}
-    return {**checked.recipe.model_dump(mode="json", by_alias=True), **changed}
-
-
-_SHOWN = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
-          "adam_beta1", "adam_beta2", "max_steps", "num_train_epochs", "max_grad_norm", "bf16", "seed", "save_steps", "eval_steps")  # fmt: skip
-
-
 def train(
     read: Read,
     *,
@@ -161,8 +86,6 @@ def train(
     need("accelerate", "datasets")
     began = time.perf_counter()
     checked = check(read, output=output, resume=resume, overwrite=overwrite, notify=notify)
-    from hf_grow.training.trainer import last_checkpoint, write_json
-
     out, arguments = checked.out, checked.arguments
     come_from = last_checkpoint(out) if resume else None
     if resume:
@@ -181,7 +104,7 @@ def train(
     start_from = str(come_from or arguments.resume_from_checkpoint or "") or None
     trainer.growing.announce = "start" if come_from is None else "resume"
     found = trainer.train(resume_from_checkpoint=start_from)
-    return _finish(trainer, checked, found, time.perf_counter() - began)
+    return _finish(trainer, checked, ready.data, found, time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
@@ -232,8 +155,9 @@ def _prepare(checked: Checked, notify: Notify) -> _Ready:
 def _trainer(checked: Checked, ready: _Ready, notify: Notify, show: Callable[[str], None]) -> GrowTrainer:
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
+    from hf_grow.training.growing import Growing
     from hf_grow.training.progress import Progress
-    from hf_grow.training.trainer import Growing, GrowTrainer
+    from hf_grow.training.trainer import GrowTrainer
 
     recipe, arguments, data = checked.recipe, checked.arguments, ready.data
     arch = checked.checkpoint.info.architecture
@@ -267,7 +191,7 @@ def _trainer(checked: Checked, ready: _Ready, notify: Notify, show: Callable[[st
         data_collator=data.collator,
         growing=growing,
     )
-    growing.record = lambda step: record_of(checked, {"steps": step, "tokens": _tokens(checked, step), **_losses(growing)})
+    growing.record = lambda step: record_of(checked, _facts(checked, data, growing, step))
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     trainer.add_callback(progress)
@@ -325,14 +249,14 @@ def _tokens(checked: Checked, steps: int) -> int:
     return steps * estimate.tokens_a_step(checked.arguments, checked.recipe.data.seq_length, checked.arguments.world_size)
 
 
-def _losses(growing: Growing) -> dict[str, Any]:
-    return {"losses": {"start": dict(growing.start_losses), "end": dict(growing.last_losses)}}
+def _facts(checked: Checked, data: TrainData, growing: Growing, steps: int) -> dict[str, Any]:
+    """What growth.json tells of a training after so many steps."""
+    losses = {"start": dict(growing.start_losses), "end": dict(growing.last_losses)}
+    return {"steps": steps, "tokens": _tokens(checked, steps), "data": data.describe(), "losses": losses}
 
 
-def _finish(trainer: GrowTrainer, checked: Checked, found: Any, seconds: float) -> TrainResult:
+def _finish(trainer: GrowTrainer, checked: Checked, data: TrainData, found: Any, seconds: float) -> TrainResult:
     """The last evaluation, and the model in the output folder."""
-    from hf_grow.training.trainer import write_json
-
     g, out, step = trainer.growing, checked.out, int(trainer.state.global_step)
     if checked.recipe.data.eval and (g.evaluated_at != step or checked.arguments.load_best_model_at_end):
         trainer.evaluate()
@@ -342,9 +266,8 @@ def _finish(trainer: GrowTrainer, checked: Checked, found: Any, seconds: float) 
     stopped = "" if step >= trainer.state.max_steps else "early stopping"
     if stopped:
         g.events.write("stop", step, reason=stopped)
-    g.record = lambda step: record_of(
-        checked, {"steps": step, "tokens": tokens, "flops": trainer.state.total_flos, "train_loss": found.training_loss, **_losses(g)}
-    )
+    spent = {"flops": trainer.state.total_flos, "train_loss": found.training_loss}
+    g.record = lambda step: record_of(checked, _facts(checked, data, g, step) | spent)
     if checked.recipe.lora is not None:
         g.save_extra = lambda folder: _companions(checked, folder)
         trainer.model = trainer.model.merge_and_unload()
