@@ -16,7 +16,7 @@ from trained import WORDS, grown, recipe, run, source, tokenizer
 from hf_grow.errors import ExecutionError, InputError
 from hf_grow.training.distill import Distiller, DistillOptions, LogitCache, Teacher, divergence, in_memory, write_cache
 from hf_grow.training.events import read_events
-from hf_grow.training.trainer import Growing
+from hf_grow.training.growing import Growing
 
 
 def rows(count: int = 12, length: int = 10, seed: int = 3) -> list[dict[str, Any]]:

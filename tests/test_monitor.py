@@ -14,9 +14,10 @@ import torch
 from test_train import logged
 from trained import grown, recipe, run, source
 
+from hf_grow.training.checkpoints import last_checkpoint
 from hf_grow.training.events import EVENTS, EventLog, read_events
 from hf_grow.training.monitor import Finding, Monitor, MonitorOptions, detrended, robust_z
-from hf_grow.training.trainer import GrowTrainer, last_checkpoint
+from hf_grow.training.trainer import GrowTrainer
 
 
 def falling(steps: int, seed: int = 0, noise: float = 0.05) -> list[float]:

@@ -30,10 +30,12 @@ from hf_grow.cli import main
 from hf_grow.in_memory import disk_names, grow_model
 from hf_grow.training import newness
 from hf_grow.training.blocks import Blend, decoder_layers
+from hf_grow.training.checkpoints import last_checkpoint
 from hf_grow.training.estimate import activations
 from hf_grow.training.events import EVENTS, read_events
+from hf_grow.training.growing import Growing
 from hf_grow.training.masks import Selection, both, either, inverse, select
-from hf_grow.training.trainer import Growing, GrowTrainer, last_checkpoint
+from hf_grow.training.trainer import GrowTrainer
 from hf_grow.training.updates import Rates, Updates
 from hf_grow.training.warmups import AfterGrowth, Phase, Warmup, phase_at
 

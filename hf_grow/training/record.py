@@ -40,7 +40,7 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 def note_files(folder: Path) -> None:
     """Adds the files of a trained model to its growth.json, where it has one."""
-    from hf_grow.training.trainer import write_json
+    from hf_grow.training.checkpoints import write_json
 
     record = open_folder(folder).growth
     if record is not None:

@@ -13,79 +13,26 @@ Where things happen in one optimizer step, and why there:
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from hf_grow.checkpoint.reader import GROWTH
 from hf_grow.errors import InputError
-from hf_grow.training.blocks import Blend
-from hf_grow.training.distill import Distiller
-from hf_grow.training.events import EventLog, plain
-from hf_grow.training.monitor import Monitor, MonitorOptions
+from hf_grow.training.checkpoints import PENALTY, last_checkpoint, write_json
+from hf_grow.training.growing import Growing
+from hf_grow.training.hooks import Hooks
 from hf_grow.training.settled import STATE
-from hf_grow.training.updates import Rates, Updates
-from hf_grow.training.warmups import AfterGrowth, Phase, Warmup, phase_at
+from hf_grow.training.updates import Rates
+from hf_grow.training.warmups import phase_at
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from hf_grow.training.regularizers import Penalty
-
-PENALTY = "penalty.pt"
-
-
-@dataclass
-class Growing:
-    """What GrowTrainer does besides training; every part may be left out."""
-
-    updates: Updates | None = None
-    blend: Blend | None = None
-    warmup: Warmup = field(default_factory=Warmup)
-    phases: list[Phase] = field(default_factory=list)
-    after: AfterGrowth = field(default_factory=AfterGrowth)
-    penalty: Penalty | None = None
-    distiller: Distiller | None = None
-    aux_loss: float | None = None
-    """Coefficient of the router loss of a mixture; None for a dense model."""
-    monitor: Monitor = field(default_factory=lambda: Monitor(MonitorOptions()))
-    events: EventLog = field(default_factory=lambda: EventLog(None))
-    old_set: str | None = None
-    """The named set that forgetting is measured on."""
-    flops_per_token: float | None = None
-    """Forward and backward; None leaves it to Trainer, which counts every expert."""
-    record: Callable[[int], Mapping[str, Any] | None] = lambda step: None
-    """growth.json of a model saved after so many steps, or None where there is none."""
-    kl: Callable[[Any], float] | None = None
-    """KL(source || model), nats a token, taken at evaluations."""
-    start_losses: dict[str, float] = field(default_factory=dict)
-    """Losses of the named sets at their first evaluation."""
-    grown_at: int = 0
-    """Global step of the last growth."""
-    last_losses: dict[str, float] = field(default_factory=dict)
-    evaluated_at: int = -1
-    contributed_at: int = -1
-    trains: list[str] = field(default_factory=lambda: ["everything"])
-    """What trains after the phases, for the log."""
-    told: Callable[[Any, dict[str, float]], None] = lambda state, metrics: None
-    """Hears of every evaluation of all sets."""
-    announce: str = ""
-    """The event that opens the log, start or resume; written once the first step is known."""
-    start_facts: Mapping[str, Any] = field(default_factory=dict)
-    save_extra: Callable[[Path], None] = lambda folder: None
-    """Writes what `save_pretrained` leaves out (see adapters)."""
-    load_extra: Callable[[Path], None] = lambda folder: None
-
-    def acts_inside_a_step(self) -> bool:
-        """Whether anything needs the gradients or the weights between backward and step."""
-        w, a = self.warmup, self.after
-        rows = self.updates is not None and any(not isinstance(m, bool) for m in self.updates.trains.values())
-        return bool(self.penalty or self.phases or rows or w.steps or w.lr != 1.0 or a.settle_steps)
+__all__ = ["GrowTrainer", "Growing", "Rollback", "losses_of"]
 
 
 class Rollback(Exception):
@@ -112,10 +59,10 @@ class GrowTrainer(Trainer):  # type: ignore[misc]
         self._step_loss: Tensor | None = None
         self._norm: float | None = None
         self._routing: dict[str, Tensor] = {}
-        self._resumed_from: Any = None
+        self.resumed_from: Any = None
         self.used = Rates()
         """What learning rates were multiplied by in the last step."""
-        self.add_callback(_Hooks(self))
+        self.add_callback(Hooks(self))
 
     # ---- one step ---------------------------------------------------------------------------------------------------------------------
 
@@ -304,6 +251,10 @@ class GrowTrainer(Trainer):  # type: ignore[misc]
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.growing.load_extra(Path(resume_from_checkpoint))
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.growing.load_extra(Path(self.state.best_model_checkpoint))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
@@ -327,7 +278,7 @@ class GrowTrainer(Trainer):  # type: ignore[misc]
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
         while True:
             try:
-                self._resumed_from = resume_from_checkpoint or None
+                self.resumed_from = resume_from_checkpoint or None
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
             except Rollback as back:
                 resume_from_checkpoint = back.checkpoint
@@ -363,100 +314,7 @@ class GrowTrainer(Trainer):  # type: ignore[misc]
             raise Rollback(str(last))
 
 
-class _Hooks(TrainerCallback):  # type: ignore[misc]
-    """Trainer's moments, handed to the trainer itself."""
-
-    def __init__(self, trainer: GrowTrainer) -> None:
-        self.trainer = trainer
-        self.told: set[str] = set()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        t = self.trainer
-        if t.growing.blend is not None:
-            t.growing.blend.set(t.growing.warmup.alpha(t.since))
-        if t.growing.penalty is not None:
-            t.growing.penalty.attach(t.model)
-            if t._resumed_from:
-                t.load_penalty(Path(t._resumed_from))
-        g = t.growing
-        if g.announce == "start":
-            g.events.write("start", state.global_step, steps=state.max_steps, grown_at=g.grown_at, **g.start_facts)
-        elif g.announce == "resume":
-            g.events.write("resume", state.global_step, steps=state.max_steps, grown_at=g.grown_at, checkpoint=str(t._resumed_from))
-        g.announce = ""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        t, g = self.trainer, self.trainer.growing
-        if g.blend is not None:
-            g.blend.set(g.warmup.alpha(t.since))
-        self._tell(t)
-
-    def _tell(self, t: GrowTrainer) -> None:
-        """Events of a schedule, at the step where they begin."""
-        g, since, step = t.growing, t.since, t.state.global_step
-        starts, at = {}, 0
-        for phase in g.phases:
-            starts[at] = phase.train
-            at += phase.steps
-        if since in starts:
-            g.events.write("phase", step, train=starts[since])
-        elif g.phases and since == at:
-            g.events.write("phase", step, train=g.trains)
-        if g.after.settle_steps and since == g.after.settle_steps + g.after.restore_steps:
-            g.events.write("settled", step, lr_factor=t.rates().every)
-        if g.warmup.alpha_steps and since == g.warmup.alpha_steps:
-            g.events.write("blended", step, alpha=1.0)
-        if g.after.consolidate_steps and since == g.after.consolidate_steps:
-            g.events.write("consolidated", step, steps=since)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        t, g = self.trainer, self.trainer.growing
-        if g.penalty is not None:
-            g.penalty.before_step()
-        if g.updates is not None:
-            t.used = t.rates()
-            g.updates.before(t.model, inner(t.optimizer), phase_at(g.phases, t.since), t.used)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        t, g = self.trainer, self.trainer.growing
-        if g.penalty is not None:  # before frozen rows are put back: a proximal step would move them
-            g.penalty.after_step(g.updates.used if g.updates is not None else t._get_learning_rate())
-        if g.updates is not None:
-            g.updates.after(inner(t.optimizer))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.watch()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.growing.events.write("checkpoint", state.global_step, folder=f"checkpoint-{state.global_step}")
-
-
-def inner(optimizer: Any) -> Any:
-    """The optimizer that accelerate wrapped."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
 def losses_of(metrics: Mapping[str, float]) -> dict[str, float]:
     """{'eval_old_loss': 3.5} -> {'old': 3.5}; a single set is called eval."""
     found = {k.removeprefix("eval_").removesuffix("_loss"): v for k, v in metrics.items() if k.startswith("eval_") and k.endswith("_loss")}
     return {("eval" if k == "loss" else k): v for k, v in found.items()} if "eval_loss" not in metrics else {"eval": metrics["eval_loss"]}
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: Trainer writes trainer_state.json last, and one cut off by kill -9 has none, or half of one."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]) if p.name.rpartition("-")[2].isdigit() else -1)
-    for path in reversed(found):
-        try:
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(state, dict) and (path / STATE).is_file():
-            return path
-    return None
-
-
-def write_json(path: Path, data: Any) -> None:
-    """In one step, so that no reader ever sees half of it."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(plain(data), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,0 +1,94 @@
+"""A training reckoned, not begun: the resolved recipe, parameter groups, memory, tokens and FLOPs of `hf-grow train --dry-run`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_grow.checkpoint.source import open_source
+from hf_grow.methods.sizing import measure
+from hf_grow.training import estimate
+from hf_grow.training.check import Checked, Notify, check, resolve
+from hf_grow.training.data import survey
+from hf_grow.training.extras import need
+from hf_grow.training.launch import Launch, launched
+from hf_grow.training.prepare import blend_for, weights_dtype, who_trains, with_lora
+from hf_grow.training.recipe import Read
+from hf_grow.training.regularizers import penalty_bytes
+from hf_grow.training.skeleton import skeleton
+
+
+def dry_run(
+    read: Read,
+    *,
+    output: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    notify: Notify = print,
+    started: Launch | None = None,
+) -> dict[str, Any]:
+    """What a training would do and need, as JSON data. Opens config, headers and the first documents of every text; loads no weights.
+
+    ``started``: the processes to reckon with; by default those that the launcher tells of.
+    """
+    need("accelerate", "datasets")
+    started = started or launched()
+    checked = check(read, output=output, resume=resume, overwrite=overwrite, notify=notify, started=started)
+    recipe, arguments, info = checked.recipe, checked.arguments, checked.checkpoint.info
+    texts = survey(recipe.data, checked.tokenizer, notify=notify, vocab_size=checked.vocabulary)
+    model = skeleton(info.config)
+    who = who_trains(model, checked.plan, recipe)
+    blend_for(model, who, recipe)
+    groups = [list(g) for g in who.updates.describe(model)]
+    trainable = sum(p.numel() for n, p in model.named_parameters() if who.updates.trains[n] is not False)
+    parameters = sum(p.numel() for p in model.parameters())
+    own = {"float32": 4, "bfloat16": 2, "float16": 2}.get(weights_dtype(recipe, arguments)) or max(
+        2, {"F64": 8, "F32": 4}.get(next(iter(info.tensors.values())).dtype, 2)
+    )
+    if recipe.lora is not None:
+        wrapped, updates = with_lora(model, who, recipe)
+        groups = [list(g) for g in updates.describe(wrapped)]
+        trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        parameters = sum(p.numel() for p in wrapped.parameters())
+    teachers, flops = _teachers(checked)
+    warming = recipe.warmup.lr != 1.0 or recipe.warmup.steps > 0
+    copies = own * who.updates.copies(model, warming=warming) if recipe.lora is None else 0
+    memory = estimate.estimate(
+        info.architecture, arguments, parameters=parameters, trainable=trainable, width=own, length=recipe.data.seq_length,
+        penalty=penalty_bytes(recipe.regularizer, skeleton(info.config), checked.plan), rows=copies, teachers=teachers, launch=started,
+    )  # fmt: skip
+    step = estimate.tokens_a_step(arguments, recipe.data.seq_length, started.processes)
+    known = [t["tokens"] for t in texts if t["use"] == "train"]
+    one_pass = sum(known) if known and all(known) else None
+    tokens = step * arguments.max_steps if arguments.max_steps > 0 else one_pass and round(one_pass * arguments.num_train_epochs)
+    return {
+        "output": str(checked.out),
+        "recipe": resolved(checked),
+        "texts": texts,
+        "parameter_groups": groups,
+        "processes": started.processes,
+        "sharing": str(started),
+        "memory": dict(estimate.as_json(memory)),
+        "tokens_a_step": step,
+        "tokens": tokens,
+        "steps": arguments.max_steps if arguments.max_steps > 0 else tokens and max(1, tokens // step),
+        "flops": tokens and tokens * estimate.flops_per_token(info.architecture, flops),
+    }
+
+
+def _teachers(checked: Checked) -> tuple[int, int]:
+    """Bytes and forward FLOPs a token of teachers in memory."""
+    options = checked.recipe.distill
+    if options is None or options.top_k is not None:
+        return 0, 0
+    held = [open_source(ref, revision=revision, weights=False) for ref, revision in (resolve(t, checked.plan) for t in options.teachers)]
+    return sum(t.info.nbytes for h in held for t in h.tensors.values()), sum(measure(h.info.architecture).flops for h in held)
+
+
+def resolved(checked: Checked) -> dict[str, Any]:
+    """The recipe with every default that differs from transformers' own, as JSON data."""
+    changed = {k: v for k, v in checked.arguments.to_dict().items() if k in checked.read.arguments or k in _SHOWN}
+    return {**checked.recipe.model_dump(mode="json", by_alias=True), **changed}
+
+
+_SHOWN = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+          "adam_beta1", "adam_beta2", "max_steps", "num_train_epochs", "max_grad_norm", "bf16", "seed", "save_steps", "eval_steps")  # fmt: skip
