@@ -139,7 +139,8 @@ def report(
 ) -> str:
     plain = [t for _, t, _ in times["none"]]
     base = statistics.median(plain)
-    command = " ".join(["python", "benchmarks/ewc_overhead.py", *sys.argv[1:]])
+    said = f"--size {options.size} --batch {options.batch} --length {options.length} --rounds {options.rounds} --threads {options.threads}"
+    command = f"python benchmarks/ewc_overhead.py {said}"
     lines = [
         "# What a penalty costs a training step",
         "",
