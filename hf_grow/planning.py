@@ -64,6 +64,11 @@ class SourceInfo:
         return Architecture(self.config)
 
     @property
+    def nbytes(self) -> int:
+        """Weights of this checkpoint alone."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
     def refs(self) -> str:
         """The checkpoint, and the further ones beside it, for people."""
         return ", ".join([self.ref, *(other.ref for other in self.others.values())])
@@ -123,6 +128,7 @@ class GrowthPlan:
 
     @property
     def source_nbytes(self) -> int:
+        """Weights of all source checkpoints."""
         return sum(t.nbytes for t in self.source.by_key.values())
 
     def copies(self) -> dict[str, str]:

@@ -65,6 +65,9 @@ def test_the_merged_checkpoint_computes_what_peft_does(
         assert plan is not None
         assert [o.sources[0] for o in plan.growth.layers] == layers
         assert json.loads((tmp_path / "out" / "growth.json").read_text())["training"]["adapter"]["layer_replication"] == pairs
+        report = api.verify(base, tmp_path / "out")
+        assert report.ok
+        assert {c.name for c in report.checks if c.status == "skip"} == {"tensors", "lossless"}
         # Every layer has weights of its own: none is shared any more.
         stored = load_file(tmp_path / "out" / "model.safetensors")
         assert {int(n.split(".")[2]) for n in stored if ".layers." in n} == set(range(len(layers)))

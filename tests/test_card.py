@@ -189,6 +189,9 @@ def test_several_sources_are_a_merge_of_all_of_them(tmp_path: Path, cache: Path)
     assert "/home" not in card.text
     assert "|-- code: org/coder (0123456789ab)" in card.text
     assert "The further sources must be at the commits named above." in card.text
+    own = sum(t.nbytes for t in cards.plan_of("dus").source.tensors.values())
+    assert f"| weights on disk | {own / 1e6:.2f} MB |" in card.text
+    assert f"| weights of 2 further sources | {2 * own / 1e6:.2f} MB |" in card.text
     assert "with 2 more checkpoints" in card.files["layer-map.svg"]
 
 
@@ -366,6 +369,28 @@ def test_the_state_of_the_verification(verification: Any, said: str, tmp_path: P
     assert ("The verification of this checkpoint failed" in text) == ("Failed" in said)
 
 
+def test_what_routers_do_stands_in_a_table(tmp_path: Path) -> None:
+    """By the figures that `verify` measures (tests/test_routing.py holds them against plain computations)."""
+    source = save(make(BY_NAME["mixtral"], num_hidden_layers=2), tmp_path / "small")
+    api.grow(source, tmp_path / "big", "identity", layers_to=3)
+    report = api.verify(source, tmp_path / "big")
+    record = json.loads((tmp_path / "big" / "growth.json").read_text())
+    (tmp_path / "big" / "growth.json").write_text(json.dumps(record | {"verification": report.to_json()}))
+    text = render_card(tmp_path / "big")
+    experts = report.metrics["experts"]
+    old, new = experts["old"], experts["new"]
+    for row in (
+        f"| entropy of the router, nats | {old['entropy']:.3g} | {new['entropy']:.3g} |",
+        f"| most loaded expert, share of its layer | {old['most_loaded']['share']:.1%} | {new['most_loaded']['share']:.1%} |",
+        f"| variation of the load | {old['load_variation']:.2f} | {new['load_variation']:.2f} |",
+        f"| experts that no token chose, all layers | {len(old['dead'])} | {len(new['dead'])} |",
+    ):
+        assert row in text
+    assert experts["agreement"]["inherited"] == 1
+    assert f"{experts['agreement']['mean']:.1%} of the experts that the grown model chooses for a token come from one" in text
+    assert "Routers on the same text" not in render_card(grown(tmp_path, "experts"))
+
+
 def test_a_path_in_the_verification_stays_here(tmp_path: Path) -> None:
     source, folder = local(tmp_path)
     text = tmp_path / "secret-place" / "text.txt"
@@ -441,15 +466,35 @@ def test_several_licences_are_none(tmp_path: Path, cache: Path) -> None:
 EVIL = "x](javascript:alert(1)) <script>alert(1)</script> <img src=//evil.example/p.png> ![p](http://evil.example/q.png)\n# heading\n| cell | `tick` $$x$$ www.evil.example"
 
 
+DEEP: dict[str, Any] = {}
+for _ in range(300):
+    DEEP = {"a": DEEP}
+TRAINING = {
+    "steps": 3,
+    "recipe": {"data": {EVIL: [EVIL]}, EVIL: EVIL, "train": [EVIL], "regularizer": {"kind": EVIL, EVIL: EVIL}, "distill": {"teachers": [EVIL]},
+               "lora": {EVIL: EVIL}, "old_set": EVIL, "learning_rate": EVIL, "hub_token": EVIL},
+    "model": EVIL,
+    "revision": EVIL,
+    "data": [{"use": EVIL, "label": EVIL, "tokens": EVIL}, {"use": ["train"], "label": "x"}, 3],
+    "losses": {"start": {EVIL: 1.0}, "end": {EVIL: 2.0, "x": EVIL}},
+    "flops": EVIL,
+    "verification_before": {"ok": True, "checks": [{"name": "tensors", "status": "pass", "detail": EVIL}], "metrics": EVIL},
+    "earlier": {"adapter": {EVIL: EVIL}, "merged_into": [EVIL], "earlier": {"steps": 2, "model": [EVIL], "recipe": {"a": [EVIL]}, "data": EVIL,
+                "losses": {"start": [], "end": {}}, "earlier": {"steps": 9, "recipe": DEEP, "earlier": {"steps": -1, "earlier": {"steps": 5}}}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [None, TRAINING], ids=["grown", "trained"])
 @pytest.mark.parametrize("revision", ["", cards.COMMIT])
-def test_names_and_reasons_stay_text(revision: str, tmp_path: Path) -> None:
+def test_names_and_reasons_stay_text(revision: str, training: Any, tmp_path: Path) -> None:
     plan = cards.plan_of("dus")
     check = {"name": EVIL, "status": "pass", "detail": EVIL}
     verification = {
         "ok": True,
         "checks": [check],
-        "metrics": {"kl_nats_per_token": 1.0, "text": EVIL, "dtype": EVIL, "tasks": {EVIL: {EVIL: [1, 2]}}},
-    }
+        "metrics": {"kl_nats_per_token": 1.0, "text": EVIL, "dtype": EVIL, "tasks": {EVIL: {EVIL: [1, 2]}},
+                    "experts": {"old": EVIL, "new": {"entropy": EVIL, "dead": EVIL, "most_loaded": [EVIL]}, "agreement": {"mean": EVIL}}},
+    }  # fmt: skip
     folder = grown(
         tmp_path,
         verification=verification,
@@ -463,6 +508,9 @@ def test_names_and_reasons_stay_text(revision: str, tmp_path: Path) -> None:
         growth__training={"new_layers": [EVIL]},
         made_by={"hf_grow": EVIL},
     )
+    if training:
+        record = json.loads((folder / "growth.json").read_text())
+        (folder / "growth.json").write_text(json.dumps(record | {"training": training}))
     evil = folder.rename(tmp_path / "evil <script>`$$")
     card = make_card(evil)
     body = ModelCard(card.text).text
@@ -472,6 +520,7 @@ def test_names_and_reasons_stay_text(revision: str, tmp_path: Path) -> None:
     assert html.count("<img") == 1
     assert all(h.startswith(("https://arxiv.org/abs/", "https://huggingface.co/")) for h in re.findall(r'href="([^"]*)"', html))
     titles = ["What was done", "Guarantee and verification", "Evaluation", "Continue training", "Reproduce", "Licence", "Limits"]
+    titles[1:1] = ["Training after it was grown"] if training else []
     assert re.findall(r"<h2>(.*?)</h2>", html) == titles
     assert len(re.findall(r"<h1", html)) == 1
     assert "$$" not in body.replace("\\$\\$", "")

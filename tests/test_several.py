@@ -83,6 +83,25 @@ def test_verify_and_growth_json_know_all_sources(family: list[tuple[Path, PreTra
         api.verify(folders[0], out, structure_only=True)
 
 
+def test_the_plan_tells_each_source_s_own_size(tmp_path: Path, capsys: Any) -> None:
+    """Beside the parameters of the first stand its bytes, not those of all."""
+    models = [make(BY_NAME["mistral"], seed=s) for s in range(3)]
+    folders = [str(save(m, tmp_path / f"sibling{s}")) for s, m in enumerate(models)]
+    words = ["experts", folders[0], "--experts-from", ",".join(folders[1:]), "-o", str(tmp_path / "out"), "--dry-run"]
+    parameters = sum(t.numel() for t in on_disk(models[0]).values())
+    assert main([*words, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["plan"]
+    assert (facts["parameters"][0], facts["bytes"][0]) == (parameters, 4 * parameters)
+    assert [(o["source"], o["parameters"], o["bytes"]) for o in facts["further_sources"].values()] == [
+        (folder, parameters, 4 * parameters) for folder in folders[1:]
+    ]
+    assert main(words) == 0
+    said = [" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()]
+    size = f"{4 * parameters / 1e6:.1f} MB"
+    assert any(line.startswith(f"weights on disk {size} ") for line in said)
+    assert f"weights of 2 further sources {8 * parameters / 1e6:.1f} MB" in said
+
+
 def test_equal_siblings_are_the_source_itself(tmp_path: Path, exact_math: None) -> None:
     """Averaging equal models and mixing equal experts changes nothing: a check of the whole way that needs no other reference."""
     model = make(BY_NAME["llama"], dtype=torch.float64)

@@ -45,7 +45,11 @@ def plan_facts(plan: GrowthPlan) -> dict[str, Any]:
         "layer_map": [list(o.sources) for o in plan.growth.layers],
         "parameters": [old.total, new.total],
         "active_parameters": [old.active, new.active],
-        "bytes": [plan.source_nbytes, plan.nbytes],
+        "bytes": [plan.source.nbytes, plan.nbytes],
+        "further_sources": {
+            label: {"source": o.ref, "revision": o.revision, "parameters": measure(o.architecture).total, "bytes": o.nbytes}
+            for label, o in plan.source.others.items()
+        },
         "flops_per_token": [old.flops, new.flops],
         "kv_values_per_token": [old.kv_values, new.kv_values],
         "guarantee": plan.guarantee.kind,
@@ -65,7 +69,9 @@ def show_plan(plan: GrowthPlan) -> None:
     table.add_row("parameters", short(old.total), short(new.total))
     if a.is_moe or b.is_moe:
         table.add_row("active parameters", short(old.active), short(new.active))
-    table.add_row("weights on disk", gigabytes(plan.source_nbytes), gigabytes(plan.nbytes))
+    table.add_row("weights on disk", gigabytes(plan.source.nbytes), gigabytes(plan.nbytes))
+    if more := len(plan.source.others):
+        table.add_row(f"weights of {more} further source{'s' * (more > 1)}", gigabytes(plan.source_nbytes - plan.source.nbytes), "")
     table.add_row("forward FLOPs a token", short(old.flops), short(new.flops))
     table.add_row("KV cache a token (16 bit)", f"{old.kv_values / 512:.0f} KiB", f"{new.kv_values / 512:.0f} KiB")
     console.print(table)

@@ -151,8 +151,9 @@ def plan_table(plan: GrowthPlan) -> str:
     rows.append(["parameters", f"{short(old.total)} ({old.total:,})", f"{short(new.total)} ({new.total:,})"])
     if a.is_moe or b.is_moe:
         rows.append(["active parameters", short(old.active), short(new.active)])
-    own = sum(t.nbytes for t in plan.source.tensors.values())
-    rows.append(["weights on disk", _gigabytes(own), _gigabytes(plan.nbytes)])
+    rows.append(["weights on disk", _gigabytes(plan.source.nbytes), _gigabytes(plan.nbytes)])
+    if more := len(plan.source.others):
+        rows.append([f"weights of {more} further source{'s' * (more > 1)}", _gigabytes(plan.source_nbytes - plan.source.nbytes), ""])
     rows.append(["forward FLOPs a token", short(old.flops), short(new.flops)])
     rows.append(["KV cache a token (16 bit)", *(f"{2 * s.kv_values / 1024:.4g} KiB" for s in (old, new))])
     return table(["", "source", "grown"], rows)

@@ -18,7 +18,7 @@ from hf_grow.publish.reproduce import folder_name
 MOST_LISTED = 20
 MOST_RECIPE = 20_000  # characters
 MOST_DEPTH = 12
-USES: Mapping[Any, str] = {"train": "new text", "replay": "old text, mixed in"}
+USES: Mapping[str, str] = {"train": "new text", "replay": "old text, mixed in"}
 LEFT_OUT = ("model", "revision", "output", "hub_token")
 _LOCAL = re.compile(r"[/~]|\\\\|[A-Za-z]:[\\/]")
 
@@ -174,11 +174,11 @@ def _texts(stage: Stage) -> str:
     parts = stage.facts.get("data")
     parts = [p for p in parts if isinstance(p, Mapping) and isinstance(p.get("label"), str)] if isinstance(parts, list) else []
     order = list(USES)
-    parts.sort(key=lambda p: order.index(p["use"]) if p.get("use") in order else len(order))
+    parts.sort(key=lambda p: order.index(str(p["use"])) if str(p.get("use")) in order else len(order))
     rows = []
     for part in parts[:MOST_LISTED]:
         share, tokens, passes = (number(part.get(k)) for k in ("share", "tokens", "passes"))
-        use = USES.get(part.get("use")) or f"measured as {plain(str(part.get('use', '')).removeprefix('eval '), 40)}"
+        use = USES.get(str(part.get("use"))) or f"measured as {plain(str(part.get('use', '')).removeprefix('eval '), 40)}"
         rows.append([
             use, code(", ".join(map(public, part["label"].split(", "))), 80), "-" if share is None else f"{share:.1%}", "-" if tokens is None else f"{tokens:,.0f}",
             "-" if passes is None else f"{passes:.3g}",
@@ -216,14 +216,18 @@ def _recipe(stage: Stage, model: str) -> str | None:
     on_the_hub = is_hub_id(given) and isinstance(revision, str) and bool(re.fullmatch(r"[0-9a-f]{7,64}", revision))
     head = {"model": given, "revision": revision} if on_the_hub else {"model": f"./{model}"}
     try:
-        rest = {k: _shared(v, {} if on_the_hub else {given: f"./{model}"}) for k, v in stage.recipe.items() if k not in LEFT_OUT}
+        rest = {
+            k: _shared(v, {given: f"./{model}"} if isinstance(given, str) and not on_the_hub else {})
+            for k, v in stage.recipe.items()
+            if k not in LEFT_OUT
+        }
     except RecursionError:
         return None
     text = str(yaml.safe_dump({**head, **rest}, sort_keys=False, allow_unicode=True, width=120)).rstrip()
     return text if stage.recipe and len(text) <= MOST_RECIPE else None
 
 
-def _shared(value: Any, renamed: Mapping[Any, str], depth: int = 0) -> Any:
+def _shared(value: Any, renamed: Mapping[str, str], depth: int = 0) -> Any:
     """A value of the recipe without the paths of a machine. Raises RecursionError for one that goes too deep."""
     if depth > MOST_DEPTH:
         raise RecursionError
