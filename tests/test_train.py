@@ -721,3 +721,14 @@ def test_training_from_python_is_the_command(tmp_path: Path, capsys: pytest.Capt
     run(capsys, "train", path, "-o", tmp_path / "command", "--max_steps", 2)
     mine, theirs = (load_file(tmp_path / f / "model.safetensors") for f in ("python", "command"))
     assert all(torch.equal(mine[n], theirs[n]) for n in theirs)
+
+
+def test_si_leaves_its_importances_to_the_next_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = grown(tmp_path)
+    run(capsys, "train", recipe(tmp_path, model, regularizer={"kind": "si", "lambda": 0.1}), "-o", tmp_path / "first")
+    left = tmp_path / "first" / "penalty" / "importance.safetensors"
+    assert load_file(left).keys() == load_file(tmp_path / "first" / "model.safetensors").keys()
+    second = recipe(tmp_path, tmp_path / "first", regularizer={"kind": "si", "lambda": 0.1, "fisher": str(left)})
+    run(capsys, "train", second, "-o", tmp_path / "second")
+    run(capsys, "train", recipe(tmp_path, model, regularizer={"kind": "l2sp", "lambda": 0.1}), "-o", tmp_path / "third")
+    assert not (tmp_path / "third" / "penalty").exists()

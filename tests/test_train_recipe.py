@@ -18,8 +18,8 @@ from trained import FAST, WORDS, grown, recipe, run, source, text, tokenizer
 from hf_grow.cli import main
 from hf_grow.cli.train import RECIPES, overrides
 from hf_grow.errors import InputError
-from hf_grow.training.check import arguments_for, stored_samples
-from hf_grow.training.fisher_file import samples
+from hf_grow.training.check import arguments_for
+from hf_grow.training.fisher_file import samples, samples_on_disk
 from hf_grow.training.recipe import OURS, TrainRecipe, argument_model, read
 
 
@@ -85,7 +85,7 @@ def test_a_fisher_of_the_same_shape_but_other_weights(tmp_path: Path, capsys: py
 def stored_samples_of(folder: Path) -> str:
     from hf_grow.checkpoint.reader import open_folder
 
-    return stored_samples(open_folder(folder))
+    return samples_on_disk(open_folder(folder))
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "mixtral", "qwen3_moe-mixed", "qwen2"])

@@ -233,7 +233,7 @@ def _later_experts(plan: GrowthPlan) -> set[str]:
 def _reads_kept(plan: GrowthPlan, expr: Expr) -> bool:
     """Whether a term carries old values to their own places: it reads a source, through no map that only adds."""
     if isinstance(expr, Take):
-        return not expr.axis.endswith(".added") and _reads_kept(plan, expr.of)
+        return not expr.axis.partition("@")[0].endswith(".added") and _reads_kept(plan, expr.of)
     return isinstance(expr, Source | Sum | Share)
 
 

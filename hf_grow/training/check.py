@@ -5,7 +5,6 @@ Everything is looked at even where something else is wrong already, and told in 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError, OutputError
-from hf_grow.planning import DTYPE_BYTES, GrowthPlan
+from hf_grow.planning import GrowthPlan
 from hf_grow.training import launch, newness
 from hf_grow.training.data.options import TextOptions
 from hf_grow.training.data.sources import find
 from hf_grow.training.distill import SOURCE, Teacher, check_teacher
 from hf_grow.training.events import NAME as EVENTS
-from hf_grow.training.fisher_file import SAMPLES, check_model, encode, open_importance
+from hf_grow.training.fisher_file import check_model, open_importance, samples_on_disk
 from hf_grow.training.masks import EVERYTHING
 from hf_grow.training.recipe import DEFAULTS, Read, TrainRecipe, collect, complain
 
@@ -198,31 +197,12 @@ def _regularizer(recipe: TrainRecipe, checkpoint: Checkpoint, plan: GrowthPlan |
     )
     for i, path in enumerate(options.fisher):
         newest = i == len(options.fisher) - 1 and not options.collapsed and checkpoint.folder is not None
-        identity = stored_samples(checkpoint) if newest else None
+        identity = samples_on_disk(checkpoint) if newest else None
         collect(found, "regularizer.fisher", partial(_fisher, path, shapes, identity))
 
 
 def _fisher(path: Path, shapes: Mapping[str, tuple[int, ...]], identity: str | None) -> None:
     check_model(open_importance(path), shapes, identity)
-
-
-def stored_samples(checkpoint: Checkpoint) -> str:
-    """The identity of the weights in a folder as `fisher_file.samples` tells that of a model in memory: some values, and no more, are read."""
-    import torch
-
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    out = {}
-    for name, stored in checkpoint.tensors.items():
-        if name not in checkpoint.info.architecture.tensors:
-            continue
-        width, count = DTYPE_BYTES[stored.dtype], (stored.stop - stored.start) // DTYPE_BYTES[stored.dtype]
-        with checkpoint.path(stored.file).open("rb", buffering=0) as file:
-            data = b"".join(
-                os.pread(file.fileno(), width, stored.start + width * at)
-                for at in torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float64).long().tolist()
-            )
-        out[name] = torch.frombuffer(bytearray(data), dtype=kinds[stored.dtype]).to(torch.bfloat16)
-    return encode(out)
 
 
 def _teachers(

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["TrainResult", "dry_run", "train"]
 
 RECORD = "training.json"
+PENALTY_FOLDER = "penalty"
+"""What a penalty leaves to a later run (the importances of SI)."""
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,12 @@ def _finish(trainer: GrowTrainer, checked: Checked, data: TrainData, found: Any,
         # Trainer turns the cache off, for training.
         write_json(out / "config.json", portable_config(config | {"use_cache": checked.checkpoint.config.get("use_cache", True)}))
         note_files(out)
+    if g.penalty is not None:  # beside the model, not among its weights: some loaders take every *.safetensors of a folder
+        if checked.arguments.should_save:
+            (out / PENALTY_FOLDER).mkdir(exist_ok=True)
+        g.penalty.finish(out / PENALTY_FOLDER, trainer.accelerator.unwrap_model(trainer.model))
+        if checked.arguments.should_save and not any((out / PENALTY_FOLDER).iterdir()):
+            (out / PENALTY_FOLDER).rmdir()
     old = checked.recipe.old_set
     forgetting = g.last_losses[old] - g.start_losses[old] if old in g.last_losses and old in g.start_losses else None
     result = TrainResult(
