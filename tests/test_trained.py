@@ -15,7 +15,7 @@ import torch
 import yaml
 from models import BY_NAME, make, save
 from safetensors.torch import load_file
-from trained import grown, recipe, run, source, tokenizer
+from trained import grown, recipe, run, tokenizer
 
 from hf_grow import api
 from hf_grow.checkpoint.reader import open_folder
@@ -189,6 +189,15 @@ def test_the_record_of_a_training(work: Path) -> None:
     for name in ("growth.json", "training.json"):
         assert TOKEN not in (work / "out" / name).read_text()
     assert section["recipe"]["learning_rate"] == 1e-2
+    told = (Path(__file__).parents[1] / "docs" / "growth-json.md").read_text()
+    assert not [k for k in (*section, *section["data"][0]) if f"`{k}`" not in told]
+
+
+def test_a_checkpoint_of_the_training_is_a_trained_model_too(work: Path) -> None:
+    report = api.verify(work / "source", work / "out" / "checkpoint-3")
+    assert report.ok
+    assert {name for name, status in statuses(report).items() if status == "skip"} == {"tensors", "SHA-256", "lossless"}
+    assert "trained for 3 steps (96 tokens)" in detail(report, "provenance")
 
 
 def test_a_push_leaves_the_diary_of_the_training_here(work: Path) -> None:
@@ -320,4 +329,3 @@ def test_an_adapter_that_was_merged_is_told(tmp_path: Path) -> None:
     assert "| adapter | r 8, lora\\_alpha 16 |" in text
     assert "cannot be done again" in text
     assert "/home" not in text
-    assert source
