@@ -57,9 +57,10 @@ def activations(arch: Architecture, batch: int, length: int, width: int, *, chec
         experts = arch.top_k * (arch.size("expert_inter") or arch.size("inter"))
         inter = experts if arch.is_sparse(layer) else arch.size("inter")
         each.append(norms + attention + 4 * width * inter)
-    blocks = sum(each) if not checkpointing else arch.layers * h * width + max(each)
     loss = arch.size("vocab") * (width + 4 + 4) + 4 * h + 2 * width * h
-    return tokens * (blocks + loss)
+    if checkpointing:  # the loss has gone by the time that the first block is computed again
+        return tokens * (arch.layers * h * width + max(loss, *each))
+    return tokens * (sum(each) + loss)
 
 
 def estimate(
