@@ -52,8 +52,8 @@ def ewc(strength: float, kind: str = "old", **options: Any) -> Change:
     return lambda stage, growth: {"regularizer": {"kind": "ewc", "lambda": strength, "fisher": stage.fisher(kind, growth), **options}}
 
 
-def collapsed(strength: float) -> Change:
-    return lambda stage, growth: {"regularizer": {"kind": "ewc", "lambda": strength, "fisher": stage.fisher("old", ""), "collapsed": True}}
+def collapsed(strength: float, kind: str = "old") -> Change:
+    return lambda stage, growth: {"regularizer": {"kind": "ewc", "lambda": strength, "fisher": stage.fisher(kind, ""), "collapsed": True}}
 
 
 def si(strength: float) -> Change:
@@ -89,14 +89,15 @@ SOURCE = [
     Arm("fine-tuning", "plain"),
     Arm("fine-tuning, LR / 3", "plain", rate=1 / 3),
     Arm("fine-tuning, LR / 10", "plain", rate=0.1),
+    Arm("fine-tuning, LR x 2", "plain", rate=2),
     Arm("fine-tuning, half the steps", "plain", steps=0.5),
     Arm("EWC 1", "ewc", (ewc(1),), old_data=True),
     Arm("EWC 10", "ewc", (ewc(10),), old_data=True),
     Arm("EWC 100", "ewc", (ewc(100),), old_data=True),
     Arm("EWC 10, proximal", "ewc", (ewc(10, form="proximal"),), old_data=True),
     Arm("EWC 10, Fisher on sampled text", "ewc", (ewc(10, "self"),)),
+    Arm("SI 1", "si", (si(1),), old_data=True),
     Arm("SI 10", "si", (si(10),), old_data=True),
-    Arm("SI 100", "si", (si(100),), old_data=True),
     Arm("L2-SP 1", "l2sp", (l2sp(1),), old_data=True),
     Arm("L2-SP 10", "l2sp", (l2sp(10),), old_data=True),
     Arm("replay 1 %", "replay", (replay(0.01),), old_data=True),
@@ -106,6 +107,16 @@ SOURCE = [
     Arm("EWC 10 + replay 5 %", "ewc + replay", (ewc(10), replay(0.05)), old_data=True),
     Arm("EWC 10 + self-replay 5 %", "ewc + self-replay", (ewc(10, "self"), self_replay(0.05))),
     Arm("EWC 10 + self-replay 25 %", "ewc + self-replay", (ewc(10, "self"), self_replay(0.25))),
+    Arm("self-replay 50 %, 2 x steps", "self-replay", (self_replay(0.5),), steps=2),
+    Arm("EWC 10 + self-replay 25 %, 1.35 x steps", "ewc + self-replay", (ewc(10, "self"), self_replay(0.25)), steps=1.35),
+    Arm("EWC 10 + self-replay 50 %, 2 x steps, LR x 2", "ewc + self-replay", (ewc(10, "self"), self_replay(0.5)), steps=2, rate=2),
+    Arm(
+        "EWC 10 + self-replay 25 % + distillation 0.3, 2 x steps, LR x 2",
+        "ewc + self-replay",
+        (ewc(10, "self"), self_replay(0.25), distill(0.3)),
+        steps=2,
+        rate=2,
+    ),
     Arm("distillation 0.5", "distillation", (distill(0.5),)),
     Arm("LoRA r16, LR x 3", "lora", (lora(16),), rate=3),
 ]
@@ -117,11 +128,18 @@ GROWN = [
     Arm("depth: replay 5 %", "replay", (replay(0.05),), growth="depth", old_data=True),
     Arm("depth: self-replay 25 %", "self-replay", (self_replay(0.25),), growth="depth"),
     Arm("depth: EWC 10 + self-replay 25 %", "ewc + self-replay", (ewc(10, "self"), self_replay(0.25)), growth="depth"),
+    Arm(
+        "depth: EWC 10 + self-replay 25 %, 1.35 x steps",
+        "ewc + self-replay",
+        (ewc(10, "self"), self_replay(0.25)),
+        growth="depth",
+        steps=1.35,
+    ),
     Arm("depth: LoRA r16, new in full, LR x 3", "lora", (lora(16),), growth="depth", rate=3),
     Arm("width: fine-tuning", "plain", growth="width"),
     Arm("width: EWC 10, mapped", "ewc", (ewc(10, "mapped"),), growth="width", old_data=True),
     Arm("width: EWC 10, collapsed", "ewc", (collapsed(10),), growth="width", old_data=True),
-    Arm("width: self-replay 25 %", "self-replay", (self_replay(0.25),), growth="width"),
+    Arm("width: EWC 10, collapsed + self-replay 25 %", "ewc + self-replay", (collapsed(10, "self"), self_replay(0.25)), growth="width"),
     Arm("FFN: only new units", "frozen", (only("new"),), growth="ffn"),
 ]
 ARMS = {arm.name: arm for arm in (*SOURCE, *GROWN)}

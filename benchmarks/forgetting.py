@@ -24,8 +24,11 @@ import tradeoff
 from arms import ARMS, Arm
 from stage import FULL, QUICK, Settings, Stage, prepare
 
+from hf_grow.training import recipe
 from hf_grow.training.data import cache
 from hf_grow.training.events import read_events
+from hf_grow.training.reckon import dry_run
+from hf_grow.training.run import train
 
 HERE = Path(__file__).parent
 NAME = "forgetting"
@@ -47,9 +50,6 @@ def key_of(arm: Arm, stage: Stage) -> str:
 
 def run(arm: Arm, stage: Stage) -> dict[str, Any]:
     """One training, as `hf-grow train` does it; its trajectory, its time and its memory."""
-    from hf_grow.training import recipe
-    from hf_grow.training.run import dry_run, train
-
     read = recipe.read(arm.recipe(stage), arm.name)
     with tempfile.TemporaryDirectory(prefix="hf-grow-forgetting-") as folder:
         out = Path(folder) / "out"
@@ -94,6 +94,9 @@ def benchmark(arguments: argparse.Namespace) -> list[Path]:
     done = {r["key"]: r for r in records(store)}
     found = []
     for seed in range(arguments.seeds):
+        if arguments.stored:
+            found += [r for r in done.values() if r["seed"] == seed and r["arm"] in {a.name for a in chosen}]
+            continue
         stage = prepare(settings, seed)
         for arm in chosen:
             key = key_of(arm, stage)
@@ -133,6 +136,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="everything tiny: the same path through the code, and no measurement")
     parser.add_argument("--arms", nargs="+", metavar="WORD", help="only arms whose names contain one of these, and plain fine-tuning")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--stored", action="store_true", help="only write table and plot again, from the runs that are stored")
     parser.add_argument("--fresh", action="store_true", help="run again what was stored")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     return parser.parse_args(argv)

@@ -3,7 +3,7 @@
 Methods learn at different speeds, so their forgetting at the end of a training does not compare. Here it is read off where the new-domain loss is
 the same: a trajectory is a polygon through its evaluations (new-domain loss, rise of the old-domain loss over the source's), followed from the
 start to where it first reaches that loss. The loss to compare at is the one that plain fine-tuning reaches, or, for an arm that does not get
-there, the lowest that it reaches itself. The yardstick is the least that any of the plain fine-tunings (YARDSTICK: three learning rates, two lengths)
+there, the lowest that it reaches itself. The yardstick is the least that any of the plain fine-tunings (YARDSTICK: four learning rates, two lengths)
 has forgotten there, so stopping early and learning slower are beaten as well, not only one setting.
 """
 
@@ -26,7 +26,7 @@ from stage import Settings
 from hf_grow.execute import versions
 
 PLAIN = "fine-tuning"
-YARDSTICK = (PLAIN, "fine-tuning, LR / 3", "fine-tuning, LR / 10", "fine-tuning, half the steps")
+YARDSTICK = (PLAIN, "fine-tuning, LR / 3", "fine-tuning, LR / 10", "fine-tuning, LR x 2", "fine-tuning, half the steps")
 GOAL = 0.3
 Run = Mapping[str, Any]
 Point = tuple[float, float]
@@ -137,7 +137,7 @@ def cells(seeds: Mapping[int, Mapping[str, Compared]], names: Sequence[str]) -> 
 
 
 PAIRS = (
-    *((f"EWC {n}", PLAIN) for n in (1, 10, 100)), ("EWC 10", "L2-SP 10"), ("EWC 10", "SI 10"), ("EWC 10 + replay 5 %", "replay 5 %"),
+    *((f"EWC {n}", PLAIN) for n in (1, 10, 100)), ("EWC 10", "L2-SP 10"), ("EWC 10", "SI 10"), ("EWC 10", "distillation 0.5"), ("EWC 10 + replay 5 %", "replay 5 %"),
     ("EWC 10 + self-replay 5 %", "self-replay 5 %"), ("EWC 10 + self-replay 25 %", "self-replay 25 %"), ("self-replay 5 %", "replay 5 %"),
     ("depth: fine-tuning", PLAIN), ("depth: EWC 10", "EWC 10"), ("depth: self-replay 25 %", "self-replay 25 %"),
     ("width: fine-tuning", PLAIN), ("width: EWC 10, collapsed", "width: EWC 10, mapped"),
