@@ -58,7 +58,9 @@ def pretend_accelerator() -> None:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
+    from transformers import training_args
 
+    training_args.is_torch_bf16_gpu_available = lambda: True
     PartialState._prepare_backend = lambda self, cpu, sagemaker, backend=None: ("gloo", DistributedType.MULTI_GPU)
 
 

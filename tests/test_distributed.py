@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from hf_grow.training import estimate
 from hf_grow.training.check import arguments_for
 from hf_grow.training.events import read_events
 from hf_grow.training.launch import Launch, from_file, launched
+from hf_grow.training.masks import Selection
 from hf_grow.training.recipe import read
 
 EWC = {"kind": "ewc", "lambda": 3.0}
@@ -35,8 +37,8 @@ WARM = {
 }  # fmt: skip
 GROWN: dict[str, tuple[str, str, dict[str, Any]]] = {
     "deeper": ("llama", "identity", {"layers_to": 4}),
-    "wider": ("llama", "pad", {"intermediate_to": 61}),
-    "experts": ("llama", "upcycle", {"experts": 3}),
+    "wider": ("llama", "fpi", {"intermediate": 61}),
+    "experts": ("llama", "experts", {"experts": 3}),
 }
 
 
@@ -44,8 +46,9 @@ def model(folder: Path, kind: str = "deeper") -> Path:
     """A grown checkpoint in fp64, so that only what is wrong can differ, and a Fisher of it."""
     case, method, options = GROWN[kind]
     old = folder / "source"
-    made = make(BY_NAME[case], num_hidden_layers=2).double()
-    made.config.dtype = torch.float64
+    made = make(BY_NAME[case], num_hidden_layers=2)
+    if kind != "experts":  # torch's grouped multiplication knows no fp64
+        made.double().config.dtype = torch.float64
     made.save_pretrained(old)
     tokenizer().save_pretrained(old)
     api.grow(old, folder / "grown", method, **options)
@@ -75,7 +78,7 @@ def check_ewc(how: str, kind: str, folder: Path, capsys: pytest.CaptureFixture[s
     # A relative output: what each process writes lies where it works.
     facts = together(how, path, Path("together"), folders=[folder / "first", folder / "second"])
     result = run(capsys, "train", path)
-    same(folder / "out", folder / "first" / "together")
+    same(folder / "out", folder / "first" / "together", 1e-6 if kind == "experts" else 1e-9)
     assert logged(folder / "out") == pytest.approx(logged(folder / "first" / "together"), abs=1e-6)
     ends = [list(read_events(f / "events.jsonl"))[-1] for f in (folder / "out", folder / "first" / "together")]
     assert ends[0]["loss"] == pytest.approx(ends[1]["loss"], abs=1e-6)
@@ -115,6 +118,9 @@ def test_ewc_and_masks_on_several_processes(how: str, kind: str, more: str, tmp_
         changes["regularizer"] = {**changes["regularizer"], "fisher": str(tmp_path / "fisher.safetensors")}
     if kind == "wider":
         changes |= {"freeze": ["old"], "phases": []} if more == "proximal" else {}
+    if kind == "experts":
+        # The router loss is one of each process's tokens: no sum over processes gives that of all of them. Adam would magnify rounding.
+        changes |= {"moe": {"aux_loss": False}, "optim": "sgd", "learning_rate": 0.1}
     check_ewc(how, kind, tmp_path, capsys, **changes)
 
 
@@ -151,7 +157,7 @@ def test_the_best_model_is_kept(how: str, tmp_path: Path, capsys: pytest.Capture
     path = recipe(tmp_path, model(tmp_path), **settings)
     together(how, path, tmp_path / "together")
     assert run(capsys, "train", path)["stopped"] == "early stopping"
-    same(tmp_path / "out", tmp_path / "together")
+    same(tmp_path / "out", tmp_path / "together", 1e-6)
 
 
 @pytest.mark.slow
@@ -296,3 +302,29 @@ def test_the_memory_of_solar_on_eight_gpus(tmp_path: Path) -> None:
     assert zero.gathered == 2 * (10**9 + 4 * 4096**2)
     assert one.activations == ddp.activations == fsdp.activations == zero.activations
     assert fsdp.total < 40e9 < 80e9 < ddp.total
+
+
+def test_a_process_may_hold_no_rows_of_a_mask() -> None:
+    """A router of one row, on two processes."""
+    for shape in ((0,), (0, 5), (3, 0)):
+        empty = Selection(torch.zeros(shape, dtype=torch.bool))
+        values = torch.zeros(shape)
+        empty.put(values, empty.take(values))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "length"), [(4, 1024), (4, 4096)])
+def test_the_estimate_of_fsdp2_is_near_what_torch_tracks(layers: int, length: int) -> None:
+    """Blocks of SOLAR's size on eight processes that are pretended, without memory for a single number: FSDP2's own tracker adds up."""
+    from hf_grow.architecture import Architecture
+
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("tracked.py"), str(layers), str(length)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    config = {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": layers,
+              "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}  # fmt: skip
+    arch = Architecture(config)
+    shared = 8 * sum(math.prod(e.shape) for e in arch.tensors.values()) // 8  # weights and gradients in fp32, an eighth of each
+    found = shared + estimate.activations(arch, 1, length, 2, checkpointing=True) + estimate.gathered(arch, Launch(8, "fsdp2"), 2, 0)
+    assert 1.0 < found / float(done.stdout.split()[-1]) < 1.3
