@@ -205,7 +205,11 @@ def commit(request: _Handler, repo: str, revision: str) -> None:
 def xet_token(request: _Handler, repo: str, revision: str) -> None:
     if writable(request, repo, read_will_do=True):
         facts = {"casUrl": f"local://{request.hub.xet}", "accessToken": "for-this-only", "exp": int(time.time()) + 3600}
-        headers = {"X-Xet-Cas-Url": facts["casUrl"], "X-Xet-Access-Token": facts["accessToken"], "X-Xet-Token-Expiration": str(facts["exp"])}
+        headers = {
+            "X-Xet-Cas-Url": facts["casUrl"],
+            "X-Xet-Access-Token": facts["accessToken"],
+            "X-Xet-Token-Expiration": str(facts["exp"]),
+        }
         request.json(facts, headers=headers)
 
 

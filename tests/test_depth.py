@@ -317,7 +317,9 @@ def test_a_deeper_model_computes_the_listed_layers_one_after_the_other(case: Cas
     assert (logits(model, ids) - wanted).abs().max() > 1e-3  # these methods do change the function
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name not in ("qwen2_moe-mixed", "qwen3_moe-mixed", "qwen2-window", "qwen3-window")], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name not in ("qwen2_moe-mixed", "qwen3_moe-mixed", "qwen2-window", "qwen3-window")], ids=str
+)
 def test_a_cross_faded_model_computes_with_averaged_layers(case: Case, exact_math):
     """4 layers, m = 1, one layer on each side of the seam at 3: (3 w3 + w1... ) as the means 2/3, 1/3 and 1/3, 2/3 of both copies."""
     model = make(case, dtype=torch.float64)

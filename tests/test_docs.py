@@ -44,9 +44,7 @@ def test_commands_are_found() -> None:
 
 
 @pytest.mark.parametrize("page", USER, ids=lambda p: p.name)
-def test_every_command_line_parses(
-    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_every_command_line_parses(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """As far as its flags and options go; nothing is opened or run."""
     for path in ROOT.iterdir():
         (tmp_path / path.name).symlink_to(path)

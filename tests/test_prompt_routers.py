@@ -42,7 +42,9 @@ def test_the_measured_rows_are_the_router_s(kind: Any, source: Path, tmp_path: P
     rows = router_rows(open_folder(source), PromptsFile.model_validate(PROMPTS), kind=kind)
     found = load_file(out / "model.safetensors")
     for layer, wanted in rows.items():
-        assert torch.allclose(found[f"model.layers.{layer}.block_sparse_moe.gate.weight"], wanted * 0.1 * 48**0.5, atol=4e-4)  # kept in 16 bit
+        assert torch.allclose(
+            found[f"model.layers.{layer}.block_sparse_moe.gate.weight"], wanted * 0.1 * 48**0.5, atol=4e-4
+        )  # kept in 16 bit
     (tmp_path / "prompts.yaml").unlink()  # growth.json holds the prompts and the rows
     assert api.verify(source, out).ok
     record = json.loads((out / "growth.json").read_text())
