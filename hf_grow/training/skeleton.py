@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
     """The model of a config.json on the meta device."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     settings = dict(config)
+    made = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+        # Not by from_config: under DeepSpeed that would cut the model into pieces, which have no shape.
+        model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)](made)
     return model
 
 
