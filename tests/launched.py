@@ -49,7 +49,8 @@ def environment(file: str, processes: int) -> dict[str, str]:
     from sharded import free_port
 
     words = ["--config_file", str(FILES / f"{file}.yaml"), "--num_processes", str(processes), "--main_process_port", str(free_port())]
-    arguments = _validate_launch_command(launch_command_parser().parse_args([*words, "script.py"]))[0]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args([*words, "script.py"]))
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     found = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
     return {k: v for k, v in found.items() if os.environ.get(k) != v}
 
