@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from hf_grow.cli.render import console
 from hf_grow.errors import InputError
 
@@ -26,7 +28,7 @@ def print_json(data: Any) -> None:
 
 
 def show_next(*words: str | Path) -> None:
-    console.print(f"next: [bold]{shlex.join(['hf-grow', *map(str, words)])}[/]")
+    console.print(Text.assemble("next: ", (shlex.join(["hf-grow", *map(str, words)]), "bold")))
 
 
 def existing_folder(text: str) -> Path:

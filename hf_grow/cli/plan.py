@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from hf_grow.api import plan_for
 from hf_grow.checkpoint.source import open_source
@@ -107,6 +108,6 @@ def _show(arch: Any, target: int, active: int | None, context: int, ways: list[t
     render.console.print(table)
     near = [(plan, command) for plan, command in ways if _off(plan, target, active) <= TOLERANCE]
     for plan, command in near:
-        render.console.print(f"{plan.growth.method:<11} [bold]{command}[/]")
+        render.console.print(Text.assemble(f"{plan.growth.method:<11} ", (command, "bold")))
     if not near:
         render.console.print(f"No way comes within {TOLERANCE:.0%} of {wanted}; the nearest are above.", style="yellow")

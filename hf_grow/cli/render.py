@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hf_grow.checkpoint.writer import Progress
 from hf_grow.methods.hybrid import ffn_axis
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from hf_grow.methods.hybrid import Candidate, HybridOptions
     from hf_grow.planning import GrowthPlan
 
-console = Console(highlight=False, soft_wrap=True)
-notes = Console(stderr=True, highlight=False, soft_wrap=True)
+# No markup: names of folders, files and tensors may hold brackets and colons.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+notes = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def note(message: str) -> None:
@@ -79,7 +81,7 @@ def show_plan(plan: GrowthPlan) -> None:
     copies = len(plan.copies())
     console.print(f"tensors    {len(plan.targets)}: {copies} copied byte for byte, {len(plan.targets) - copies} computed")
     style = "green" if plan.guarantee.lossless else "yellow"
-    console.print(f"guarantee  [{style}]{plan.guarantee.kind}[/]: {plan.guarantee.because}")
+    console.print(Text.assemble("guarantee  ", (plan.guarantee.kind, style), f": {plan.guarantee.because}"))
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.growth.dropped.items():
         reasons.setdefault(reason, []).append(name)

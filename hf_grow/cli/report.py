@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from hf_grow.cli.render import console
 
@@ -17,7 +18,7 @@ def show_report(report: Report) -> None:
     table = Table(title=f"verify: {report.old} -> {report.new}", title_justify="left", title_style="bold")
     for column in ("check", "", "found"):
         table.add_column(column, overflow="fold")
-    marks = {"pass": "[green]ok[/]", "fail": "[red]FAIL[/]", "skip": "[yellow]-[/]"}
+    marks = {"pass": Text("ok", "green"), "fail": Text("FAIL", "red"), "skip": Text("-", "yellow")}
     for check in report.checks:
         table.add_row(check.name, marks[check.status], check.detail)
     console.print(table)
