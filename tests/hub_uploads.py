@@ -11,6 +11,7 @@ import json
 import re
 import socket
 import time
+from fnmatch import fnmatch
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,9 +113,11 @@ def preupload(request: _Handler, repo: str, revision: str) -> None:
     if not found or not (commit := request.files(found, revision)):
         return
     files = []
+    ignored = b"".join(commit[1][".gitignore"].chunks()).decode().split() if ".gitignore" in commit[1] else []
     for file in asked["files"]:
         lfs = file["path"].endswith(LFS_SUFFIXES) or file["size"] > 10_000_000
-        entry: dict[str, Any] = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+        ignore = any(fnmatch(file["path"], line) for line in ignored)
+        entry: dict[str, Any] = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": ignore}
         if blob := commit[1].get(file["path"]):
             entry["oid"] = blob.sha256 if blob.lfs else blob.oid
         files.append(entry)

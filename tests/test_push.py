@@ -59,13 +59,13 @@ def run(*words: object) -> int:
     return main([str(w) for w in words])
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: object, status: int = 2) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *words: object, status: int = 2, lines: int = 2) -> str:
     capsys.readouterr()
     assert run(*words) == status
     captured = capsys.readouterr()
     said = captured.err[captured.err.index("hf-grow: ") :]
     assert "Traceback" not in captured.err
-    assert said.count("\n") == 2, said  # what is wrong, and the next step
+    assert said.count("\n") == lines, said  # what is wrong, and the next step
     for secret in (WRITE, READ, "secret-signature"):
         assert secret not in said
     return said

@@ -1,12 +1,14 @@
 """What huggingface_hub raises while reading, in plain words.
 
-Nothing of a server's answer is repeated in a message: it could hold a token or a signed address.
+Nothing of a server's answer is repeated in a message: it could hold a token or a signed address. The library's own warnings are cleaned of both.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +29,28 @@ def cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
+class _Clean(logging.Filter):
+    """Takes queries out of addresses (those of storage are signed, and whoever has one may use it) and whatever looks like a token."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", record.getMessage())
+        record.msg, record.args = re.sub(r"\b(Bearer |hf_)[\w.-]+", r"\1...", text), ()
+        return True
+
+
+_CLEAN = _Clean()
+
+
+def clean_log() -> None:
+    """From here on huggingface_hub's warnings about its tries show no signature and no token."""
+    for name in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
+        logging.getLogger(name).addFilter(_CLEAN)
+
+
 @contextmanager
 def explained(ref: str, revision: str | None) -> Iterator[None]:
     """Turns what huggingface_hub raises into SourceError."""
+    clean_log()
     try:
         yield
     except SourceError:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hf_grow.checkpoint.hub_errors import Unreachable, explained, http_error, page
+from hf_grow.checkpoint.hub_errors import Unreachable, clean_log, explained, http_error, page
 from hf_grow.errors import SourceError
 
 TRIES = 6  # without a single byte between them
@@ -21,6 +21,7 @@ def opened(url: str, start: int, stop: int) -> Iterator[Any]:
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff  # type: ignore[attr-defined]
 
+    clean_log()
     # identity: a range of a compressed answer would be of no use.
     headers = {**build_hf_headers(library_name="hf-grow"), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT

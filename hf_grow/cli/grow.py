@@ -22,6 +22,7 @@ from hf_grow.methods import METHODS
 from hf_grow.methods.hybrid import HybridOptions, candidates
 from hf_grow.methods.sizing import short
 from hf_grow.planning import GrowthPlan
+from hf_grow.publish.card import forewarn
 from hf_grow.publish.cargo import path_shown, title_of
 from hf_grow.publish.push import Destination, Pushed, check_destination, prepare
 from hf_grow.publish.stream import SHARD_SIZE as STREAM_SHARD_SIZE
@@ -160,6 +161,8 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
     to = output.destination()
     if to:
         check_destination(to)
+        for warning in forewarn(plan, to.repo):
+            render.note(warning)
     if output.stream_push and output.with_optimizer:
         raise InputError("--stream-push sends the model only, and --with-optimizer writes more.", hint="Leave one of them out.")
     if not as_json:

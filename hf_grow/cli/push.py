@@ -10,10 +10,9 @@ from rich.table import Table
 
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, existing_folder, print_json
-from hf_grow.errors import InputError
-from hf_grow.publish.card import PICTURE
-from hf_grow.publish.cargo import CARD, Cargo, survey
-from hf_grow.publish.push import Destination, Pushed, on_the_hub, push
+from hf_grow.errors import ExecutionError, InputError
+from hf_grow.publish.cargo import Cargo, survey
+from hf_grow.publish.push import Destination, Pushed, again, card, on_the_hub, push
 from hf_grow.recipe import Options, parse
 
 
@@ -50,7 +49,7 @@ class PublishOptions(Options):
 
     def destination(self) -> Destination | None:
         """Where the result is published. Raises InputError for options that mean nothing without --push."""
-        if self.push:
+        if self.push is not None:
             return Destination(self.push, self.private, self.push_revision, self.create_pr, self.message)
         for name in ("private", "push_revision", "create_pr", "message", "stream_push"):
             if getattr(self, name):
@@ -86,8 +85,11 @@ def push_with_bar(folder: Path, to: Destination, *, quiet: bool) -> Pushed:
     cargo = survey(folder)
     if cargo.left_out:
         render.note(f"Left out: {', '.join(cargo.left_out)}.")
-    with render.bytes_bar("checking", cargo.weight_nbytes, quiet=quiet) as progress:
-        return push(folder, to, progress=progress, notify=render.note)
+    try:
+        with render.bytes_bar("checking", cargo.weight_nbytes, quiet=quiet) as progress:
+            return push(folder, to, progress=progress, notify=render.note)
+    except KeyboardInterrupt:
+        raise ExecutionError("Interrupted while publishing.", hint=again(folder, to)) from None
 
 
 def pushed_facts(pushed: Pushed) -> dict[str, Any]:
@@ -109,6 +111,7 @@ def show_pushed(pushed: Pushed) -> None:
 def _dry_run(cargo: Cargo, to: Destination, *, as_json: bool) -> int:
     with render.bytes_bar("checking", cargo.weight_nbytes, quiet=as_json) as progress:
         there = on_the_hub(cargo, to, progress)
+    written = [a.path_in_repo for a in card(cargo.folder, cargo.files, to.repo, render.note)]
     sizes = {name: path.stat().st_size for name, path in cargo.files.items()}
     missing = sum(size for name, size in sizes.items() if name not in (there or ()))
     if as_json:
@@ -131,7 +134,7 @@ def _dry_run(cargo: Cargo, to: Destination, *, as_json: bool) -> int:
         table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
     for name, size in sizes.items():
         table.add_row(name, render.gigabytes(size), "there already" if name in (there or ()) else "")
-    for name in (CARD, PICTURE) if CARD not in sizes else ():
+    for name in written:
         table.add_row(name, "", "written from growth.json")
     render.console.print(table)
     for name in cargo.left_out:

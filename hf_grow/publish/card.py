@@ -83,14 +83,25 @@ def make_card(folder: Path, options: CardOptions | None = None) -> Card:
     return card
 
 
+def forewarn(plan: GrowthPlan, name: str) -> list[str]:
+    """What the licence wants of the name of a model that is not made yet. Raises InputError for a name that no card can have."""
+    _check(CardOptions(name=name), name)
+    return _name_notes(inherit(plan, license=None, base_model=None, offline=False), name)
+
+
 def write_card(folder: Path, card: Card, *, output: Path | None = None, overwrite: bool = False) -> list[Path]:
     """Writes README.md (or `output`) and what goes with it; returns the files. A card that somebody edited, or that something else wrote, is
     refused with OutputError unless `overwrite`; one that stands as hf-grow wrote it is simply replaced."""
     target = output or folder / README
-    texts = {target: card.text, **{target.parent / name: text for name, text in card.files.items()}}
-    if len(texts) != 1 + len(card.files):
+    beside = {
+        name: text for name, text in card.files.items() if name != NOTICE or target.name == NOTICE or not _has(target.parent, "notice")
+    }
+    texts = {target: card.text, **{target.parent / name: text for name, text in beside.items()}}
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder.", hint="Give the name of a file, such as README.md in it.")
+    if len(texts) != 1 + len(beside):
         raise OutputError(f"{target} is the name of a file that goes with the card.", hint="Use another name, such as README.md.")
-    foreign = [p for p in texts if not overwrite and p.name != NOTICE and p.exists() and not _untouched(p)]
+    foreign = [p for p in texts if not overwrite and p.exists() and not _untouched(p)]
     if foreign:
         raise OutputError(
             f"{' and '.join(map(str, foreign))} {'were' if len(foreign) > 1 else 'was'} edited, or not written by hf-grow.",
@@ -99,8 +110,11 @@ def write_card(folder: Path, card: Card, *, output: Path | None = None, overwrit
     for path, text in texts.items():
         temporary = path.with_name(path.name + ".new")
         try:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-            os.replace(temporary, path)
+            try:
+                temporary.write_text(text, encoding="utf-8", newline="\n")
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"Cannot write {path}: {error.strerror}.") from None
     return list(texts)
@@ -160,10 +174,15 @@ def _has(folder: Path, start: str) -> bool:
         return False
 
 
+def _name_notes(heritage: Inherited, name: str) -> list[str]:
+    known = heritage.known
+    if not known or not known.name_start or licences.name_fits(known, name):
+        return []
+    return [f'The {known.title} wants the name of a published model to begin with "{known.name_start}"; {name} does not.']
+
+
 def _notes(heritage: Inherited, folder: Path, name: str) -> list[str]:
-    known, notes = heritage.known, list(heritage.notes)
-    if known and known.name_start and not licences.name_fits(known, name):
-        notes.append(f'The {known.title} wants the name of a published model to begin with "{known.name_start}"; {name} does not.')
+    known, notes = heritage.known, [*heritage.notes, *_name_notes(heritage, name)]
     if known and known.copy and not (_has(folder, "licen")):
         notes.append(f"The {known.title} wants a copy of itself to go with the weights; {folder} has no LICENSE file.")
     if not heritage.base_models:

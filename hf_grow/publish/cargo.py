@@ -1,7 +1,7 @@
 """What of a folder is published, and whether it may be.
 
 Refused: what is not whole, what its own record contradicts, what failed its verification. Left out, and named: the state of a training run,
-pickles, weights that no index knows, hidden files.
+pickles, weights that no index knows, hidden files, names with control characters or that are no UTF-8.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def survey(folder: Path) -> Cargo:
         for name in sorted(folders):
             if _is_private(name) or (here / name).is_symlink():
                 folders.remove(name)
-                left_out.append(f"{(here / name).relative_to(folder).as_posix()}/")
+                left_out.append(_told(f"{(here / name).relative_to(folder).as_posix()}/"))
         for name in names:
             path = here / name
             relative = path.relative_to(folder).as_posix()
@@ -119,7 +119,7 @@ def survey(folder: Path) -> Cargo:
             if weight or not (_is_private(name) or name.lower().endswith(NEVER) or not is_inside(folder, path) or not path.is_file()):
                 files[relative] = path
             else:
-                left_out.append(relative)
+                left_out.append(_told(relative))
     return Cargo(folder, dict(sorted(files.items())), tuple(checkpoint.files), tuple(sorted(left_out)), checkpoint.growth)
 
 
@@ -134,9 +134,13 @@ def check_content(cargo: Cargo, progress: Progress = lambda nbytes: None) -> Non
             raise _changed(name)
 
 
+def _told(name: str) -> str:
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
 def _is_private(name: str) -> bool:
     hidden = name.startswith(".") and name not in HIDDEN_BUT_PUBLIC
-    return hidden or name.endswith(".partial") or any(fnmatchcase(name, pattern) for pattern in TRAINING)
+    return hidden or not name.isprintable() or name.endswith(".partial") or any(fnmatchcase(name, pattern) for pattern in TRAINING)
 
 
 def _check_record(growth: Mapping[str, Any] | None, sizes: Mapping[str, int]) -> None:

@@ -7,6 +7,7 @@ brings its own light background, so that it reads on light and dark pages; kinds
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -141,16 +142,26 @@ def save_picture(layers: LayerMap, source: str, target: str, path: Path) -> None
     kind = path.suffix.lower()
     if kind not in (".svg", ".png"):
         raise InputError(f"{path} is no name for a picture.", hint="Use one that ends in .svg or .png.")
+    temporary = path.with_name(path.name + ".new")
     try:
-        if path.exists() and MADE_BY not in path.read_bytes()[:4096]:
+        if path.exists() and not _ours(path):
             raise OutputError(f"{path} exists, and hf-grow did not draw it.", hint="Use another name, or remove it.")
         drawing = draw(layers, source, target)
-        if kind == ".svg":
-            path.write_text(to_svg(drawing), encoding="utf-8", newline="\n")
-        else:
-            to_png(drawing, path)
+        try:
+            if kind == ".svg":
+                temporary.write_text(to_svg(drawing), encoding="utf-8", newline="\n")
+            else:
+                to_png(drawing, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"Cannot write {path}: {error.strerror}.") from None
+
+
+def _ours(path: Path) -> bool:
+    with path.open("rb") as handle:
+        return MADE_BY in handle.read(4096)
 
 
 def to_svg(drawing: Drawing) -> str:

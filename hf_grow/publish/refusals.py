@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from hf_grow.checkpoint.hub import no_bars
-from hf_grow.checkpoint.hub_errors import http_error, page
+from hf_grow.checkpoint.hub_errors import clean_log, http_error, page
 from hf_grow.errors import ExecutionError, GrowError, OutputError
 
 _QUOTA = re.compile(r"storage|quota|billing|payment", re.IGNORECASE)
@@ -35,7 +35,12 @@ def check_login() -> None:
 
     if constants.HF_HUB_OFFLINE:
         raise OutputError("The Hub is not asked (HF_HUB_OFFLINE), so nothing can be published.", hint="Unset HF_HUB_OFFLINE.")
-    if not get_token():
+    token = get_token()
+    if token and not re.fullmatch(r"[!-~]+", token):
+        raise OutputError(
+            "The token holds characters that no token has.", hint="Log in again with `hf auth login`, or set another HF_TOKEN."
+        )
+    if not token:
         raise OutputError("Publishing needs a token with the right to write.", hint="Log in with `hf auth login`, or set HF_TOKEN.")
 
 
@@ -47,6 +52,7 @@ def bars() -> AbstractContextManager[None]:
 @contextmanager
 def explained(repo: str, again: str) -> Iterator[None]:
     """Turns what huggingface_hub raises into OutputError or ExecutionError; `again` says how to go on after a failure."""
+    clean_log()
     try:
         yield
     except GrowError:
@@ -72,6 +78,8 @@ def _explain(error: BaseException, repo: str, again: str) -> GrowError:
         return ExecutionError(f"The connection to {page()} failed ({type(error).__name__}).", hint=f"Check the network. {again}")
     if isinstance(error, OSError) and error.errno:
         return ExecutionError(f"Publishing {repo} failed: {os.strerror(error.errno)}.", hint=again)
+    if isinstance(error, UnicodeDecodeError):  # the only file that the library reads as text
+        return OutputError("README.md is not UTF-8 text.", hint="Save it as UTF-8. Or remove README.md; a new one is then written.")
     if isinstance(error, ValueError) and "README.md" in str(error):
         return OutputError(
             "The Hub does not accept the metadata at the top of README.md.",

@@ -39,7 +39,7 @@ class StreamSink(Sink):
     def gone(self, folder: PartialFolder) -> Mapping[str, str]:
         if not folder.sent:
             return {}
-        held = set(folder.sent.values()) if folder.committed else _held(self.to, set(folder.sent.values()))
+        held = set(folder.sent.values()) if self._is_done(folder) else _held(self.to, set(folder.sent.values()))
         there = {file for file, facts in folder.sent.items() if facts in held}
         for file in there:
             (folder.path / file).unlink(missing_ok=True)  # killed between noting and removing it
@@ -68,13 +68,14 @@ class StreamSink(Sink):
         folder.note_sent(shard, sha256)
         path.unlink()
         self._sent[shard.file] = addition
-        self.notify(f"{shard.file} sent ({shard.size / 1e9:.2f} GB).")
+        size = f"{shard.size / 1e9:.2f} GB" if shard.size >= 1e9 else f"{shard.size / 1e6:.1f} MB"
+        self.notify(f"{shard.file} sent ({size}).")
 
     def finish(self, folder: PartialFolder, files: set[str]) -> None:
         from huggingface_hub import CommitOperationAdd
 
         shards = [self._sent[file] for file in sorted(self._sent)]
-        if not folder.committed:
+        if not self._is_done(folder):
             small = [
                 CommitOperationAdd(path.relative_to(folder.path).as_posix(), str(path))
                 for name in sorted(files - self._sent.keys())
@@ -89,6 +90,10 @@ class StreamSink(Sink):
             folder.committed = asdict(done)
         self.pushed = Pushed(**folder.committed)
         folder.discard()
+
+    def _is_done(self, folder: PartialFolder) -> bool:
+        """Whether an earlier run made the commit, in this repository."""
+        return bool(folder.committed) and folder.committed.get("repo") == self.to.repo
 
 
 def _held(to: Destination, objects: set[tuple[int, str]]) -> set[tuple[int, str]]:
