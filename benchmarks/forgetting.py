@@ -6,14 +6,17 @@ Every run goes into results/forgetting.jsonl as soon as it is done, so an interr
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,8 @@ from hf_grow.training.run import train
 
 HERE = Path(__file__).parent
 NAME = "forgetting"
+TIMED = 6
+"""Steps of a stretch whose time is taken."""
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
@@ -49,35 +54,65 @@ def key_of(arm: Arm, stage: Stage) -> str:
 
 
 def run(arm: Arm, stage: Stage) -> dict[str, Any]:
-    """One training, as `hf-grow train` does it; its trajectory, its time and its memory."""
+    """One training, as `hf-grow train` does it; its trajectory and its memory."""
     read = recipe.read(arm.recipe(stage), arm.name)
     with tempfile.TemporaryDirectory(prefix="hf-grow-forgetting-") as folder:
         out = Path(folder) / "out"
         memory = dry_run(read, output=str(out), notify=lambda message: None)["memory"]
-        began = time.perf_counter()
         found = train(read, output=str(out))
-        whole = time.perf_counter() - began
-        events = list(read_events(out / "events.jsonl"))
-        shutil.rmtree(out)
-    trajectory = [{"step": e["step"], **e["losses"]} for e in events if e["event"] == "evaluation"]
+        trajectory = [{"step": e["step"], **e["losses"]} for e in read_events(out / "events.jsonl") if e["event"] == "evaluation"]
     return {
-        "arm": arm.name, "seed": stage.seed, "key": key_of(arm, stage), "trajectory": trajectory, "steps": found.steps, "tokens": found.tokens,
-        "step_seconds": step_seconds(events), "seconds": round(whole, 2), "memory": memory,
-    }  # fmt: skip
+        "arm": arm.name,
+        "seed": stage.seed,
+        "key": key_of(arm, stage),
+        "trajectory": trajectory,
+        "steps": found.steps,
+        "memory": memory,
+    }
 
 
-def step_seconds(events: list[dict[str, Any]]) -> float:
-    """Seconds of a step in the fastest stretch between an evaluation and the next log line: the one that other load disturbed least."""
-    found, since = [], None
-    for event in events:
-        if event["event"] == "evaluation":
-            since = event
-        elif event["event"] == "log" and since is not None:
-            if event["step"] > since["step"]:
-                found.append((event["time"] - since["time"]) / (event["step"] - since["step"]))
-            since = None
-    fastest: float = min(found)
-    return round(fastest, 5)
+def kind_of(arm: Arm, settings: Settings) -> str:
+    """Names what decides the time of a step: strengths, shares and rates do not."""
+    given = arm.recipe(Stage(settings, 0, Path("stage")))
+    penalty = {k: v for k, v in given.get("regularizer", {}).items() if k not in ("lambda", "fisher")}
+    return cache.key([arm.growth, penalty, "distill" in given, given.get("lora"), given.get("train"), asdict(settings)])
+
+
+def step_seconds(arm: Arm, stage: Stage) -> float:
+    """Processor seconds of a step, in the fastest of several stretches of a short training: other load slows these far less than wall time."""
+    given = arm.recipe(stage)
+    given |= {"data": {**given["data"], "eval": {}}, "max_steps": 6 * TIMED, "logging_steps": TIMED, "warmup_steps": 1}
+    del given["eval_steps"]
+    ticks: list[float] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="hf-grow-forgetting-") as folder,
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # no terminal: no bar
+        train(recipe.read(given, arm.name), output=str(Path(folder) / "out"), show=lambda line: ticks.append(time.process_time()))
+    return min(b - a for a, b in pairwise(ticks)) / TIMED
+
+
+def timings(chosen: list[Arm], settings: Settings, store: Path) -> dict[str, float]:
+    """The time of a step by kind; each kind is run twice, not at once."""
+    kinds = {kind_of(arm, settings): arm for arm in reversed(chosen)}
+    found: dict[str, list[float]] = {}
+    for record in records(store):
+        if "timing" in record:
+            found.setdefault(record["timing"], []).append(record["seconds"])
+    stage = None
+    for number in (1, 2):
+        for kind, arm in kinds.items():
+            if len(found.get(kind, ())) < number:
+                stage = stage or prepare(settings, 0)
+                seconds = step_seconds(arm, stage)
+                found.setdefault(kind, []).append(seconds)
+                append(store, {"timing": kind, "arm": arm.name, "seconds": round(seconds, 6)})
+    return {kind: min(seconds) for kind, seconds in found.items()}
+
+
+def append(store: Path, record: dict[str, Any]) -> None:
+    with store.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def benchmark(arguments: argparse.Namespace) -> list[Path]:
@@ -91,7 +126,7 @@ def benchmark(arguments: argparse.Namespace) -> list[Path]:
     chosen = chosen_arms(arguments.arms)
     arguments.results.mkdir(parents=True, exist_ok=True)
     store = arguments.results / f"{NAME}{'-quick' if arguments.quick else ''}.jsonl"
-    done = {r["key"]: r for r in records(store)}
+    done = {r["key"]: r for r in records(store) if "key" in r}
     found = []
     for seed in range(arguments.seeds):
         if arguments.stored:
@@ -103,15 +138,16 @@ def benchmark(arguments: argparse.Namespace) -> list[Path]:
             if key not in done or arguments.fresh:
                 began = time.perf_counter()
                 done[key] = run(arm, stage)
-                with store.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(done[key]) + "\n")
-                last = done[key]["trajectory"][-1]
-                first = done[key]["trajectory"][0]
+                append(store, done[key])
+                first, last = done[key]["trajectory"][0], done[key]["trajectory"][-1]
                 print(
-                    f"seed {seed}  {arm.name:<36} old {last['old']:.3f} ({last['old'] - first['old']:+.3f})  new {last['new']:.3f}  "
+                    f"seed {seed}  {arm.name:<66} old {last['old']:.3f} ({last['old'] - first['old']:+.3f})  new {last['new']:.3f}  "
                     f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True,
                 )  # fmt: skip
             found.append(done[key])
+    times = timings(chosen, settings, store)
+    for record in found:
+        record["step_seconds"] = times[kind_of(ARMS[record["arm"]], settings)]
     return tradeoff.write(found, [a.name for a in chosen], settings, arguments.results / store.stem, command_of(arguments))
 
 

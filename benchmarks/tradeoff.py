@@ -100,12 +100,13 @@ def held(run: Run) -> int:
     return int(sum(v for k, v in run["memory"].items() if k not in ("activations", "total")))
 
 
-def beside(a: Run, b: Run) -> float | None:
-    """What a has forgotten over what b has, at the lowest new-domain loss that both reach; None where b has forgotten nothing there."""
-    source_old = b["trajectory"][0]["old"]
-    one, other = points(a, source_old), points(b, source_old)
-    level = max(lowest(one), lowest(other))
-    mine, its = forgotten(one, level), forgotten(other, level)
+def beside(ones: Sequence[Run], others: Sequence[Run]) -> float | None:
+    """What the best of `ones` has forgotten over what the best of `others` has, at the lowest new-domain loss that both sides reach; None where
+    those have forgotten nothing there."""
+    source_old = others[0]["trajectory"][0]["old"]
+    a, b = ([points(run, source_old) for run in side] for side in (ones, others))
+    level = max(min(map(lowest, a)), min(map(lowest, b)))
+    mine, its = least(a, level), least(b, level)
     assert mine is not None and its is not None
     return mine / its if its > 0 else None
 
@@ -117,7 +118,7 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 COLUMNS = (
-    "", "old text", "old loss", "new loss", "forgetting", "compared at", "forgetting there", "x plain", "least to most", "time", "memory",
+    "", "old text", "seeds", "old loss", "new loss", "forgetting", "compared at", "forgetting there", "x plain", "least to most", "time", "memory",
 )  # fmt: skip
 
 
@@ -125,9 +126,11 @@ def cells(seeds: Mapping[int, Mapping[str, Compared]], names: Sequence[str]) -> 
     out: list[tuple[str, ...]] = []
     for name in names:
         found = [c[name] for c in seeds.values() if name in c]
+        if not found:
+            continue
         ratios = [c.ratio for c in found]
         out.append((
-            name, "yes" if ARMS[name].old_data else "no", spread([c.old for c in found]), spread([c.new for c in found]),
+            name, "yes" if ARMS[name].old_data else "no", str(len(found)), spread([c.old for c in found]), spread([c.new for c in found]),
             spread([c.rise for c in found]), f"{statistics.fmean(c.level for c in found):.3f}", spread([c.rise_there for c in found]),
             f"**{statistics.fmean(ratios):.2f}**" if statistics.fmean(ratios) <= GOAL else f"{statistics.fmean(ratios):.2f}",
             f"{min(ratios):.2f} to {max(ratios):.2f}",
@@ -137,24 +140,30 @@ def cells(seeds: Mapping[int, Mapping[str, Compared]], names: Sequence[str]) -> 
 
 
 PAIRS = (
-    *((f"EWC {n}", PLAIN) for n in (1, 10, 100)), ("EWC 10", "L2-SP 10"), ("EWC 10", "SI 10"), ("EWC 10", "distillation 0.5"), ("EWC 10 + replay 5 %", "replay 5 %"),
-    ("EWC 10 + self-replay 5 %", "self-replay 5 %"), ("EWC 10 + self-replay 25 %", "self-replay 25 %"), ("self-replay 5 %", "replay 5 %"),
-    ("depth: fine-tuning", PLAIN), ("depth: EWC 10", "EWC 10"), ("depth: self-replay 25 %", "self-replay 25 %"),
-    ("width: fine-tuning", PLAIN), ("width: EWC 10, collapsed", "width: EWC 10, mapped"),
+    *(((f"EWC {n}",), YARDSTICK) for n in (1, 10, 100)), (("EWC 10",), ("L2-SP 10",)), (("EWC 100",), ("SI 1",)), (("EWC 100",), ("distillation 0.5",)),
+    (("EWC 10 + replay 5 %",), ("replay 5 %",)), (("EWC 10 + self-replay 5 %",), ("self-replay 5 %",)),
+    (("EWC 10 + self-replay 25 %",), ("self-replay 25 %",)),
+    (("EWC 10, Fisher on sampled text",), ("EWC 10",)), (("self-replay 5 %",), ("replay 5 %",)),
+    (("depth: fine-tuning",), (PLAIN,)), (("depth: EWC 10",), ("EWC 10",)), (("depth: EWC 10, inherited only",), ("depth: EWC 10",)), (("width: fine-tuning",), (PLAIN,)),
+    (("width: EWC 10, collapsed",), ("width: EWC 10, mapped",)),
 )  # fmt: skip
-"""What is worth knowing of two arms."""
+"""What is worth knowing of two sets of arms."""
 
 
 def pairs(runs: Mapping[int, Mapping[str, Run]]) -> list[str]:
     lines = []
-    for a, b in PAIRS:
-        ratios = [beside(r[a], r[b]) for r in runs.values() if a in r and b in r]
+    for ones, others in PAIRS:
+        whole = [r for r in runs.values() if {*ones, *others} <= r.keys()]
+        ratios = [beside([r[n] for n in ones], [r[n] for n in others]) for r in whole]
         known = [r for r in ratios if r is not None]
         if known:
             verdict = "less, every time" if max(known) < 1 else "more, every time" if min(known) > 1 else "now less, now more"
-            each = ", ".join(f"{r:.2f}" for r in known)
-            lines.append(f"- {a} beside {b}: {each} ({verdict})")
+            lines.append(f"- {_told(ones)} beside {_told(others)}: {', '.join(f'{r:.2f}' for r in known)} ({verdict})")
     return lines
+
+
+def _told(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else "the best plain fine-tuning" if names == YARDSTICK else f"the best of {', '.join(names)}"
 
 
 def write(found: Sequence[Run], names: Sequence[str], settings: Settings, base: Path, command: str) -> list[Path]:

@@ -69,7 +69,7 @@ def test_no_ratio_where_nothing_was_forgotten() -> None:
 
     runs = {name: run(name, (3.0, 9.0), (2.9, 7.0)) for name in YARDSTICK}
     assert compare(runs)[YARDSTICK[0]].ratio == float("inf")
-    assert beside(runs[YARDSTICK[0]], runs[YARDSTICK[1]]) is None
+    assert beside([runs[YARDSTICK[0]]], [runs[YARDSTICK[1]]]) is None
 
 
 def test_every_arm_reads_as_a_recipe_and_says_whether_it_needs_old_text() -> None:
@@ -85,7 +85,7 @@ def test_every_arm_reads_as_a_recipe_and_says_whether_it_needs_old_text() -> Non
         assert not read(recipe, name).mistakes, name
         named = json.dumps({k: v for k, v in recipe.items() if k != "data"}) + json.dumps(recipe["data"].get("replay", ""))
         assert arm.old_data == any(word in named for word in ("fisher-old", "fisher-mapped", "fisher-si", "old.jsonl")), name
-    assert {*YARDSTICK, *(n for pair in PAIRS for n in pair)} <= ARMS.keys()
+    assert {*YARDSTICK, *(n for pair in PAIRS for side in pair for n in side)} <= ARMS.keys()
 
 
 def test_prose_and_code_are_apart() -> None:
