@@ -6,7 +6,7 @@ COMPAT ?= .venv-compat
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 
-.PHONY: demo test test-slow test-compat check format bench bench-width bench-experts bench-7b clean help
+.PHONY: demo test test-slow test-compat check format bench bench-width bench-experts bench-7b bench-forgetting clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -73,6 +73,9 @@ bench-experts: $(VENV)/.installed  ## the same checkpoint with eight experts (ne
 
 bench-7b: $(VENV)/.installed  ## the exact Mistral-7B config to 10.7B (needs 60 GB of disk)
 	$(BIN)/python benchmarks/conversion.py --size 7b --layers-to 48 --repeats 1
+
+bench-forgetting: $(VENV)/.installed  ## what continued pretraining forgets, and what helps (about an hour; goes on where it was interrupted)
+	$(BIN)/python benchmarks/forgetting.py --seeds 3
 
 clean:  ## remove the virtual environment and everything made
 	rm -rf $(VENV) $(COMPAT) build/compat demo-out benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis
