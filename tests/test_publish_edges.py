@@ -227,3 +227,15 @@ def test_a_task_file_nested_without_end_is_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "deep.yaml").write_text("[" * 5000 + "]" * 5000)
     with pytest.raises(InputError, match="is not valid YAML"):
         _named(tmp_path / "deep.yaml")
+
+
+def test_no_bars_in_a_log(open_hub: HubServer, grown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    open_hub.add("someone/small", tmp_path / "small")
+    words = ("depth", "someone/small", "--method", "identity", "--layers-to", 4, "-o", tmp_path / "more", "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", None)
+        assert run(*words) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["bytes"] > 0
+    assert "Fetching" not in said.err
+    assert "%|" not in said.err

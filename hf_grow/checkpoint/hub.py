@@ -9,9 +9,10 @@ import glob
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def download(remote: Remote, files: Sequence[str]) -> Path:
     from huggingface_hub import HfApi
 
     patterns = [glob.escape(f) for f in files]
-    with explained(remote.ref, remote.revision):
+    with explained(remote.ref, remote.revision), bars():
         return Path(HfApi(library_name="hf-grow").snapshot_download(remote.ref, revision=remote.commit, allow_patterns=patterns))
 
 
@@ -176,6 +177,11 @@ def blob_sha256(path: Path) -> str | None:
     except OSError:
         return None
     return name if _SHA256.fullmatch(name) else None
+
+
+def bars() -> AbstractContextManager[None]:
+    """huggingface_hub's progress bars where somebody sees them, or asks for them as its documentation says; those of Xet would fill a log."""
+    return nullcontext() if sys.stderr.isatty() or os.environ.get("TQDM_POSITION") == "-1" else no_bars()
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class _Clean(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", record.getMessage())
-        record.msg, record.args = re.sub(r"\b(Bearer |hf_)[\w.-]+", r"\1...", text), ()
+        record.msg, record.args = re.sub(r"\b(Bearer |hf_)[\w.-]{8,}", r"\1...", text), ()
         return True
 
 

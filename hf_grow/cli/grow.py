@@ -193,7 +193,7 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
     sink = None
     if to and output.stream_push:
         sink = StreamSink(to, title_of(plan.growth.method, plan.source.ref), render.note)
-        for doubt in path_shown(plan.source.ref):
+        for doubt in path_shown(plan.source.ref, change="a shorter one, or a Hub id, as the source changes that"):
             render.note(doubt)
     with render.bytes_bar("growing", plan.nbytes, quiet=as_json or sink is not None) as progress:  # uploads draw bars of their own
         result = execute(

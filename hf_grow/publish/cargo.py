@@ -83,9 +83,9 @@ def title_of(method: str, ref: str) -> str:
     return f"{method} growth of {Path(ref).name} with hf-grow"
 
 
-def path_shown(ref: str) -> list[str]:
+def path_shown(ref: str, *, change: str = "edit source.ref to change that") -> list[str]:
     """What to say where a record names a folder of this machine."""
-    return [f"{GROWTH} will show your path {ref}; edit source.ref to change that."] if ref.startswith(("/", "~", ".")) else []
+    return [f"{GROWTH} will show your path {ref}; {change}."] if ref.startswith(("/", "~", ".")) else []
 
 
 def _paths(value: Any, depth: int = 0) -> Iterator[str]:

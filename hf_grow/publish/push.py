@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_grow.checkpoint.hub import bars
 from hf_grow.checkpoint.hub_errors import page
 from hf_grow.checkpoint.reader import GROWTH, INDEX
 from hf_grow.checkpoint.writer import Progress
 from hf_grow.errors import InputError, OutputError
 from hf_grow.publish.cargo import CARD, Cargo, check_content, survey
-from hf_grow.publish.refusals import bars, check_login, check_repo_id, explained
+from hf_grow.publish.refusals import check_login, check_repo_id, explained
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

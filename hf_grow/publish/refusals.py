@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
-from hf_grow.checkpoint.hub import no_bars
 from hf_grow.checkpoint.hub_errors import clean_log, http_error, page
 from hf_grow.errors import ExecutionError, GrowError, OutputError
 
@@ -42,11 +40,6 @@ def check_login() -> None:
         )
     if not token:
         raise OutputError("Publishing needs a token with the right to write.", hint="Log in with `hf auth login`, or set HF_TOKEN.")
-
-
-def bars() -> AbstractContextManager[None]:
-    """huggingface_hub's progress bars where somebody sees them; those of Xet would fill a log."""
-    return nullcontext() if sys.stderr.isatty() else no_bars()
 
 
 @contextmanager

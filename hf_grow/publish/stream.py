@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from hf_grow.checkpoint.hub import bars
 from hf_grow.checkpoint.hub_errors import page
 from hf_grow.checkpoint.sink import Sink
 from hf_grow.checkpoint.writer import PartialFolder, Shard
 from hf_grow.errors import OutputError
 from hf_grow.publish.push import Destination, Pushed, card, send
-from hf_grow.publish.refusals import bars, explained
+from hf_grow.publish.refusals import explained
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
