@@ -186,7 +186,9 @@ def _notes(heritage: Inherited, folder: Path, name: str) -> list[str]:
     if known and known.copy and not (_has(folder, "licen")):
         notes.append(f"The {known.title} wants a copy of itself to go with the weights; {folder} has no LICENSE file.")
     if not heritage.base_models:
-        notes.append("The source is a local folder, so the card names no base model; --base-model OWNER/NAME does, if it is on the Hub.")
+        notes.append(
+            "The source is a local folder, so the card names no base model; `hf-grow card --base-model OWNER/NAME` does, if it is on the Hub."
+        )
     return notes
 
 

@@ -66,10 +66,12 @@ def _with_licence(found: Inherited, chosen: str | None, cards: list[tuple[str, S
     elif len(said) > 1:
         listed = "; ".join(f"{source}: {c.licence}" for source, c in cards if c.licence)
         origin = f"the sources have different licences ({listed}); ask their owners what holds for a model made of them"
-        notes.append("The sources have different licences, so the card names none: " + listed + ". Use --license once you know.")
+        notes.append(
+            "The sources have different licences, so the card names none: " + listed + ". `hf-grow card --license` does once you know."
+        )
     else:
         origin = f"unknown: ask the owner of the source ({'; '.join(unknown)})"
-        notes.append(f"The licence is unknown, so the card names none ({'; '.join(unknown)}). Use --license once you know.")
+        notes.append(f"The licence is unknown, so the card names none ({'; '.join(unknown)}). `hf-grow card --license` does once you know.")
     known = licences.find(licence, name)
     return Inherited(found.base_models, licence, name, link, found.language, found.datasets, known, origin, tuple(notes))
 
