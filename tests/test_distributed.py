@@ -157,7 +157,7 @@ def test_the_best_model_is_kept(how: str, tmp_path: Path, capsys: pytest.Capture
     path = recipe(tmp_path, model(tmp_path), **settings)
     together(how, path, tmp_path / "together")
     assert run(capsys, "train", path)["stopped"] == "early stopping"
-    same(tmp_path / "out", tmp_path / "together", 1e-6)
+    same(tmp_path / "out", tmp_path / "together", 1e-4)  # a step at this rate is 0.3
 
 
 @pytest.mark.slow
