@@ -32,9 +32,10 @@ from hf_grow.training import newness
 from hf_grow.training.blocks import Blend, decoder_layers
 from hf_grow.training.checkpoints import last_checkpoint
 from hf_grow.training.estimate import activations
-from hf_grow.training.events import EVENTS, read_events
+from hf_grow.training.events import EVENTS, EventLog, read_events
 from hf_grow.training.growing import Growing
 from hf_grow.training.masks import Selection, both, either, inverse, select
+from hf_grow.training.regularizers import SynapticIntelligence
 from hf_grow.training.trainer import GrowTrainer
 from hf_grow.training.updates import Rates, Updates
 from hf_grow.training.warmups import AfterGrowth, Phase, Warmup, phase_at
@@ -392,6 +393,37 @@ def test_frozen_weights_do_not_move_by_a_bit(name: str, train: list[str], freeze
     assert moved
 
 
+def test_rows_that_stay_leave_no_trace_in_the_path_of_si(tmp_path: Path) -> None:
+    """Decay and moments move them for a moment before they are put back; that is no part of the path."""
+    model, plan = grown_model("width")
+    masks = newness.new_masks(model, plan)
+    before = weights(model)
+    path = SynapticIntelligence(0.1, {n: p.clone() for n, p in before.items()}, None, xi=1e-3)
+    trainer(model, tmp_path, Growing(updates=Updates(masks, masks), penalty=path), max_steps=4).train()
+    path.consolidate()
+    some = 0
+    for n, found in path.importances().items():
+        stayed = ~torch.as_tensor(masks[n]).expand(found.shape)
+        assert not found[stayed].any(), n
+        assert not stayed.any() or torch.equal(dict(model.named_parameters())[n].detach()[stayed], before[n][stayed])
+        some += int((found > 0).sum())
+    assert some > 1000
+
+
+def test_a_rate_of_their_own_counts_in_the_path_of_si(tmp_path: Path) -> None:
+    """New rows at half the rate: the sum of gradient times move is that of the moves that were made."""
+    model, plan = grown_model("width")
+    path = SynapticIntelligence(0.0, {n: p.clone() for n, p in weights(model).items()}, None, xi=1e-3)
+    growing = Growing(
+        updates=Updates(dict.fromkeys(weights(model), True), newness.new_masks(model, plan)), warmup=Warmup(lr=0.5), penalty=path
+    )
+    before = weights(model)
+    trainer(model, tmp_path, growing, max_steps=1).train()
+    for n, p in model.named_parameters():
+        kept = path.path[n]
+        torch.testing.assert_close(kept["omega"], -kept["gradient"] * (p.detach() - before[n]))
+
+
 def test_a_phase_freezes_and_then_lets_go(tmp_path: Path) -> None:
     """The thawed tensors take the step of a fresh AdamW: the phase left no moments and no step count behind."""
     model, plan = grown_model("depth")
@@ -721,6 +753,34 @@ def test_training_from_python_is_the_command(tmp_path: Path, capsys: pytest.Capt
     run(capsys, "train", path, "-o", tmp_path / "command", "--max_steps", 2)
     mine, theirs = (load_file(tmp_path / f / "model.safetensors") for f in ("python", "command"))
     assert all(torch.equal(mine[n], theirs[n]) for n in theirs)
+
+
+def test_a_gradient_that_overflows_fp16_is_no_instability(tmp_path: Path) -> None:
+    """A GradScaler leaves such steps out until its scale fits; nothing else may take them for steps either."""
+    model, _ = grown_model("depth")
+    path = SynapticIntelligence(0.1, {n: p.clone() for n, p in weights(model).items()}, None, xi=1e-3)
+    growing = Growing(penalty=path, events=EventLog(tmp_path / "events.jsonl"))
+    made = trainer(model, tmp_path, growing, max_steps=8, fp16=True, max_grad_norm=1.0)
+    made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)  # accelerate has none on a CPU
+    made.accelerator.native_amp = True
+    made.train()
+    assert path.steps < 8, "the first steps overflowed"
+    assert path.steps > 0
+    assert made.accelerator.scaler.get_scale() == 2.0 ** (22 - (8 - path.steps))
+    assert not [e for e in read_events(tmp_path / "events.jsonl") if e["event"] in ("instability", "reaction")]
+
+
+def test_a_training_that_diverges_ends_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights that are not finite never come back; no model is left that looks like a finished one."""
+    path = recipe(tmp_path, grown(tmp_path), learning_rate=1e20, max_steps=30, save_steps=1)
+    said = run(capsys, "train", path, status=1)["error"]
+    assert "Training diverged: after step" in said and "Lower learning_rate" in said and "Traceback" not in said
+    out = tmp_path / "out"
+    assert not (out / "config.json").exists()
+    found = list(read_events(out / "events.jsonl"))
+    assert found[-1]["event"] == "reaction" and found[-2]["signal"] == "nonfinite" and found[-1]["step"] < 30
+    kept = last_checkpoint(out)
+    assert kept is not None and kept.name in said
 
 
 def test_si_leaves_its_importances_to_the_next_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

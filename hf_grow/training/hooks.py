@@ -58,6 +58,7 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         t, g = self.trainer, self.trainer.growing
+        t.note_scale()
         if g.penalty is not None:
             g.penalty.before_step()
         if g.updates is not None:
@@ -66,10 +67,15 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         t, g = self.trainer, self.trainer.growing
-        if g.penalty is not None:  # before frozen rows are put back: a proximal step would move them
-            g.penalty.after_step(g.updates.used if g.updates is not None else t._get_learning_rate())
-        if g.updates is not None:
-            g.updates.after(inner(t.optimizer))
+
+        def settle() -> None:
+            if g.updates is not None:
+                g.updates.after(inner(t.optimizer))
+
+        if g.penalty is None or t.skipped():  # a step that a GradScaler skipped is none
+            settle()
+        else:
+            g.penalty.after_step(g.updates.used if g.updates is not None else t._get_learning_rate(), settle)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.watch()

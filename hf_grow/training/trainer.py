@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 
 from hf_grow.checkpoint.reader import GROWTH
-from hf_grow.errors import InputError
+from hf_grow.errors import ExecutionError, InputError
 from hf_grow.training.checkpoints import PENALTY, last_checkpoint, write_json
 from hf_grow.training.growing import Growing
 from hf_grow.training.hooks import Hooks
+from hf_grow.training.masks import local
 from hf_grow.training.settled import STATE
 from hf_grow.training.updates import Rates
 from hf_grow.training.warmups import phase_at
@@ -58,6 +59,7 @@ class GrowTrainer(Trainer):  # type: ignore[misc]
             self.growing.updates.settle(self.model)
         self._step_loss: Tensor | None = None
         self._norm: float | None = None
+        self._scale_before = 1.0
         self._routing: dict[str, Tensor] = {}
         self.resumed_from: Any = None
         self.used = Rates()
@@ -76,9 +78,8 @@ class GrowTrainer(Trainer):  # type: ignore[misc]
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         if self.accelerator.sync_gradients:
             g = self.growing
-            scaler = self.accelerator.scaler
             if g.penalty is not None:
-                g.penalty.add_gradient(scaler.get_scale() if scaler is not None else 1.0)
+                g.penalty.add_gradient(self.loss_scale())
             if g.updates is not None:
                 g.updates.gradients(self.model, phase_at(g.phases, self.since))
         return loss
@@ -129,6 +130,20 @@ class GrowTrainer(Trainer):  # type: ignore[misc]
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._norm = float(norm)
         return norm
+
+    def loss_scale(self) -> float:
+        """What a GradScaler multiplies the loss by; 1 without one. It falls when a step is left out."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def note_scale(self) -> None:
+        """Before a step, for `skipped` after it."""
+        self._scale_before = self.loss_scale()
+
+    def skipped(self) -> bool:
+        """Whether a GradScaler left the last step out, because a gradient overflowed: it does so until its scale fits."""
+        # Not accelerate's step_was_skipped: a fused optimizer is called all the same, and does nothing.
+        return self.loss_scale() < self._scale_before
 
     def rates(self) -> Rates:
         g, m = self.growing, self.growing.monitor
@@ -182,7 +197,7 @@ class GrowTrainer(Trainer):  # type: ignore[misc]
             if loss > g.start_losses[name] + g.monitor.options.regression:
                 g.events.write("regression", step, set=name, loss=loss, baseline=g.start_losses[name])
         every = g.monitor.options.contribution_steps
-        if every and g.blend is not None and step and self.since % every < max(1, round(self.args.eval_steps or 1)):
+        if every and g.blend is not None and step and self.since % every < max(1, round(self.state.eval_steps or 1)):
             self.contributions()
 
     def contributions(self) -> dict[str, dict[int, float]]:
@@ -294,10 +309,26 @@ class GrowTrainer(Trainer):  # type: ignore[misc]
         if self.accelerator.num_processes > 1:  # every process must come to the same decision
             mean = self.accelerator.gather(mean.reshape(1)).mean()
         loss, self._step_loss = float(torch.as_tensor(mean)), None
-        for finding in g.monitor.step(self.since - 1, loss, self._norm):
+        norm = None if self.skipped() else self._norm  # an overflow that the scaler took care of is no instability
+        for finding in g.monitor.step(self.since - 1, loss, norm):
             g.events.write(finding.event, step, **finding.facts)
             if finding.event == "instability":
                 self._react()
+                if finding.facts["signal"] == "nonfinite" and not self.sound():
+                    last = last_checkpoint(Path(self.args.output_dir))
+                    raise ExecutionError(
+                        f"Training diverged: after step {step} weights are not finite.",
+                        hint="Lower learning_rate (or lambda of the regularizer), or let warmup_steps be longer. "
+                        + (f"{last.name} is from before." if last is not None else "There is no checkpoint from before."),
+                    )
+
+    def sound(self) -> bool:
+        """Whether all weights, of all processes, are finite."""
+        import torch
+
+        own = [local(getattr(p, "ds_tensor", p).detach()) for p in self.model.parameters()]  # ZeRO-3 keeps its piece beside an empty one
+        fine = torch.stack([torch.isfinite(p).all().to(self.args.device) for p in own])
+        return bool(self.accelerator.gather(fine.all().reshape(1)).all())
 
     def _react(self) -> None:
         g, step = self.growing, self.state.global_step

@@ -45,8 +45,12 @@ class Penalty:
     def before_step(self) -> None:
         """Just before optimizer.step."""
 
-    def after_step(self, lr: Rate) -> None:
-        """Just after optimizer.step, with its learning rate, or one for each parameter."""
+    def after_step(self, lr: Rate, settle: Callable[[], None] = lambda: None) -> None:
+        """Just after optimizer.step, with its learning rate, or one for each parameter.
+
+        ``settle`` is called once: it puts back what must not move. A proximal step comes before it, what looks at the step that was done after.
+        """
+        settle()
 
     def value(self) -> float:
         """The penalty at the current weights. Where parameters are sharded, every process must ask."""
@@ -174,9 +178,10 @@ class Quadratic(Penalty):
                 else:
                     grad.add_(away.mul_(f), alpha=weight)
 
-    def after_step(self, lr: Rate) -> None:
+    def after_step(self, lr: Rate, settle: Callable[[], None] = lambda: None) -> None:
         if self.proximal:
             self._pull(lr)
+        settle()
 
     @torch.no_grad()
     def _pull(self, lr: Rate) -> None:

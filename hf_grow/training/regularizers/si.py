@@ -86,8 +86,8 @@ class SynapticIntelligence(Quadratic):
             local(kept["before"]).copy_(local(self.held[n].parameter))
 
     @torch.no_grad()
-    def after_step(self, lr: Rate) -> None:
-        super().after_step(lr)
+    def after_step(self, lr: Rate, settle: Callable[[], None] = lambda: None) -> None:
+        super().after_step(lr, settle)
         for n, kept in self.path.items():
             tensors = (local(kept["omega"]), local(kept["gradient"]), local(self.held[n].parameter), local(kept["before"]))
             for omega, grad, p, before in chunks(tensors):
