@@ -173,3 +173,16 @@ def test_two_broken_models_do_not_agree_and_the_report_stays_json() -> None:
     assert found["greedy_agreement"] == 0
     report = Report("a", "b", metrics=found)
     assert json.loads(json.dumps(report.to_json(), allow_nan=False))["metrics"]["loss_old"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "options"), [("mixtral", "experts", {"experts": 8, "top_k": 4}), ("llama", "tile", {"factor": 2})]
+)
+def test_a_lossless_growth_of_an_fp64_checkpoint_passes(name: str, method: str, options: dict[str, int], tmp_path: Path) -> None:
+    """transformers computes parts of an fp64 model in fp32, and its fused experts not at all."""
+    source = save(make(BY_NAME[name], dtype=torch.float64), tmp_path / "source")
+    api.grow(source, tmp_path / "out", method, **options)
+    report = api.verify(source, tmp_path / "out")
+    assert report.ok, report.checks
+    assert report.metrics["dtype"] == "float64"
+    assert 0 < report.metrics["logit_difference_max"] < 1e-4
