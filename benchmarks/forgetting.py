@@ -92,15 +92,15 @@ def step_seconds(arm: Arm, stage: Stage) -> float:
     return min(b - a for a, b in pairwise(ticks)) / TIMED
 
 
-def timings(chosen: list[Arm], settings: Settings, store: Path) -> dict[str, float]:
-    """The time of a step by kind; each kind is run twice, not at once."""
+def timings(chosen: list[Arm], settings: Settings, store: Path, rounds: int) -> dict[str, float]:
+    """The time of a step by kind; each kind is run `rounds` times, not at once."""
     kinds = {kind_of(arm, settings): arm for arm in reversed(chosen)}
     found: dict[str, list[float]] = {}
     for record in records(store):
         if "timing" in record:
             found.setdefault(record["timing"], []).append(record["seconds"])
     stage = None
-    for number in (1, 2):
+    for number in range(1, rounds + 1):
         for kind, arm in kinds.items():
             if len(found.get(kind, ())) < number:
                 stage = stage or prepare(settings, 0)
@@ -145,7 +145,7 @@ def benchmark(arguments: argparse.Namespace) -> list[Path]:
                     f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True,
                 )  # fmt: skip
             found.append(done[key])
-    times = timings(chosen, settings, store)
+    times = timings([ARMS[n] for n in {r["arm"] for r in found}], settings, store, 1 if arguments.stored else 2)
     for record in found:
         record["step_seconds"] = times[kind_of(ARMS[record["arm"]], settings)]
     return tradeoff.write(found, [a.name for a in chosen], settings, arguments.results / store.stem, command_of(arguments))

@@ -126,8 +126,6 @@ def cells(seeds: Mapping[int, Mapping[str, Compared]], names: Sequence[str]) -> 
     out: list[tuple[str, ...]] = []
     for name in names:
         found = [c[name] for c in seeds.values() if name in c]
-        if not found:
-            continue
         ratios = [c.ratio for c in found]
         out.append((
             name, "yes" if ARMS[name].old_data else "no", str(len(found)), spread([c.old for c in found]), spread([c.new for c in found]),
@@ -172,6 +170,7 @@ def write(found: Sequence[Run], names: Sequence[str], settings: Settings, base: 
     for run in found:
         runs.setdefault(run["seed"], {})[run["arm"]] = run
     seeds = {seed: compare(r) for seed, r in runs.items()}
+    names = [name for name in names if any(name in compared for compared in seeds.values())]
     starts = [r[PLAIN]["trajectory"][0] for r in runs.values()]
     about = {
         "model": f"{settings.shape.layers} layers, hidden size {settings.shape.hidden}, before training on the new domain: "
