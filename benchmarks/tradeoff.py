@@ -3,8 +3,8 @@
 Methods learn at different speeds, so their forgetting at the end of a training does not compare. Here it is read off where the new-domain loss is
 the same: a trajectory is a polygon through its evaluations (new-domain loss, rise of the old-domain loss over the source's), followed from the
 start to where it first reaches that loss. The loss to compare at is the one that plain fine-tuning reaches, or, for an arm that does not get
-there, the lowest that it reaches itself. The yardstick is the least that any of the plain fine-tunings (YARDSTICK: four learning rates, two lengths)
-has forgotten there, so stopping early and learning slower are beaten as well, not only one setting.
+there, the lowest that it reaches itself. The yardstick is the lower convex hull of everything that plain fine-tunings went through (YARDSTICK: four
+learning rates, two lengths), so stopping early, learning slower and whatever lies between is beaten as well, not only one setting.
 """
 
 from __future__ import annotations
@@ -49,9 +49,22 @@ def forgotten(track: Sequence[Point], level: float) -> float | None:
     return None
 
 
-def least(tracks: Sequence[Sequence[Point]], level: float) -> float | None:
-    found = [f for f in (forgotten(t, level) for t in tracks) if f is not None]
-    return min(found) if found else None
+def hull(tracks: Sequence[Sequence[Point]]) -> list[Point]:
+    """The lower convex hull of all points, by rising new-domain loss (Andrew 1979)."""
+    out: list[Point] = []
+    for new, rise in sorted({p for track in tracks for p in track}):
+        while len(out) > 1 and (out[-1][0] - out[-2][0]) * (rise - out[-2][1]) <= (out[-1][1] - out[-2][1]) * (new - out[-2][0]):
+            out.pop()
+        out.append((new, rise))
+    return out
+
+
+def height(line: Sequence[Point], level: float) -> float:
+    """The rise on a hull at a new-domain loss within it."""
+    for (new, rise), (later, risen) in pairwise(line):
+        if new <= level <= later:
+            return rise + (risen - rise) * (level - new) / (later - new)
+    raise AssertionError(f"{level} is outside the hull")
 
 
 @dataclass(frozen=True)
@@ -82,13 +95,13 @@ def compare(runs: Mapping[str, Run]) -> dict[str, Compared]:
     plain = runs[PLAIN]
     source_old = plain["trajectory"][0]["old"]
     tracks = {name: points(run, source_old) for name, run in runs.items()}
-    yardsticks = [tracks[n] for n in YARDSTICK]
+    yardstick = hull([tracks[n] for n in YARDSTICK])
     aim = lowest(tracks[PLAIN])
     out = {}
     for name, run in runs.items():
         level = max(aim, lowest(tracks[name]))
-        there, plain_there = forgotten(tracks[name], level), least(yardsticks, level)
-        assert there is not None and plain_there is not None
+        there, plain_there = forgotten(tracks[name], level), height(yardstick, level)
+        assert there is not None
         new, rise = tracks[name][-1]
         cost = run["step_seconds"] * run["steps"] / (plain["step_seconds"] * plain["steps"])
         out[name] = Compared(source_old + rise, new, rise, level, there, plain_there, cost, held(run) / held(plain))
@@ -100,13 +113,12 @@ def held(run: Run) -> int:
     return int(sum(v for k, v in run["memory"].items() if k not in ("activations", "total")))
 
 
-def beside(ones: Sequence[Run], others: Sequence[Run]) -> float | None:
-    """What the best of `ones` has forgotten over what the best of `others` has, at the lowest new-domain loss that both sides reach; None where
-    those have forgotten nothing there."""
-    source_old = others[0]["trajectory"][0]["old"]
-    a, b = ([points(run, source_old) for run in side] for side in (ones, others))
-    level = max(min(map(lowest, a)), min(map(lowest, b)))
-    mine, its = least(a, level), least(b, level)
+def beside(one: Run, other: Run) -> float | None:
+    """What one has forgotten over what the other has, at the lowest new-domain loss that both reach; None where that one has forgotten nothing."""
+    source_old = other["trajectory"][0]["old"]
+    a, b = points(one, source_old), points(other, source_old)
+    level = max(lowest(a), lowest(b))
+    mine, its = forgotten(a, level), forgotten(b, level)
     assert mine is not None and its is not None
     return mine / its if its > 0 else None
 
@@ -138,30 +150,24 @@ def cells(seeds: Mapping[int, Mapping[str, Compared]], names: Sequence[str]) -> 
 
 
 PAIRS = (
-    *(((f"EWC {n}",), YARDSTICK) for n in (1, 10, 100)), (("EWC 10",), ("L2-SP 10",)), (("EWC 100",), ("SI 1",)), (("EWC 100",), ("distillation 0.5",)),
-    (("EWC 10 + replay 5 %",), ("replay 5 %",)), (("EWC 10 + self-replay 5 %",), ("self-replay 5 %",)),
-    (("EWC 10 + self-replay 25 %",), ("self-replay 25 %",)),
-    (("EWC 10, Fisher on sampled text",), ("EWC 10",)), (("self-replay 5 %",), ("replay 5 %",)),
-    (("depth: fine-tuning",), (PLAIN,)), (("depth: EWC 10",), ("EWC 10",)), (("depth: EWC 10, inherited only",), ("depth: EWC 10",)), (("width: fine-tuning",), (PLAIN,)),
-    (("width: EWC 10, collapsed",), ("width: EWC 10, mapped",)),
+    ("EWC 1", PLAIN), ("EWC 10", PLAIN), ("EWC 10", "L2-SP 10"), ("EWC 100", "SI 1"), ("EWC 100", "distillation 0.5"),
+    ("EWC 10, Fisher on sampled text", "EWC 10"), ("EWC 10 + replay 5 %", "replay 5 %"), ("EWC 10 + self-replay 5 %", "self-replay 5 %"),
+    ("EWC 10 + self-replay 25 %", "self-replay 25 %"), ("self-replay 5 %", "replay 5 %"), ("depth: fine-tuning", PLAIN),
+    ("depth: EWC 10", "EWC 10"), ("depth: EWC 10, inherited only", "depth: EWC 10"), ("width: fine-tuning", PLAIN),
+    ("width: EWC 10, collapsed", "width: EWC 10, mapped"),
 )  # fmt: skip
-"""What is worth knowing of two sets of arms."""
+"""What is worth knowing of two arms."""
 
 
 def pairs(runs: Mapping[int, Mapping[str, Run]]) -> list[str]:
     lines = []
-    for ones, others in PAIRS:
-        whole = [r for r in runs.values() if {*ones, *others} <= r.keys()]
-        ratios = [beside([r[n] for n in ones], [r[n] for n in others]) for r in whole]
+    for a, b in PAIRS:
+        ratios = [beside(r[a], r[b]) for r in runs.values() if a in r and b in r]
         known = [r for r in ratios if r is not None]
         if known:
             verdict = "less, every time" if max(known) < 1 else "more, every time" if min(known) > 1 else "now less, now more"
-            lines.append(f"- {_told(ones)} beside {_told(others)}: {', '.join(f'{r:.2f}' for r in known)} ({verdict})")
+            lines.append(f"- {a} beside {b}: {', '.join(f'{r:.2f}' for r in known)} ({verdict})")
     return lines
-
-
-def _told(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else "the best plain fine-tuning" if names == YARDSTICK else f"the best of {', '.join(names)}"
 
 
 def write(found: Sequence[Run], names: Sequence[str], settings: Settings, base: Path, command: str) -> list[Path]:

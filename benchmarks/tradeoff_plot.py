@@ -63,6 +63,7 @@ def _ratios(axes: Any, seeds: Mapping[int, Mapping[str, Compared]], names: Seque
         axes.barh(place, statistics.fmean(ratios[name]), color=COLOURS[ARMS[name].family], alpha=alpha, height=0.7)
         axes.scatter(ratios[name], [place] * len(ratios[name]), s=9, color="black", zorder=3)
     axes.set_yticks(range(len(order)), [f"{n}{' *' if ARMS[n].old_data else ''}" for n in order], fontsize=8)
+    axes.set_ylim(-0.7, len(order) - 0.3)
     axes.axvline(1, color="#333333", linewidth=1)
     axes.axvline(GOAL, color="#009E73", linewidth=1.2, linestyle="--")
-    axes.set_xlabel("forgetting at equal loss on code, plain fine-tuning at its best = 1 (dots: seeds; pale and *: needs old text)")
+    axes.set_xlabel("forgetting at equal loss on code, best plain fine-tuning = 1\n(dots: seeds; pale and *: needs old text)")
