@@ -21,7 +21,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 class Options(BaseModel):
     """Base of all option models."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def given(self) -> dict[str, Any]:
         """The options that differ from their defaults, as JSON data."""
@@ -96,7 +96,8 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "(whole)"
     value = error.get("input")
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key. Known: {', '.join(sorted(_model_at(model, error['loc'][:-1]).model_fields))}."
+        fields = _model_at(model, error["loc"][:-1]).model_fields
+        return f"{where}: unknown key. Known: {', '.join(sorted(f.alias or name for name, f in fields.items()))}."
     if error["type"] == "missing":
         return f"{where}: is missing."
     if error["type"] in ("int_type", "float_type") and isinstance(value, str):
@@ -106,8 +107,9 @@ def _explain(model: type[BaseModel], error: Any) -> str:
             pass
         else:
             return f"{where}: {value!r} is a string. YAML needs a plain number (1.0e-5, with the point; no quotes)."
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{where}: {message}" if error["type"] == "value_error" else f"{where}: should be {message}, got {value!r}."
+    if error["type"] == "value_error":
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    return f"{where}: {re.sub(r'^[A-Z][a-z]+ should', 'should', error['msg'])}, got {value!r}."
 
 
 def _model_at(model: type[BaseModel], place: tuple[str | int, ...]) -> type[BaseModel]:
@@ -135,5 +137,6 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
-        raise InputError(f"{path} must hold `key: value` lines, got {type(data).__name__}.")
+        got = "nothing" if data is None else f"a {type(data).__name__}"
+        raise InputError(f"{path} must hold `key: value` lines, got {got}.")
     return data

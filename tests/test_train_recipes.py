@@ -139,7 +139,9 @@ def test_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = tmp_path / "plain.yaml"
     data = yaml.safe_load((FOLDER / "width_2x_sparkling.yaml").read_text())
     plain.write_text(
-        yaml.safe_dump({k: v for k, v in data.items() if k not in ("resume_from_checkpoint", "warmup", "after_growth", "monitor")})
+        yaml.safe_dump(
+            {k: v for k, v in data.items() if k not in ("resume_from_checkpoint", "warmup", "after_growth", "monitor", "old_set")}
+        )
     )
     run(capsys, "train", plain, *before)
     checkpoint = tmp_path / "runs" / "checkpoint-6"

@@ -72,10 +72,11 @@ def check(
         opened = checkpoint
         if collect(found, "model", lambda: opened.info.architecture.layers) is None:
             checkpoint = None
-        plan = collect(found, "model", lambda: GrowthPlan.from_json(opened.growth) if opened.growth else None)
+        plan = collect(found, "model", lambda: _plan(opened)) if checkpoint is not None else None
     if recipe is not None:
         if checkpoint is not None:
             tokenizer = _tokenizer(recipe, checkpoint, found)
+            _positions(recipe, checkpoint, found)
         _data(recipe, found, notify)
         for key, wanted in (("train", recipe.train), ("freeze", recipe.freeze), *(("phases.train", p.train) for p in recipe.phases)):
             known = (EVERYTHING, *newness.PARTS)
@@ -95,6 +96,20 @@ def check(
     complain(read.where, found)
     assert recipe is not None and checkpoint is not None and arguments is not None
     return Checked(read, recipe, arguments, checkpoint, plan, tokenizer, out)
+
+
+def _plan(checkpoint: Checkpoint) -> GrowthPlan | None:
+    if checkpoint.growth is None:
+        return None
+    plan = GrowthPlan.from_json(checkpoint.growth)
+    newness.check_fits(plan, checkpoint)
+    return plan
+
+
+def _positions(recipe: TrainRecipe, checkpoint: Checkpoint, found: list[str]) -> None:
+    most = checkpoint.config.get("max_position_embeddings")
+    if isinstance(most, int) and recipe.data.seq_length > most and not any(line.startswith("data") for line in found):
+        found.append(f"data.seq_length: {recipe.data.seq_length} is more than the {most} positions of the model (max_position_embeddings).")
 
 
 def _resumable(folder: Any, found: list[str]) -> None:
@@ -236,7 +251,7 @@ def resolve(teacher: Teacher, plan: GrowthPlan | None) -> tuple[str, str | None]
 
 def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> TrainingArguments:
     """TrainingArguments of a recipe. Raises InputError for what transformers refuses."""
-    from transformers import TrainingArguments
+    from transformers import Trainer, TrainingArguments
     from transformers.integrations import get_available_reporting_integrations
 
     settings = {**DEFAULTS, **given, "output_dir": str(out), "remove_unused_columns": False, "train_sampling_strategy": "sequential"}
@@ -247,15 +262,21 @@ def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> T
         settings.setdefault("eval_strategy", "steps")
         settings.setdefault("eval_on_start", True)
         settings.setdefault("per_device_eval_batch_size", settings["per_device_train_batch_size"])
-    if recipe.data.eval and (recipe.early_stopping_patience or settings.get("load_best_model_at_end")):
+    if recipe.early_stopping_patience:
+        settings.setdefault("load_best_model_at_end", True)
+    if recipe.data.eval and (settings.get("load_best_model_at_end") or settings.get("save_strategy") == "best"):
         sets = list(recipe.data.eval)
         settings.setdefault("metric_for_best_model", f"eval_{'new' if 'new' in sets else sets[0]}_loss")
-        settings.setdefault("load_best_model_at_end", True)
         settings.setdefault("greater_is_better", False)
     try:
         made = TrainingArguments(**settings)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise InputError(" ".join(str(error).split())) from None
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(made)
+    except (ValueError, ImportError) as error:  # of a package that is not there; others ask for a model, which comes later
+        if "install" in str(error):
+            raise InputError(f"optim {settings.get('optim', 'default')}: {' '.join(str(error).split())}") from None
     missing = sorted(set(made.report_to) - set(get_available_reporting_integrations()))
     if missing:
         raise InputError(f"report_to names {', '.join(missing)}, which is not installed or not known.")

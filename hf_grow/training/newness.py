@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from hf_grow.checkpoint.reader import Checkpoint
     from hf_grow.training.tracing import Indices
 
     Mask = bool | Tensor
@@ -34,6 +35,18 @@ def load_plan(folder: Path) -> GrowthPlan | None:
     """The plan in a folder's growth.json; None for a model that was not grown. Raises SourceError for a damaged file."""
     path = folder / GROWTH
     return GrowthPlan.from_json(read_json(path, "")) if path.is_file() else None
+
+
+def check_fits(plan: GrowthPlan, checkpoint: Checkpoint) -> None:
+    """Raises InputError where growth.json tells of other tensors than the checkpoint has."""
+    here = {n: tuple(t.shape) for n, t in checkpoint.tensors.items() if n in checkpoint.info.architecture.tensors}
+    there = {n: tuple(plan.targets[n].shape) for n in plan.architecture.tensors}
+    if here != there:
+        odd = sorted(n for n in here.keys() | there.keys() if here.get(n) != there.get(n))
+        raise InputError(
+            f"growth.json is of another model: {len(odd)} tensors differ, such as {odd[0]}.",
+            hint="Remove it to take the model for one that was not grown, or copy the right one.",
+        )
 
 
 def new_masks(model: PreTrainedModel, plan: GrowthPlan | None) -> dict[str, Mask]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError, SourceError
 from hf_grow.methods.sizing import measure
@@ -33,11 +34,15 @@ class Who:
     new_blocks: tuple[int, ...]
 
 
-def weights_dtype(recipe: TrainRecipe, arguments: TrainingArguments) -> str:
-    """What from_pretrained is told: master weights in fp32 where the computation is in 16 bits."""
+def weights_dtype(recipe: TrainRecipe, arguments: TrainingArguments, checkpoint: Checkpoint) -> str:
+    """What from_pretrained is told: master weights in fp32 where the computation is in 16 bits, and where the checkpoint is in fp16.
+
+    In fp16 Adam's epsilon is zero and squared gradients underflow: the first step divides by nothing.
+    """
     if recipe.dtype != "auto":
         return recipe.dtype
-    return "float32" if arguments.bf16 or arguments.fp16 else "auto"
+    half = any(t.dtype == "F16" for t in checkpoint.info.tensors.values())
+    return "float32" if half or arguments.bf16 or arguments.fp16 else "auto"
 
 
 def load_model(ref: str, revision: str | None, dtype: str, attention: str | None, notify: Notify) -> PreTrainedModel:

@@ -6,7 +6,9 @@ not belong to the model, a Fisher of another model (`check`).
 
 from __future__ import annotations
 
+import copy
 import difflib
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from hf_grow.errors import InputError
 from hf_grow.recipe import Options, load_yaml, mistakes
@@ -79,13 +81,13 @@ class TrainRecipe(Options):
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
     """What counts as an improvement."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype that the weights are trained in. Default: auto, float32 with `bf16` or `fp16` (which compute in 16 bits), else that of the checkpoint."""
+    """Dtype that the weights are trained in. Default: auto, float32 with `bf16` or `fp16` (which compute in 16 bits) and for checkpoints in float16, else that of the checkpoint."""
     attn_implementation: str | None = None
     """sdpa, eager, flash_attention_2: as from_pretrained takes it."""
 
 
 OURS = {"output_dir": "output", "do_train": "", "do_eval": "", "do_predict": "", "local_rank": "", "remove_unused_columns": "", "train_sampling_strategy": "",
-        "label_names": "", "ignore_data_skip": ""}  # fmt: skip
+        "label_names": "", "ignore_data_skip": "", "push_to_hub": "hf-grow push OUTPUT afterwards"}  # fmt: skip
 """TrainingArguments that hf-grow sets itself, with the key to use instead, if there is one."""
 DEFAULTS: Mapping[str, Any] = {
     "per_device_train_batch_size": 8, "num_train_epochs": 1.0, "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.05,
@@ -108,6 +110,34 @@ class Read:
     mistakes: tuple[str, ...]
 
 
+def _between(low: float, below: float = math.inf, *, open: bool = False) -> AfterValidator:
+    """low <= value < below (open: low < value), where there is a value."""
+    words = f"should be {'more than' if open else 'at least'} {low:g}" + (f" and less than {below:g}" if below < math.inf else "")
+
+    def check(value: Any) -> Any:
+        if isinstance(value, int | float) and (value < low or (open and value == low) or value >= below):
+            raise ValueError(f"{words}, got {value:g}.")
+        return value
+
+    return AfterValidator(check)
+
+
+def _steps(value: int) -> int:
+    if value < 1 and value != -1:
+        raise ValueError(f"{value} steps train nothing. Leave it out (or -1) to go by num_train_epochs.")
+    return value
+
+
+RANGES: Mapping[str, AfterValidator] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit"), _between(1)),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "save_steps", "eval_steps", "logging_steps", "warmup_steps", "seed"), _between(0)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _between(0, 1)),
+    **dict.fromkeys(("learning_rate", "num_train_epochs", "adam_epsilon"), _between(0, open=True)),
+    "max_steps": AfterValidator(_steps),
+}  # fmt: skip
+"""What numbers TrainingArguments takes without a word, and fails on later."""
+
+
 @cache
 def argument_model() -> type[Options]:
     """TrainingArguments' fields as an options class, for the same strict reading and the same messages."""
@@ -126,7 +156,9 @@ def argument_model() -> type[Options]:
         if field.name in OURS or any("parallelism_config" in str(k) or "DebugOption" in str(k) for k in kinds):
             continue
         # An enum is given by one of its words.
-        kind = Literal[tuple(str(m.value) for m in enums[0])] if enums else hints[field.name]
+        kind: Any = Literal[tuple(str(m.value) for m in enums[0])] if enums else hints[field.name]
+        if field.name in RANGES:
+            kind = Annotated[kind, RANGES[field.name]]
         fields[field.name] = (kind, None)
     model: type[Options] = create_model("Arguments", __base__=Options, **fields)
     return model
@@ -153,7 +185,8 @@ def read(data: Mapping[str, Any], where: str = "The recipe") -> Read:
     """Types and keys, nothing else; no file is opened."""
     own = {k: v for k, v in data.items() if k in TrainRecipe.model_fields}
     known = argument_model().model_fields
-    theirs = {k: v for k, v in data.items() if k in known}
+    # YAML reads the word `no` as false.
+    theirs = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in data.items() if k in known}
     recipe, found = mistakes(TrainRecipe, own)
     _, more = mistakes(argument_model(), theirs)
     found += more
@@ -166,11 +199,38 @@ def read(data: Mapping[str, Any], where: str = "The recipe") -> Read:
             hint = f" Did you mean {close[0]}?" if close else ""
             found.append(f"{key}: unknown key.{hint} Known: {', '.join(TrainRecipe.model_fields)}, and TrainingArguments.")
     bad = {re.split(r"[.:]", line)[0] for line in found}
-    if recipe is None:  # as far as it goes, so that files can be looked at all the same
-        recipe, _ = mistakes(TrainRecipe, {k: v for k, v in own.items() if k not in bad})
-    if recipe is not None:
+    theirs = {k: v for k, v in theirs.items() if k not in bad}
+    if recipe is None:
+        recipe = _as_far_as_it_goes(own)
+    if recipe is not None and "data" not in bad:
         found += _contradictions(recipe, theirs)
-    return Read(where, data, recipe, {k: v for k, v in theirs.items() if k not in bad}, tuple(found))
+    return Read(where, data, recipe, theirs, tuple(found))
+
+
+def _as_far_as_it_goes(own: Mapping[str, Any]) -> TrainRecipe | None:
+    """The recipe without its wrong keys, so that files, Fisher and the like can be looked at all the same."""
+    data = copy.deepcopy(dict(own))
+    while True:
+        data.setdefault("model", "")
+        data.setdefault("data", DataOptions.model_construct(train=[]))
+        try:
+            return TrainRecipe.model_validate(data, strict=True)
+        except ValidationError as error:
+            if not _without(data, error.errors()[0]["loc"]):
+                return None
+
+
+def _without(data: Any, place: tuple[str | int, ...]) -> bool:
+    """Takes out what stands at a place in nested data, or as near above it as there is something; False where there is nothing."""
+    inside, last = None, None
+    for key in place:
+        there = key in data if isinstance(data, dict) else isinstance(data, list) and isinstance(key, int) and key < len(data)
+        if not there:
+            break
+        inside, last, data = data, key, data[key]
+    if inside is not None:
+        del inside[last]
+    return inside is not None
 
 
 def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[str]:
@@ -186,6 +246,20 @@ def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[s
         found.append(f"phases: take {sum(p.steps for p in recipe.phases)} steps, but max_steps is {steps}: nothing else would ever train.")
     if recipe.warmup.zero_init and recipe.regularizer.fisher:
         found.append("warmup.zero_init: changes the weights that the Fisher was taken on; grow with method identity instead.")
+    if recipe.data.streaming and isinstance(workers := arguments.get("dataloader_num_workers"), int) and workers > 1:
+        found.append(f"dataloader_num_workers: streamed text cannot be read by {workers} workers. Use 1.")
+    if recipe.data.streaming and recipe.distill and recipe.distill.top_k is not None:
+        found.append("distill.top_k: needs text that is not streamed; the teacher reads it beforehand.")
+    if recipe.dtype == "float16" and arguments.get("fp16"):
+        found.append("dtype: float16 beside fp16 cannot be trained; fp16 keeps the weights in float32. Leave dtype out.")
+    if "old_set" in recipe.model_fields_set and recipe.old_set not in recipe.data.eval:
+        found.append(f"old_set: data.eval has no set {recipe.old_set!r}.")
+    for key, asked in (
+        ("load_best_model_at_end", arguments.get("load_best_model_at_end")),
+        ("save_strategy", arguments.get("save_strategy") == "best"),
+    ):
+        if asked and not recipe.data.eval:
+            found.append(f"{key}: needs a set to measure on (data.eval).")
     if recipe.lora and recipe.regularizer.kind != "none":
         found.append("regularizer: has nothing to do beside `lora`, which leaves old weights where they are.")
     if recipe.lora and (recipe.train != ["everything"] or recipe.freeze or recipe.phases):

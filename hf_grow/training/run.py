@@ -126,7 +126,9 @@ def _prepare(checked: Checked, notify: Notify) -> _Ready:
 
     recipe, arguments = checked.recipe, checked.arguments
     set_seed(arguments.seed)  # adapters are drawn before Trainer does this
-    model = load_model(recipe.model, recipe.revision, weights_dtype(recipe, arguments), recipe.attn_implementation, notify)
+    model = load_model(
+        recipe.model, recipe.revision, weights_dtype(recipe, arguments, checked.checkpoint), recipe.attn_implementation, notify
+    )
     # Under ZeRO-3 the model that is loaded is in pieces without a shape.
     who = who_trains(skeleton(checked.checkpoint.info.config) if launched().sharing == "zero3" else model, checked.plan, recipe)
     blend = blend_for(model, who, recipe)
