@@ -94,7 +94,7 @@ SOURCE = [
     Arm("EWC 1", "ewc", (ewc(1),), old_data=True),
     Arm("EWC 10", "ewc", (ewc(10),), old_data=True),
     Arm("EWC 100", "ewc", (ewc(100),), old_data=True),
-    Arm("EWC 10, proximal", "ewc", (ewc(10, form="proximal"),), old_data=True),
+    Arm("EWC 10000, proximal", "ewc", (ewc(10_000, form="proximal"),), old_data=True),
     Arm("EWC 10, Fisher on sampled text", "ewc", (ewc(10, "self"),)),
     Arm("SI 1", "si", (si(1),), old_data=True),
     Arm("SI 10", "si", (si(10),), old_data=True),
