@@ -18,7 +18,7 @@ from hf_grow import api
 from hf_grow.cli import main
 from hf_grow.in_memory import grow_model
 from hf_grow.training import newness
-from hf_grow.training.adapters import LoraOptions, replicated, wrap
+from hf_grow.training.adapters import IN_FULL, LoraOptions, replicated, wrap
 
 
 def adapter(base: Path, folder: Path, *, pairs: list[list[int]] | None, seed: int = 0, **options: object) -> PeftModel:
@@ -107,6 +107,11 @@ def test_merging_refuses_what_it_cannot_merge(tmp_path: Path, capsys: pytest.Cap
     pickled = changed("pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     assert "Pickled" in said(pickled)
+    torn = changed("torn") / "adapter_model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-9])
+    assert "does not fit" in said(tmp_path / "torn")
+    (changed("beside") / IN_FULL).write_bytes(b"nothing")
+    assert f"{IN_FULL} cannot be read" in said(tmp_path / "beside")
     run(capsys, "merge", tmp_path / "adapter", "-o", tmp_path / "out")
     assert "exists" in said(tmp_path / "adapter")
     assert main(["merge", str(tmp_path / "adapter"), "-o", str(tmp_path / "out"), "--overwrite"]) == 0

@@ -346,11 +346,12 @@ def test_the_utility_of_experts_is_what_their_tensors_add_up_to(tmp_path: Path, 
 
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(folder: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "f.safetensors"
-    assert fisher(folder, "--text", "nothing", "-o", out, "--dry-run", "--json") == 0
+    assert fisher(folder, "--text", text(tmp_path / "t.txt", 0), "-o", out, "--dry-run", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     count = small().num_parameters()
     assert told["memory_bytes"] == {"weights": 4 * count, "gradients": 4 * count, "squares": 4 * count, "total": 12 * count}
-    assert fisher(folder, "--from-growth", "nothing", "-o", out, "--dry-run") == 0
+    random_importance(small(), tmp_path / "source.safetensors")
+    assert fisher(folder, "--from-growth", tmp_path / "source.safetensors", "-o", out, "--dry-run") == 0
     assert not out.exists()
 
 
@@ -359,7 +360,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(folder: Path, tmp_path:
     [
         ([], "one of --text"),
         (["--text", "a", "--from-growth", "b"], "one of --text"),
-        (["--from-growth", "b", "--merge", "c", "--utility", "u.json", "--calibrate", "1"], "has 4 mistakes"),
+        (["--from-growth", "b", "--merge", "c", "--utility", "u.json", "--calibrate", "1"], "has 6 mistakes"),
         (["--text", "a", "--decay", "0.5"], "--decay belongs to --merge"),
         (["--text", "a", "--calibrate", "0.1"], "go together"),
         (["--text", "a", "--storage", "fp16"], "'fp32' or 'bf16'"),
@@ -369,13 +370,18 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(folder: Path, tmp_path:
         (["--text", "TEXT", "--utility", "u.json"], "has no experts"),
         (["--text", "TEXT", "--merge", "no.safetensors"], "There is no file"),
         (["--text", "TEXT", "--merge", "OTHER"], "is of another model"),
+        (["--text", "gone.txt", "--calibrate", "0.1", "--on", "away.txt", "--merge", "no.safetensors", "--dry-run"], "has 3 mistakes"),
+        (["--text", "TEXT", "--utility", "FOLDER"], "is a folder"),
+        (["--text", "TEXT", "--device", "cuda"], "cannot be put on cuda"),
     ],
 )
 def test_what_cannot_be_used_is_told(words: list[str], message: str, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
     (tmp_path / "empty.txt").write_text(" ")
     random_importance(small(num_hidden_layers=1), tmp_path / "other.safetensors")
     known = {"EMPTY": tmp_path / "empty.txt", "TEXT": text(tmp_path / "t.txt", 0), "OTHER": tmp_path / "other.safetensors",
-             "MISSING/nothing.txt": tmp_path / "nothing.txt"}  # fmt: skip
+             "MISSING/nothing.txt": tmp_path / "nothing.txt", "FOLDER": tmp_path}  # fmt: skip
     assert fisher(folder, *(known.get(w, w) for w in words), "-o", tmp_path / "f.safetensors") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "f.safetensors").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +19,11 @@ from hf_grow.errors import InputError, OutputError
 from hf_grow.methods.sizing import measure, short
 from hf_grow.planning import GrowthPlan, check_source
 from hf_grow.recipe import Options, parse
+from hf_grow.training.data.options import TextOptions
+from hf_grow.training.events import plain
 from hf_grow.training.extras import need
 from hf_grow.training.fisher import FisherOptions, memory
+from hf_grow.training.fisher_file import open_importance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,13 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     how = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False)
     options = parse(FisherOptions, flags.given(arguments, FisherOptions), where="The command line", strict=False)
-    _check(how, options)
     out = Path(how.output).expanduser()
-    for path in (out, how.utility):
-        if path is not None and path.exists() and not how.overwrite and not how.dry_run:
-            raise OutputError(f"{path} exists.", hint="Give another name, or --overwrite.")
-        if path is not None and not path.parent.is_dir():
-            raise OutputError(f"There is no folder {path.parent}.")
+    _check(how, out)
     checkpoint = open_source(arguments.source, revision=arguments.revision, weights=not how.dry_run, notify=render.note)
     check_source(checkpoint.info)
     if how.utility is not None and not checkpoint.info.architecture.is_moe:
@@ -95,13 +94,13 @@ def run(arguments: argparse.Namespace) -> int:
             _mapped(checkpoint, how, options, out) if how.from_growth else _estimated(checkpoint, how, options, out, quiet=arguments.json)
         )
         facts = {"output": str(out), **facts, "seconds": round(time.perf_counter() - start, 1)}
-    print_json(facts) if arguments.json else _show(facts)
+    print_json(plain(facts)) if arguments.json else _show(facts)
     return 0
 
 
-def _check(how: RunOptions, options: FisherOptions) -> None:
-    """Raises InputError with everything that does not go together."""
-    wrong = []
+def _check(how: RunOptions, out: Path) -> None:
+    """Raises InputError with everything that does not go together, is not there, or is there already; before any model is loaded."""
+    wrong: list[str] = []
     if (how.text is None) == (how.from_growth is None):
         wrong.append("give one of --text (old data) and --from-growth (the source's Fisher)")
     if how.from_growth is not None:
@@ -110,8 +109,30 @@ def _check(how: RunOptions, options: FisherOptions) -> None:
         wrong.append("--calibrate NATS and --on NEW_DATA go together")
     if how.decay != 1.0 and how.merge is None:
         wrong.append("--decay belongs to --merge")
-    if wrong:
-        raise InputError(f"The command line has {len(wrong)} mistake{'s' * (len(wrong) > 1)}:\n" + "\n".join(f"  {w}." for w in wrong))
+    from hf_grow.training.data.sources import find
+    from hf_grow.training.recipe import collect, complain
+
+    wrong = [f"{w}." for w in wrong]
+    for key, path in (("output", out), ("utility", how.utility)):
+        if path is not None:
+            collect(wrong, f"--{key}", partial(_writable, path, how))
+    for key, text in (("text", how.text), ("on", how.on)):
+        if text is not None:
+            collect(wrong, f"--{key}", partial(find, TextOptions(path=[text]), notify=render.note))
+    for key, file in (("merge", how.merge), ("from-growth", how.from_growth)):
+        if file is not None:
+            collect(wrong, f"--{key}", partial(open_importance, file))
+    complain("The command line", wrong)
+
+
+def _writable(path: Path, how: RunOptions) -> None:
+    """Raises OutputError for a file that cannot be made, or must not be replaced."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder.", hint="Name a file.")
+    if path.exists() and not how.overwrite and not how.dry_run:
+        raise OutputError(f"{path} exists.", hint="Give another name, or --overwrite.")
+    if not path.parent.is_dir():
+        raise OutputError(f"There is no folder {path.parent}.")
 
 
 def _dry(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) -> dict[str, Any]:
@@ -128,13 +149,15 @@ def _dry(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) -> dic
 
 
 def _mapped(checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, out: Path) -> dict[str, Any]:
-    from hf_grow.training.fisher_file import open_importance, samples_on_disk, write_importance
+    from hf_grow.training.fisher_file import samples_on_disk, write_importance
     from hf_grow.training.fisher_growth import check_of_source, grow_importance
+    from hf_grow.training.newness import check_fits
 
     assert how.from_growth is not None
     if checkpoint.growth is None:
         raise InputError(f"{checkpoint.ref} has no growth.json.", hint="--from-growth needs a model that hf-grow made.")
     plan = GrowthPlan.from_json(checkpoint.growth)
+    check_fits(plan, checkpoint)
     source = open_importance(how.from_growth)
     check_of_source(source, plan, checkpoint)
     shapes = {n: t.shape for n, t in plan.targets.items()}
@@ -150,7 +173,7 @@ def _mapped(checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, out
 def _estimated(checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, out: Path, *, quiet: bool) -> dict[str, Any]:
     need("datasets")
     from hf_grow.training.fisher import estimate, merged, on_disk, sequences, utility
-    from hf_grow.training.fisher_file import Importance, check_model, open_importance, samples, write_importance
+    from hf_grow.training.fisher_file import Importance, check_model, samples, write_importance
     from hf_grow.training.sampling import load
 
     old: Importance | None = None

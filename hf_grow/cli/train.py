@@ -101,6 +101,7 @@ def _number(value: Any) -> Any:
 
 def run(arguments: argparse.Namespace) -> int:
     from hf_grow.training import recipe
+    from hf_grow.training.events import plain
     from hf_grow.training.run import dry_run, train
 
     path = find_recipe(arguments.recipe)
@@ -127,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not first:
         return 0
     if arguments.json:
-        print_json(result.to_json())
+        print_json(plain(result.to_json()))
     else:
         _show_result(result)
     return 0

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -75,11 +77,20 @@ def wrap(model: PreTrainedModel, options: LoraOptions, new: Mapping[str, Mask]) 
         r=options.r, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules="|".join(map(re.escape, old)),
         bias="none", task_type="CAUSAL_LM",
     )  # fmt: skip
-    wrapped = get_peft_model(model, config)
+    with _calm():
+        wrapped = get_peft_model(model, config)
     for name, p in wrapped.named_parameters():
         if name.removeprefix("base_model.model.") in full:
             p.requires_grad_(True)
     return wrapped
+
+
+@contextmanager
+def _calm() -> Iterator[None]:
+    """peft calls what transformers wants called by another name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def trained_in_full(model: Any) -> dict[str, Any]:
@@ -98,6 +109,7 @@ def save_in_full(model: Any, folder: Path) -> None:
 def load_in_full(model: Any, folder: Path) -> None:
     """Raises SourceError where the file is not of this model."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     own = trained_in_full(model)
@@ -105,7 +117,7 @@ def load_in_full(model: Any, folder: Path) -> None:
         return
     try:
         held = load_file(folder / IN_FULL)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise SourceError(f"{folder / IN_FULL} cannot be read: {error}.") from None
     if held.keys() != own.keys():
         raise SourceError(f"{folder / IN_FULL} holds other parameters than those that train in full here.")
@@ -196,6 +208,7 @@ def merge_adapter(
 
 def _merged(base: Path, plan: GrowthPlan | None, adapter: Path, dtype: str) -> PreTrainedModel:
     from peft import LoraConfig, PeftModel
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from hf_grow.in_memory import grow_model
@@ -206,8 +219,9 @@ def _merged(base: Path, plan: GrowthPlan | None, adapter: Path, dtype: str) -> P
     config = LoraConfig.from_pretrained(str(adapter))
     config.layer_replication = None  # the layers are there; peft must not replicate them again
     try:
-        wrapped = PeftModel.from_pretrained(model, adapter, config=config)
-    except (RuntimeError, ValueError, KeyError) as error:
+        with _calm():
+            wrapped = PeftModel.from_pretrained(model, adapter, config=config)
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise SourceError(f"The adapter {adapter} does not fit {base}: {' '.join(str(error).split())[:200]}") from None
     load_if_there(wrapped, adapter)
     merged: PreTrainedModel = wrapped.merge_and_unload()
@@ -217,14 +231,19 @@ def _merged(base: Path, plan: GrowthPlan | None, adapter: Path, dtype: str) -> P
 def load_if_there(model: Any, adapter: Path) -> None:
     """Weights that were trained in full beside the adapter, where a training of ours left some."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = adapter / IN_FULL
     if not path.is_file():
         return
     own = dict(model.named_parameters())
+    try:
+        held = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SourceError(f"{path} cannot be read: {error}.") from None
     with torch.no_grad():
-        for name, value in load_file(path).items():
+        for name, value in held.items():
             if name not in own or own[name].shape != value.shape:
                 raise SourceError(f"{path} holds {name}, which the model has not.")
             own[name].copy_(value)

@@ -180,7 +180,7 @@ def load(checkpoint: Checkpoint, dtype: str, device: str | None = None) -> tuple
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return load_model(checkpoint, dtype).to(where), tokenizer
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without that device
         raise InputError(f"{checkpoint.ref} cannot be put on {where}: {str(error).splitlines()[0]}", hint="Use another --device.") from None
 
 
