@@ -134,6 +134,19 @@ def test_the_log_has_one_line_an_event_and_survives_a_torn_one(tmp_path: Path) -
     EventLog(None).write("phase", 1, train=[])
 
 
+def test_people_are_told_of_what_matters_but_not_without_end(tmp_path: Path) -> None:
+    told: list[str] = []
+    log = EventLog(tmp_path / "events.jsonl", told.append)
+    log.write("log", 1, loss=2.0)
+    log.write("reaction", 1, action="none", lr_factor=1.0)
+    log.write("reaction", 2, action="lower_lr", lr_factor=0.5)
+    for step in range(3, 30):
+        log.write("instability", step, signal="loss", value=9.5, score=20.0)
+    assert told[:2] == ["Step 2: lower_lr, learning rates x 0.5.", "Step 3: loss 9.5 is unstable."]
+    assert len(told) == 10 and "events.jsonl" in told[-1]
+    assert len(list(read_events(tmp_path / "events.jsonl"))) == 30
+
+
 def test_docs_tell_every_event_and_key() -> None:
     text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
     for kind, keys in EVENTS.items():

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -775,6 +776,7 @@ def test_a_training_that_diverges_ends_there(tmp_path: Path, capsys: pytest.Capt
     path = recipe(tmp_path, grown(tmp_path), learning_rate=1e20, max_steps=30, save_steps=1)
     said = run(capsys, "train", path, status=1)["error"]
     assert "Training diverged: after step" in said and "Lower learning_rate" in said and "Traceback" not in said
+    assert re.search(r"^Step \d+: (loss|grad_norm) (nan|inf) is unstable\.$", said, re.MULTILINE), said
     out = tmp_path / "out"
     assert not (out / "config.json").exists()
     found = list(read_events(out / "events.jsonl"))

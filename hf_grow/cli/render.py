@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 # No markup: names of folders, files and tensors may hold brackets and colons.
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 notes = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+EVERY = 30.0
+"""Seconds between two lines of progress in a file."""
 
 
 def note(message: str) -> None:
@@ -139,11 +143,27 @@ def bytes_bar(label: str, total: int, *, quiet: bool) -> Iterator[Progress]:
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
+def _lines(label: str, total: int) -> Progress:
+    done, told = 0, time.monotonic()
+
+    def progress(tokens: int) -> None:
+        nonlocal done, told
+        done += tokens
+        if time.monotonic() - told >= EVERY:
+            told = time.monotonic()
+            note(f"{label}: {done:,} of {total:,} tokens")
+
+    return progress
+
+
 @contextmanager
 def tokens_bar(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """The same for tokens, whose number so far it shows."""
-    if quiet or not sys.stderr.isatty():
+    """The same for tokens, whose number so far it shows; where stderr is no terminal, in a line now and then."""
+    if quiet:
         yield lambda tokens: None
+        return
+    if not sys.stderr.isatty():
+        yield _lines(label, total)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 NAME = "events.jsonl"
+TOLD = 10
+"""Events of one run that people are told of at once."""
 EVENTS: dict[str, dict[str, str]] = {
     "start": {"model": "checkpoint that is trained", "steps": "optimizer steps to do", "grown_at": "step of the last growth"},
     "resume": {"checkpoint": "where it goes on from", "steps": "optimizer steps to do", "grown_at": "step of the last growth"},
@@ -41,10 +43,10 @@ EVENTS: dict[str, dict[str, str]] = {
 
 
 class EventLog:
-    """Appends events; a process that writes none (of several) has no path."""
+    """Appends events; a process that writes none (of several) has no path. ``tell`` hears of what somebody should see while it happens."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, tell: Callable[[str], None] = lambda line: None) -> None:
+        self.path, self.tell, self._told = path, tell, 0
 
     def write(self, event: str, step: int, **facts: Any) -> None:
         assert event in EVENTS, event
@@ -53,6 +55,21 @@ class EventLog:
         line = {"event": event, "step": step, "time": round(time.time(), 3), **{k: plain(v) for k, v in facts.items()}}
         with self.path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        said = spoken(event, facts)
+        if said and self._told < TOLD:
+            self._told += 1
+            self.tell(f"Step {step}: {said}." + f" Further ones are only in {self.path}." * (self._told == TOLD))
+
+
+def spoken(event: str, facts: Mapping[str, Any]) -> str:
+    """What people are told of an event at once; empty for most."""
+    if event == "instability":
+        return f"{facts.get('of', facts['signal'])} {facts['value']:.4g} is unstable"
+    if event == "reaction" and facts["action"] != "none":
+        return f"{facts['action']}, learning rates x {facts['lr_factor']:g}"
+    if event == "transition_shock":
+        return f"loss {facts['loss']:.4g}, before the growth {facts['before']:.4g}"
+    return ""
 
 
 def plain(value: Any) -> Any:

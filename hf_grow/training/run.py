@@ -165,7 +165,7 @@ def _trainer(checked: Checked, ready: _Ready, notify: Notify, show: Callable[[st
 
     recipe, arguments, data = checked.recipe, checked.arguments, ready.data
     arch = checked.checkpoint.info.architecture
-    events = EventLog(checked.out / EVENTS if arguments.should_save else None)
+    events = EventLog(checked.out / EVENTS if arguments.should_save else None, notify)
     with arguments.main_process_first(desc="the teachers"):
         teach, flops, told = distiller(checked, data, notify)
     for facts in told:
