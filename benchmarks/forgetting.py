@@ -111,8 +111,10 @@ def timings(chosen: list[Arm], settings: Settings, store: Path, rounds: int) -> 
 
 
 def append(store: Path, record: dict[str, Any]) -> None:
+    """On a line of its own, also after one that a crash tore."""
+    torn = store.is_file() and not store.read_bytes().endswith(b"\n")
     with store.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write("\n" * torn + json.dumps(record) + "\n")
 
 
 def benchmark(arguments: argparse.Namespace) -> list[Path]:

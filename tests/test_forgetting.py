@@ -115,10 +115,11 @@ def test_the_benchmark_runs_resumes_and_cites_its_command(tmp_path: Path) -> Non
     words = ("--arms", "replay 5", "width: EWC", "only new", "LoRA r16, LR", "SI 10", "distillation")
     said = benchmark(*words)
     store = tmp_path / "results" / "forgetting-quick.jsonl"
-    lines = store.read_text().splitlines(keepends=True)
+    lines = [line for line in store.read_text().splitlines(keepends=True) if "timing" not in line]
     assert said.count("seed 0") == len(lines) > 12
     store.write_text("".join(lines[:-1]) + lines[-1][:40])  # killed in the middle of a line
     assert benchmark(*words).count("seed 0") == 1
+    assert benchmark(*words, "--stored").count("seed 0") == 0
     table = store.with_suffix(".md").read_text()
     assert "`python benchmarks/forgetting.py --seeds 1 --threads 1 --quick --arms 'replay 5' " in table and str(tmp_path) not in table
     assert "| SI 10 | yes |" in table and store.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
