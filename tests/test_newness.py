@@ -87,6 +87,20 @@ def test_blocks_that_growth_added_are_new_and_no_other(method: str, options: dic
     assert parts(grown, plan)["new_layers"].keys() == parts(grown, plan)["new"].keys()
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_layers_that_are_alike_share_their_masks(name: str) -> None:
+    """Memory must not grow with depth: a byte for each weight of a large model would be as much as a smaller model."""
+
+    def held(layers: int) -> int:
+        model = make(BY_NAME[name], num_hidden_layers=layers)
+        plan = plan_of(model, "tile", factor=2)
+        found = {"new": new_masks(grow_model(model, plan), plan), **parts(grow_model(model, plan), plan)}
+        every = [m for masks in found.values() for m in masks.values() if isinstance(m, Tensor)]
+        return sum({id(m): m.numel() for m in every}.values())
+
+    assert 0 < held(2) == held(5)
+
+
 def test_width_with_new_blocks_has_masks_in_old_blocks_only() -> None:
     model = make(BY_NAME["llama"])
     plan = plan_of(model, "tile", deeper="after", factor=2)

@@ -29,7 +29,9 @@ def either(a: Mask, b: Mask) -> Mask:
 
 
 def both(a: Mask, b: Mask) -> Mask:
-    return inverse(either(inverse(a), inverse(b)))
+    if isinstance(a, bool):
+        return b if a else False
+    return both(b, a) if isinstance(b, bool) else _plain(a & b)
 
 
 def _plain(mask: Tensor) -> Mask:

@@ -14,10 +14,12 @@ from hf_grow.architecture import Architecture, Entry
 from hf_grow.checkpoint.reader import GROWTH, read_json
 from hf_grow.errors import InputError
 from hf_grow.planning import GrowthPlan
+from hf_grow.training.masks import inverse
 from hf_grow.training.places import bare, places
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+    from typing import Any
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -55,32 +57,47 @@ def new_masks(model: PreTrainedModel, plan: GrowthPlan | None) -> dict[str, Mask
 
 
 def new_on_disk(plan: GrowthPlan) -> dict[str, Mask]:
-    """The same by names on disk, without a model."""
+    """The same by names on disk, without a model. Layers that are alike share their masks: a byte a weight of each would be 13 GB for 13B."""
     claims: dict[str, list[Indices]] = {}
-    return {name: _mask(plan, name, claims) for name in plan.targets}
+    made: dict[Any, Mask] = {}
+    return {name: _mask(plan, name, claims, made) for name in plan.targets}
 
 
-def _mask(plan: GrowthPlan, name: str, claims: dict[str, list[Indices]]) -> Mask:
+def _mask(plan: GrowthPlan, name: str, claims: dict[str, list[Indices]], made: dict[Any, Mask]) -> Mask:
+    """``made``: masks by the vectors that they follow from, which are the same in layers that are alike."""
     import torch
 
-    from hf_grow.training.tracing import outer, trace
+    from hf_grow.training.tracing import trace
 
     entry = plan.architecture.tensors[name]
     origin = plan.growth.layers[entry.layer] if entry.layer >= 0 else None
     if origin is not None and (origin.new or origin.identity):
         return True
-    old: Tensor | None = None
+    steps: list[tuple[Indices, list[Indices]]] = []
     for piece in trace(plan, name):
         if origin is not None and _layer(plan, piece.source) not in (-1, *origin.sources):
             continue
         first = piece.first()
-        mask = outer(first)
         earlier = claims.setdefault(piece.source, [])
-        for claim in earlier:
-            overlap = tuple(torch.isin(index, taken) for index, taken in zip(piece.index, claim, strict=True))
-            if all(bool(o.any()) for o in overlap):
-                mask &= ~outer(overlap)
+        overlaps = [tuple(torch.isin(index, taken) for index, taken in zip(piece.index, claim, strict=True)) for claim in earlier]
+        steps.append((first, [o for o in overlaps if all(bool(v.any()) for v in o)]))
         earlier.append(tuple(index[kept] for index, kept in zip(piece.index, first, strict=True)))
+    key = tuple(tuple(v.numpy().tobytes() for v in vectors) for first, overlaps in steps for vectors in (first, *overlaps))
+    sizes = tuple(len(overlaps) for _, overlaps in steps)
+    if (sizes, key) not in made:
+        made[sizes, key] = _outside(steps)
+    return made[sizes, key]
+
+
+def _outside(steps: Sequence[tuple[Indices, Sequence[Indices]]]) -> Mask:
+    """Entries in none of the first blocks less what overlaps them."""
+    from hf_grow.training.tracing import outer
+
+    old: Tensor | None = None
+    for first, overlaps in steps:
+        mask = outer(first)
+        for overlap in overlaps:
+            mask &= ~outer(overlap)
         old = mask if old is None else old | mask
     if old is None or not old.any():
         return True
@@ -92,6 +109,25 @@ def _layer(plan: GrowthPlan, key: str) -> int:
     label, _, name = key.rpartition("::")
     source = plan.source.others[label] if label else plan.source
     return source.architecture.tensors[name].layer
+
+
+class _Shared:
+    """Gives equal masks as one tensor, which nobody may change."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def __call__(self, mask: Mask) -> Mask:
+        import torch
+
+        if isinstance(mask, bool):
+            return mask
+        alike = self.known.setdefault(tuple(mask.shape), [])
+        for other in alike:
+            if torch.equal(mask, other):
+                return other
+        alike.append(mask)
+        return mask
 
 
 def _in_memory(model: PreTrainedModel, on_disk: Mapping[str, Mask]) -> dict[str, Mask]:
@@ -106,7 +142,11 @@ def _in_memory(model: PreTrainedModel, on_disk: Mapping[str, Mask]) -> dict[str,
         found.setdefault(place.parameter, []).append((name, on_disk[name]))
     shapes = {bare(n): p.shape for n, p in model.named_parameters()}
     out: dict[str, Mask] = {}
+    fused = _Shared()
     for parameter, members in found.items():
+        if len(members) == 1 and not isinstance(members[0][1], bool) and members[0][1].shape == shapes[parameter]:
+            out[parameter] = members[0][1]
+            continue
         if all(m is members[0][1] and isinstance(m, bool) for _, m in members):
             out[parameter] = members[0][1]
             continue
@@ -119,7 +159,7 @@ def _in_memory(model: PreTrainedModel, on_disk: Mapping[str, Mask]) -> dict[str,
                     hint="Is its growth.json that of another model?",
                 )
             part.copy_(torch.as_tensor(mask))
-        out[parameter] = whole
+        out[parameter] = fused(whole)
     return out
 
 
@@ -130,7 +170,8 @@ def parts(model: PreTrainedModel, plan: GrowthPlan | None) -> dict[str, dict[str
     """
     entries = Architecture(model.config.to_dict()).tensors if plan is None else plan.architecture.tensors
     new: dict[str, Mask] = new_on_disk(plan) if plan is not None else dict.fromkeys(entries, False)
-    old = {name: (not m) if isinstance(m, bool) else ~m for name, m in new.items()}
+    opposite = {id(m): inverse(m) for m in new.values()}
+    old = {name: opposite[id(m)] for name, m in new.items()}
     added = [o.new or o.identity for o in plan.growth.layers] if plan is not None else []
 
     def chosen(where: Mapping[str, bool], masks: Mapping[str, Mask] | None = None) -> dict[str, Mask]:

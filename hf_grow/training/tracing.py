@@ -8,7 +8,7 @@ A method with a node of its own registers its tracer: ``@pieces.register`` on ``
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import singledispatch
+from functools import lru_cache, singledispatch
 
 import torch
 from torch import Tensor
@@ -138,6 +138,7 @@ def _(expr: Take, plan: GrowthPlan) -> list[Piece]:
     ]
 
 
+@lru_cache(maxsize=32)
 def _vectors(axis: AxisMap, role: str) -> tuple[Tensor, Tensor, Tensor]:
     """Source coordinate, gain of weights and gain of gradients of every target coordinate."""
     lengths = torch.tensor([r.length for r in axis.runs])
