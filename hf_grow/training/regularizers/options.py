@@ -28,7 +28,8 @@ class PenaltyOptions(Options):
     fisher: Annotated[tuple[Path, ...], BeforeValidator(_paths)] = ()
     """File made by `hf-grow fisher`; for online-ewc several, oldest task first; for si a file of importances; for l2sp its mean is F."""
     form: Literal["loss", "proximal"] = "loss"
-    """As a term of the loss, or decoupled: an exact proximal step after the optimizer's, which no momentum and no Adam scaling touches."""
+    """As a term of the loss, or decoupled: an exact proximal step after the optimizer's, which no momentum and no Adam scaling touches.
+    It wants another lambda: about a thousand times that of `loss` did as much when it was measured."""
     storage: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which F and w* are held. A checkpoint in bf16 loses nothing of w* in bf16."""
     over: Literal["all", "inherited"] = "all"
