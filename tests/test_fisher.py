@@ -387,6 +387,16 @@ def test_what_cannot_be_used_is_told(words: list[str], message: str, folder: Pat
     assert not (tmp_path / "f.safetensors").exists()
 
 
+def test_an_accelerator_out_of_memory_is_one_message(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("hf_grow.training.fisher.estimate", full)
+    assert fisher(folder, "--text", text(tmp_path / "t.txt", 0), "-o", tmp_path / "f.safetensors") == 1
+    said = capsys.readouterr().err
+    assert "out of memory" in said and "--batch" in said and "Traceback" not in said
+
+
 # ---- calibration --------------------------------------------------------------------------------------------------------------------------------
 
 

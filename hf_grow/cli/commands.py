@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
 from hf_grow.cli.render import console
-from hf_grow.errors import InputError
+from hf_grow.errors import ExecutionError, InputError
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +23,17 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 def add_json(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="print one machine-readable result and nothing else")
+
+
+@contextmanager
+def enough_memory(hint: str) -> Iterator[None]:
+    """Turns an accelerator that is out of memory into one message."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ExecutionError("The accelerator is out of memory.", hint=hint) from None
 
 
 def print_json(data: Any) -> None:

@@ -14,7 +14,7 @@ from pydantic import Field
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import flags, render
-from hf_grow.cli.commands import add_json, add_source, print_json
+from hf_grow.cli.commands import add_json, add_source, enough_memory, print_json
 from hf_grow.errors import InputError, OutputError
 from hf_grow.methods.sizing import measure, short
 from hf_grow.planning import GrowthPlan, check_source
@@ -90,9 +90,12 @@ def run(arguments: argparse.Namespace) -> int:
         facts = _dry(checkpoint, options, mapped=how.from_growth is not None)
     else:
         start = time.perf_counter()
-        facts = (
-            _mapped(checkpoint, how, options, out) if how.from_growth else _estimated(checkpoint, how, options, out, quiet=arguments.json)
-        )
+        with enough_memory("Take a smaller --batch or --seq-length, or --device cpu. --dry-run counts what comes beside activations."):
+            facts = (
+                _mapped(checkpoint, how, options, out)
+                if how.from_growth
+                else _estimated(checkpoint, how, options, out, quiet=arguments.json)
+            )
         facts = {"output": str(out), **facts, "seconds": round(time.perf_counter() - start, 1)}
     print_json(plain(facts)) if arguments.json else _show(facts)
     return 0
@@ -221,6 +224,7 @@ def _estimated(checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, 
         told["utility"] = str(how.utility)
     if new is not None:
         del found
+        render.note(f"The Fisher is in {out}; now lambda is looked for.")
         told["calibration"] = _calibrated(model.float(), how, out, heldout, new, options.batch, quiet=quiet)
     return told
 

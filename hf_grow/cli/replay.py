@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import flags, render
-from hf_grow.cli.commands import add_json, add_source, print_json
+from hf_grow.cli.commands import add_json, add_source, enough_memory, print_json
 from hf_grow.recipe import Options, parse
 from hf_grow.training.extras import need
 from hf_grow.training.replay import Estimate, Replay, ReplayOptions, check_output, estimate, sample_replay
@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = load(checkpoint, options.dtype, how.device)
     if how.dry_run:
         return _tell_estimate(estimate(model, tokenizer, options), options, how, as_json=arguments.json)
-    with render.tokens_bar("sampling", options.tokens, quiet=arguments.json) as progress:
+    smaller = enough_memory("Take a smaller --batch-size, or --device cpu.")
+    with smaller, render.tokens_bar("sampling", options.tokens, quiet=arguments.json) as progress:
         try:
             replay = sample_replay(model, tokenizer, out, options, ref=checkpoint.ref, overwrite=how.overwrite, progress=progress)
         except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.cli import render
-from hf_grow.cli.commands import add_json, print_json, show_next
+from hf_grow.cli.commands import add_json, enough_memory, print_json, show_next
 from hf_grow.errors import ExecutionError, InputError
 from hf_grow.methods.sizing import short
 
@@ -149,17 +149,13 @@ def _launch(arguments: argparse.Namespace) -> Launch | None:
 @contextmanager
 def explained() -> Iterator[None]:
     """Turns what memory and disk say while training into what the user can do."""
-    import torch
     from safetensors import SafetensorError
 
+    smaller = "Take a smaller per_device_train_batch_size and more gradient_accumulation_steps, or activation_checkpointing: true. --dry-run counts."
     go_on = "Go on with --resume from the last checkpoint."
     try:
-        yield
-    except torch.OutOfMemoryError:
-        raise ExecutionError(
-            "The accelerator is out of memory.",
-            hint="Take a smaller per_device_train_batch_size and more gradient_accumulation_steps, or activation_checkpointing: true. --dry-run counts.",
-        ) from None
+        with enough_memory(smaller):
+            yield
     except (OSError, RuntimeError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
             word in str(error) for word in ("No space left", "os error 28", "file write failed")

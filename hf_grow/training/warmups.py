@@ -71,7 +71,7 @@ class AfterGrowth(Options):
     """The time after a growth."""
 
     settle_steps: Count = 0
-    """Steps at a reduced learning rate. Half the rate for some steps takes away the bump after width growth."""
+    """Steps at a reduced learning rate: half of it after a width growth by two, which doubles the effective step of Adam."""
     settle_lr: Factor = 0.5
     """Multiple of the schedule's learning rate while settling."""
     restore_steps: Count = 0
