@@ -293,3 +293,25 @@ def test_the_flags_of_dus_are_frozen(capsys: pytest.CaptureFixture[str]) -> None
 def test_python_m_hf_grow_works() -> None:
     done = subprocess.run([sys.executable, "-m", "hf_grow", "--version"], capture_output=True, text=True, check=True, env={**os.environ})
     assert done.stdout.startswith("hf-grow 0.")
+
+
+def test_plan_tells_active_parameters_flops_and_memory_for_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counted by hand from the shapes: what a token passes through, twice that in FLOPs, and 16 bit for all weights and the KV cache."""
+    source = save(make(BY_NAME["mistral"]), tmp_path / "source")
+    c = BY_NAME["mistral"].config
+    attention = c["hidden_size"] * c["head_dim"] * (2 * c["num_attention_heads"] + 2 * c["num_key_value_heads"])
+    ffn, norms, layers = 3 * c["hidden_size"] * c["intermediate_size"], 2 * c["hidden_size"], c["num_hidden_layers"]
+    outside = c["hidden_size"] * c["vocab_size"]  # the head; the embedding is looked up
+    active = layers * (attention + norms + 3 * ffn + 6 * c["hidden_size"]) + c["hidden_size"] + outside
+    total = active + layers * 3 * ffn + outside
+    assert run("plan", source, "--to", total, "--active", active, "--context", 100, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    way = next(w for w in facts["ways"] if w["method"] == "experts")
+    assert way["command"].endswith("--experts 6 --top-k 3")
+    assert (way["parameters"][1], way["active_parameters"][1], way["flops_per_token"][1]) == (total, active, 2 * active)
+    cache = 2 * layers * c["num_key_value_heads"] * c["head_dim"] * 100
+    assert way["serving_bytes"] == 2 * (total + cache)
+    assert run("plan", source, "--to", total, "--active", active) == 0
+    said = capsys.readouterr().out
+    assert all(column in said for column in ("active", "FLOPs", "disk", "serving"))
+    assert "--experts 6 --top-k 3" in said

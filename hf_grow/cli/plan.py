@@ -87,23 +87,27 @@ def _off(plan: GrowthPlan, target: int, active: int | None) -> float:
     return max(abs(size.total / target - 1), abs(size.active / active - 1) if active else 0.0)
 
 
+def _gigabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.0f}G" if nbytes >= 99.5e9 else f"{nbytes / 1e9:.3g}G" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g}M"
+
+
 def _show(arch: Any, target: int, active: int | None, context: int, ways: list[tuple[GrowthPlan, str]], source: str) -> None:
     size = measure(arch)
     wanted = short(target) + (f", {short(active)} active" if active else "")
-    title = f"{source} ({short(size.total)}, {arch.layers} layers) to {wanted}; serving: one sequence of {context} tokens, 16 bit"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    columns = ["method", "layers", "size", "off", "active", *(["off"] if active else []), "disk", "serving", "function"]
+    title = (
+        f"{source} ({short(size.total)}, {arch.layers} layers) to {wanted}; FLOPs of one token forward; serving {context} tokens, 16 bit"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    columns = ["method", "layers", "size", "off", "active", *(["off"] if active else []), "FLOPs", "disk", "serving", ""]
     for column in columns:
-        table.add_column(column, justify="left" if column in ("method", "function") else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column in ("method", "") else "right", no_wrap=True)
     for plan, _ in ways:
         new = plan.sizes[1]
         cells = [plan.growth.method, str(plan.architecture.layers), short(new.total), f"{new.total / target - 1:+.1%}"]
         cells += [short(new.active), *([f"{new.active / active - 1:+.0%}"] if active else [])]
-        cells += [
-            render.gigabytes(plan.nbytes),
-            render.gigabytes(new.serving_bytes(context)),
-            "lossless" if plan.guarantee.lossless else "changes",
-        ]
+        # Short, so that the row fits 80 columns.
+        cells += [short(new.flops), _gigabytes(plan.nbytes), _gigabytes(new.serving_bytes(context))]
+        cells += ["lossless" if plan.guarantee.lossless else "changes"]
         table.add_row(*cells, style="" if _off(plan, target, active) <= TOLERANCE else "dim")
     render.console.print(table)
     near = [(plan, command) for plan, command in ways if _off(plan, target, active) <= TOLERANCE]
