@@ -167,7 +167,9 @@ class GrowthPlan:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> GrowthPlan:
         """The plan stored in a growth.json. Raises SourceError for a file that holds none."""
-        if data.get("format") != FORMAT:
+        if "format" not in data:
+            raise SourceError("growth.json is damaged: it does not say its format.")
+        if data["format"] != FORMAT:
             raise SourceError(f"growth.json has format {data.get('format')!r}; this version reads {FORMAT}.", hint="Update hf-grow.")
         try:
             g, t = data["growth"], data["target"]

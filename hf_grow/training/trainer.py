@@ -17,14 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer
-
-from hf_grow.checkpoint.reader import GROWTH
 from hf_grow.errors import ExecutionError, InputError
-from hf_grow.training.checkpoints import PENALTY, last_checkpoint, write_json
+from hf_grow.training.checkpoints import last_checkpoint, write_json
 from hf_grow.training.growing import Growing
 from hf_grow.training.hooks import Hooks
 from hf_grow.training.masks import local
+from hf_grow.training.saving import Saving
 from hf_grow.training.settled import STATE
 from hf_grow.training.updates import Rates
 from hf_grow.training.warmups import phase_at
@@ -44,7 +42,7 @@ class Rollback(Exception):
         self.checkpoint = checkpoint
 
 
-class GrowTrainer(Trainer):  # type: ignore[misc]
+class GrowTrainer(Saving):
     """Trainer with a `Growing`. Everything else, arguments and checkpoints included, is Trainer's."""
 
     def __init__(self, *args: Any, growing: Growing | None = None, **options: Any) -> None:
@@ -67,11 +65,6 @@ class GrowTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(Hooks(self))
 
     # ---- one step ---------------------------------------------------------------------------------------------------------------------
-
-    @property
-    def since(self) -> int:
-        """Optimizer steps done since the growth."""
-        return int(self.state.global_step) - self.growing.grown_at
 
     def training_step(self, model: Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -223,72 +216,7 @@ class GrowTrainer(Trainer):  # type: ignore[misc]
         found = self.evaluation_loop(self.get_eval_dataloader(rows), "", prediction_loss_only=True, metric_key_prefix="part")
         return float(found.metrics["part_loss"])
 
-    # ---- saving, resuming, going back -----------------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
-        record = self.growing.record(int(self.state.global_step))
-        if record is not None:
-            write_json(folder / GROWTH, record)
-        self.growing.save_extra(folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Before trainer_state.json, which Trainer writes last: a checkpoint that has it is whole.
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.growing.penalty is not None:
-            self._save_penalty(Path(output_dir))
-        if self.args.should_save:
-            write_json(Path(output_dir) / STATE, self.growth_state())
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # a checkpoint that has trainer_state.json, which comes next, has the part of every process
-
-    def _save_penalty(self, folder: Path) -> None:
-        import torch
-
-        assert self.growing.penalty is not None
-        state = self.growing.penalty.state_dict()  # on every process: sharded state is gathered
-        if self.args.should_save:
-            torch.save(state, folder / PENALTY)
-
-    def growth_state(self) -> dict[str, Any]:
-        g = self.growing
-        left = max(0, g.after.consolidate_steps - self.since)
-        return {"grown_at": g.grown_at, "consolidate_until": g.grown_at + g.after.consolidate_steps, "consolidation_left": left,
-                "start_losses": g.start_losses, "monitor": g.monitor.state()}  # fmt: skip
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.growing.load_extra(Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.growing.load_extra(Path(self.state.best_model_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / STATE
-        if path.is_file():
-            state = json.loads(path.read_text(encoding="utf-8"))
-            self.growing.grown_at, self.growing.start_losses = state["grown_at"], state["start_losses"]
-            self.growing.monitor.load(state["monitor"])
-        else:  # a checkpoint that was grown, or of a plain Trainer: the growth is now, and its loss was
-            self.growing.grown_at = int(self.state.global_step)
-            earlier = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-            self.growing.monitor.before = earlier[-1] if earlier else None
-
-    def load_penalty(self, checkpoint: Path) -> None:
-        import torch
-
-        if self.growing.penalty is not None and (checkpoint / PENALTY).is_file():
-            self.growing.penalty.load_state_dict(torch.load(checkpoint / PENALTY, map_location="cpu", weights_only=True))
+    # ---- looking at what was done, going back --------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
         while True:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from hf_grow.errors import InputError
 from hf_grow.evaluate import Evaluator, HeldTensors
 from hf_grow.planning import GrowthPlan
-from hf_grow.training.fisher_file import Importance, encode, sample
+from hf_grow.training.fisher_file import Importance
 from hf_grow.training.places import Place, parameters
-from hf_grow.training.regularizers.penalty import Penalty
+from hf_grow.training.regularizers.penalty import Anchored
 from hf_grow.training.tracing import Piece, collect, pick, trace
 
 
@@ -47,7 +46,7 @@ def _scaled(tensor: Tensor, piece: Piece) -> Tensor:
     return tensor if factor == 1 else tensor * factor
 
 
-class Collapsed(Penalty):
+class Collapsed(Anchored):
     """``weights``: the grown model's at the start, by names on disk. Raises InputError for a growth that C does not undo."""
 
     name = "ewc-collapsed"
@@ -115,17 +114,6 @@ class Collapsed(Penalty):
 
     def nbytes(self) -> int:
         return 2 * self.storage.itemsize * sum(a.numel() for a in self.anchors.values())
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"anchors": encode({n: sample(a) for n, a in self.anchors.items()})}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        if state["anchors"] != self.state_dict()["anchors"]:
-            raise InputError(
-                "The run to be resumed was held near other weights than these.",
-                hint="Make the penalty from the model that the run started from, before the checkpoint is loaded.",
-            )
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ then and add the same. Sharded parameters (FSDP2: DTensor) get F and w* sharded 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,21 +29,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Rate = float | Mapping[Tensor, float]
 
 
-class Penalty:
+class Penalty(ABC):
     """What the trainer knows. A training loop calls, in this order: attach once, after the model is on its devices and wrapped; then for each
     step add_gradient after the last backward and before clipping, before_step and after_step around optimizer.step."""
 
     name = ""
 
+    @abstractmethod
     def attach(self, model: nn.Module) -> None:
         """Binds to the parameters of `model`. Called again, it binds to those of another wrapping of the same model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_gradient(self, scale: float = 1.0) -> None:
         """p.grad += scale * d(penalty)/dp; `scale` is the GradScaler's, if there is one."""
-        raise NotImplementedError
 
-    def before_step(self) -> None:
+    def before_step(self) -> None:  # noqa: B027 (nothing by default)
         """Just before optimizer.step."""
 
     def after_step(self, lr: Rate, settle: Callable[[], None] = lambda: None) -> None:
@@ -52,16 +53,16 @@ class Penalty:
         """
         settle()
 
+    @abstractmethod
     def value(self) -> float:
         """The penalty at the current weights. Where parameters are sharded, every process must ask."""
-        raise NotImplementedError
 
-    def finish(self, folder: Path, model: PreTrainedModel) -> None:
+    def finish(self, folder: Path, model: PreTrainedModel) -> None:  # noqa: B027 (nothing by default)
         """When training is over: writes into `folder`, where the trained `model` goes, what a later run may read. Every process must call."""
 
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes it holds for the whole model, all processes together. Needs no `attach`."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs. Where parameters are sharded, every process must ask."""
@@ -113,7 +114,28 @@ class Held:
     anchor: Tensor
 
 
-class Quadratic(Penalty):
+class Anchored(Penalty):
+    """A penalty that holds weights near those that training started from; a run is only resumed near the same ones."""
+
+    anchors: dict[str, Tensor]
+    """w*, whole tensors by name."""
+
+    def state_dict(self) -> dict[str, Any]:
+        from hf_grow.training.fisher_file import encode, sample
+
+        # Anchors are the weights that training starts from, which a resumed run loads first as well; this tells whether they are the same.
+        return super().state_dict() | {"anchors": encode({n: sample(a) for n, a in self.anchors.items()})}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if state["anchors"] != self.state_dict()["anchors"]:
+            raise InputError(
+                "The run to be resumed was held near other weights than these.",
+                hint="Make the penalty from the model that the run started from, before the checkpoint is loaded.",
+            )
+
+
+class Quadratic(Anchored):
     """1/2 lambda sum F (w - w*)^2 over parameters.
 
     ``anchors``: w* by bare parameter name, whole tensors. ``importance``: gives F of a parameter, whole, when it is attached.
@@ -225,20 +247,6 @@ class Quadratic(Penalty):
     def nbytes(self) -> int:
         count = sum(a.numel() for a in self.anchors.values())
         return sum(a.numel() * a.element_size() for a in self.anchors.values()) + (0 if self.even else count * self.storage.itemsize)
-
-    def state_dict(self) -> dict[str, Any]:
-        from hf_grow.training.fisher_file import encode, sample
-
-        # Anchors are the weights that training starts from, which a resumed run loads first as well; this tells whether they are the same.
-        return super().state_dict() | {"anchors": encode({n: sample(a) for n, a in self.anchors.items()})}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        if state["anchors"] != self.state_dict()["anchors"]:
-            raise InputError(
-                "The run to be resumed was held near other weights than these.",
-                hint="Make the penalty from the model that the run started from, before the checkpoint is loaded.",
-            )
 
 
 def _away(p: Tensor, anchor: Tensor) -> Tensor:

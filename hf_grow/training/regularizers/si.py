@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hf_grow.training.fisher import on_disk
 from hf_grow.training.fisher_file import full, samples, write_importance
-from hf_grow.training.regularizers.penalty import Quadratic, Rate, chunks, local, placed_like
+from hf_grow.training.regularizers.penalty import Penalty, Quadratic, Rate, chunks, local, placed_like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,7 +144,7 @@ class SynapticIntelligence(Quadratic):
         if not self.collect:
             super().load_state_dict(state)
             return
-        super(Quadratic, self).load_state_dict(state)
+        Penalty.load_state_dict(self, state)  # the anchors come with the state
         self.steps = int(state["steps"])
         for n, h in self.held.items():
             assert isinstance(h.importance, Tensor)
