@@ -1,7 +1,7 @@
 """Options and recipes: one declaration gives the YAML keys, the command-line flags, their help and their defaults.
 
 An options class is a pydantic model; the docstring under a field is its help. YAML is read strictly (an unknown key or a string where a
-number belongs is an error), every mistake is reported at once, and a number that YAML reads as a string (``1e-5``) is named as such.
+number belongs is an error), and every mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from hf_grow import yaml_text
 from hf_grow.errors import InputError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -106,7 +107,9 @@ def _explain(model: type[BaseModel], error: Any) -> str:
         except ValueError:
             pass
         else:
-            return f"{where}: {value!r} is a string. YAML needs a plain number (1.0e-5, with the point; no quotes)."
+            return f"{where}: {value!r} is a string. YAML needs a plain number, without quotes."
+    if error["type"] == "string_type" and isinstance(value, int | float):
+        return f"{where}: {value!r} is read as {'yes or no' if isinstance(value, bool) else 'a number'}; put quotes around a word."
     if error["type"] == "value_error":
         return f"{where}: {error['msg'].removeprefix('Value error, ')}"
     return f"{where}: {re.sub(r'^[A-Z][a-z]+ should', 'should', error['msg'])}, got {value!r}."
@@ -131,7 +134,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml_text.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -143,7 +143,9 @@ def test_a_recipe_tells_all_its_mistakes_at_once(tmp_path: Path, capsys: pytest.
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text('method: identity\nlayers_to: "10"\nnoise: 1e-2\nlayer_too: 3\n')
     said = refused(capsys, "grow", recipe)
-    assert all(word in said for word in ("4 mistakes", "source: is missing", "'10' is a string", "1.0e-5", "layer_too: unknown key"))
+    assert all(
+        word in said for word in ("3 mistakes", "source: is missing", "'10' is a string", "without quotes", "layer_too: unknown key")
+    )
     recipe.write_text("- a\n")
     assert "key: value" in refused(capsys, "grow", recipe)
     recipe.write_text("a: [\n")

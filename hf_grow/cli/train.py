@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_grow import yaml_text
 from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, enough_memory, print_json, show_next
 from hf_grow.errors import ExecutionError, InputError
@@ -60,7 +61,7 @@ def find_recipe(text: str) -> Path:
 
 
 def overrides(words: list[str]) -> dict[str, Any]:
-    """['--data.seq_length', '128', '--bf16'] -> {'data.seq_length': 128, 'bf16': True}; values as YAML reads them, 1e-4 as a number too.
+    """['--data.seq_length', '128', '--bf16'] -> {'data.seq_length': 128, 'bf16': True}; values as YAML reads them.
 
     Raises InputError for a word that belongs to no key.
     """
@@ -80,23 +81,13 @@ def overrides(words: list[str]) -> dict[str, Any]:
             else:
                 text = "true"
         try:
-            value = yaml.safe_load(text)
+            value = yaml_text.loads(text)
         except yaml.YAMLError:
             raise InputError(
                 f"--{key}: {text!r} cannot be read.", hint="Values are read as YAML; quote what it takes for something else."
             ) from None
-        found[".".join(part.replace("-", "_") if i == 0 else part for i, part in enumerate(key.split(".")))] = _number(value)
+        found[".".join(part.replace("-", "_") if i == 0 else part for i, part in enumerate(key.split(".")))] = value
     return found
-
-
-def _number(value: Any) -> Any:
-    """YAML takes 1e-4 for a word."""
-    if isinstance(value, str):
-        try:
-            return float(value) if "e" in value.lower() else value
-        except ValueError:
-            return value
-    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -184,11 +175,10 @@ def _quiet() -> None:
 
 
 def _show_plan(facts: dict[str, Any]) -> None:
-    import yaml
     from rich.table import Table
 
     out = render.console
-    out.print(yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True).rstrip(), markup=False)
+    out.print(yaml_text.dumps(facts["recipe"]), markup=False)
     groups = Table(title="parameters", title_justify="left", title_style="bold")
     for column in ("", "tensors", "parameters"):
         groups.add_column(column, justify="left" if not column else "right")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from hf_grow import yaml_text
 from hf_grow.methods import METHODS
 from hf_grow.planning import GrowthPlan, SourceInfo
 from hf_grow.tensormap import Expr, Noise
@@ -43,8 +44,6 @@ def command(plan: GrowthPlan, output: str) -> str | None:
 
 def recipe(plan: GrowthPlan) -> str | None:
     """As a recipe for `hf-grow grow`; None for a growth that no recipe makes (a method of another version, or of somebody's own)."""
-    import yaml
-
     growth, source = plan.growth, plan.source
     if set(growth.options) == {"steps"} and isinstance(growth.options["steps"], list):
         steps = growth.options["steps"]
@@ -56,7 +55,7 @@ def recipe(plan: GrowthPlan) -> str | None:
     if not known:
         return None
     head = {"source": source.ref, "revision": source.revision} if source.revision else {"source": f"./{folder_name(source.ref)}"}
-    return str(yaml.safe_dump({**head, **data}, sort_keys=False, allow_unicode=True, width=120)).rstrip()
+    return yaml_text.dumps({**head, **data})
 
 
 def _known(method: Any, options: Mapping[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_grow import yaml_text
 from hf_grow.checkpoint.record import count, total, trainings
 from hf_grow.publish.markdown import code, is_hub_id, plain, table
 from hf_grow.publish.measured import number
@@ -210,8 +211,6 @@ def commands(found: Sequence[Stage], name: str) -> tuple[str, list[tuple[str, st
 
 
 def _recipe(stage: Stage, model: str) -> str | None:
-    import yaml
-
     given, revision = stage.facts.get("model"), stage.facts.get("revision")
     on_the_hub = is_hub_id(given) and isinstance(revision, str) and bool(re.fullmatch(r"[0-9a-f]{7,64}", revision))
     head = {"model": given, "revision": revision} if on_the_hub else {"model": f"./{model}"}
@@ -223,7 +222,7 @@ def _recipe(stage: Stage, model: str) -> str | None:
         }
     except RecursionError:
         return None
-    text = str(yaml.safe_dump({**head, **rest}, sort_keys=False, allow_unicode=True, width=120)).rstrip()
+    text = yaml_text.dumps({**head, **rest})
     return text if stage.recipe and len(text) <= MOST_RECIPE else None
 
 
