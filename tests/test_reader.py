@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -388,10 +389,10 @@ def test_a_missing_shard_is_named(shards):
     assert "Download the checkpoint again" in message
 
 
-def test_a_shard_that_is_a_folder_is_missing(shards):
+def test_a_shard_that_is_a_folder_is_refused(shards):
     (shards / "b.safetensors").unlink()
     (shards / "b.safetensors").mkdir()
-    assert "shard b.safetensors is missing" in refusal(shards)
+    assert "it is a folder" in refusal(shards)
 
 
 def test_a_tensor_in_another_shard_than_the_index_says_is_refused(shards):
@@ -550,3 +551,25 @@ def test_a_growth_json_of_any_other_content_is_no_history_and_no_error(folder, p
 def test_a_damaged_growth_json_is_refused_by_name(folder):
     (folder / "growth.json").write_text("{")
     assert "growth.json is not valid JSON" in refusal(folder)
+
+
+# ---- files that are no files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "growth.json", "a.safetensors", SINGLE])
+@pytest.mark.parametrize("to", ["/dev/zero", "itself", "pipe"])
+def test_a_file_of_a_checkpoint_that_is_no_regular_file_is_refused_at_once(shards, name: str, to: str):
+    path = shards / name
+    path.unlink(missing_ok=True)
+    if to == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(name if to == "itself" else to)
+    assert f"Cannot read {path}" in refusal(shards)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "growth.json"])
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_json_does_not_have_are_refused_by_file(shards, name: str, value: str):
+    (shards / name).write_text('{"rms_norm_eps": ' + value + "}")
+    assert f"{name} is not valid JSON" in refusal(shards)

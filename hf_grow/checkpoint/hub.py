@@ -21,8 +21,9 @@ from hf_grow.checkpoint.hub_errors import cache_folder as cache_folder
 from hf_grow.checkpoint.hub_errors import example, http_error, page
 from hf_grow.checkpoint.hub_errors import explained as explained
 from hf_grow.checkpoint.ranges import opened, span
-from hf_grow.checkpoint.reader import MAX_JSON, Stored, header_length, read_header
+from hf_grow.checkpoint.reader import Stored, header_length, read_header
 from hf_grow.errors import SourceError
+from hf_grow.untrusted import MAX_FILE, open_regular
 
 LOOK_UP_TIMEOUT = 15  # seconds without an answer
 TRIES = 3  # for a header whose connection breaks off
@@ -81,7 +82,7 @@ def fetch_json(remote: Remote, name: str) -> Path:
     """A small file of the repository, through the cache. Raises SourceError."""
     from huggingface_hub import HfApi
 
-    if (remote.sizes.get(name) or 0) > MAX_JSON:
+    if (remote.sizes.get(name) or 0) > MAX_FILE:
         raise SourceError(f"{remote.ref}/{name} is {remote.sizes[name]} bytes; that is no plausible file of its kind.")
     api = HfApi(library_name="hf-grow")
     with explained(remote.ref, remote.revision), no_bars():
@@ -99,7 +100,7 @@ def fetch_header(remote: Remote, file: str) -> tuple[dict[str, Stored], int]:
     where, listed = f"{remote.ref}/{file}", remote.sizes.get(file)
     cached = cached_file(remote.ref, remote.commit, file)
     if cached is not None:
-        with cached.open("rb") as handle:
+        with open_regular(cached) as handle:
             stored = os.fstat(handle.fileno()).st_size
             return read_header(handle.read(8), handle.read, stored, where), stored
     if listed is not None and listed < 8:  # no range of it could be asked for

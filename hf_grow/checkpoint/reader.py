@@ -19,12 +19,12 @@ from typing import Any
 from hf_grow.checkpoint.record import history_of
 from hf_grow.errors import SourceError
 from hf_grow.planning import DTYPE_BYTES, SourceInfo, TensorInfo
+from hf_grow.untrusted import open_regular, read_json, reason
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GROWTH = "growth.json"
 MAX_HEADER = 100_000_000  # the format's own limit
-MAX_JSON = 64_000_000
 MAX_DIMS = 8
 MAX_NAME = 500
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
@@ -80,20 +80,26 @@ class Checkpoint:
 
 def open_folder(folder: Path, *, ref: str | None = None, revision: str = "") -> Checkpoint:
     """Reads config, index and headers of a checkpoint folder. Raises SourceError with what is wrong."""
-    ref = ref or str(folder)
+    try:
+        return _open_folder(folder, ref or str(folder), revision)
+    except OSError as error:
+        raise SourceError(f"Cannot read {folder}: {reason(error)}.") from None
+
+
+def _open_folder(folder: Path, ref: str, revision: str) -> Checkpoint:
     weight_map = _weight_map(folder, ref)  # first: adapters and GGUF folders have no config.json, and a refusal of their own
     config = read_json(folder / "config.json", f"{ref} is no checkpoint: it has no config.json.")
     tensors: dict[str, Stored] = {}
     files: dict[str, dict[str, Any]] = {}
     for file in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
-        with _open(folder / file) as handle:
+        with open_regular(folder / file) as handle:
             stat = os.fstat(handle.fileno())
             found = read_header(handle.read(8), handle.read, stat.st_size, str(folder / file))
         files[file] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         merge(tensors, found, file, weight_map, ref)
     check_index(tensors, weight_map, ref)
     growth = folder / GROWTH
-    return Checkpoint(ref, revision, config, tensors, files, folder, read_json(growth, "") if growth.is_file() else None)
+    return Checkpoint(ref, revision, config, tensors, files, folder, read_json(growth) if os.path.lexists(growth) else None)
 
 
 def merge(into: dict[str, Stored], found: Mapping[str, Stored], file: str, weight_map: Mapping[str, str], ref: str) -> None:
@@ -132,21 +138,17 @@ def parse_index(data: Mapping[str, Any], where: str) -> dict[str, str]:
 
 def _weight_map(folder: Path, ref: str) -> dict[str, str]:
     """Name -> file for a sharded checkpoint; empty for a single file."""
-    if (folder / SINGLE).is_file():
+    if os.path.lexists(folder / SINGLE):
         return {}
-    if (folder / INDEX).is_file():
-        weight_map = parse_index(read_json(folder / INDEX, ""), str(folder / INDEX))
+    if os.path.lexists(folder / INDEX):
+        weight_map = parse_index(read_json(folder / INDEX), str(folder / INDEX))
         for file in sorted(set(weight_map.values())):
-            if not (folder / file).is_file():
+            if not os.path.lexists(folder / file):
                 raise SourceError(
                     f"{ref}: shard {file} is missing.", hint="Download the checkpoint again; every shard of the index is needed."
                 )
         return weight_map
-    try:
-        names = [p.name for p in folder.iterdir()]
-    except OSError as error:
-        raise SourceError(f"Cannot read {folder}: {error.strerror}.") from None
-    raise no_safetensors(names, ref)
+    raise no_safetensors([p.name for p in folder.iterdir()], ref)
 
 
 def no_safetensors(names: list[str], ref: str) -> SourceError:
@@ -161,30 +163,6 @@ def no_safetensors(names: list[str], ref: str) -> SourceError:
     if any(n.endswith(".gguf") for n in names):
         return SourceError(f"{ref} is a GGUF checkpoint; growth needs the original safetensors.")
     return SourceError(f"{ref} has no {SINGLE} and no {INDEX}.")
-
-
-def _open(path: Path) -> Any:
-    try:
-        return path.open("rb", buffering=0)
-    except OSError as error:
-        raise SourceError(f"Cannot read {path}: {error.strerror}.") from None
-
-
-def read_json(path: Path, missing: str) -> dict[str, Any]:
-    """A JSON object from an untrusted file."""
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise SourceError(f"{path} is {path.stat().st_size} bytes; that is no plausible file of its kind.")
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise SourceError(missing or f"{path} is missing.") from None
-    except OSError as error:
-        raise SourceError(f"Cannot read {path}: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(data, dict):
-        raise SourceError(f"{path} must hold a JSON object.")
-    return data
 
 
 def header_length(prefix: bytes, size: int, where: str) -> int:

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_grow.checkpoint.reader import Checkpoint, read_json
+from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import SourceError
+from hf_grow.untrusted import read_bytes, read_json
 
 Notify = Callable[[str], None]
 
@@ -63,7 +64,7 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | bytes | None:
     path = checkpoint.folder / "tokenizer.json"
     if not path.is_file():
         model = checkpoint.folder / "tokenizer.model"
-        return model.read_bytes() if model.is_file() else None
+        return read_bytes(model) if model.is_file() else None
     data = read_json(path, "")
     model_part: Any = data.get("model")
     vocab: Any = model_part.get("vocab") if isinstance(model_part, dict) else None

@@ -26,9 +26,9 @@ from hf_grow.checkpoint.reader import (
     no_safetensors,
     open_folder,
     parse_index,
-    read_json,
 )
 from hf_grow.errors import InputError, SourceError
+from hf_grow.untrusted import read_json
 
 CONFIG = "config.json"
 
@@ -72,10 +72,7 @@ def open_source(
     if _is_folder(ref):
         if revision:
             raise InputError(f"{ref} is a folder and has no revision {revision!r}.", hint="Leave --revision out, or give a Hub id.")
-        try:
-            return open_folder(Path(ref).expanduser(), ref=ref)
-        except OSError as error:
-            raise SourceError(f"Cannot read {ref}: {error.strerror}.") from None
+        return open_folder(Path(ref).expanduser(), ref=ref)
     name = ALIASES.get(ref.lower(), ref)
     if name.lower() != ref.lower():
         notify(f"{ref} is short for {name}.")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_grow.checkpoint.reader import GROWTH, read_json
+from hf_grow.checkpoint.reader import GROWTH
 from hf_grow.errors import InputError, OutputError
 from hf_grow.planning import GrowthPlan
 from hf_grow.publish import licences, sections
@@ -26,6 +26,7 @@ from hf_grow.publish.measured import tasks
 from hf_grow.publish.picture import draw, to_svg
 from hf_grow.publish.reproduce import public_name
 from hf_grow.recipe import Options
+from hf_grow.untrusted import read_json
 
 README, PICTURE, NOTICE = "README.md", "layer-map.svg", "NOTICE"
 _MARK = re.compile(r"<!-- written by hf-grow, sha256 ([0-9a-f]{64}) -->\n\Z")

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_grow.architecture import Architecture, Entry
-from hf_grow.checkpoint.reader import GROWTH, read_json
+from hf_grow.checkpoint.reader import GROWTH
 from hf_grow.errors import InputError
 from hf_grow.planning import GrowthPlan
 from hf_grow.training.masks import inverse
 from hf_grow.training.places import bare, places
+from hf_grow.untrusted import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

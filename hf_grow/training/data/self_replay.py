@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_grow.checkpoint.reader import GROWTH, read_json
+from hf_grow.checkpoint.reader import GROWTH
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError, SourceError
 from hf_grow.training.data import cache
 from hf_grow.training.data.options import SelfReplay
 from hf_grow.training.data.sources import Notify
 from hf_grow.training.replay import ReplayOptions, read_record, sample_replay
+from hf_grow.untrusted import read_json
 
 
 def source_of(options: SelfReplay, trained: str | None) -> tuple[str, str | None]:
