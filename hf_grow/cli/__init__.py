@@ -7,9 +7,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from io import TextIOWrapper
 
 from hf_grow._version import __version__
-from hf_grow.errors import GrowError, InputError
+from hf_grow.errors import GrowError, InputError, shown
 
 # command -> (module of its arguments and run, one line of help)
 COMMANDS = {
@@ -47,11 +49,17 @@ exit status: 0 done; 1 failed, or the verification failed; 2 the input cannot be
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status. Errors are one message on stderr, never a traceback."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name must not end the work
     try:
-        return _run(arguments)
+        status = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a full disk can still be told
+        return status
     except GrowError as error:
         # All processes of a distributed training find the same mistakes; the first of each machine tells of them.
-        if not (isinstance(error, InputError) and os.environ.get("LOCAL_RANK", "0") != "0"):
+        if not (isinstance(error, InputError) and _launched("LOCAL_RANK")):
             print(f"hf-grow: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -59,11 +67,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nhf-grow: interrupted.{again}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
         return 1
     except MemoryError:
         print("hf-grow: out of memory.\n  Use a smaller --memory-budget, or verify --structure-only.", file=sys.stderr)
         return 1
+    except OSError as error:
+        # Files of the work have messages of their own where they are read and written; this is stdout, the caches of libraries, and the like.
+        _abandon_stdout()
+        place = error.filename if isinstance(error.filename, str) else "a file, or standard output"
+        print(f"hf-grow: {shown(place)} could not be read or written: {shown(error.strerror or str(error))}.", file=sys.stderr)
+        return 1
+
+
+def _abandon_stdout() -> None:
+    """What is still in its buffer is thrown away, so that Python does not try once more at its end."""
+    with suppress(OSError, AttributeError):  # there is none, or it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: list[str]) -> int:
@@ -81,7 +101,7 @@ def _run(argv: list[str]) -> int:
         if name == chosen:
             _add_arguments(name, sub)
     arguments, rest = parser.parse_known_args(argv)
-    started = int(os.environ.get("WORLD_SIZE") or 1)
+    started = _started()
     if started > 1 and arguments.command != "train":
         raise InputError(
             f"hf-grow {arguments.command} runs in one process, and {started} were started.",
@@ -93,6 +113,20 @@ def _run(argv: list[str]) -> int:
     arguments.overrides = rest
     run = module.run_recipe if arguments.command == "grow" else module.run
     return int(run(arguments))
+
+
+def _launched(name: str) -> int | None:
+    """A number that a launcher left in the environment: 0 where it is not set, None where it is no number."""
+    value = os.environ.get(name) or "0"
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None
+
+
+def _started() -> int:
+    """How many processes a launcher started. Raises InputError for variables of it that are no numbers, which torch and accelerate read too."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        if _launched(name) is None:
+            raise InputError(f"The environment variable {name} is {os.environ[name]!r}, and a number belongs there.", hint=f"unset {name}")
+    return _launched("WORLD_SIZE") or 1
 
 
 def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:

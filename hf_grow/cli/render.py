@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from hf_grow.checkpoint.writer import Progress
+from hf_grow.errors import shown
 from hf_grow.methods.hybrid import ffn_axis
 from hf_grow.methods.sizing import measure, short
 from hf_grow.publish.layermap import layer_ranges
@@ -23,9 +25,21 @@ if TYPE_CHECKING:
     from hf_grow.methods.hybrid import Candidate, HybridOptions
     from hf_grow.planning import GrowthPlan
 
+MOST_COLUMNS = 4_000
+"""The longest piece of a line on the terminal: a list of all layers of a large model fits."""
+
+
+class Screen(Console):
+    """What is printed holds values from files of unknown origin: everything goes through `shown`, and only rich's own styles move the cursor."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(shown(segment.text, MOST_COLUMNS), segment.style)
+
+
 # No markup: names of folders, files and tensors may hold brackets and colons.
-console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-notes = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+console = Screen(highlight=False, soft_wrap=True, markup=False, emoji=False)
+notes = Screen(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 EVERY = 30.0
 """Seconds between two lines of progress in a file."""

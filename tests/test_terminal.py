@@ -1,0 +1,143 @@
+"""What reaches the terminal: nothing that an untrusted file wrote for the terminal itself, one message whatever becomes of stdout and the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import BY_NAME, make, save
+
+from hf_grow.cli import main
+from hf_grow.errors import MOST_COLUMNS, InputError, shown
+
+HOSTILE = "\x1b[31mred\x1b]0;title\x07 \u202eback\x9b2J \ud800\r"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(make(BY_NAME["mistral"], dtype=torch.bfloat16), tmp_path_factory.mktemp("terminal") / "small")
+
+
+def speaks(text: str) -> list[str]:
+    """Characters that a terminal would obey, or could not show."""
+    return [c for c in text if not c.isprintable() and c != "\n"]
+
+
+def test_shown_keeps_what_is_readable_and_escapes_the_rest() -> None:
+    assert shown("Größe 日本\nnext") == "Größe 日本\nnext"
+    assert not speaks(shown(HOSTILE))
+    assert "\\x1b[31mred" in shown(HOSTILE) and "\\u202e" in shown(HOSTILE) and "\\ud800" in shown(HOSTILE)
+    long = shown("a" * 200_000 + "\n" + "b" * 10)
+    assert len(long) <= MOST_COLUMNS + 11 and long.startswith("aaa") and long.endswith("a\nbbbbbbbbbb")
+
+
+def test_every_message_is_fit_to_be_read() -> None:
+    error = InputError(HOSTILE + "x" * 200_000 + "\ny" * 100_000, hint=HOSTILE)
+    assert not speaks(str(error))
+    assert len(str(error)) < 4_000
+    assert "more lines" in str(error)
+
+
+def config_with(source: Path, folder: Path, **changes: object) -> Path:
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change", [{"model_type": "\x1b[2J\x9b"}, {"hidden_size": "\x1b]0;owned\x07" * 9_000}, {"tie_word_embeddings": "\x1b[5m"}]
+)
+def test_a_config_cannot_speak_to_the_terminal(
+    change: dict[str, str], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = config_with(source, tmp_path / "bad", **change)
+    assert main(["inspect", str(bad)]) == 2
+    said = capsys.readouterr()
+    assert not speaks(said.err + said.out)
+    assert len(said.err) < 4_000
+
+
+def test_neither_can_a_growth_json(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dus", str(source), "-o", str(tmp_path / "out")]) == 0
+    record = tmp_path / "out" / "growth.json"
+    data = json.loads(record.read_text())
+    data["growth"]["method"] = "\x1b[2J\x1b]0;owned\x07\x9b\x7f"
+    data["source"]["ref"] = "\x1b[2J" + "a" * 100_000
+    record.write_text(json.dumps(data))
+    for words in (["inspect"], ["inspect", "--json"], ["verify", str(source), "--structure-only", "--no-record"]):
+        capsys.readouterr()
+        main(
+            [
+                words[0],
+                *(w for w in words[1:] if not w.startswith("-")),
+                str(tmp_path / "out"),
+                *(w for w in words[1:] if w.startswith("-")),
+            ]
+        )
+        said = capsys.readouterr()
+        assert not speaks(said.err + said.out), words
+        if "--json" in words:
+            assert json.loads(said.out)
+
+
+def ended(words: list[object], stdout: int, **environment: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_grow", *map(str, words)], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("words", [["inspect"], ["inspect", "--json"], ["dus", "--dry-run"], ["plan", "--to", "70K", "--json"]], ids=str)
+def test_a_full_disk_behind_stdout_is_one_message(words: list[str], source: Path) -> None:
+    with open("/dev/full", "w") as full:
+        status, said = ended([words[0], source, *words[1:]], full.fileno())
+    assert status == 1
+    assert "No space left" in said
+
+
+def test_a_closed_stdout_is_no_traceback(source: Path) -> None:
+    script = f'exec "{sys.executable}" -m hf_grow inspect "{source}" --json >&-'
+    done = subprocess.run(["bash", "-c", script], stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["x", "-1", "1e3", "٣", "9" * 400])
+def test_what_a_launcher_left_behind_must_be_numbers(
+    name: str, value: str, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert main(["inspect", str(source)]) == 2
+    assert f"unset {name}" in capsys.readouterr().err
+
+
+def test_a_home_of_the_hub_that_is_a_file_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    status, said = ended(["inspect", "nobody/nothing"], subprocess.DEVNULL, HF_HOME=str(tmp_path / "file"))
+    assert status == 2
+    assert "HF_HOME" in said
+
+
+def test_a_terminal_without_unicode_shows_what_it_can(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "größe").symlink_to(source)
+    for words in (["inspect", tmp_path / "größe"], ["inspect", tmp_path / "größe", "--json"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "hf_grow", *map(str, words)],
+            capture_output=True,
+            timeout=120,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )
+        assert done.returncode == 0, done.stderr
+        if "--json" in words:
+            assert json.loads(done.stdout)["model"].endswith("größe")
