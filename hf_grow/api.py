@@ -19,6 +19,7 @@ from hf_grow.methods.expert_options import ExpertsOptions
 from hf_grow.methods.pipeline import PIPELINE, PipelineOptions
 from hf_grow.planning import GrowthPlan, SourceInfo, check_source, make_plan
 from hf_grow.recipe import Options, parse
+from hf_grow.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ def _quiet(message: str) -> None:
 def find_method(name: str) -> Method:
     known = {**METHODS, PIPELINE.name: PIPELINE}
     if name not in known:
-        raise InputError(f"Unknown method {name!r}.", hint=f"Methods: {', '.join(known)}.")
+        raise InputError(f"Unknown method {name!r}.{did_you_mean(name, known)}", hint=f"Methods: {', '.join(known)}.")
     return known[name]
 
 

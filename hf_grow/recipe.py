@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from hf_grow import yaml_text
 from hf_grow.errors import InputError
+from hf_grow.suggest import did_you_mean
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -98,7 +99,8 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     value = error.get("input")
     if error["type"] == "extra_forbidden":
         fields = _model_at(model, error["loc"][:-1]).model_fields
-        return f"{where}: unknown key. Known: {', '.join(sorted(f.alias or name for name, f in fields.items()))}."
+        known = sorted(f.alias or name for name, f in fields.items())
+        return f"{where}: unknown key.{did_you_mean(str(error['loc'][-1]), known)} Known: {', '.join(known)}."
     if error["type"] == "missing":
         return f"{where}: is missing."
     if error["type"] in ("int_type", "float_type") and isinstance(value, str):
@@ -127,6 +129,12 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [found for part in get_args(annotation) for found in _models_in(part)]
+
+
+def nested(model: type[BaseModel]) -> list[str]:
+    """The keys of a model and, behind them, those of the models inside it, with dots."""
+    below = [(f.alias or n, inner) for n, f in model.model_fields.items() for inner in _models_in(f.annotation)]
+    return [f.alias or n for n, f in model.model_fields.items()] + [f"{key}.{k}" for key, inner in below for k in nested(inner)]
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

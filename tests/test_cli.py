@@ -156,7 +156,7 @@ def test_a_recipe_tells_all_its_mistakes_at_once(tmp_path: Path, capsys: pytest.
 
 
 WRONG = {
-    "no command": ([], "COMMAND"),
+    "no command": (["--json"], "COMMAND"),
     "unknown command": (["grwo"], "grwo"),
     "unknown flag": (["dus", "{source}", "--nose", "3"], "--nose"),
     "flag of another method": (["depth", "{source}", "--method", "stack", "--drop", "1"], "belongs to: dus"),

@@ -45,10 +45,10 @@ def test_all_mistakes_of_all_kinds_are_told_at_once(tmp_path: Path, capsys: pyte
     for line in (
         "learning_rate: should be a valid number", "save_steps: '1e-3' is a string. YAML needs a plain number",
         "lerning_rate: unknown key. Did you mean learning_rate?", "bf16: should be", "optim: should be",
-        "warmup.alpha_step: unknown key. Known: alpha_start, alpha_steps", "warmup.steps: should be a valid integer",
+        "warmup.alpha_step: unknown key. Did you mean alpha_steps? Known: alpha_start, alpha_steps", "warmup.steps: should be a valid integer",
         "train: there is no part 'wings'", "tokenizer: knows 65 tokens, but the model's vocabulary has 64", "regularizer.lambda: '10' is a string",
         "output_dir: is set by hf-grow; use output", "monitor.on_instability: should be", "data.train.0: ", "data.eval.old: ",
-        "data.seq_lenght: unknown key", f"regularizer.fisher: {fisher} is of another model", "output: ",
+        "data.seq_lenght: unknown key. Did you mean seq_length?", f"regularizer.fisher: {fisher} is of another model", "output: ",
     ):  # fmt: skip
         assert any(t.strip().startswith(line) for t in told), (line, said)
     assert f"has {len(told) - 1} mistakes" in told[0]
@@ -193,7 +193,7 @@ def test_wrong_keys_hide_nothing_beside_them(wrong: str, tmp_path: Path, capsys:
 def test_a_growth_json_of_another_model_or_of_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path)
     record = (model / "growth.json").read_text()
-    for damaged, words in (("{}", "has format None"), ("[]", "must hold a JSON object"), ("{", "is not valid JSON")):
+    for damaged, words in (("{}", "does not say its format"), ("[]", "must hold a JSON object"), ("{", "is not valid JSON")):
         (model / "growth.json").write_text(damaged)
         assert words in run(capsys, "train", recipe(tmp_path, model), status=2)["error"]
     (tmp_path / "source" / "growth.json").write_text(record)

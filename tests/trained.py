@@ -8,11 +8,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-import yaml
 from models import BY_NAME, make, save
 from transformers import PreTrainedTokenizerFast
 
-from hf_grow import api
+from hf_grow import api, yaml_text
 from hf_grow.cli import main
 
 VOCAB = 64
@@ -73,7 +72,7 @@ def recipe(folder: Path, model: Path, **changes: Any) -> Path:
     whole = {"model": str(model), "output": str(folder / "out"), "data": data, **FAST}
     whole |= changes | ({"data": data | changes["data"]} if "data" in changes else {})
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in whole.items() if v is not None}))
+    path.write_text(yaml_text.dumps({k: v for k, v in whole.items() if v is not None}))
     return path
 
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from io import TextIOWrapper
 
 from hf_grow._version import __version__
+from hf_grow.cli.parsing import GREETING, Parser, check_command, error_facts, refuse_rest
 from hf_grow.errors import GrowError, InputError, shown
 
 # command -> (module of its arguments and run, one line of help)
@@ -47,7 +48,7 @@ exit status: 0 done; 1 failed, or the verification failed; 2 the input cannot be
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status. Errors are one message on stderr, never a traceback."""
+    """Runs one command and returns the exit status. Errors are one message on stderr, never a traceback, and with --json an object on stdout too."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -59,25 +60,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except GrowError as error:
         # All processes of a distributed training find the same mistakes; the first of each machine tells of them.
-        if not (isinstance(error, InputError) and _launched("LOCAL_RANK")):
-            print(f"hf-grow: {error}", file=sys.stderr)
-        return error.exit_code
+        if isinstance(error, InputError) and _launched("LOCAL_RANK"):
+            return error.exit_code
+        return _failed(error, arguments)
     except KeyboardInterrupt:
         again = " Repeat the command with --resume to go on where it stopped." if RESUMABLE & set(arguments[:1]) else ""
-        print(f"\nhf-grow: interrupted.{again}", file=sys.stderr)
-        return 1
+        print(file=sys.stderr)
+        return _failed(GrowError(f"interrupted.{again}"), arguments)
     except BrokenPipeError:
         _abandon_stdout()
         return 1
     except MemoryError:
-        print("hf-grow: out of memory.\n  Use a smaller --memory-budget, or verify --structure-only.", file=sys.stderr)
-        return 1
+        return _failed(GrowError("out of memory.", hint="Use a smaller --memory-budget, or verify --structure-only."), arguments)
     except OSError as error:
         # Files of the work have messages of their own where they are read and written; this is stdout, the caches of libraries, and the like.
-        _abandon_stdout()
         place = error.filename if isinstance(error.filename, str) else "a file, or standard output"
-        print(f"hf-grow: {shown(place)} could not be read or written: {shown(error.strerror or str(error))}.", file=sys.stderr)
-        return 1
+        return _failed(GrowError(f"{shown(place)} could not be read or written: {shown(error.strerror or str(error))}."), arguments)
+
+
+def _failed(error: GrowError, arguments: Sequence[str]) -> int:
+    print(f"hf-grow: {error}", file=sys.stderr)
+    try:
+        if "--json" in arguments:
+            from hf_grow.cli.commands import print_json
+
+            print_json(error_facts(error))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _abandon_stdout()
+    return error.exit_code
 
 
 def _abandon_stdout() -> None:
@@ -87,7 +99,13 @@ def _abandon_stdout() -> None:
 
 
 def _run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    if not argv or argv == ["help"]:
+        print(GREETING, end="")
+        return 0
+    if argv[0] == "help":
+        argv = [argv[1], "--help"]
+    chosen = check_command(argv, COMMANDS, _methods)
+    parser = Parser(
         "hf-grow",
         description="Grow a trained checkpoint into a larger one, and go on training it.",
         epilog=EPILOG,
@@ -95,7 +113,6 @@ def _run(argv: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"hf-grow {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    chosen = next((a for a in argv if not a.startswith("-")), None)
     for name, (_, text) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
         if name == chosen:
@@ -108,8 +125,8 @@ def _run(argv: list[str]) -> int:
             hint="Start it without a launcher; train takes one.",
         )
     module = importlib.import_module(f"hf_grow.cli.{COMMANDS[arguments.command][0]}")
-    if rest and not getattr(module, "OVERRIDES", False):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if not getattr(module, "OVERRIDES", False):
+        refuse_rest(rest, commands.choices[arguments.command])
     arguments.overrides = rest
     run = module.run_recipe if arguments.command == "grow" else module.run
     return int(run(arguments))
@@ -127,6 +144,12 @@ def _started() -> int:
         if _launched(name) is None:
             raise InputError(f"The environment variable {name} is {os.environ[name]!r}, and a number belongs there.", hint=f"unset {name}")
     return _launched("WORLD_SIZE") or 1
+
+
+def _methods() -> dict[str, str]:
+    from hf_grow.methods import METHODS
+
+    return {name: method.kind for name, method in METHODS.items() if name not in COMMANDS}
 
 
 def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, DEFAUL
 from hf_grow.cli import flags, render
 from hf_grow.cli.allocator import keep_freed_memory
 from hf_grow.cli.commands import add_json, add_source, print_json, show_next
+from hf_grow.cli.parsing import one_of
 from hf_grow.cli.push import PublishOptions, push_with_bar, pushed_facts, show_pushed
 from hf_grow.cli.streamed import fetch_small, streamed
 from hf_grow.errors import InputError
@@ -28,6 +29,7 @@ from hf_grow.publish.push import Destination, Pushed, check_destination, prepare
 from hf_grow.publish.stream import SHARD_SIZE as STREAM_SHARD_SIZE
 from hf_grow.publish.stream import StreamSink
 from hf_grow.recipe import Bytes, Options, load_yaml, parse
+from hf_grow.suggest import did_you_mean
 from hf_grow.training.carry import check_trainer_checkpoint, grow_checkpoint_state
 from hf_grow.training.settled import warn_unsettled
 
@@ -91,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     if command in KINDS:
         default = {"depth": "dus, or layers where --layers is given", "width": "tile"}[command]
         about = "; ".join(f"{m.name}: {m.summary}" for m in methods.values()).replace("%", "%%")
-        parser.add_argument("--method", choices=list(methods), help=f"{about}. Default: {default}")
+        parser.add_argument("--method", type=one_of(methods), metavar="{" + ",".join(methods) + "}", help=f"{about}. Default: {default}")
     flags.add_flags(parser.add_argument_group("growth"), [m.options for m in methods.values()])
     _add_output(parser.add_argument_group("output"))
 
@@ -126,7 +128,9 @@ def find_recipe(text: str) -> Path:
     if path.is_file() or path.suffix or os.sep in text:
         return path  # where it is missing, reading it says so
     if text not in RECIPES:
-        raise InputError(f"There is no recipe {text!r}.", hint=f"Give a YAML file, or one of: {', '.join(RECIPES)}.")
+        raise InputError(
+            f"There is no recipe {text!r}.{did_you_mean(text, RECIPES)}", hint=f"Give a YAML file, or one of: {', '.join(RECIPES)}."
+        )
     return RECIPES[text]
 
 

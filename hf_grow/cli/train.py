@@ -15,6 +15,7 @@ from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, enough_memory, print_json, show_next
 from hf_grow.errors import ExecutionError, InputError
 from hf_grow.methods.sizing import short
+from hf_grow.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from hf_grow.training.launch import Launch
@@ -56,7 +57,10 @@ def find_recipe(text: str) -> Path:
     if path.is_file() or path.suffix or os.sep in text:
         return path
     if text not in RECIPES:
-        raise InputError(f"There is no training recipe {text!r}.", hint=f"Give a YAML file, or one of: {', '.join(RECIPES)}.")
+        raise InputError(
+            f"There is no training recipe {text!r}.{did_you_mean(text, RECIPES)}",
+            hint=f"Give a YAML file, or one of: {', '.join(RECIPES)}.",
+        )
     return RECIPES[text]
 
 

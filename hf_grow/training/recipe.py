@@ -7,7 +7,6 @@ not belong to the model, a Fisher of another model (`check`).
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -19,7 +18,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from hf_grow.errors import InputError
-from hf_grow.recipe import Options, load_yaml, mistakes
+from hf_grow.recipe import Options, load_yaml, mistakes, nested
+from hf_grow.suggest import did_you_mean
 from hf_grow.training.adapters import LoraOptions
 from hf_grow.training.data.options import DataOptions
 from hf_grow.training.distill import DistillOptions
@@ -89,6 +89,8 @@ class TrainRecipe(Options):
 OURS = {"output_dir": "output", "do_train": "", "do_eval": "", "do_predict": "", "local_rank": "", "remove_unused_columns": "", "train_sampling_strategy": "",
         "label_names": "", "ignore_data_skip": "", "push_to_hub": "hf-grow push OUTPUT afterwards"}  # fmt: skip
 """TrainingArguments that hf-grow sets itself, with the key to use instead, if there is one."""
+FLAGS = ("--resume", "--overwrite", "--dry-run", "--time", "--json", "--accelerate", "--processes")
+"""What `hf-grow train` takes that is no key; only to be suggested."""
 DEFAULTS: Mapping[str, Any] = {
     "per_device_train_batch_size": 8, "num_train_epochs": 1.0, "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.05,
     "weight_decay": 0.1, "adam_beta2": 0.95, "logging_steps": 10, "save_steps": 500, "save_total_limit": 2, "eval_steps": 100,
@@ -195,9 +197,8 @@ def read(data: Mapping[str, Any], where: str = "The recipe") -> Read:
         if instead is not None:
             found.append(f"{key}: is set by hf-grow{f'; use {instead}' if instead else ''}.")
         else:
-            close = difflib.get_close_matches(key, [*TrainRecipe.model_fields, *known], 1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            found.append(f"{key}: unknown key.{hint} Known: {', '.join(TrainRecipe.model_fields)}, and TrainingArguments.")
+            near = did_you_mean(key, [*nested(TrainRecipe), *known, *FLAGS])
+            found.append(f"{key}: unknown key.{near} Known: {', '.join(TrainRecipe.model_fields)}, and TrainingArguments.")
     bad = {re.split(r"[.:]", line)[0] for line in found}
     theirs = {k: v for k, v in theirs.items() if k not in bad}
     if recipe is None:

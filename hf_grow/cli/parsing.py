@@ -1,0 +1,72 @@
+"""The argument parser: mistakes are errors like all others, and say what may have been meant."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NoReturn
+
+from hf_grow.errors import InputError
+from hf_grow.suggest import did_you_mean, meant
+
+GREETING = """\
+hf-grow grows a trained checkpoint into a larger one, and goes on training it.
+
+See the whole job on a small model (a few minutes, nothing to download):
+  hf-grow demo
+
+With a model of your own, a folder or a Hub id:
+  hf-grow inspect MODEL                 what it is
+  hf-grow plan MODEL --to 10B           the ways to a size, side by side; reads headers only
+  hf-grow dus MODEL --to 10B -o GROWN   one of them (also: depth, width, hybrid, experts)
+  hf-grow verify MODEL GROWN            prove it
+  hf-grow train RECIPE --model GROWN    go on training; then card and push
+
+next: hf-grow plan MODEL --to SIZE, or hf-grow demo. All commands: hf-grow --help; one of them: hf-grow COMMAND --help
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message[0].upper()}{message[1:]}{'' if message.endswith('?') else '.'}", hint=f"See {self.prog} --help.")
+
+
+def one_of(choices: Collection[str]) -> Callable[[str], str]:
+    """A type of argument: one of a few words."""
+
+    def read(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}.{did_you_mean(text, choices)}")
+        return text
+
+    return read
+
+
+def check_command(words: Sequence[str], commands: Collection[str], methods: Callable[[], dict[str, str]]) -> str | None:
+    """The command among the words, if there is one. Raises InputError for one that there is not.
+
+    ``methods``: growth methods without a command of their own -> the command that takes them.
+    """
+    command = next((w for w in words if not w.startswith("-")), None)
+    if command is None or command in commands:
+        return command
+    ways = {name: f"{kind} --method {name}" for name, kind in methods().items()}
+    near = meant(command, [*commands, *ways])
+    likely = f" Did you mean hf-grow {ways.get(near, near)}?" if near else ""
+    raise InputError(f"There is no command {command!r}.{likely}", hint=f"Commands: {', '.join(commands)}.")
+
+
+def refuse_rest(rest: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Raises InputError for words that no argument took."""
+    known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+    flags = [w.partition("=")[0] for w in rest if w.startswith("-") and w != "--"]
+    if flags:
+        said = [f"{parser.prog} has no {flag}.{did_you_mean(flag, known)}" for flag in dict.fromkeys(flags)]
+        raise InputError("\n  ".join(said), hint=f"See {parser.prog} --help.")
+    if rest:
+        raise InputError(f"{parser.prog} does not know what to do with: {' '.join(rest)}.", hint=f"See {parser.prog} --help.")
+
+
+def error_facts(error: Any) -> dict[str, Any]:
+    """An error for --json."""
+    return {"error": error.message, "hint": error.hint, "status": error.exit_code}
