@@ -23,8 +23,8 @@ from torch import Tensor
 
 from hf_grow.axes import AxisMap, Run
 from hf_grow.checkpoint.reader import Checkpoint
-from hf_grow.checkpoint.transfer import FiniteCheck
-from hf_grow.errors import ExecutionError
+from hf_grow.checkpoint.transfer import NOT_FINITE, FiniteCheck
+from hf_grow.errors import ExecutionError, SourceError
 from hf_grow.noise import draw
 from hf_grow.planning import DTYPE_NAMES, GrowthPlan, TensorInfo
 from hf_grow.tensormap import Concat, Expr, Fill, Noise, Orthogonal, Quantity, Scope, Share, Source, Sum, Take, Values, Vary
@@ -114,21 +114,24 @@ class Evaluator:
         """Rows [start, stop) of dimension 0, in the compute dtype; a tensor of its own, which the caller may change."""
         return evaluate(expr, self, start, stop)
 
-    def blocks(self, expr: Expr, info: TensorInfo, budget: int) -> Iterator[Tensor]:
+    def blocks(self, expr: Expr, info: TensorInfo, budget: int, *, allow_nonfinite: bool = False) -> Iterator[Tensor]:
         """The whole tensor in the target's dtype, as row blocks that take about `budget` bytes to compute.
 
-        Raises ExecutionError where a value is not finite, or does not fit the target's dtype.
+        Raises SourceError where a value is NaN or infinite (unless `allow_nonfinite`: it is then written so), ExecutionError where it is
+        finite and does not fit the target's dtype.
         """
         # A block lives about four times over: source rows, result, a temporary of either, the cast. Beyond BLOCK, larger ones are slower:
         # they leave the cache, and the allocator takes fresh pages for each.
         row = math.prod(info.shape[1:]) * self.compute.itemsize
         step = max(1, min(budget // 4, BLOCK) // max(row, 1))
         for start in range(0, info.shape[0], step):
-            block = self.rows(expr, start, min(start + step, info.shape[0])).to(torch_dtype(info.dtype)).contiguous()
+            wide = self.rows(expr, start, min(start + step, info.shape[0]))
+            block = wide.to(torch_dtype(info.dtype)).contiguous()
             check = FiniteCheck(info.dtype)
             check.update(raw_bytes(block))
             if not check.finite:
-                raise ExecutionError(f"a value is not finite, or too large for {info.dtype}")
+                block = _not_finite(wide, block, info.dtype, allow_nonfinite)
+            del wide  # the block may be needed for long
             yield block
 
     def whole(self, expr: Expr, info: TensorInfo) -> Tensor:
@@ -147,6 +150,15 @@ class Evaluator:
             mean = total / count
             self._moments[expr] = float(f"{mean:.9g}"), float(f"{math.sqrt(max(0.0, squares / count - mean**2)):.9g}")
         return self._moments[expr]
+
+
+def _not_finite(wide: Tensor, block: Tensor, dtype: str, allowed: bool) -> Tensor:
+    """A block with values that are not finite after the cast, as it may be written; `wide`: before the cast."""
+    if bool((wide.isfinite() & ~block.isfinite()).any()):
+        raise ExecutionError(f"a value is too large for {dtype}.", hint="Grow it without noise or averages, or from a source in F32.")
+    if not allowed:
+        raise SourceError("a value is not finite: the source holds NaN or infinite values.", hint=NOT_FINITE)
+    return block.masked_fill(block.isnan(), math.nan)  # of one form: which bits arithmetic leaves in a NaN is the processor's affair
 
 
 @singledispatch

@@ -30,7 +30,7 @@ from hf_grow.besides import write_rest
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.sink import Sink, local_bytes
 from hf_grow.checkpoint.spool import Spool
-from hf_grow.checkpoint.transfer import FiniteCheck, copy_range, digest, write_all
+from hf_grow.checkpoint.transfer import NOT_FINITE, FiniteCheck, copy_range, digest, write_all
 from hf_grow.checkpoint.writer import (
     DEFAULT_MEMORY,
     DEFAULT_SHARD_SIZE,
@@ -260,7 +260,7 @@ def _copy_tensor(job: _Job, name: str, slot: Slot, target: int) -> str:
             if not (values.finite or job.allow_nonfinite):
                 raise SourceError(
                     f"{name} in {stored.file} holds NaN or infinite values; a model grown from it would be broken.",
-                    hint="Use an undamaged checkpoint (or --allow-nonfinite --resume, if you know why they are there).",
+                    hint=NOT_FINITE,
                 )
             job.digests[name] = found
         copy_range(handle, target, stored.start, slot.start, stored.stop - stored.start, job.stop)
@@ -301,7 +301,7 @@ def _blocks(job: _Job, slot: Slot) -> Iterator[memoryview | bytes]:
         from hf_grow.evaluate import one_thread_each, raw_bytes
 
         with one_thread_each():
-            for block in job.evaluator().blocks(expr, slot.info, job.memory_budget):
+            for block in job.evaluator().blocks(expr, slot.info, job.memory_budget, allow_nonfinite=job.allow_nonfinite):
                 yield raw_bytes(block)
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from hf_grow.errors import GrowError, SourceError
 
 MAX_FILE = 64_000_000
 """Bytes of a configuration, an index, a tokenizer or a record."""
-MAX_DEPTH = 100
-"""Lists and objects inside each other; a config.json has three levels, growth.json a dozen."""
+MAX_DEPTH = 400
+"""Lists and objects inside each other: few in a config, but growth.json gets two deeper with every training since the growth."""
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -113,6 +114,15 @@ def to_json(data: Any, *, indent: int | None = 2) -> str:
     """JSON that every reader takes, ending in a line break; compact where `indent` is None. Raises ValueError for NaN and infinity."""
     separators = (",", ":") if indent is None else None
     return json.dumps(data, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """The same, at any depth, with None for NaN and the infinities: measurements of a broken model, which are told all the same."""
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _no_number(text: str) -> Any:

@@ -216,6 +216,34 @@ def test_weights_that_are_not_finite_pass_when_allowed(tmp_path: Path) -> None:
     assert tensors_of(tmp_path / "out")["model.layers.2.mlp.up_proj.weight"][3, 5].isnan()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_computed_tensors_that_are_not_finite_pass_when_allowed_and_verify(bad: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make(BY_NAME["llama"], dtype=dtype)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 5] = bad
+    source = save(model, tmp_path / "source")
+    api.grow(source, tmp_path / "out", "dus", drop=1, seam_average=1, allow_nonfinite=True, memory_budget=1000)
+    written, stored = tensors_of(tmp_path / "out"), tensors_of(source)
+    mixed = "model.layers.{}.mlp.up_proj.weight"
+    for layer in (2, 4):  # the seam, a mean of the bad layer and another, and a copy
+        assert not written[mixed.format(layer)][3, 5].isfinite()
+        assert int((~written[mixed.format(layer)].isfinite()).sum()) == 1
+    assert sum(int((~t.isfinite()).sum()) for t in stored.values()) == 1
+    report = api.verify(source, tmp_path / "out", structure_only=True)
+    assert report.ok, report
+
+
+def test_a_value_too_large_for_its_dtype_is_refused_even_when_nan_is_allowed(tmp_path: Path) -> None:
+    source = save(make(BY_NAME["llama"], dtype=torch.float16), tmp_path / "source")
+    stored = tensors_of(source)
+    stored["model.layers.3.mlp.up_proj.weight"].fill_(65504.0)[::2] *= -1
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExecutionError, match="too large for F16"):
+        api.grow(source, tmp_path / "out", "layers", layers="0-3,3", noise=1.0, allow_nonfinite=True)
+    assert leaves_nothing(tmp_path)
+
+
 def test_a_mean_too_large_for_fp16_is_an_error_not_an_infinity(tmp_path: Path) -> None:
     model = make(BY_NAME["llama"], dtype=torch.float16)
     with torch.no_grad():

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 
 from hf_grow.errors import ExecutionError
+from hf_grow.untrusted import open_regular
 
 READ = 1 << 18  # fits the second-level cache: larger pieces were slower
 COPY = 1 << 25
@@ -94,7 +95,7 @@ def digest(handle: int, start: int, stop_at: int, stop: Stop, *also: Any) -> str
 def sha256_of(path: Path, progress: Callable[[int], None] = lambda nbytes: None) -> str:
     """SHA-256 of a whole file; `progress` hears of the bytes that were read."""
     sha = hashlib.sha256()
-    with path.open("rb", buffering=0) as handle:
+    with open_regular(path) as handle:
         for piece in pieces(handle.fileno(), 0, os.fstat(handle.fileno()).st_size, lambda: None):
             sha.update(piece)
             progress(len(piece))
@@ -104,6 +105,9 @@ def sha256_of(path: Path, progress: Callable[[int], None] = lambda nbytes: None)
 # Values that are not finite have all exponent bits set: as integers, they are the largest of either sign.
 _LIMITS = {"BF16": (np.int16, np.uint16, 0x7F80), "F16": (np.int16, np.uint16, 0x7C00),
            "F32": (np.int32, np.uint32, 0x7F800000), "F64": (np.int64, np.uint64, 0x7FF0000000000000)}  # fmt: skip
+
+
+NOT_FINITE = "Use an undamaged checkpoint (or --allow-nonfinite --resume, if you know why they are there)."
 
 
 class FiniteCheck:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from hf_grow.cli.render import console
 from hf_grow.errors import ExecutionError, InputError
+from hf_grow.untrusted import plain, to_json
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -40,19 +40,11 @@ def enough_memory(hint: str) -> Iterator[None]:
 
 def print_json(data: Any) -> None:
     """One JSON value: a number that JSON has not becomes null, a character that a terminal does not show is escaped."""
-    text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+    text = to_json(plain(data)).rstrip("\n")
     if not text.isascii():
-        plain = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
-        text = "".join(c if c.isascii() or (plain and c.isprintable()) else json.dumps(c)[1:-1] for c in text)
+        unicode = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+        text = "".join(c if c.isascii() or (unicode and c.isprintable()) else json.dumps(c)[1:-1] for c in text)
     print(text.replace("\x7f", "\\u007f"))
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if isinstance(data, Mapping):
-        return {k: _finite(v) for k, v in data.items()}
-    return [_finite(v) for v in data] if isinstance(data, list | tuple) else data
 
 
 def show_next(*words: str | Path) -> None:

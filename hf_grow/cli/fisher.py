@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from hf_grow.training.events import plain
 from hf_grow.training.extras import need
 from hf_grow.training.fisher import FisherOptions, memory
 from hf_grow.training.fisher_file import open_importance
+from hf_grow.untrusted import to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -220,7 +220,7 @@ def _estimated(checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, 
     if how.utility is not None:
         arch = checkpoint.info.architecture
         table = utility(arch.layers, arch.size("experts"), on_disk(model, found), arch.tensors)
-        how.utility.write_text(json.dumps({"utility": table}) + "\n", encoding="utf-8")
+        how.utility.write_text(to_json({"utility": table}, indent=None), encoding="utf-8")
         told["utility"] = str(how.utility)
     if new is not None:
         del found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from hf_grow.cli.commands import add_json, existing_folder, print_json
 from hf_grow.cli.flags import add_flags, given
 from hf_grow.cli.report import show_report
 from hf_grow.errors import InputError
+from hf_grow.untrusted import to_json
 from hf_grow.verification import Report, TaskOptions
 
 
@@ -73,7 +73,7 @@ def _record(new: Checkpoint, report: Report) -> None:
     found = report.to_json()
     found["metrics"] = {**_earlier_tasks(new.growth, report), **found["metrics"]}
     try:
-        temporary.write_text(json.dumps({**new.growth, "verification": found}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(to_json({**new.growth, "verification": found}), encoding="utf-8")
         os.replace(temporary, target)
     except OSError as error:
         render.note(f"The result could not be recorded in {target}: {error.strerror}.")

@@ -5,16 +5,16 @@ Files are read when the options are parsed and their content is what growth.json
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from hf_grow.errors import InputError
+from hf_grow.errors import InputError, SourceError
 from hf_grow.prompts import PromptsFile, load_prompts
 from hf_grow.recipe import LayerList, Options, Size
+from hf_grow.untrusted import parse_json, read_bytes
 
 MOST_EXPERTS = 1024
 
@@ -33,11 +33,9 @@ def _utility(value: Any) -> Any:
     """A JSON file, or its content: a number an expert, or a list of them for each layer; bare, or under the key `utility`."""
     if isinstance(value, str):
         try:
-            value = json.loads(Path(value).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"{value} cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise ValueError(f"{value} is not valid JSON: {error}") from None
+            value = parse_json(read_bytes(Path(value)), value)
+        except SourceError as error:
+            raise ValueError(error.message) from None
     if isinstance(value, Mapping):
         value = value.get("utility")
     rows = value if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple) else [value]

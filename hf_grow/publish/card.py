@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_grow.checkpoint.reader import GROWTH
-from hf_grow.errors import InputError, OutputError
+from hf_grow.errors import InputError, OutputError, SourceError
 from hf_grow.planning import GrowthPlan
 from hf_grow.publish import licences, sections
 from hf_grow.publish.inherited import Inherited, inherit
@@ -26,7 +26,7 @@ from hf_grow.publish.measured import tasks
 from hf_grow.publish.picture import draw, to_svg
 from hf_grow.publish.reproduce import public_name
 from hf_grow.recipe import Options
-from hf_grow.untrusted import read_json
+from hf_grow.untrusted import read_json, read_text
 
 README, PICTURE, NOTICE = "README.md", "layer-map.svg", "NOTICE"
 _MARK = re.compile(r"<!-- written by hf-grow, sha256 ([0-9a-f]{64}) -->\n\Z")
@@ -201,8 +201,8 @@ def _marked(text: str) -> str:
 
 def _untouched(path: Path) -> bool:
     try:
-        text = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError):
+        text = read_text(path)
+    except SourceError:
         return False
     match = _MARK.search(text)
     return match is not None and _marked(text[: match.start()]) == text

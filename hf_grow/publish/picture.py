@@ -17,6 +17,7 @@ from xml.sax.saxutils import escape, quoteattr
 from hf_grow.errors import InputError, OutputError
 from hf_grow.publish.layermap import MEANING, Kind, LayerMap, facts
 from hf_grow.publish.markdown import line
+from hf_grow.untrusted import open_regular
 
 WIDTH = 640.0
 COLUMNS = (170.0, 450.0)
@@ -160,7 +161,7 @@ def save_picture(layers: LayerMap, source: str, target: str, path: Path) -> None
 
 
 def _ours(path: Path) -> bool:
-    with path.open("rb") as handle:
+    with open_regular(path) as handle:
         return MADE_BY in handle.read(4096)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from hf_grow.checkpoint import hub
 from hf_grow.errors import GrowError, SourceError
 from hf_grow.publish.markdown import is_hub_id
-from hf_grow.untrusted import read_json
+from hf_grow.untrusted import open_regular, read_json
 
 README = "README.md"
 MAX_METADATA = 256_000
@@ -108,10 +108,10 @@ def _fetched(ref: str, revision: str | None, offline: bool) -> Path:
 
 def _text(path: Path) -> str:
     try:
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as handle:
-            return handle.read(MAX_METADATA + 2)
-    except OSError as error:
-        raise SourceError(f"the source's {README} cannot be read: {error.strerror}") from None
+        with open_regular(path) as handle:
+            return handle.read(4 * (MAX_METADATA + 2)).decode("utf-8-sig", errors="replace")[: MAX_METADATA + 2]
+    except (SourceError, OSError) as error:
+        raise SourceError(f"the source's {README} cannot be read: {error}") from None
 
 
 def parse_card(ref: str, revision: str, text: str) -> SourceCard:

@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hf_grow.errors import SourceError
 from hf_grow.training.events import plain
 from hf_grow.training.settled import STATE
+from hf_grow.untrusted import read_bytes, to_json
 
 PENALTY = "penalty.pt"
 """In every checkpoint of a training with a penalty: what the penalty needs to go on."""
@@ -19,8 +21,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]) if p.name.rpartition("-")[2].isdigit() else -1)
     for path in reversed(found):
         try:
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            state = json.loads(read_bytes(path / "trainer_state.json"))  # not strictly: Trainer writes NaN into its log
+        except (SourceError, ValueError):
             continue
         if isinstance(state, dict) and (path / STATE).is_file():
             return path
@@ -30,5 +32,5 @@ def last_checkpoint(folder: Path) -> Path | None:
 def write_json(path: Path, data: Any) -> None:
     """In one step, so that no reader ever sees half of it."""
     temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(plain(data), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(to_json(plain(data)), encoding="utf-8")
     os.replace(temporary, path)

@@ -10,7 +10,6 @@ logits; with k = vocabulary nothing is left out.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from hf_grow.errors import ExecutionError, InputError
+from hf_grow.errors import ExecutionError, InputError, SourceError
 from hf_grow.recipe import Options
 from hf_grow.training.warmups import Positive
+from hf_grow.untrusted import read_json, to_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,11 +124,11 @@ class LogitCache:
         import numpy as np
 
         try:
-            self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self.meta = read_json(folder / "meta.json")
             self.keys = np.load(folder / "keys.npy", allow_pickle=False)
             self.logits = np.load(folder / "logits.npy", mmap_mode="r", allow_pickle=False)
             self.chosen = np.load(folder / "chosen.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (SourceError, OSError, ValueError) as error:
             raise InputError(
                 f"The teacher's logits in {folder} cannot be read: {error}.", hint="Remove the folder; they are written again."
             ) from None
@@ -202,7 +202,7 @@ def write_cache(
     for file in files:
         file.flush()
     np.save(partial / "keys.npy", np.frombuffer(b"".join(keys), dtype="V16"), allow_pickle=False)
-    (partial / "meta.json").write_text(json.dumps({**meta, "covered": covered / len(rows)}))
+    (partial / "meta.json").write_text(to_json({**meta, "covered": covered / len(rows)}, indent=None))
     partial.rename(folder)
     return LogitCache(folder)
 

@@ -19,6 +19,7 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.writer import shard_of
 from hf_grow.errors import ExecutionError, InputError, OutputError
 from hf_grow.planning import TensorInfo
+from hf_grow.untrusted import open_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +63,7 @@ def samples_on_disk(checkpoint: Checkpoint) -> str:
     for name in checkpoint.info.architecture.tensors:
         stored = checkpoint.tensors[name]
         width, count = DTYPE_BYTES[stored.dtype], math.prod(stored.shape)
-        with checkpoint.path(stored.file).open("rb", buffering=0) as file:
+        with open_regular(checkpoint.path(stored.file)) as file:
             data = b"".join(os.pread(file.fileno(), width, stored.start + width * at) for at in _places(count).tolist())
         found[name] = torch.frombuffer(bytearray(data), dtype=torch_dtype(stored.dtype)).to(torch.bfloat16)
     return encode(found)

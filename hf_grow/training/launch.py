@@ -9,7 +9,6 @@ DeepSpeed keeps gradients and the optimizer's step to itself, so whatever hf-gro
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.errors import InputError
 from hf_grow.recipe import load_yaml
+from hf_grow.untrusted import read_json
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -107,8 +107,8 @@ def _true(env: Mapping[str, str], name: str) -> bool:
 def _stage(file: Path) -> Any:
     """ZeRO's stage in a file of DeepSpeed's own. Raises InputError if it cannot be read."""
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
-    except (OSError, ValueError, AttributeError) as error:
+        return read_json(file, error=InputError).get("zero_optimization", {}).get("stage", 0)
+    except (InputError, AttributeError) as error:
         raise InputError(f"DeepSpeed's file {file} cannot be read: {error}") from None
 
 

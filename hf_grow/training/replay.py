@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from hf_grow._version import __version__
-from hf_grow.errors import ExecutionError, InputError, OutputError
+from hf_grow.errors import ExecutionError, InputError, OutputError, SourceError
 from hf_grow.recipe import Options, Size
+from hf_grow.untrusted import read_json, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,10 +110,10 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         if record["format"] != FORMAT or not isinstance(record["counts"]["tokens"], int) or not isinstance(record["bytes"], int):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (SourceError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} is damaged, or of another version of hf-grow.", hint="Sample again with --overwrite.") from None
     return dict(record)
 
@@ -261,5 +262,5 @@ def _size(sampler: Sampler, counts: Mapping[str, Any], wanted: int) -> int:
 def _note(out: Path, record: dict[str, Any]) -> None:
     """After the texts are on the disk, and all at once."""
     new = out / f"{RECORD}.new"
-    new.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    new.write_text(to_json(record), encoding="utf-8")
     os.replace(new, out / RECORD)

@@ -6,7 +6,6 @@ appears there at the end, so that a folder with config.json is a finished one.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.source import companions
-from hf_grow.errors import OutputError
+from hf_grow.errors import OutputError, SourceError
 from hf_grow.execute import versions
 from hf_grow.portable import portable_config
 from hf_grow.training import adapters, estimate
@@ -34,6 +33,7 @@ from hf_grow.training.reckon import dry_run
 from hf_grow.training.record import kept, note_files, record_of
 from hf_grow.training.regularizers import make_penalty
 from hf_grow.training.skeleton import skeleton
+from hf_grow.untrusted import read_json
 
 if TYPE_CHECKING:
     from hf_grow.training.blocks import Blend
@@ -225,8 +225,8 @@ def _beside_the_source(checked: Checked, ready: _Ready, growing: Growing, notify
 def _same_run(checked: Checked, notify: Notify) -> None:
     """Tells what a resumed run does otherwise than it began. Raises OutputError if it is of another model."""
     try:
-        before = json.loads((checked.out / RECORD).read_text(encoding="utf-8"))["recipe"]
-    except (OSError, ValueError, KeyError, TypeError):
+        before = read_json(checked.out / RECORD)["recipe"]
+    except (SourceError, KeyError):
         return
     now = kept(checked.read.given)
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
@@ -277,7 +277,7 @@ def _finish(trainer: GrowTrainer, checked: Checked, data: TrainData, found: Any,
         trainer.model = trainer.model.merge_and_unload()
     trainer.save_model(str(out))
     if checked.arguments.should_save:
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        config = read_json(out / "config.json")
         # Trainer turns the cache off, for training.
         write_json(out / "config.json", portable_config(config | {"use_cache": checked.checkpoint.config.get("use_cache", True)}))
         note_files(out)
@@ -295,6 +295,6 @@ def _finish(trainer: GrowTrainer, checked: Checked, data: TrainData, found: Any,
     )  # fmt: skip
     g.events.write("end", step, output=str(out), loss=float(found.training_loss))
     if checked.arguments.should_save:
-        kept = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        kept = read_json(out / RECORD)
         write_json(out / RECORD, {**kept, "result": result.to_json()})
     return result

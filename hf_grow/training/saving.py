@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from hf_grow.checkpoint.reader import GROWTH
 from hf_grow.training.checkpoints import PENALTY, write_json
 from hf_grow.training.growing import Growing
 from hf_grow.training.settled import STATE
+from hf_grow.untrusted import read_json
 
 
 class Saving(Trainer):  # type: ignore[misc]
@@ -75,7 +75,7 @@ class Saving(Trainer):  # type: ignore[misc]
             return
         path = Path(checkpoint) / STATE
         if path.is_file():
-            state = json.loads(path.read_text(encoding="utf-8"))
+            state = read_json(path)
             self.growing.grown_at, self.growing.start_losses = state["grown_at"], state["start_losses"]
             self.growing.monitor.load(state["monitor"])
         else:  # a checkpoint that was grown, or of a plain Trainer: the growth is now, and its loss was

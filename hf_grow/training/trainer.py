@@ -12,7 +12,6 @@ Where things happen in one optimizer step, and why there:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from hf_grow.training.saving import Saving
 from hf_grow.training.settled import STATE
 from hf_grow.training.updates import Rates
 from hf_grow.training.warmups import phase_at
+from hf_grow.untrusted import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -266,7 +266,7 @@ class GrowTrainer(Saving):
         if reaction.facts["action"] == "rollback" and last is not None:
             if self.args.should_save:  # a run that is resumed from there must know of the reaction too
                 path = last / STATE
-                state = json.loads(path.read_text(encoding="utf-8"))
+                state = read_json(path)
                 state["monitor"] |= g.monitor.reacted()
                 write_json(path, state)
             self.accelerator.wait_for_everyone()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from hf_grow.untrusted import plain
 
 Status = Literal["pass", "fail", "skip"]
 
@@ -34,14 +35,5 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; what is no number (NaN of a broken model) becomes null."""
         data = {"ok": self.ok, **asdict(self)}
-        data["metrics"] = _plain(self.metrics)
+        data["metrics"] = plain(self.metrics)
         return data
-
-
-def _plain(value: Any) -> Any:
-    """The same, at any depth, with None for NaN and the infinities, which JSON has not."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,6 +22,7 @@ from hf_grow.checkpoint.record import recorded_files, told, total, trainings
 from hf_grow.checkpoint.transfer import pieces
 from hf_grow.errors import GrowError, SourceError
 from hf_grow.planning import DTYPE_NAMES, GrowthPlan, check_source
+from hf_grow.untrusted import open_regular
 from hf_grow.verification.report import Report
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class _Rederivation:
 
     def shard(self, file: str, tensors: list[tuple[str, Stored]]) -> str:
         sha = hashlib.sha256()
-        with self.new.path(file).open("rb", buffering=0) as handle:
+        with open_regular(self.new.path(file)) as handle:
             header = min((t.start for _, t in tensors), default=self.new.files[file]["size"])
             for piece in pieces(handle.fileno(), 0, header, self.stop):
                 sha.update(piece)
@@ -183,7 +184,7 @@ class _Rederivation:
     def _copied(self, name: str, stored: Stored, handle: int, sha: Any) -> bool:
         path, origin = self.old.find(self.copies[name])
         equal = True
-        with path.open("rb", buffering=0) as source:
+        with open_regular(path) as source:
             theirs = pieces(source.fileno(), origin.start, origin.stop, self.stop)
             for ours in pieces(handle, stored.start, stored.stop, self.stop):
                 sha.update(ours)
@@ -199,7 +200,7 @@ class _Rederivation:
             if self.evaluator is None:
                 self.evaluator = Evaluator(self.plan, StoredTensors(self.old))
             equal, at = True, stored.start
-            for block in self.evaluator.blocks(self.plan.growth.tensors[name], self.plan.targets[name], MEMORY):
+            for block in self.evaluator.blocks(self.plan.growth.tensors[name], self.plan.targets[name], MEMORY, allow_nonfinite=True):
                 meant = raw_bytes(block.to(getattr(torch, DTYPE_NAMES[stored.dtype])))
                 done = 0
                 for piece in pieces(handle, at, at + len(meant), self.stop):

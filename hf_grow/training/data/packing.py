@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_grow.errors import InputError
 from hf_grow.training.data import cache
 from hf_grow.training.data.sources import Notify, Source, readable
+from hf_grow.untrusted import read_json, to_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,10 +144,10 @@ def packed(
     def make(partial: Path) -> None:
         notify(f"Tokenising {source.label}.")
         facts = _write(partial / "blocks.arrow", source, encoding, seq_length, remainder, num_proc, vocab_size, progress)
-        (partial / "facts.json").write_text(json.dumps({**asdict(facts), "made_of": parts}, indent=2) + "\n", encoding="utf-8")
+        (partial / "facts.json").write_text(to_json({**asdict(facts), "made_of": parts}), encoding="utf-8")
 
     cache.fetch(folder, make)
-    record = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    record = read_json(folder / "facts.json")
     facts = Facts(record["documents"], record["tokens"], record["highest"])
     check_ids(facts.highest, vocab_size, source.label)
     data = Dataset.from_file(str(folder / "blocks.arrow"))

@@ -18,6 +18,7 @@ from hf_grow.errors import GrowError, InputError, SourceError
 from hf_grow.training.data.options import TextOptions
 from hf_grow.training.data.readers import FORMATS, choose_field, format_of, read_documents
 from hf_grow.training.extras import need
+from hf_grow.untrusted import read_text
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -239,7 +240,7 @@ def _commit(ref: str, revision: str | None, notify: Notify) -> str:
         if not seen.is_file():
             raise
         notify(f"The Hub gives no answer; using {ref} from the cache.")
-        return seen.read_text(encoding="utf-8").strip()
+        return read_text(seen, most=200).strip()
     with suppress(OSError):  # a cache that cannot be written is no reason to stop
         seen.parent.mkdir(parents=True, exist_ok=True)
         seen.write_text(commit, encoding="utf-8")
