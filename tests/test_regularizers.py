@@ -94,7 +94,8 @@ def test_accumulation_changes_nothing(form: str, accumulation: int, tmp_path: Pa
     for parts in (1, accumulation):
         model = small(dtype=torch.float64)
         penalty, _ = ewc(model, tmp_path, form=form)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
+        # Norms and attention compute in fp32 inside an fp64 model, and batches of other sizes round otherwise; a large eps does not magnify that.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-2)
         for _ in range(3):
             optimizer.zero_grad()
             for part in rows.chunk(parts):
@@ -104,7 +105,6 @@ def test_accumulation_changes_nothing(form: str, accumulation: int, tmp_path: Pa
             optimizer.step()
             penalty.after_step(1e-3)
         after.append((torch.cat([p.detach().flatten() for p in model.parameters()]), penalty.value()))
-    # RMSNorm and attention compute in fp32 inside an fp64 model: batches of other sizes round otherwise.
     torch.testing.assert_close(after[0][0], after[1][0], rtol=0, atol=1e-6)
     assert after[0][1] == pytest.approx(after[1][1], rel=1e-3) and after[0][1] > 0
 
