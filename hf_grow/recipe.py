@@ -16,6 +16,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from hf_grow import yaml_text
 from hf_grow.errors import InputError
 from hf_grow.suggest import did_you_mean
+from hf_grow.untrusted import read_text
+
+MAX_YAML = 1_000_000
+"""Bytes of a recipe, or of a file of prompts."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -142,10 +146,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        data = yaml_text.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = yaml_text.loads(read_text(path, most=MAX_YAML, error=InputError, missing=f"Cannot read {path}: there is no such file."))
+    except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
         got = "nothing" if data is None else f"a {type(data).__name__}"

@@ -150,7 +150,7 @@ def test_a_task_that_does_not_load_says_why_in_one_line(runs: list[dict[str, Any
     ("content", "what"),
     [
         (b"task: [unclosed\n", "is not valid YAML"),
-        (b"\xff\xfe", "is not valid YAML"),
+        (b"\xff\xfe", "is not UTF-8 text"),
         (b"- a\n- b\n", "got list"),
         (b"dataset_path: json\n", "neither `task` nor `group`"),
     ],

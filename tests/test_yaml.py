@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_grow import yaml_text
+from hf_grow.cli import main
 from hf_grow.cli.train import overrides
 from hf_grow.methods.depth import IdentityOptions
 from hf_grow.recipe import load_yaml, parse
@@ -59,3 +62,70 @@ def test_growth_recipes_training_recipes_and_the_command_line_read_it_alike(tmp_
 def test_a_word_that_looks_like_a_number_is_told_how_to_be_written() -> None:
     found = training.read(yaml_text.loads("attn_implementation: 1e5\nmodel: m\ndata: {train: x}")).mistakes
     assert found == ("attn_implementation: 100000.0 is read as a number; put quotes around a word.",)
+
+
+# ---- files of unknown origin -----------------------------------------------------------------------------------------------------------
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40))
+BAD = {
+    "billion laughs": (LAUGHS, "more than"),
+    "merge keys that double": (MERGES, "more than"),
+    "a long text many times": ("a: &a '" + "x" * 100_000 + "'\nb: [" + "*a, " * 5_000 + "*a]\n", "more than"),
+    "depth of lists": ("a: " + "[" * 5_000, "nested"),
+    "depth of mappings": ("".join(" " * i + "a:\n" for i in range(200)), "nested"),
+    "a list that holds itself": ("a: &a [*a]\n", "stands inside"),
+    "a mapping that holds itself": ("a: &a {b: {c: *a}}\n", "stands inside"),
+    "a boolean that is none": ("a: !!bool maybe\n", "not what its tag"),
+    "a number that is none": ("a: !!int x\n", "not what its tag"),
+    "a date that is none": ("a: !!timestamp 2024-13-45 99:00:00\n", "not what its tag"),
+    "a number without end": (f"a: {'9' * 50_000}\n", "not what its tag"),
+    "a key that stands twice": ("noise: 0.1\nseed: 1\nnoise: 0.2\n", "'noise' stands twice"),
+    "code": ("a: !!python/object/apply:os.system [true]\n", "could not determine a constructor"),
+    "a list as a key": ("? [a]\n: b\n", "unhashable"),
+    "bytes that are no text": (b"a: \xff\xfe", "UTF-8"),
+    "control characters": ("a: \x1b[2J", "not valid YAML"),
+    "no mapping": ("2024-01-01", "key: value"),
+    "too large": ("# " + "x" * 1_000_001, "larger than"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("command", ["grow", "train"])
+def test_a_hostile_recipe_is_one_message(case: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, expected = BAD[case]
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    began = time.monotonic()
+    assert main([command, str(file)]) == 2
+    said = capsys.readouterr().err
+    assert expected in said
+    assert len(said) < 4_000
+    assert time.monotonic() - began < 20
+
+
+def test_dates_and_aliases_that_are_small_are_read() -> None:
+    assert yaml_text.loads("a: 2024-13-45 99:99:99\nb: &b [1, 2]\nc: *b\nd: {<<: {x: 1}, y: 2}") == {
+        "a": "2024-13-45 99:99:99", "b": [1, 2], "c": [1, 2], "d": {"x": 1, "y": 2},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder", "nothing"])
+def test_a_recipe_must_be_a_file(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    for command in ("grow", "train"):
+        assert main([command, str(path)]) == 2
+        assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["!!bool maybe", "[" * 5_000, "&a [*a]", "9" * 50_000, "{a: 1, a: 2}"])
+def test_a_hostile_value_on_the_command_line_is_one_message(value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: m\n")
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--learning_rate", value]) == 2
+    assert len(capsys.readouterr().err) < 4_000

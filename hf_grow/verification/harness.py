@@ -12,7 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_grow import yaml_text
 from hf_grow.errors import ExecutionError, InputError
+from hf_grow.recipe import MAX_YAML
+from hf_grow.untrusted import read_text
 from hf_grow.verification.quiet import first_line, inside, quiet, seeded
 
 if TYPE_CHECKING:
@@ -143,15 +146,9 @@ def _named(path: Path) -> dict[str, Any]:
     """The `group` of a YAML file, or its `task`, or neither. The tag !function is left alone: nothing is imported here."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        data = yaml_text.loads(read_text(path, most=MAX_YAML, error=InputError), local_tags=True)
+    except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise InputError(f"{path} must hold `key: value` lines, got {type(data).__name__}.")
