@@ -27,6 +27,7 @@ import xxhash
 from hf_grow._version import __version__
 from hf_grow.besides import versions as versions
 from hf_grow.besides import write_rest
+from hf_grow.checkpoint.heads import check_heads
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.sink import Sink, local_bytes
 from hf_grow.checkpoint.spool import Spool
@@ -122,6 +123,7 @@ def execute(
     `allow_nonfinite`); ExecutionError if writing fails. After an error or an interruption `out`.partial can be gone on with by `resume`.
     """
     began = time.perf_counter()
+    check_heads(plan, checkpoint)
     shards = layout(plan.targets, max_shard_size)
     total = sum(s.size for s in shards)
     PartialFolder.check(out, resume=resume, overwrite=overwrite)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 from hf_grow.errors import SourceError
 from hf_grow.evaluate import Evaluator, HeldTensors
-from hf_grow.planning import DTYPE_NAMES, GrowthPlan, SourceInfo, TensorInfo
+from hf_grow.planning import DTYPE_NAMES, HEAD, GrowthPlan, SourceInfo, TensorInfo
 from hf_grow.tensormap import Source
 
 if TYPE_CHECKING:
@@ -28,9 +29,25 @@ def disk_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[st
 def disk_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The model's weights as a checkpoint on disk holds them (transformers fuses experts in memory; a tied head is stored once)."""
     state = disk_names(model, model.state_dict())
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+    if has_tied_head(model):
+        state.pop(HEAD, None)
     return state
+
+
+def has_tied_head(model: PreTrainedModel) -> bool:
+    """Whether the head is the embedding. A config that ties them is no proof: transformers 5 leaves weights apart that were stored different."""
+    import torch
+
+    head, embedding = (layer.weight for layer in (model.get_output_embeddings(), model.get_input_embeddings()))
+    if not model.config.tie_word_embeddings or head is embedding:
+        return bool(model.config.tie_word_embeddings)
+    return head.dtype == embedding.dtype and torch.equal(head, embedding)
+
+
+def untie_config(model: PreTrainedModel) -> None:
+    """Makes the config of a loaded model say that its head is its own, where it is; it is saved like that, and read like that by others."""
+    if model.config.tie_word_embeddings and not has_tied_head(model):
+        model.config.tie_word_embeddings = False
 
 
 def describe(model: PreTrainedModel) -> SourceInfo:
@@ -42,7 +59,10 @@ def describe(model: PreTrainedModel) -> SourceInfo:
             raise SourceError(f"{name} is {dtype}; hf-grow grows {', '.join(_DTYPES)}.")
         tensors[name] = TensorInfo(_DTYPES[dtype], tuple(tensor.shape))
     config = model.config.to_diff_dict() | {"model_type": model.config.model_type, "dtype": str(model.dtype).removeprefix("torch.")}
-    return SourceInfo(model.config.name_or_path or "(in memory)", "", config, tensors)
+    own = model.config.tie_word_embeddings and not has_tied_head(model)
+    if own:
+        config["tie_word_embeddings"] = False
+    return SourceInfo(model.config.name_or_path or "(in memory)", "", config, tensors, head="own" if own else "")
 
 
 def grow_model(model: PreTrainedModel, plan: GrowthPlan, others: Mapping[str, PreTrainedModel] = MappingProxyType({})) -> PreTrainedModel:
@@ -60,8 +80,14 @@ def grow_model(model: PreTrainedModel, plan: GrowthPlan, others: Mapping[str, Pr
     wrong = [
         n for n, t in plan.source.by_key.items() if n not in plan.growth.dropped and (n not in held or tuple(held[n].shape) != t.shape)
     ]
+    # A head of its own, which a plan made from headers alone takes for the embedding.
+    infos = {"": plan.source, **plan.source.others}
+    wrong += [key for label, info in infos.items() if info.architecture.tied and (key := Source(HEAD, label).key) in held]
     if wrong:
-        raise SourceError(f"The plan is for another model: {wrong[0]} has another shape here, or is missing ({len(wrong)} such tensors).")
+        raise SourceError(
+            f"The plan is for another model: {wrong[0]} has another shape here, or is missing, or is tied ({len(wrong)} such tensors).",
+            hint="Plan with hf_grow.plan(model, ...).",
+        )
     evaluator = Evaluator(plan, HeldTensors(held))
     copies = plan.copies()
     state = {
@@ -74,5 +100,7 @@ def grow_model(model: PreTrainedModel, plan: GrowthPlan, others: Mapping[str, Pr
     grown = MODEL_FOR_CAUSAL_LM_MAPPING[type(target)].from_pretrained(
         None, config=target, state_dict=state, dtype=model.dtype, **{k: v for k, v in kept.items() if v}
     )
+    # Made from the config, it would have one end token where the model's own has several, and no sampling settings.
+    grown.generation_config = copy.deepcopy(model.generation_config)
     grown.train(model.training)
     return cast("PreTrainedModel", grown)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from hf_grow.architecture import Architecture
 from hf_grow.axes import AxisMap
@@ -30,6 +30,8 @@ FORMAT = 1
 # Bytes of one value, by the names safetensors uses.
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class SourceInfo:
     """Earlier growths of this checkpoint, oldest first."""
     others: Mapping[str, SourceInfo] = field(default_factory=dict)
     """Further source checkpoints by the label that `Source.checkpoint` calls them."""
+    head: Literal["", "equal", "own"] = ""
+    """A stored head that config.json ties: 'equal' to the embedding, or its 'own', which `config` then says; empty where none was compared."""
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -207,8 +211,9 @@ def check_source(source: SourceInfo) -> dict[str, str]:
     for name in source.tensors.keys() - expected.keys():
         if name.endswith(DERIVED_BUFFERS):
             extra[name] = "a buffer that every loader computes"
-        elif name == "lm_head.weight" and source.architecture.tied:
-            extra[name] = "tied to the embedding (tie_word_embeddings)"
+        elif name == HEAD and source.architecture.tied:
+            later = "tied to the embedding (tie_word_embeddings); compared when the weights are read, and kept if it differs"
+            extra[name] = "equal to the embedding, to which it is tied" if source.head else later
         else:
             unknown.append(name)
     missing = [n for n in expected if n not in source.tensors]
@@ -230,12 +235,21 @@ def check_source(source: SourceInfo) -> dict[str, str]:
     return extra
 
 
+def own_head(ref: str) -> str:
+    """What there is to know of a checkpoint whose config.json ties a head that is no copy of the embedding."""
+    return (
+        f"config.json of {ref} ties the head to the embedding, but the stored {HEAD} differs. It is kept and the result is untied, as "
+        "transformers 5 loads it; transformers 4 used the embedding instead. (To have that, remove the stored head.)"
+    )
+
+
 def make_plan(source: SourceInfo, growth: Growth) -> GrowthPlan:
     """Binds and checks. Raises SourceError if the source is not what its config says, PlanError if the growth does not fit it."""
     extra = check_source(source)
     for other in source.others.values():
         check_source(other)
-    growth = replace(growth, dropped={**growth.dropped, **extra})
+    own = [own_head(s.ref) for s in (source, *source.others.values()) if s.head == "own"]
+    growth = replace(growth, dropped={**growth.dropped, **extra}, warnings=(*growth.warnings, *own))
     scope = Scope(source.scope_shapes, growth.axes)
     try:
         expected = Architecture(growth.config).tensors

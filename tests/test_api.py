@@ -49,3 +49,14 @@ def test_wrong_calls_raise_input_errors_that_list_every_mistake(tmp_path: Path) 
         hf_grow.plan(source, "dus", layers_to=7)
     with pytest.raises(hf_grow.SourceError):
         hf_grow.grow(tmp_path / "none", tmp_path / "out")
+
+
+def test_growing_in_memory_keeps_the_generation_settings() -> None:
+    """A chat model ends at several tokens; a config names one, and generate() would run on past the others."""
+    model = make(BY_NAME["llama"])
+    model.generation_config.eos_token_id = [2, 7]
+    model.generation_config.temperature = 0.3
+    grown = hf_grow.grow_model(model, hf_grow.plan(model, "identity", at="1"))
+    assert grown.generation_config.to_dict() == model.generation_config.to_dict()
+    grown.generation_config.eos_token_id.append(9)
+    assert model.generation_config.eos_token_id == [2, 7]

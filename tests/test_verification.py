@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_grow import api
 from hf_grow.checkpoint.reader import open_folder
+from hf_grow.cli import main
 from hf_grow.errors import InputError
 from hf_grow.verification import Report, verify_checkpoints
 from hf_grow.verification.function import _measure
@@ -186,3 +187,64 @@ def test_a_lossless_growth_of_an_fp64_checkpoint_passes(name: str, method: str, 
     assert report.ok, report.checks
     assert report.metrics["dtype"] == "float64"
     assert 0 < report.metrics["logit_difference_max"] < 1e-4
+
+
+def recorded(new: Path) -> dict[str, Any]:
+    return json.loads((new / "growth.json").read_text())["verification"]
+
+
+def run_verify(old: Path, new: Path, *words: str, status: int = 0) -> None:
+    assert main(["verify", str(old), str(new), *words]) == status
+
+
+def test_a_later_look_at_the_structure_keeps_what_was_measured_on_the_same_weights(copy: tuple[Path, Path]) -> None:
+    old, new = copy
+    run_verify(old, new)
+    before = recorded(new)
+    assert before["metrics"]["kl_nats_per_token"] == 0
+    run_verify(old, new, "--structure-only")
+    after = recorded(new)
+    assert after["metrics"] == before["metrics"]
+    assert {c["name"]: c for c in after["checks"]} == {c["name"]: c for c in before["checks"]}
+    assert after["ok"]
+
+
+def test_what_was_measured_goes_with_the_weights_or_the_config_it_was_measured_on(copy: tuple[Path, Path]) -> None:
+    old, new = copy
+    run_verify(old, new)
+    config = (new / "config.json").read_text()
+    edit_json(new / "config.json", rms_norm_eps=0.5)
+    run_verify(old, new, "--structure-only", status=1)
+    assert "kl_nats_per_token" not in recorded(new)["metrics"]
+    (new / "config.json").write_text(config)
+    run_verify(old, new)
+    stored = open_folder(new).tensors["model.norm.weight"]
+    with (new / stored.file).open("r+b") as f:
+        f.seek(stored.start)
+        f.write(b"\x00\x3f")
+    run_verify(old, new, "--structure-only", status=1)
+    assert recorded(new)["metrics"] == {}
+
+
+def test_a_function_that_failed_stays_failed_until_it_is_measured_again(copy: tuple[Path, Path]) -> None:
+    old, new = copy
+    run_verify(old, new)
+    record = json.loads((new / "growth.json").read_text())
+    next(c for c in record["verification"]["checks"] if c["name"] == "lossless")["status"] = "fail"
+    record["verification"]["ok"] = False
+    (new / "growth.json").write_text(json.dumps(record))
+    run_verify(old, new, "--structure-only")
+    assert recorded(new)["ok"] is False
+    run_verify(old, new)
+    assert recorded(new)["ok"] is True
+
+
+@pytest.mark.parametrize(
+    "earlier", [7, {}, {"checks": 3}, {"checks": [{"name": "SHA-256", "status": "pass"}]}, {"checks": [None], "metrics": []}]
+)
+def test_an_earlier_record_of_any_form_is_replaced(earlier: Any, copy: tuple[Path, Path]) -> None:
+    old, new = copy
+    edit_json(new / "growth.json", verification=earlier)
+    run_verify(old, new, "--structure-only")
+    assert recorded(new)["metrics"] == {}
+    assert recorded(new)["ok"]

@@ -11,14 +11,14 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_grow.checkpoint.record import history_of
 from hf_grow.errors import SourceError
-from hf_grow.planning import DTYPE_BYTES, SourceInfo, TensorInfo
+from hf_grow.planning import DTYPE_BYTES, EMBEDDING, HEAD, SourceInfo, TensorInfo
 from hf_grow.untrusted import open_regular, read_json, reason
 
 SINGLE = "model.safetensors"
@@ -26,6 +26,7 @@ INDEX = "model.safetensors.index.json"
 GROWTH = "growth.json"
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_DIMS = 8
+PIECE = 1 << 20
 MAX_NAME = 500
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 
@@ -59,12 +60,14 @@ class Checkpoint:
     """The growth.json beside the weights, if it was grown."""
     others: Mapping[str, Checkpoint] = field(default_factory=dict)
     """Further checkpoints that a growth reads, by their label."""
+    head: Literal["", "equal", "own"] = ""
+    """See SourceInfo; `config` says what holds, not what config.json says."""
 
     @cached_property
     def info(self) -> SourceInfo:
         others = {label: other.info for label, other in self.others.items()}
         tensors = {n: t.info for n, t in self.tensors.items()}
-        return SourceInfo(self.ref, self.revision, self.config, tensors, self.files, history_of(self.growth), others)
+        return SourceInfo(self.ref, self.revision, self.config, tensors, self.files, history_of(self.growth), others, self.head)
 
     def find(self, key: str) -> tuple[Path, Stored]:
         """The file and the place of a source tensor by `Source.key`."""
@@ -73,13 +76,23 @@ class Checkpoint:
         stored = checkpoint.tensors[name]
         return checkpoint.path(stored.file), stored
 
+    @property
+    def undecided(self) -> bool:
+        """Whether a head is stored that config.json ties to the embedding, and nobody has compared the two; see `heads`."""
+        return not self.head and self.config.get("tie_word_embeddings") is True and self.tensors.keys() >= {HEAD, EMBEDDING}
+
+    def decided(self, same: bool) -> Checkpoint:
+        if same:
+            return replace(self, head="equal")
+        return replace(self, head="own", config={**self.config, "tie_word_embeddings": False})
+
     def path(self, file: str) -> Path:
         assert self.folder is not None, "the weights are not on this machine"
         return self.folder / file
 
 
 def open_folder(folder: Path, *, ref: str | None = None, revision: str = "") -> Checkpoint:
-    """Reads config, index and headers of a checkpoint folder. Raises SourceError with what is wrong."""
+    """Reads config, index and headers of a checkpoint folder, and a tied head where one is stored. Raises SourceError with what is wrong."""
     try:
         return _open_folder(folder, ref or str(folder), revision)
     except OSError as error:
@@ -99,7 +112,20 @@ def _open_folder(folder: Path, ref: str, revision: str) -> Checkpoint:
         merge(tensors, found, file, weight_map, ref)
     check_index(tensors, weight_map, ref)
     growth = folder / GROWTH
-    return Checkpoint(ref, revision, config, tensors, files, folder, read_json(growth) if os.path.lexists(growth) else None)
+    checkpoint = Checkpoint(ref, revision, config, tensors, files, folder, read_json(growth) if os.path.lexists(growth) else None)
+    return checkpoint.decided(_same_bytes(checkpoint, HEAD, EMBEDDING)) if checkpoint.undecided else checkpoint
+
+
+def _same_bytes(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    (path, a), (beside, b) = checkpoint.find(name), checkpoint.find(other)
+    if a.info != b.info:
+        return False
+    with open_regular(path) as mine, open_regular(beside) as theirs:
+        return all(
+            os.pread(mine.fileno(), min(PIECE, a.stop - at), at)
+            == os.pread(theirs.fileno(), min(PIECE, a.stop - at), b.start + at - a.start)
+            for at in range(a.start, a.stop, PIECE)
+        )
 
 
 def merge(into: dict[str, Stored], found: Mapping[str, Stored], file: str, weight_map: Mapping[str, str], ref: str) -> None:

@@ -16,7 +16,7 @@ from hf_grow.cli.allocator import keep_freed_memory
 from hf_grow.cli.commands import add_json, add_source, print_json, show_next
 from hf_grow.cli.parsing import one_of
 from hf_grow.cli.push import PublishOptions, push_with_bar, pushed_facts, show_pushed
-from hf_grow.cli.streamed import fetch_small, streamed
+from hf_grow.cli.streamed import fetch_small, heads_compared, streamed
 from hf_grow.errors import InputError
 from hf_grow.growth import Method
 from hf_grow.methods import METHODS
@@ -34,6 +34,7 @@ from hf_grow.training.carry import check_trainer_checkpoint, grow_checkpoint_sta
 from hf_grow.training.settled import warn_unsettled
 
 if TYPE_CHECKING:
+    from hf_grow.checkpoint.reader import Checkpoint
     from hf_grow.execute import Result
 
 KINDS = {kind: {m.name: m for m in METHODS.values() if m.kind == kind} for kind in ("depth", "width")}
@@ -174,6 +175,8 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
             render.show_candidates(checkpoint.info.architecture, candidates(checkpoint.info.architecture, options), options)
         render.show_plan(plan)
     spool = None
+    if output.stream_source and not output.dry_run:
+        checkpoint, plan = _with_heads(heads_compared(checkpoint), plan, method, options)
     if output.stream_source:
         checkpoint, spool = streamed(plan, checkpoint, output.shard_size, output.source_cache, quiet=as_json)
     if output.with_optimizer:
@@ -187,7 +190,7 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
         fetch_small(spool, checkpoint)
     elif any(c.folder is None for c in (checkpoint, *checkpoint.others.values())):
         checkpoint = open_sources(checkpoint.ref, options, revision=checkpoint.revision, weights=True, notify=render.note)
-        plan = plan_for(checkpoint.info, method, options)
+        checkpoint, plan = _with_heads(checkpoint, plan, method, options)
     plan = measured(plan, checkpoint, options, notify=render.note)
     if to:
         to = prepare(to)  # before the work: a token that may not write is told now
@@ -215,6 +218,15 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
             spool=spool,
         )
     return _finish(plan, out, result, as_json, to, sink)
+
+
+def _with_heads(checkpoint: Checkpoint, plan: GrowthPlan, method: Method, options: Options) -> tuple[Checkpoint, GrowthPlan]:
+    """The plan made anew of weights that are known now; the one that was shown came from headers. What differs is told."""
+    new = plan_for(checkpoint.info, method, options)
+    for warning in new.growth.warnings:
+        if warning not in plan.growth.warnings:
+            render.note(warning)
+    return checkpoint, new
 
 
 def _also(output: OutputOptions, plan: GrowthPlan) -> Callable[[Path], set[str]]:

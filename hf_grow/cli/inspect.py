@@ -20,7 +20,7 @@ from hf_grow.cli.pictures import show_layer_map, show_lineage
 from hf_grow.errors import InputError, SourceError
 from hf_grow.families import AXES
 from hf_grow.methods.sizing import measure, short
-from hf_grow.planning import GrowthPlan, check_source
+from hf_grow.planning import HEAD, GrowthPlan, check_source
 from hf_grow.publish.layermap import layer_map
 from hf_grow.publish.lineage import lineage
 from hf_grow.publish.picture import save_picture
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     table.add_row("parameters", f"{short(size.total)} ({size.total:,})" + (f", {short(size.active)} active" if arch.is_moe else ""))
     table.add_row("layers", str(arch.layers))
     table.add_row("axes", ", ".join(f"{k} {v}" for k, v in facts["axes"].items()))
-    table.add_row("embeddings", "tied" if arch.tied else "untied")
+    table.add_row("embeddings", _tying(checkpoint, arch.tied))
     for part, count in parts.most_common():
         table.add_row(part, f"{short(count)} ({count / size.total:.1%})")
     table.add_row("dtypes", ", ".join(f"{n} tensors {d}" for d, n in facts["dtypes"].items()))
@@ -92,6 +92,13 @@ def run(arguments: argparse.Namespace) -> int:
     if layers:
         show_layer_map(render.console, layers)
     return 0
+
+
+def _tying(checkpoint: Checkpoint, tied: bool) -> str:
+    if checkpoint.head == "own":
+        return f"untied: config.json ties them, but the stored {HEAD} differs, and transformers 5 uses it"
+    unknown = tied and HEAD in checkpoint.tensors and not checkpoint.head
+    return ("tied" if tied else "untied") + (f", if the stored {HEAD} equals the embedding (its weights were not read)" if unknown else "")
 
 
 def _growth(checkpoint: Checkpoint) -> tuple[GrowthPlan | None, LayerMap | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from hf_grow.checkpoint.heads import settled_by_ranges
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.several import check_same_tokenizer
 from hf_grow.checkpoint.source import fetch_companions, if_cached
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def streamed(plan: GrowthPlan, checkpoint: Checkpoint, shard_size: int, keep: int, *, quiet: bool) -> tuple[Checkpoint, Spool | None]:
     """The sources, from the cache where they are whole there, and what fetches the rest; None where there is no rest."""
-    checkpoint = if_cached(replace(checkpoint, others={label: if_cached(other) for label, other in checkpoint.others.items()}))
+    checkpoint = _from_cache(checkpoint)
     if not _remote(checkpoint):
         render.note("The source is on this machine; --stream-source has nothing to fetch.")
         return checkpoint, None
@@ -39,6 +40,15 @@ def streamed(plan: GrowthPlan, checkpoint: Checkpoint, shard_size: int, keep: in
             f"fetching   {render.gigabytes(said.fetched)} by byte ranges{again}; at most {render.gigabytes(spool.most(WORKERS))} of it here"
         )
     return checkpoint, spool
+
+
+def heads_compared(checkpoint: Checkpoint) -> Checkpoint:
+    """The sources with a stored tied head compared with the embedding, which takes both tensors of those on the Hub. Raises SourceError."""
+    return settled_by_ranges(_from_cache(checkpoint))
+
+
+def _from_cache(checkpoint: Checkpoint) -> Checkpoint:
+    return if_cached(replace(checkpoint, others={label: if_cached(other) for label, other in checkpoint.others.items()}))
 
 
 def fetch_small(spool: Spool, checkpoint: Checkpoint) -> None:

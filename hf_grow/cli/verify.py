@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from hf_grow.api import verify
 from hf_grow.checkpoint.reader import GROWTH, Checkpoint, open_folder
@@ -17,6 +15,7 @@ from hf_grow.cli.report import show_report
 from hf_grow.errors import InputError
 from hf_grow.untrusted import to_json
 from hf_grow.verification import Report, TaskOptions
+from hf_grow.verification.record import kept
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,18 +69,8 @@ def _record(new: Checkpoint, report: Report) -> None:
         return
     target = new.folder / GROWTH
     temporary = target.with_suffix(".json.new")
-    found = report.to_json()
-    found["metrics"] = {**_earlier_tasks(new.growth, report), **found["metrics"]}
     try:
-        temporary.write_text(to_json({**new.growth, "verification": found}), encoding="utf-8")
+        temporary.write_text(to_json({**new.growth, "verification": kept(new.growth.get("verification"), report)}), encoding="utf-8")
         os.replace(temporary, target)
     except OSError as error:
         render.note(f"The result could not be recorded in {target}: {error.strerror}.")
-
-
-def _earlier_tasks(growth: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    """Evaluations take hours: those of the same weights, by their SHA-256, outlive a verification that runs none."""
-    verification = growth.get("verification")
-    metrics = verification.get("metrics") if isinstance(verification, dict) else None
-    same = any(c.name == "SHA-256" and c.status == "pass" for c in report.checks)
-    return {k: metrics[k] for k in ("tasks", "task_settings") if k in metrics} if same and isinstance(metrics, dict) else {}

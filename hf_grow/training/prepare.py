@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError, SourceError
+from hf_grow.in_memory import untie_config
 from hf_grow.methods.sizing import measure
 from hf_grow.planning import GrowthPlan
 from hf_grow.training import adapters, newness
@@ -62,6 +63,7 @@ def load_model(ref: str, revision: str | None, dtype: str, attention: str | None
     if missing:
         raise SourceError(f"The weights of {ref} lack {missing[0]} ({len(missing)} tensors); they would be random.")
     loaded: PreTrainedModel = model
+    untie_config(loaded)
     return loaded
 
 

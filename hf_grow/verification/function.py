@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import InputError
+from hf_grow.in_memory import untie_config
 from hf_grow.methods.sizing import measure
 from hf_grow.planning import GrowthPlan
 from hf_grow.tensormap import Fill
@@ -168,6 +169,7 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, **plain
     )
+    untie_config(model)
     return cast("PreTrainedModel", model.eval())
 
 

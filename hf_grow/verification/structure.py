@@ -21,7 +21,7 @@ from hf_grow.checkpoint.reader import Checkpoint, Stored
 from hf_grow.checkpoint.record import recorded_files, told, total, trainings
 from hf_grow.checkpoint.transfer import pieces
 from hf_grow.errors import GrowError, SourceError
-from hf_grow.planning import DTYPE_NAMES, GrowthPlan, check_source
+from hf_grow.planning import DTYPE_NAMES, HEAD, GrowthPlan, check_source
 from hf_grow.untrusted import open_regular
 from hf_grow.verification.report import Report
 
@@ -116,6 +116,8 @@ def check_same_source(old: Checkpoint, plan: GrowthPlan, report: Report) -> bool
     detail = (
         f"{old.info.refs} has the tensors the plan was made for" if same else f"{old.ref} is not the checkpoint that {plan.source.ref} was"
     )
+    if old.head == "own" and plan.source.architecture.tied:
+        detail = f"{old.ref} stores a {HEAD} that differs from the embedding; this growth took it for tied and lost it: grow again"
     report.add("source", same, detail)
     return same
 
