@@ -18,7 +18,8 @@ from hf_grow import api
 from hf_grow.cli import main
 from hf_grow.in_memory import grow_model
 from hf_grow.training import newness
-from hf_grow.training.adapters import IN_FULL, LoraOptions, replicated, wrap
+from hf_grow.training.adapter_files import replicated
+from hf_grow.training.adapters import IN_FULL, LoraOptions, wrap
 
 
 def adapter(base: Path, folder: Path, *, pairs: list[list[int]] | None, seed: int = 0, **options: object) -> PeftModel:
@@ -109,7 +110,7 @@ def test_merging_refuses_what_it_cannot_merge(tmp_path: Path, capsys: pytest.Cap
     assert "Pickled" in said(pickled)
     torn = changed("torn") / "adapter_model.safetensors"
     torn.write_bytes(torn.read_bytes()[:-9])
-    assert "does not fit" in said(tmp_path / "torn")
+    assert "truncated" in said(tmp_path / "torn")
     (changed("beside") / IN_FULL).write_bytes(b"nothing")
     assert f"{IN_FULL} cannot be read" in said(tmp_path / "beside")
     run(capsys, "merge", tmp_path / "adapter", "-o", tmp_path / "out")
@@ -117,7 +118,67 @@ def test_merging_refuses_what_it_cannot_merge(tmp_path: Path, capsys: pytest.Cap
     assert main(["merge", str(tmp_path / "adapter"), "-o", str(tmp_path / "out"), "--overwrite"]) == 0
     assert "merged" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.partial"))
-    assert replicated({"layer_replication": None}) is None
+    assert replicated(None) is None
+
+
+MODULE = """
+import pathlib, sys
+pathlib.Path({mark!r}).write_text("ran")
+"""
+ASKS = {
+    "a module to import": ({"megatron_config": {"tensor_model_parallel_size": 1}, "megatron_core": "hostile_module"}, "megatron_config"),
+    "one to import automatically": (
+        {"auto_mapping": {"base_model_class": "X", "parent_library": "hostile_module"}, "corda_config": {"x": 1}},
+        "corda_config",
+    ),
+    "a key of another kind": ({"use_qalora": True, "target_parameters": ["mlp.experts"]}, "target_parameters, use_qalora"),
+    "a start that changes the base": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
+    "a rank without end": ({"r": 2**40}, "with rank 4"),
+    "a rank of another type": ({"r": "4", "lora_alpha": [1], "rank_pattern": {"q_proj": -1}}, "3 mistakes"),
+    "an expression": ({"alpha_pattern": {"(a+)+$": 4}}, "only plain names"),
+    "layers without end": ({"layer_replication": [[0, 99_999]] * 50}, "more than 100,000"),
+    "odd layers": ({"layer_replication": [[False, True]]}, "no list of"),
+    "a name that is none": ({"base_model_name_or_path": {"a": 1}}, "base_model_name_or_path"),
+}
+
+
+@pytest.mark.parametrize("case", ASKS)
+def test_an_adapter_asks_for_nothing_that_is_not_in_our_schema(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save(make(BY_NAME["llama"]), tmp_path / "base")
+    adapter(base, tmp_path / "adapter", pairs=None)
+    (tmp_path / "hostile_module.py").write_text(MODULE.format(mark=str(tmp_path / "ran")))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    keys, expected = ASKS[case]
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+    assert expected in run(capsys, "merge", tmp_path / "adapter", "-o", tmp_path / "out", status=2)["error"]
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_module_names_of_an_adapter_are_imported_by_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that do nothing by themselves may stand there, as peft writes them; and no expression of the file is run on names of modules."""
+    base = save(make(BY_NAME["llama"]), tmp_path / "base")
+    there = logits(
+        adapter(base, tmp_path / "adapter", pairs=None, rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.self_attn.v_proj": 3})
+    )
+    (tmp_path / "hostile_module.py").write_text(MODULE.format(mark=str(tmp_path / "ran")))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    keys = {
+        "megatron_core": "hostile_module",
+        "auto_mapping": {"parent_library": "hostile_module"},
+        "target_modules": "(.*.*.*.*)*x",
+        "later": None,
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+    run(capsys, "merge", tmp_path / "adapter", "-o", tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")), there, atol=1e-5)
 
 
 def test_new_blocks_train_in_full_and_the_rest_by_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,9 +105,7 @@ def _open_folder(folder: Path, ref: str, revision: str) -> Checkpoint:
     tensors: dict[str, Stored] = {}
     files: dict[str, dict[str, Any]] = {}
     for file in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
-        with open_regular(folder / file) as handle:
-            stat = os.fstat(handle.fileno())
-            found = read_header(handle.read(8), handle.read, stat.st_size, str(folder / file))
+        found, stat = read_file_header(folder / file)
         files[file] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         merge(tensors, found, file, weight_map, ref)
     check_index(tensors, weight_map, ref)
@@ -126,6 +124,13 @@ def _same_bytes(checkpoint: Checkpoint, name: str, other: str) -> bool:
             == os.pread(theirs.fileno(), min(PIECE, a.stop - at), b.start + at - a.start)
             for at in range(a.start, a.stop, PIECE)
         )
+
+
+def read_file_header(path: Path) -> tuple[dict[str, Stored], os.stat_result]:
+    """The tensors of a safetensors file, and what the system says of it. Raises SourceError."""
+    with open_regular(path) as handle:
+        stat = os.fstat(handle.fileno())
+        return read_header(handle.read(8), handle.read, stat.st_size, str(path)), stat
 
 
 def merge(into: dict[str, Stored], found: Mapping[str, Stored], file: str, weight_map: Mapping[str, str], ref: str) -> None:

@@ -25,9 +25,10 @@ from hf_grow.errors import InputError, SourceError
 from hf_grow.execute import versions
 from hf_grow.growth import Growth
 from hf_grow.methods import METHODS
-from hf_grow.planning import GrowthPlan, make_plan
+from hf_grow.planning import GrowthPlan, check_source, make_plan
 from hf_grow.portable import portable_config
 from hf_grow.recipe import Options, parse
+from hf_grow.training.adapter_files import Adapter, read_adapter
 from hf_grow.training.extras import need
 from hf_grow.training.masks import Mask
 from hf_grow.training.record import files_of
@@ -36,7 +37,7 @@ from hf_grow.training.warmups import Positive
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADAPTER, IN_FULL = "adapter_config.json", "trained_in_full.safetensors"
+IN_FULL = "trained_in_full.safetensors"
 
 
 class LoraOptions(Options):
@@ -129,34 +130,6 @@ def load_in_full(model: Any, folder: Path) -> None:
 # ---- merging ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """A saved adapter's config. Raises SourceError for a folder that holds none of LoRA's."""
-    try:
-        config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(
-            f"{folder} holds no adapter: {ADAPTER} cannot be read ({error}).", hint="Give the folder that peft saved."
-        ) from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise SourceError(f"{folder} holds no LoRA adapter.", hint="Only LoRA can be merged into weights here.")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise SourceError(f"{folder} has no adapter_model.safetensors.", hint="Pickled adapters are not loaded; save it again with peft.")
-    return config
-
-
-def replicated(config: Mapping[str, Any]) -> list[int] | None:
-    """The layers of `layer_replication` ([[0, 3], [1, 4]]: ends do not count), or None where the adapter has none."""
-    pairs = config.get("layer_replication")
-    if pairs is None:
-        return None
-    whole = isinstance(pairs, list) and all(
-        isinstance(p, list) and len(p) == 2 and all(isinstance(i, int) and i >= 0 for i in p) and p[0] < p[1] for p in pairs
-    )
-    if not whole or not pairs:
-        raise SourceError(f"layer_replication {str(pairs)[:80]} is no list of [start, end] pairs.")
-    return [i for start, stop in pairs for i in range(start, stop)]
-
-
 @dataclass(frozen=True)
 class Merged:
     """What was merged: into which base, and by which growth, if layers were replicated."""
@@ -176,37 +149,38 @@ def merge_adapter(
     real afterwards: the plan of that growth goes into growth.json. Raises InputError (SourceError, OutputError).
     """
     need("peft")
-    config = adapter_config(adapter)
+    found = read_adapter(adapter)
     PartialFolder.check(out, resume=False, overwrite=overwrite)
-    ref = base or config.get("base_model_name_or_path")
+    ref = base or found.config.base_model_name_or_path
     if not ref:
         raise InputError(f"{adapter} does not say which model it belongs to.", hint="Name it with --base.")
-    layers = replicated(config)
-    source = open_source(str(ref), revision=revision, weights=True, notify=notify)
+    layers = found.layers
+    source = open_source(ref, revision=revision, weights=True, notify=notify)
+    check_source(source.info)
     if layers and max(layers) >= source.info.architecture.layers:
         raise SourceError(f"layer_replication names layer {max(layers)}; {ref} has {source.info.architecture.layers} layers.")
     plan = None
     if layers is not None:
-        options = parse(METHODS["layers"].options, {"layers": layers}, where=str(adapter), strict=False)
+        options = parse(METHODS["layers"].options, {"layers": list(layers)}, where=str(adapter), strict=False)
         growth: Growth = METHODS["layers"].build(source.info.architecture, options)
         plan = make_plan(source.info, growth)
     check_room(out, plan.nbytes if plan else sum(t.info.nbytes for t in source.tensors.values()))
     assert source.folder is not None
-    merged = _merged(source.folder, plan, adapter, dtype)
+    merged = _merged(source.folder, plan, found, dtype)
     with PartialFolder(out, f"merge {adapter}", resume=False, overwrite=overwrite) as folder:
         merged.save_pretrained(folder.path)
         folder.write_json("config.json", portable_config(json.loads((folder.path / "config.json").read_bytes())))
         for relative in companions(source.folder):
             folder.copy_in(source.folder, relative)
-        facts = {"adapter": {k: config.get(k) for k in ("r", "lora_alpha", "target_modules", "layer_replication")}, "merged_into": str(ref)}
+        facts = {"adapter": found.told(), "merged_into": ref}
         record = plan.to_json() if plan else source.growth
         if record:
             folder.write_json(GROWTH, after_training(record, {**facts, "files": files_of(folder.path), "made_by": versions()}))
         folder.finish({p.name for p in folder.path.iterdir() if not p.name.startswith(".")})
-    return Merged(str(ref), merged.config.num_hidden_layers, plan)
+    return Merged(ref, merged.config.num_hidden_layers, plan)
 
 
-def _merged(base: Path, plan: GrowthPlan | None, adapter: Path, dtype: str) -> PreTrainedModel:
+def _merged(base: Path, plan: GrowthPlan | None, adapter: Adapter, dtype: str) -> PreTrainedModel:
     from peft import LoraConfig, PeftModel
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -216,14 +190,13 @@ def _merged(base: Path, plan: GrowthPlan | None, adapter: Path, dtype: str) -> P
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False)
     if plan is not None:
         model = grow_model(model, plan)
-    config = LoraConfig.from_pretrained(str(adapter))
-    config.layer_replication = None  # the layers are there; peft must not replicate them again
+    config = LoraConfig(**adapter.for_peft())
     try:
         with _calm():
-            wrapped = PeftModel.from_pretrained(model, adapter, config=config)
+            wrapped = PeftModel.from_pretrained(model, adapter.folder, config=config)
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise SourceError(f"The adapter {adapter} does not fit {base}: {' '.join(str(error).split())[:200]}") from None
-    load_if_there(wrapped, adapter)
+        raise SourceError(f"The adapter {adapter.folder} does not fit {base}: {' '.join(str(error).split())[:200]}") from None
+    load_if_there(wrapped, adapter.folder)
     merged: PreTrainedModel = wrapped.merge_and_unload()
     return merged
 
