@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from hf_grow.errors import SourceError
-from hf_grow.families import AXES, FAMILIES, MAX_TENSORS, PREDICATES, Config, Dim, TensorSpec
+from hf_grow.families import AXES, FAMILIES, MAX_LAYERS, MAX_TENSORS, PREDICATES, Config, Dim, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Architecture:
                 f"hidden_size {self.size('hidden')} is not a multiple of num_attention_heads {self.heads}, "
                 f"which {self.family.architecture} demands."
             )
-        if self.layers * max(1, self.size("experts")) > MAX_TENSORS // 16:
+        if self.layers > MAX_LAYERS or self.layers * max(1, self.size("experts")) > MAX_TENSORS // 16:
             raise SourceError(f"config.json asks for {self.layers} layers and {self.size('experts')} experts; that is no real model.")
 
     def get(self, key: str) -> Any:
@@ -159,6 +159,19 @@ class Architecture:
                 name = spec.name.format(layer=layer, expert=expert)
                 shape = tuple(math.prod(map(self.size, d.axes)) for d in spec.dims)
                 yield Entry(name, spec, layer, expert, shape)
+
+    @property
+    def count(self) -> int:
+        """How many tensors there are, without making a list of them."""
+        counted = 0
+        for spec in self.family.tensors:
+            places = (
+                sum(PREDICATES[spec.when](self, i) for i in range(self.layers))
+                if "{layer}" in spec.name
+                else PREDICATES[spec.when](self, -1)
+            )
+            counted += places * (self.size("experts") if "{expert}" in spec.name else 1)
+        return counted
 
     @cached_property
     def tensors(self) -> dict[str, Entry]:

@@ -24,7 +24,7 @@ Config = Mapping[str, Any]
 
 AXES = ("vocab", "hidden", "kv", "group", "head_dim", "inter", "expert_inter", "shared_inter", "experts", "one")
 FFN_AXES = ("inter", "expert_inter", "shared_inter")
-MAX_TENSORS = 1_000_000  # a config asking for more is a mistake or an attack
+MAX_TENSORS, MAX_LAYERS = 1_000_000, 10_000  # a config asking for more is a mistake or an attack
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,11 @@ def _info(dtype: Any, shape: Any) -> TensorInfo:
 
 def check_source(source: SourceInfo) -> dict[str, str]:
     """The source tensors that are there but not in the table, with the reason why they may go. Raises SourceError for any other mismatch."""
+    if (count := source.architecture.count) > 2 * len(source.tensors) + 100:
+        raise SourceError(
+            f"config.json of {source.ref} describes {count} tensors ({source.architecture.layers} layers), and its weights are {len(source.tensors)}.",
+            hint="Check num_hidden_layers, the number of experts, and that every shard is there.",
+        )
     expected = source.architecture.tensors
     extra: dict[str, str] = {}
     unknown = []

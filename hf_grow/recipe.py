@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from hf_grow import yaml_text
 from hf_grow.errors import InputError
 from hf_grow.suggest import did_you_mean
 from hf_grow.untrusted import read_text
 
+MOST_LISTED = 100_000
+"""Layers of one list: more than any model has."""
 MAX_YAML = 1_000_000
 """Bytes of a recipe, or of a file of prompts."""
 
@@ -42,7 +44,7 @@ def parse_size(value: Any) -> Any:
     """'10.7B' -> 10_700_000_000. Units K, M, B, T; plain integers pass."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", value, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMBT]?)\s*", value, re.IGNORECASE)
     if not match:
         raise ValueError(f"{value!r} is no size; write 10.7B, 350M or a plain number of parameters")
     return round(float(match[1]) * _UNITS[match[2].upper()])
@@ -52,7 +54,7 @@ def parse_bytes(value: Any) -> Any:
     """'5GB' -> 5_000_000_000; 'KiB' and so on are powers of 1024. Plain integers pass."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
     if not match:
         raise ValueError(f"{value!r} is no number of bytes; write 5GB, 512MiB or a plain number")
     base = 1024 if match[3] else 1000
@@ -72,10 +74,12 @@ def parse_layers(value: Any) -> Any:
         if last < first:
             raise ValueError(f"{part.strip()!r} runs backwards; write {last}-{first}, or single layers")
         layers.extend(range(first, last + 1))
+        if len(layers) > MOST_LISTED:
+            raise ValueError(f"the list holds more than {MOST_LISTED:,} layers")
     return tuple(layers)
 
 
-Size = Annotated[int, BeforeValidator(parse_size)]
+Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=10**18)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 LayerList = Annotated[tuple[int, ...], BeforeValidator(parse_layers)]
 

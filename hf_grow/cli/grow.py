@@ -6,7 +6,9 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from hf_grow.api import find_method, measured, open_sources, plan_for
 from hf_grow.checkpoint.sink import local_bytes
@@ -48,7 +50,7 @@ class OutputOptions(PublishOptions):
 
     output: str | None = None
     """Folder to write (also -o). Default: the source's name with method and size, in the current folder."""
-    max_shard_size: Bytes | None = None
+    max_shard_size: Annotated[Bytes, Field(ge=1)] | None = None
     """Largest weight file, such as 10GB. Default: 50GB, as transformers; 5GB where shards are streamed."""
     resume: bool = False
     """Go on with an interrupted run: only unfinished tensors are written again."""
@@ -56,13 +58,13 @@ class OutputOptions(PublishOptions):
     """Replace an existing output, or discard an interrupted one; the old one goes only when the new one is whole."""
     dry_run: bool = False
     """Print the plan and stop; reads config and headers only."""
-    memory_budget: Bytes = DEFAULT_MEMORY
+    memory_budget: Annotated[Bytes, Field(ge=1 << 20)] = DEFAULT_MEMORY
     """Memory for computing tensors that are no copies. Default: 256MiB."""
     allow_nonfinite: bool = False
     """Accept weights that are NaN or infinite."""
     stream_source: bool = False
     """Fetch each tensor of a Hub source when it is needed and remove it after its last use, instead of downloading all first."""
-    source_cache: Bytes = DEFAULT_SOURCE_CACHE
+    source_cache: Annotated[Bytes, Field(ge=0)] = DEFAULT_SOURCE_CACHE
     """With --stream-source, disk for tensors that are needed again later; others are fetched again. Default: 2GB."""
     with_optimizer: str | None = None
     """Folder of a Trainer checkpoint (with optimizer.pt) of the source: its optimizer state grows along, and training resumes from the result."""
@@ -161,7 +163,7 @@ def _chosen(arguments: argparse.Namespace) -> Method:
 def carry_out(source: str, revision: str | None, method: Method, options: Options, output: OutputOptions, *, as_json: bool) -> int:
     checkpoint = open_sources(source, options, revision=revision, weights=False, notify=render.note)
     plan = plan_for(checkpoint.info, method, options)
-    out = Path(output.output) if output.output else default_output(source, plan)
+    out = Path(output.output) if output.output is not None else default_output(source, plan)
     PartialFolder.check(out, resume=output.resume, overwrite=output.overwrite)
     to = output.destination()
     if to:

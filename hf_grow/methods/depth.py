@@ -14,6 +14,7 @@ a bias or a mixture of experts needs nothing here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -85,9 +86,10 @@ def _evenly(n: int, target: int) -> list[LayerOrigin]:
 
 def _inserted(n: int, after: Sequence[int]) -> list[LayerOrigin]:
     layers: list[LayerOrigin] = []
+    times = Counter(after)
     for i in range(n):
         layers.append(LayerOrigin((i,)))
-        layers.extend(LayerOrigin((i,), new=True, identity=True) for _ in range(list(after).count(i)))
+        layers.extend(LayerOrigin((i,), new=True, identity=True) for _ in range(times[i]))
     return layers
 
 
@@ -154,6 +156,8 @@ def _sizes(arch: Architecture, layout: Layout, reachable: Sequence[int]) -> dict
     """Parameters of the target at every reachable number of layers."""
     blocks = block_parameters(arch)
     rest = measure(arch).total - sum(blocks)
+    if len(set(blocks)) == 1:
+        return {r: rest + r * blocks[0] for r in reachable}
     return {r: rest + sum(blocks[o.sources[0]] for o in layout(arch.layers, r)) for r in reachable}
 
 

@@ -18,7 +18,7 @@ from hf_grow.untrusted import parse_json, read_bytes
 
 MOST_EXPERTS = 1024
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=MOST_EXPERTS)]
 Share = Annotated[float, Field(ge=0)]
 
 
@@ -67,7 +67,7 @@ class ExpertsOptions(Options):
     """Noise of init noise, in standard deviations of each matrix."""
     drop: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of intermediate units redrawn by init drop (r of the paper)."""
-    shards: Annotated[int, Field(ge=2)] | None = None
+    shards: Annotated[int, Field(ge=2, le=MOST_EXPERTS)] | None = None
     """Shards of the FFN for init fine-grained (G of the paper); the number of experts must be a multiple."""
     experts_from: Annotated[tuple[str, ...], BeforeValidator(_list)] | None = None
     """Dense checkpoints (folders or Hub ids, with commas between) of the source's shape. From dense: each gives its FFN as an expert and all else is

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from hf_grow.architecture import Architecture
 from hf_grow.errors import GrowError, PlanError
+from hf_grow.families import MAX_LAYERS
 from hf_grow.growth import Growth, Method, compose
 from hf_grow.methods.depth import DEPTH_METHODS
 from hf_grow.methods.shapes import Shape, shape_of, widths, with_shape
@@ -41,11 +42,11 @@ class HybridOptions(Options):
     """How width grows."""
     depth_method: Literal["identity", "interleave", "dus"] = "identity"
     """How depth grows."""
-    multiple_of: Annotated[int, Field(ge=2)] = 128
+    multiple_of: Annotated[int, Field(ge=2, le=2**20)] = 128
     """hidden_size and intermediate_size grow in steps of this."""
-    max_depth: Annotated[int, Field(ge=1)] | None = None
+    max_depth: Annotated[int, Field(ge=1, le=MAX_LAYERS)] | None = None
     """Largest number of layers. Default: three times the source's."""
-    min_depth: Annotated[int, Field(ge=1)] | None = None
+    min_depth: Annotated[int, Field(ge=1, le=MAX_LAYERS)] | None = None
     """Smallest number of layers. Default: the source's."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random."""

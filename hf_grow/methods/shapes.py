@@ -11,7 +11,7 @@ from hf_grow.architecture import Architecture
 from hf_grow.errors import PlanError
 from hf_grow.families import FFN_AXES
 from hf_grow.methods.sizing import TOLERANCE, measure, short
-from hf_grow.methods.spaces import heads_feasible
+from hf_grow.methods.spaces import divisors, heads_feasible
 
 LARGEST_FACTOR = 4.0
 
@@ -73,7 +73,7 @@ def head_options(old: Shape, hidden: int, divides: bool) -> list[tuple[int, int]
         (heads, kv)
         for heads in range(old.heads, int(wanted) + 2)
         if not (divides and hidden % heads)
-        for kv in range(old.kv, heads + 1)
+        for kv in divisors(heads)
         if heads_feasible(old.heads, old.kv, heads, kv)
     ]
     ratio = old.heads / old.kv
@@ -134,8 +134,7 @@ def _step(size: int, multiple: int) -> int:
 def check_shape(arch: Architecture, shape: Shape) -> None:
     """Raises PlanError where the family's config class refuses the widths, with what it would take."""
     if arch.family.heads_divide_hidden and shape.hidden % shape.heads:
-        near = [h for h in range(arch.heads, 2 * shape.heads + 1) if shape.hidden % h == 0]
-        pairs = [(h, g) for h in near for g in range(arch.size("kv"), h + 1) if heads_feasible(arch.heads, arch.size("kv"), h, g)]
+        pairs = [(h, g) for h in divisors(shape.hidden) for g in divisors(h) if heads_feasible(arch.heads, arch.size("kv"), h, g)]
         pairs.sort(key=lambda p: (abs(p[0] - shape.heads), abs(p[1] - shape.kv)))
         words = ", ".join(f"--heads {h} --kv-heads {g}" for h, g in pairs[:3])
         raise PlanError(

@@ -185,18 +185,32 @@ def check_heads(heads: int, kv: int, new_heads: int, new_kv: int) -> None:
     """Raises PlanError for a pair that no exact growth reaches, with the rule and the nearest pairs that work."""
     if heads_feasible(heads, kv, new_heads, new_kv):
         return
-    pairs = [
-        (h, g)
-        for g in range(kv, 4 * new_kv + 1)
-        for h in range(heads, 4 * new_heads + 1, 1)
-        if h % g == 0 and heads_feasible(heads, kv, h, g)
-    ]
-    near = sorted(pairs, key=lambda p: abs(p[0] - new_heads) / new_heads + abs(p[1] - new_kv) / new_kv)[:5]
+    near = nearest_heads(heads, kv, new_heads, new_kv)
     raise PlanError(
         f"{heads} query heads on {kv} kv heads cannot become {new_heads} on {new_kv}: the new heads must divide by the new kv heads, "
         f"and ceil(r/r') * {kv} <= {new_kv} must hold with r = {heads // kv} and r' = new heads / new kv heads.",
         hint="Nearest pairs that work: " + ", ".join(f"{h}/{g}" for h, g in near) + ".",
     )
+
+
+def nearest_heads(heads: int, kv: int, new_heads: int, new_kv: int, most: int = 5) -> list[tuple[int, int]]:
+    """The feasible pairs nearest to a wanted one, by the sum of both relative distances.
+
+    For every number of query heads a kv head, that sum is convex in the kv heads, with its kinks where one of the two is met: what is nearest
+    lies around them, or at the least feasible number. So the work grows with the heads, not with their product.
+    """
+    found: set[tuple[int, int]] = set()
+    for group in range(1, max(new_heads, heads) // kv + 1 + most):
+        least = max(kv, -(-(heads // kv) // group) * kv, -(-heads // group))
+        around = {at + step for at in (new_heads // group, new_kv, least) for step in range(1 - most, most)}
+        found |= {(g * group, g) for g in around if g >= least}
+    return sorted(found, key=lambda p: (abs(p[0] - new_heads) / new_heads + abs(p[1] - new_kv) / new_kv, p))[:most]
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, smallest first."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def heads_feasible(heads: int, kv: int, new_heads: int, new_kv: int) -> bool:

@@ -29,7 +29,8 @@ from hf_grow.methods.widen import Symmetry, Widening
 from hf_grow.portable import portable_config
 from hf_grow.recipe import Options, Size
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=2**20)]
+"""A size: many times that of any model, and few enough to be counted through."""
 
 
 class WidthOptions(Options):
@@ -37,7 +38,7 @@ class WidthOptions(Options):
 
     to: Size | None = None
     """Number of parameters to grow to, such as 13B: all widths by one factor, as near as they get."""
-    factor: Annotated[float, Field(ge=1)] | None = None
+    factor: Annotated[float, Field(ge=1, le=64)] | None = None
     """Grow hidden, FFN and heads by this factor."""
     hidden: Positive | None = None
     """New hidden_size."""
