@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hf_grow._version import __version__
 from hf_grow.checkpoint.reader import GROWTH, INDEX
+from hf_grow.checkpoint.record import record_text
 from hf_grow.checkpoint.source import companions
 from hf_grow.checkpoint.writer import PartialFolder, Shard, index_of
 from hf_grow.planning import GrowthPlan, training_lists
@@ -29,7 +30,7 @@ def write_rest(plan: GrowthPlan, beside: Path, folder: PartialFolder, shards: li
     record["target"]["files"] = {s.file: {"size": s.size, "sha256": hashes[s.file]} for s in shards}
     record["growth"]["training"] = training_lists(plan)
     record["made_by"] = versions()  # and no time: the same plan gives the same bytes
-    folder.write_json(GROWTH, record)
+    folder.write_file(GROWTH, record_text(record).encode())
     return files
 
 

@@ -25,9 +25,25 @@ from hf_grow.axes import AxisMap, Run
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.transfer import NOT_FINITE, FiniteCheck
 from hf_grow.errors import ExecutionError, SourceError
-from hf_grow.noise import draw
+from hf_grow.noise import draw, subset
 from hf_grow.planning import DTYPE_NAMES, GrowthPlan, TensorInfo
-from hf_grow.tensormap import Concat, Expr, Fill, Noise, Orthogonal, Quantity, Scope, Share, Source, Sum, Take, Values, Vary
+from hf_grow.tensormap import (
+    Concat,
+    Expr,
+    Fill,
+    Noise,
+    Orthogonal,
+    Quantity,
+    Replace,
+    Scope,
+    Share,
+    Source,
+    Subset,
+    Sum,
+    Take,
+    Values,
+    Vary,
+)
 
 BLOCK = 8 << 20  # bytes of one block in the compute dtype
 MANY_RUNS = 16  # above this, one gather beats slice copies
@@ -264,6 +280,29 @@ def _(expr: Concat, ev: Evaluator, start: int, stop: int) -> Tensor:
             parts.append(ev.rows(part, low - at, high - at))
         at += length
     return torch.cat(parts)
+
+
+@evaluate.register
+def _(expr: Subset, ev: Evaluator, start: int, stop: int) -> Tensor:
+    chosen = subset(ev.seed, expr.key, expr.of.shape(ev.scope)[expr.dim], expr.count)
+    if expr.dim > 0:
+        return ev.rows(expr.of, start, stop).index_select(expr.dim, torch.from_numpy(chosen.copy()))
+    if start == stop:
+        return torch.empty(expr.shape(ev.scope), dtype=ev.compute)[:0]
+    part = torch.from_numpy(chosen[start:stop].copy())
+    return ev.rows(expr.of, int(part[0]), int(part[-1]) + 1).index_select(0, part - part[0])
+
+
+@evaluate.register
+def _(expr: Replace, ev: Evaluator, start: int, stop: int) -> Tensor:
+    out = ev.rows(expr.of, start, stop)
+    chosen = subset(ev.seed, expr.key, expr.of.shape(ev.scope)[expr.dim], expr.by.shape(ev.scope)[expr.dim])
+    if expr.dim > 0:
+        return out.index_copy_(expr.dim, torch.from_numpy(chosen.copy()), ev.rows(expr.by, start, stop))
+    first, last = (int(i) for i in np.searchsorted(chosen, (start, stop)))
+    if first == last:
+        return out
+    return out.index_copy_(0, torch.from_numpy(chosen[first:last] - start), ev.rows(expr.by, first, last))
 
 
 @evaluate.register

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from hf_grow.architecture import Architecture
 from hf_grow.axes import AxisMap
 from hf_grow.recipe import Options
-from hf_grow.tensormap import Expr, Noise, Orthogonal, Take, Values, substitute
+from hf_grow.tensormap import Expr, Noise, Orthogonal, Replace, Subset, Take, Values, substitute
 
 GuaranteeKind = Literal["lossless", "changes the function"]
 
@@ -81,7 +81,7 @@ def compose(first: Growth, second: Growth) -> Growth:
     clash = {n: f"{n}@{first.method}+{second.method}" for n in first.axes.keys() & second.axes.keys() if first.axes[n] != second.axes[n]}
 
     def rename(expr: Expr) -> Expr:
-        if isinstance(expr, Noise | Orthogonal):
+        if isinstance(expr, Noise | Orthogonal | Subset | Replace):
             expr = replace(expr, key=f"{first.method}+{second.method}/{second.seed}/{expr.key}")
         if isinstance(expr, Take) and expr.axis in clash:
             expr = replace(expr, axis=clash[expr.axis])

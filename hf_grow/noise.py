@@ -1,9 +1,9 @@
-"""Gaussian numbers that depend on (seed, key) and their place alone: drawn in fixed chunks, on a stream that is fixed for good. No torch."""
+"""Random numbers that depend on (seed, key) and their place alone: Gaussian ones, drawn in fixed chunks, and subsets. No torch."""
 
 from __future__ import annotations
 
 import hashlib
-from functools import cache
+from functools import cache, lru_cache
 from statistics import NormalDist
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 NOISE_CHUNK = 1 << 16
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def draw(seed: int, key: str, first: int, last: int, std: float) -> Floats:
@@ -40,10 +41,23 @@ def stored(values: Floats, dtype: str) -> bytes:
 
 
 def _random_bits(seed: int, key: str, chunk: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
-    """NOISE_CHUNK random 16-bit numbers. The stream of Philox is fixed for good (Salmon et al. 2011); that of numpy's normal() is not."""
-    digest = hashlib.blake2b(f"{seed}\0{key}\0{chunk}".encode(), digest_size=16).digest()
-    raw = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(NOISE_CHUNK // 4)
-    return raw.astype("<u8", copy=False).view("<u2")
+    """NOISE_CHUNK random 16-bit numbers."""
+    return _philox(seed, key, str(chunk)).random_raw(NOISE_CHUNK // 4).astype("<u8", copy=False).view("<u2")
+
+
+@lru_cache(maxsize=16)
+def subset(seed: int, key: str, size: int, count: int) -> Indices:
+    """`count` of the numbers below `size`, in order: those whose random 64-bit numbers are the smallest."""
+    order = np.argsort(_philox(seed, key, "subset").random_raw(size), kind="stable")
+    chosen = np.sort(order[:count]).astype(np.int64)
+    chosen.setflags(write=False)
+    return chosen
+
+
+def _philox(seed: int, *key: str) -> np.random.Philox:
+    """Its stream is fixed for good (Salmon et al. 2011); that of numpy's normal() is not."""
+    digest = hashlib.blake2b("\0".join((str(seed), *key)).encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(digest, "little"))
 
 
 @cache

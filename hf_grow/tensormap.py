@@ -6,6 +6,8 @@
     Vary(of, by)                      of * (1 + by), elementwise: noise in proportion to a tensor
     Share(of, share)                  `of` as it is, of whose gradient only this share arrives: one of several copies that are used in turn
     Concat(parts, dim)                parts side by side
+    Subset(of, dim, count, key)       `count` coordinates of a dimension, chosen at random by (plan seed, key), in their order
+    Replace(of, by, dim, key)         `of`, in which the coordinates that Subset chooses under the same key are those of `by`
     Fill(shape, value)                a constant
     Noise(shape, std, key, like)      N(0, std^2), seeded by (plan seed, key); `like`: std counts in standard deviations of that expression,
                                       and the mean may be its mean
@@ -195,6 +197,46 @@ class Concat(Expr):
         if any(s != shapes[0] for s in shapes):
             raise ValueError(f"parts of shapes {shapes} do not fit along dimension {self.dim}")
         return tuple(shapes[0])
+
+
+@dataclass(frozen=True)
+class Subset(Expr):
+    """`count` coordinates of dimension `dim`, drawn without replacement by (plan seed, `key`) and the dimension's size, in their order."""
+
+    op = "subset"
+    parts_of = ("of",)
+    of: Expr
+    dim: int
+    count: int
+    key: str
+
+    def shape(self, scope: Scope) -> Shape:
+        inner = list(self.of.shape(scope))
+        _check_dim(self.dim, inner)
+        if not 0 <= self.count <= inner[self.dim]:
+            raise ValueError(f"{self.count} of {inner[self.dim]} coordinates cannot be chosen")
+        inner[self.dim] = self.count
+        return tuple(inner)
+
+
+@dataclass(frozen=True)
+class Replace(Expr):
+    """`of`, in which the coordinates of dimension `dim` that `Subset` chooses under the same key are those of `by`, in their order."""
+
+    op = "replace"
+    parts_of = ("of", "by")
+    of: Expr
+    by: Expr
+    dim: int
+    key: str
+
+    def shape(self, scope: Scope) -> Shape:
+        whole, new = self.of.shape(scope), self.by.shape(scope)
+        _check_dim(self.dim, whole)
+        fits = len(whole) == len(new) and all(n <= w if d == self.dim else n == w for d, (w, n) in enumerate(zip(whole, new, strict=True)))
+        if not fits:
+            raise ValueError(f"values of shape {list(new)} cannot replace a part of {list(whole)} along dimension {self.dim}")
+        return whole
 
 
 @dataclass(frozen=True)

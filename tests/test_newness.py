@@ -125,6 +125,17 @@ def test_a_mixture_made_of_a_dense_model_keeps_one_expert_and_gets_a_router() ->
     assert "model.layers.0.self_attn.q_proj.weight" not in named["new"] and named["old"]["model.layers.0.self_attn.q_proj.weight"] is True
 
 
+def test_redrawn_units_are_new_and_the_units_kept_in_the_first_expert_are_not() -> None:
+    model = make(BY_NAME["llama"], dtype=torch.float64, num_hidden_layers=2)
+    plan = api.plan(model, "experts", experts=3, init="drop", drop=0.4)
+    before, after, masks = on_disk(model), on_disk(grow_model(model, plan)), new_on_disk(plan)
+    for part, old in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        name = f"model.layers.1.block_sparse_moe.experts.0.{part}.weight"
+        redrawn = after[name] != before[f"model.layers.1.mlp.{old}.weight"]
+        assert 0 < redrawn.sum() < redrawn.numel()
+        assert torch.equal(torch.as_tensor(masks[name]).expand(redrawn.shape), redrawn)
+
+
 def test_experts_added_to_a_mixture_are_new_and_so_are_their_router_rows() -> None:
     model = make(BY_NAME["qwen3_moe-mixed"])
     plan = api.plan(model, "experts", experts=6)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_grow.axes import AxisMap, Run, identity, tile
-from hf_grow.tensormap import Concat, Expr, Fill, Noise, Scope, Shape, Source, Sum, Take, from_json, substitute, to_json
+from hf_grow.tensormap import Concat, Expr, Fill, Noise, Replace, Scope, Shape, Source, Subset, Sum, Take, from_json, substitute, to_json
 
 # Sources and axis maps carry their sizes in their names, so that any generated expression can be evaluated.
 NAMES = ["a", "b", "model.layers.0.q", "", "op", "ü ::"]
@@ -66,7 +66,9 @@ def expressions(draw, shape: Shape | None = None, depth: int = 3) -> Expr:
     """Any expression of a given shape."""
     if shape is None:
         shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple))
-    kind = draw(st.sampled_from(["source", "fill", "noise", "take", "sum", "concat"] if depth else ["source", "fill", "noise"]))
+    kind = draw(
+        st.sampled_from(["source", "fill", "noise", "take", "sum", "concat", "subset", "replace"] if depth else ["source", "fill", "noise"])
+    )
     inner = expressions(shape, depth - 1) if depth else st.none()
     if kind == "source":
         return Source(source_name(shape, draw(st.sampled_from(NAMES))), draw(st.sampled_from(["", "other"])))
@@ -82,9 +84,20 @@ def expressions(draw, shape: Shape | None = None, depth: int = 3) -> Expr:
         size = draw(st.integers(1, 4))
         of = draw(expressions((*shape[:dim], size, *shape[dim + 1 :]), depth - 1))
         return Take(of, dim, f"{size}to{shape[dim]}v{draw(st.integers(0, 2))}", draw(st.sampled_from(["out", "in"])))
+    if kind == "subset":
+        of = draw(expressions((*shape[:dim], shape[dim] + draw(st.integers(0, 2)), *shape[dim + 1 :]), depth - 1))
+        return Subset(of, dim, shape[dim], draw(st.sampled_from(NAMES)))
+    if kind == "replace":
+        by = draw(expressions((*shape[:dim], draw(st.integers(1, shape[dim])), *shape[dim + 1 :]), depth - 1))
+        return Replace(draw(inner), by, dim, draw(st.sampled_from(NAMES)))
     cuts = sorted(draw(st.sets(st.integers(1, shape[dim] - 1)))) if shape[dim] > 1 else []
     sizes = np.diff([0, *cuts, shape[dim]]).tolist()
     return Concat(tuple(draw(expressions((*shape[:dim], n, *shape[dim + 1 :]), depth - 1)) for n in sizes), dim)
+
+
+def chosen(key: str, size: int, count: int) -> np.ndarray:
+    """Any subset that key and size alone decide."""
+    return np.sort(np.random.default_rng([size, *key.encode()]).permutation(size)[:count])
 
 
 def value_of(expr: Expr, sources: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -108,6 +121,13 @@ def value_of(expr: Expr, sources: Mapping[str, np.ndarray]) -> np.ndarray:
                 if source is not None:
                     matrix[row, source] = a if role == "out" else b
             return np.moveaxis(np.tensordot(matrix, value_of(of, sources), axes=(1, dim)), 0, dim)
+        case Subset(of, dim, count, key):
+            whole = value_of(of, sources)
+            return whole.take(chosen(key, whole.shape[dim], count), axis=dim)
+        case Replace(of, by, dim, key):
+            whole, new = np.moveaxis(value_of(of, sources).copy(), dim, 0), np.moveaxis(value_of(by, sources), dim, 0)
+            whole[chosen(key, len(whole), len(new))] = new
+            return np.moveaxis(whole, 0, dim)
     raise AssertionError(expr)
 
 

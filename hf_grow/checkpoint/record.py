@@ -5,6 +5,7 @@ A record may come from anywhere: what has not the right form is left out, never 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,3 +86,19 @@ def after_training(growth: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[
     if "training" in growth:
         section["earlier"] = growth["training"]
     return {**record, "training": section}
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """growth.json as it is written: an entry a line down to the third level, and what is deeper on that line. Fully indented, the record of a
+    model with many experts is several times as large, and no easier to read."""
+    return _indented(record, "\n", 3) + "\n"
+
+
+def _indented(value: object, line: str, levels: int) -> str:
+    inner = line + "  "
+    if levels and isinstance(value, Mapping) and value:
+        entries = (f"{json.dumps(str(k), ensure_ascii=False)}: {_indented(v, inner, levels - 1)}" for k, v in value.items())
+        return "{" + inner + f",{inner}".join(entries) + line + "}"
+    if levels and isinstance(value, list | tuple) and any(isinstance(v, Mapping) for v in value):
+        return "[" + inner + f",{inner}".join(_indented(v, inner, 0) for v in value) + line + "]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

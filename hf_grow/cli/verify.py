@@ -8,12 +8,12 @@ from pathlib import Path
 
 from hf_grow.api import verify
 from hf_grow.checkpoint.reader import GROWTH, Checkpoint, open_folder
+from hf_grow.checkpoint.record import record_text
 from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, existing_folder, print_json
 from hf_grow.cli.flags import add_flags, given
 from hf_grow.cli.report import show_report
 from hf_grow.errors import InputError
-from hf_grow.untrusted import to_json
 from hf_grow.verification import Report, TaskOptions
 from hf_grow.verification.record import kept
 
@@ -70,7 +70,7 @@ def _record(new: Checkpoint, report: Report) -> None:
     target = new.folder / GROWTH
     temporary = target.with_suffix(".json.new")
     try:
-        temporary.write_text(to_json({**new.growth, "verification": kept(new.growth.get("verification"), report)}), encoding="utf-8")
+        temporary.write_text(record_text({**new.growth, "verification": kept(new.growth.get("verification"), report)}), encoding="utf-8")
         os.replace(temporary, target)
     except OSError as error:
         render.note(f"The result could not be recorded in {target}: {error.strerror}.")

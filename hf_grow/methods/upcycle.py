@@ -18,7 +18,6 @@ An expert sees a share of the tokens, with a share of the weight: with even rout
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ from hf_grow.growth import Growth, Guarantee, LayerOrigin
 from hf_grow.methods.expert_options import ExpertsOptions
 from hf_grow.methods.routers import check_router, new_rows
 from hf_grow.portable import portable_config
-from hf_grow.tensormap import Expr, Fill, Noise, Share, Source, Sum, Take
+from hf_grow.tensormap import Expr, Fill, Noise, Replace, Share, Source, Subset, Sum, Take
 
 _SAME = {"gate_proj": "gate_proj", "down_proj": "down_proj", "up_proj": "up_proj"}
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -221,23 +220,14 @@ class _Upcycling:
         return self._dropped(entry, source, dim) if self.options.init == "drop" else source
 
     def _dropped(self, entry: Entry, source: Source, dim: int) -> Expr:
-        """The kept units, plus the redrawn ones in their places; one index set for the three matrices of an expert."""
-        inter, options = self.arch.size("inter"), self.options
-        draw = random.Random(f"{options.seed}/drop/{entry.layer}/{entry.expert}")
-        gone = sorted(draw.sample(range(inter), int(options.drop * inter)))
-        if not gone:
+        """The units of one random subset, the same for the three matrices of an expert, are drawn from N(mean, std) of what they replace."""
+        count = int(self.options.drop * self.arch.size("inter"))
+        if not count:
             return source
-        away, prefix = set(gone), f"drop.{entry.layer}.{entry.expert}"
-        kept = joined(Run(None, 1, 0, 0) if i in away else Run(i, 1) for i in range(inter))
-        place = {unit: at for at, unit in enumerate(gone)}
-        placed = joined(Run(place[i], 1) if i in away else Run(None, 1, 0, 0) for i in range(inter))
-        self.axes[f"{prefix}.kept"] = AxisMap(inter, kept, dual=False)
-        self.axes[f"{prefix}.gone"] = _undual(select(inter, gone))
-        self.axes[f"{prefix}.placed"] = AxisMap(len(gone), placed, dual=False)
-        size = list(entry.shape)
-        size[dim] = len(gone)
-        redrawn = Noise(tuple(size), 1.0, entry.name, Take(source, dim, f"{prefix}.gone", "out"), centered=False)
-        return Sum((Take(source, dim, f"{prefix}.kept", "out"), Take(redrawn, dim, f"{prefix}.placed", "out")), (1.0, 1.0))
+        units = f"drop.{entry.layer}.{entry.expert}"
+        size = tuple(count if d == dim else n for d, n in enumerate(entry.shape))
+        redrawn = Noise(size, 1.0, entry.name, Subset(source, dim, count, units), centered=False)
+        return Replace(source, redrawn, dim, units)
 
 
 def _undual(axis: AxisMap) -> AxisMap:

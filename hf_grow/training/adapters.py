@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from hf_grow.checkpoint.reader import GROWTH
-from hf_grow.checkpoint.record import after_training
+from hf_grow.checkpoint.record import after_training, record_text
 from hf_grow.checkpoint.source import companions, open_source
 from hf_grow.checkpoint.writer import PartialFolder, check_room
 from hf_grow.errors import InputError, SourceError
@@ -175,7 +175,9 @@ def merge_adapter(
         facts = {"adapter": found.told(), "merged_into": ref}
         record = plan.to_json() if plan else source.growth
         if record:
-            folder.write_json(GROWTH, after_training(record, {**facts, "files": files_of(folder.path), "made_by": versions()}))
+            folder.write_file(
+                GROWTH, record_text(after_training(record, {**facts, "files": files_of(folder.path), "made_by": versions()})).encode()
+            )
         folder.finish({p.name for p in folder.path.iterdir() if not p.name.startswith(".")})
     return Merged(ref, merged.config.num_hidden_layers, plan)
 

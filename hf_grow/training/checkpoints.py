@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hf_grow.checkpoint.record import record_text
 from hf_grow.errors import SourceError
 from hf_grow.training.events import plain
 from hf_grow.training.settled import STATE
-from hf_grow.untrusted import read_bytes, to_json
+from hf_grow.untrusted import read_bytes
 
 PENALTY = "penalty.pt"
 """In every checkpoint of a training with a penalty: what the penalty needs to go on."""
@@ -32,5 +33,5 @@ def last_checkpoint(folder: Path) -> Path | None:
 def write_json(path: Path, data: Any) -> None:
     """In one step, so that no reader ever sees half of it."""
     temporary = path.with_name(path.name + ".new")
-    temporary.write_text(to_json(plain(data)), encoding="utf-8")
+    temporary.write_text(record_text(plain(data)), encoding="utf-8")
     os.replace(temporary, path)

@@ -7,6 +7,7 @@ A method with a node of its own registers its tracer: ``@pieces.register`` on ``
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, singledispatch
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from hf_grow.axes import AxisMap
 from hf_grow.evaluate import Evaluator
+from hf_grow.noise import subset
 from hf_grow.planning import GrowthPlan
-from hf_grow.tensormap import Concat, Expr, Scope, Share, Source, Sum, Take, Vary
+from hf_grow.tensormap import Concat, Expr, Replace, Scope, Share, Source, Subset, Sum, Take, Vary
 
 Indices = tuple[Tensor, ...]
 """For each dimension the source's coordinate of every target coordinate (int64), -1 where nothing is read."""
@@ -154,6 +156,41 @@ def _vectors(axis: AxisMap, role: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pieces.register
+def _(expr: Subset, plan: GrowthPlan) -> list[Piece]:
+    scope = Scope(plan.source.scope_shapes, plan.growth.axes)
+    chosen = torch.from_numpy(subset(plan.growth.seed, expr.key, expr.of.shape(scope)[expr.dim], expr.count).copy())
+    return [_moved(p, expr.dim, lambda vector, nothing: vector[chosen]) for p in pieces(expr.of, plan)]
+
+
+@pieces.register
+def _(expr: Replace, plan: GrowthPlan) -> list[Piece]:
+    scope = Scope(plan.source.scope_shapes, plan.growth.axes)
+    size, count = (e.shape(scope)[expr.dim] for e in (expr.of, expr.by))
+    chosen = torch.from_numpy(subset(plan.growth.seed, expr.key, size, count).copy())
+
+    def placed(vector: Tensor, nothing: float) -> Tensor:
+        return vector.new_full((size,), nothing).index_copy(0, chosen, vector)
+
+    kept = [_moved(p, expr.dim, lambda vector, nothing: vector.index_fill(0, chosen, nothing)) for p in pieces(expr.of, plan)]
+    return kept + [_moved(p, expr.dim, placed) for p in pieces(expr.by, plan)]
+
+
+def _moved(piece: Piece, dim: int, move: Callable[[Tensor, float], Tensor]) -> Piece:
+    """The piece with the vectors of one dimension moved; `move` is told what stands where nothing is read."""
+
+    def moved(vectors: tuple[Tensor, ...], nothing: float) -> tuple[Tensor, ...]:
+        return (*vectors[:dim], move(vectors[dim], nothing), *vectors[dim + 1 :])
+
+    return replace(
+        piece,
+        index=moved(piece.index, -1),
+        gain=moved(piece.gain, 0.0),
+        back=moved(piece.back, 0.0),
+        vary=tuple((by, moved(index, -1)) for by, index in piece.vary),
+    )
+
+
+@pieces.register
 def _(expr: Sum, plan: GrowthPlan) -> list[Piece]:
     terms = zip(expr.terms, expr.weights, strict=True)
     return [replace(p, scale=p.scale * weight) for term, weight in terms for p in pieces(term, plan)]
@@ -176,21 +213,10 @@ def _(expr: Concat, plan: GrowthPlan) -> list[Piece]:
     lengths = [part.shape(scope)[expr.dim] for part in expr.parts]
     found, at = [], 0
     for part, length in zip(expr.parts, lengths, strict=True):
-        pad = (at, sum(lengths) - at - length)
 
-        def placed(vectors: tuple[Tensor, ...], nothing: float, pad: tuple[int, int] = pad) -> tuple[Tensor, ...]:
-            padded = torch.nn.functional.pad(vectors[expr.dim], pad, value=nothing)
-            return (*vectors[: expr.dim], padded, *vectors[expr.dim + 1 :])
+        def padded(vector: Tensor, nothing: float, pad: tuple[int, int] = (at, sum(lengths) - at - length)) -> Tensor:
+            return torch.nn.functional.pad(vector, pad, value=nothing)
 
-        found += [
-            replace(
-                p,
-                index=placed(p.index, -1),
-                gain=placed(p.gain, 0.0),
-                back=placed(p.back, 0.0),
-                vary=tuple((by, placed(index, -1)) for by, index in p.vary),
-            )
-            for p in pieces(part, plan)
-        ]
+        found += [_moved(p, expr.dim, padded) for p in pieces(part, plan)]
         at += length
     return found
