@@ -294,7 +294,7 @@ def test_utility_copies_the_most_useful_layer_by_layer(tmp_path: Path) -> None:
         assert torch.equal(router_of(new, layer), wanted)
         for at, origin in enumerate(chosen):
             assert torch.equal(experts_of(new, layer, "up_proj", 6)[4 + at], experts_of(old, layer, "up_proj", 4)[origin])
-    with pytest.raises(InputError, match="none.json is missing"):
+    with pytest.raises(InputError, match=r"none\.json is missing"):
         api.plan(model, "experts", add=1, utility=str(tmp_path / "none.json"))
 
 
