@@ -94,7 +94,7 @@ class AxisMap:
                     runs.append(Run(None, r.length, 0.0, 0.0))
                 else:
                     runs.append(Run(source * inner.source_size + r.start, r.length, a * r.a, b * r.b))
-        return AxisMap(self.source_size * inner.source_size, joined(runs))
+        return AxisMap(self.source_size * inner.source_size, joined(runs), self.dual and inner.dual)
 
     def to_json(self) -> Any:
         return {"source_size": self.source_size, "dual": self.dual, "runs": [[r.start, r.length, r.a, r.b] for r in self.runs]}

@@ -27,6 +27,7 @@ GROWTHS: dict[str, dict[str, Any]] = {
     "identity": {"method": "identity", "at": "1,3"},
     "stack": {"method": "stack"},
     "aki": {"method": "aki", "factor": 2},
+    "lossless aki": {"method": "aki", "hidden": 60, "heads": 12, "kv_heads": 4, "intermediate": 50, "lossless": True},
 }
 
 

@@ -160,6 +160,7 @@ GROWTHS: dict[str, dict[str, Any]] = {
     "pad": {"method": "pad", "hidden": 96, "heads": 8, "kv_heads": 2, "new_heads": "null"},
     "fpi": {"method": "fpi", "factor": 2},
     "aki": {"method": "aki", "factor": 2},
+    "lossless aki": {"method": "aki", "factor": 2, "lossless": True},
     "net2net": {"method": "net2net", "hidden": 60, "heads": 12, "kv_heads": 2},
     "hypercloning": {"method": "hypercloning", "factor": 2},
     "head_dim": {"method": "tile", "head_dim": 24},

@@ -21,6 +21,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "head_dim by a whole factor": {"head_dim": 24},
     "head_dim by theta": {"head_dim": 18, "intermediate": 60},
     "aki": {"method": "aki", "hidden": 72, "heads": 9, "kv_heads": 3, "intermediate": 60},
+    "lossless aki": {"method": "aki", "hidden": 96, "heads": 12, "kv_heads": 4, "intermediate": 60, "lossless": True},
 }
 
 

@@ -8,6 +8,7 @@ Where hf-grow knowingly differs from a paper:
 - FPI and the FFN of Net2Net copy in turn, where the papers draw at random: under RMSNorm only even copying preserves the function.
 - Query heads are copied beside the heads of their own key/value head (the papers know no groups).
 - AKI takes added rows of projections and their biases from the next layer; norms, embeddings, head and routers stay their own.
+- AKI with --lossless is ours: of the next layer only what new heads and FFN units read, behind columns of zeros.
 - HyperCloning keeps head_dim. With three copies or more its noise adds up to zero over all of them, instead of alternating.
 """
 
@@ -25,6 +26,8 @@ from grown import grown_by, plan_of
 from models import BY_NAME, make, on_disk
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from hf_grow.errors import PlanError
 
 State = Mapping[str, Tensor]
 NAMES = ("llama", "llama-tied", "llama-bias", "mistral", "qwen2", "qwen2-tied", "mixtral", "mixtral-tied")
@@ -166,6 +169,69 @@ def test_aki_with_fixed_kv_grows_query_heads_inside_their_groups(name: str) -> N
     grown = grown_by(model, "aki", factor=2, fixed_kv=True)
     assert grown.config.num_key_value_heads == 2
     equal(grown, expected)
+
+
+def silent_aki(state: State, copies: Copies, *, layers: int) -> dict[str, Tensor]:
+    """Inside the blocks only: old heads and units as they are, new ones with the rows of the next layer's, and zeros where o and down read them.
+
+    A query head is new at its second appearance, a key/value head where none but new query heads read it.
+    """
+    group = len(copies.heads) // len(copies.kv)
+    fresh_heads = [h in copies.heads[:i] for i, h in enumerate(copies.heads)]
+    fresh_kv = [all(fresh_heads[i * group : (i + 1) * group]) for i in range(len(copies.kv))]
+    fresh_units = [i in copies.ffn[:at] for at, i in enumerate(copies.ffn)]
+    spread = {"query": (copies.rows(copies.heads), fresh_heads), "stored": (copies.rows(copies.kv), fresh_kv)}
+    axes = {name: (rows, [f for f in fresh for _ in range(copies.head_dim)]) for name, (rows, fresh) in spread.items()}
+    axes["ffn"] = (list(copies.ffn), fresh_units)
+    makes = {"q_proj": "query", "k_proj": "stored", "v_proj": "stored", "gate_proj": "ffn", "up_proj": "ffn", "w1": "ffn", "w3": "ffn"}
+    reads = {"o_proj": "query", "down_proj": "ffn", "w2": "ffn"}
+    grown = {}
+    for name, tensor in state.items():
+        match = re.search(r"layers\.(\d+)\.", name)
+        part = name.split(".")[-2]
+        grown[name] = tensor
+        if match and part in makes:
+            above = state[name.replace(match[0], f"layers.{min(int(match[1]) + 1, layers - 1)}.")]
+            rows, fresh = axes[makes[part]]
+            grown[name] = torch.stack([(above if new else tensor)[row] for row, new in zip(rows, fresh, strict=True)])
+        elif match and part in reads and not name.endswith("bias"):
+            columns, fresh = axes[reads[part]]
+            grown[name] = torch.stack([tensor[:, c] * (0.0 if new else 1.0) for c, new in zip(columns, fresh, strict=True)], 1)
+    return grown
+
+
+@pytest.mark.parametrize("sizes", [(48, 100, 12, 4), (48, 60, 24, 6), (48, 40, 8, 2), (48, 90, 6, 6)], ids=lambda s: "-".join(map(str, s)))
+@each_name
+def test_lossless_aki_reads_as_the_next_layer_and_writes_nothing(name: str, sizes: tuple[int, int, int, int]) -> None:
+    model = source(name)
+    copies = in_turn(model, *sizes)
+    if sizes[2] == 6:  # groups of one: the three query heads of an old group are dealt over the three copies of its kv head
+        copies.heads = [0, 3, 1, 4, 2, 5]
+    expected = silent_aki(on_disk(model), copies, layers=4)
+    equal(grown_by(model, "aki", lossless=True, **options_of(sizes)), expected)
+
+
+@each_name
+def test_lossless_aki_of_twice_the_hidden_size_is_the_same_in_sum_over_its_copies(name: str) -> None:
+    """The hidden state is tile's: what makes it stands twice, and the two copies of a column that reads it share the column unevenly."""
+    model = source(name)
+    expected = silent_aki(on_disk(model), in_turn(model, 48, 80, 12, 4), layers=4)
+    for key, found in on_disk(grown_by(model, "aki", lossless=True, factor=2)).items():
+        part = key.split(".")[-2]
+        if part not in ("embed_tokens", "o_proj", "down_proj", "w2") and found.dim() == 2:
+            assert not torch.allclose(found[:, :48], found[:, 48:]), key
+            found = found[:, :48] + found[:, 48:]
+        elif "norm" in key or part in ("embed_tokens", "o_proj", "down_proj", "w2"):
+            first, second = found.chunk(2, 1 if part == "embed_tokens" else 0)
+            assert torch.equal(first, second), key
+            found = first * (2 if key == "model.norm.weight" and model.config.tie_word_embeddings else 1)
+        torch.testing.assert_close(found, expected[key], rtol=1e-12, atol=1e-15, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("options", [{"ffn": "copies"}, {"new_heads": "split"}, {"ffn": "null"}], ids=str)
+def test_lossless_aki_refuses_what_it_would_ignore(options: dict[str, str]) -> None:
+    with pytest.raises(PlanError, match="means nothing with --lossless"):
+        plan_of(source("llama"), "aki", factor=2, lossless=True, **options)
 
 
 def test_aki_of_a_single_layer_is_fpi() -> None:

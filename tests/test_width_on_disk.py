@@ -30,6 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "head_dim": {"head_dim": 18, "intermediate": 50},
     "hypercloning": {"method": "hypercloning", "factor": 2, "noise_db": 10},
     "aki": {"method": "aki", "hidden": 72, "intermediate": 64},
+    "lossless aki": {"method": "aki", "hidden": 60, "heads": 12, "kv_heads": 4, "intermediate": 64, "lossless": True},
     "net2net": {"method": "net2net", "hidden": 96},
 }
 FAMILIES = ("llama-tied", "mixtral", "qwen2", "qwen3-tied", "qwen3_moe-mixed")

@@ -37,6 +37,8 @@ class Space:
     alive: str = ""
     """'out': rows of null coordinates are random and the columns reading them zero; 'in': the other way round."""
     null: tuple[int, ...] = ()
+    above: AxisMap | None = None
+    """Rows outside the range of A that the next layer gives, from its own coordinates; the columns reading them are zero."""
 
     @cached_property
     def changed(self) -> bool:
@@ -160,12 +162,19 @@ def _with_gains(residual: Space, normed: Space, root: float, eps: float, lossles
 # Feed-forward units
 
 
-def ffn_space(name: str, size: int, target: int, *, null: bool) -> Space:
-    """New units random in, zero out (null), or copies of the old ones in turn."""
-    if null:
-        extra = (Run(None, target - size, 0.0, 0.0),) if target > size else ()
-        return Space(name, AxisMap(size, (Run(0, size), *extra)), "out", tuple(range(size, target)))
-    return Space(name, duplicate(size, [i % size for i in range(target)]))
+def ffn_space(name: str, size: int, target: int, *, null: bool, above: bool = False) -> Space:
+    """New units random in, zero out (null), or copies of the old ones in turn. ``above``: null ones with the rows of the next layer's, in turn."""
+    if not null:
+        return Space(name, duplicate(size, [i % size for i in range(target)]))
+    axis = AxisMap(size, (Run(0, size), *([Run(None, target - size, 0.0, 0.0)] if target > size else [])))
+    if above:
+        return Space(name, axis, above=_given(size, [None if i < size else i % size for i in range(target)]))
+    return Space(name, axis, "out", tuple(range(size, target)))
+
+
+def _given(size: int, sources: Sequence[int | None]) -> AxisMap:
+    """The map that places rows of another layer, and nothing where the source is None. Nothing reads them, so no gradient reaches them (b = 0)."""
+    return AxisMap(size, joined(Run(None, 1, 0.0, 0.0) if s is None else Run(s, 1, 1.0, 0.0) for s in sources), dual=False)
 
 
 # Attention
@@ -237,9 +246,10 @@ def _place_heads(heads: int, kv: int, new_heads: int, new_kv: int, null: bool) -
     return owners, slots
 
 
-def head_spaces(heads: int, kv: int, new_heads: int, new_kv: int, head_dim: HeadDim, *, null: bool) -> Heads:
+def head_spaces(heads: int, kv: int, new_heads: int, new_kv: int, head_dim: HeadDim, *, null: bool, above: bool = False) -> Heads:
     """Attention with more heads. ``null``: spare heads have zero o_proj columns; otherwise they are copies that share them.
 
+    ``above``: null heads are those of the next layer, and so are the kv heads that none but null heads read.
     Raises PlanError for a pair of head counts that cannot be reached exactly.
     """
     check_heads(heads, kv, new_heads, new_kv)
@@ -253,15 +263,24 @@ def head_spaces(heads: int, kv: int, new_heads: int, new_kv: int, head_dim: Head
         served = [s for s in slots[i * new_group : (i + 1) * new_group] if s is not None]
         shares.append(sum(1.0 / count[s] for s in served) / (heads // kv) if served else 0.0)
         assert all(s // (heads // kv) == owner for s in served)
-    stored = AxisMap(kv, joined(Run(o, 1, 1.0, share) for o, share in zip(owners, shares, strict=True)))
+    ours = [share > 0 or not above for share in shares]
+    stored = AxisMap(
+        kv, joined(Run(o, 1, 1.0, s) if own else Run(None, 1, 0.0, 0.0) for o, s, own in zip(owners, shares, ours, strict=True))
+    )
     null_heads = [i for i, s in enumerate(slots) if s is None]
     wide, padded = head_dim.size, head_dim.padded
     used = [i for i, s in enumerate(slots) if s is not None]
-    random_queries = [h * wide + p for h in null_heads for p in range(wide)]
+    random_queries = [] if above else [h * wide + p for h in null_heads for p in range(wide)]
     random_queries += [h * wide + p for h in used for p in padded if head_dim.alive]
+    queries_above = stored_above = None
+    if above:
+        copied = _place_heads(heads, kv, new_heads, new_kv, False)[1]
+        queries_above = _given(heads, [c if s is None else None for c, s in zip(copied, slots, strict=True)]).times(head_dim.query)
+        stored_above = _given(kv, [None if own else o for o, own in zip(owners, ours, strict=True)]).times(head_dim.stored)
     return Heads(
-        Space("query", query.times(head_dim.query), "out", tuple(sorted(random_queries))),
-        Space("stored", stored.times(head_dim.stored)),  # new coordinates are zero: neither scores nor values see them yet
+        Space("query", query.times(head_dim.query), "out", tuple(sorted(random_queries)), queries_above),
+        # New coordinates are zero: neither scores nor values see them yet.
+        Space("stored", stored.times(head_dim.stored), above=stored_above),
         Space("attended", query.times(head_dim.stored), "in", tuple(h * wide + p for h in used for p in padded)),
     )
 

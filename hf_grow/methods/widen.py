@@ -27,7 +27,7 @@ class Widening:
     symmetry: Symmetry
     strength: float
     next_layer: bool
-    """AKI: added rows come from the layer above."""
+    """AKI: all added rows come from the layer above (otherwise only those for which a space says so)."""
 
     def space(self, entry: Entry, dim: int) -> Space | None:
         """The space of one dimension, or None where it does not grow."""
@@ -76,21 +76,20 @@ class Widening:
         return entry.spec.dims[dim].role != "in"
 
     def _rows(self, entry: Entry, source: Expr, found: Mapping[int, Space], axes: dict[str, AxisMap]) -> Expr:
-        """Dimension 0, where it is made here: by the space, or under AKI what is added from the layer above."""
+        """Dimension 0, where it is made here: by the space, and what is added from the layer above where AKI takes it there."""
         space = found.get(0)
         if space is None or not self._out(entry, 0):
             return source
-        above = entry.at(layer=min(entry.layer + 1, self.arch.layers - 1))
-        if (
-            not self.next_layer
-            or entry.layer < 0
-            or entry.spec.dims[0].role == "norm"
-            or above == entry.name
-            or above not in self.arch.tensors
-        ):
+        above = entry.at(layer=min(entry.layer + 1, self.arch.layers - 1)) if entry.layer >= 0 else entry.name
+        if above not in self.arch.tensors:
+            above = entry.name
+        if space.above is not None:
+            first, added = space.map, space.above
+        elif self.next_layer and above != entry.name and entry.spec.dims[0].role != "norm":
+            first, added = space.first_and_added
+        else:
             return _take(source, 0, space.name, space.map, "out", axes)
-        first, added = space.first_and_added
-        own = _take(source, 0, f"{space.name}.first", first, "out", axes)
+        own = _take(source, 0, space.name if first is space.map else f"{space.name}.first", first, "out", axes)
         return Sum((own, _take(Source(above), 0, f"{space.name}.added", added, "out", axes)), (1.0, 1.0))
 
     def _null(self, entry: Entry, source: Expr, found: Mapping[int, Space], dim: int, shape: list[int], axes: dict[str, AxisMap]) -> Expr:

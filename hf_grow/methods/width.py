@@ -5,7 +5,9 @@ pad           the hidden state padded with zeros only. Lossless.
 lemon         tile with scaled rms_norm_eps and copies told apart by an elementwise split (LEMON, Wang et al. 2024, section 4). Lossless.
 fpi           bert2BERT function-preserving initialisation (Chen et al. 2022, ACL long 151, section 3.2): coordinates copied in turn, columns
               divided by the number of copies. Under RMSNorm exact only where all are copied equally often.
-aki           bert2BERT advanced knowledge initialisation (section 3.3): what is added comes from the next layer. Changes the function.
+aki           bert2BERT advanced knowledge initialisation (section 3.3): what is added comes from the next layer. Changes the function so much that
+              the loss starts where a model that knows nothing has it (docs/methods.md). With --lossless (derived here): tile, whose null heads and
+              FFN units read what those of the next layer read.
 net2net       Net2WiderNet (Chen et al. 2016, section 3.2): random duplication. Under RMSNorm as fpi.
 hypercloning  whole tiles by an integer factor (Samragh et al. 2024, arXiv 2409.12903). Lossless; noise in dB, of opposite sign in the copies.
 """
@@ -89,6 +91,8 @@ class CopyOptions(WidthOptions):
 class AkiOptions(CopyOptions):
     fixed_kv: bool = False
     """AKI-Pro (AquilaMoE, arXiv 2408.06567): keep the number of kv heads and grow query heads inside their groups."""
+    lossless: bool = False
+    """Not as published: only what new heads and FFN units read comes from the next layer, and nothing reads them yet; the hidden state as in tile."""
 
 
 def _asked(arch: Architecture, options: WidthOptions) -> Shape:
@@ -126,8 +130,12 @@ def _build(
 ) -> Growth:
     old = shape_of(arch)
     head_dim = spaces.head_dim_space(old.head_dim, shape.head_dim, normed=arch.has_norm_over("head_dim"))
-    null = {axis: options.ffn == "null" or (options.ffn == "auto" and getattr(shape, axis) < 2 * getattr(old, axis)) for axis in FFN_AXES}
-    heads = spaces.head_spaces(old.heads, old.kv, shape.heads, shape.kv, head_dim, null=options.new_heads == "null")
+    above = kind == "silent aki"
+    null = {
+        axis: above or options.ffn == "null" or (options.ffn == "auto" and getattr(shape, axis) < 2 * getattr(old, axis))
+        for axis in FFN_AXES
+    }
+    heads = spaces.head_spaces(old.heads, old.kv, shape.heads, shape.kv, head_dim, null=above or options.new_heads == "null", above=above)
     check_shape(arch, shape)
     if shape.head_dim != old.head_dim:
         _check_rope(arch)
@@ -137,7 +145,11 @@ def _build(
         hidden=hidden,
         heads=heads,
         head_dim=head_dim,
-        ffn={axis: spaces.ffn_space(axis, arch.size(axis), getattr(shape, axis), null=null[axis]) for axis in FFN_AXES if arch.size(axis)},
+        ffn={
+            axis: spaces.ffn_space(axis, arch.size(axis), getattr(shape, axis), null=null[axis], above=above)
+            for axis in FFN_AXES
+            if arch.size(axis)
+        },
         symmetry=symmetry,
         strength=strength,
         next_layer=kind == "aki",
@@ -188,7 +200,7 @@ def _check_rope(arch: Architecture) -> None:
 def _guarantee(arch: Architecture, shape: Shape, hidden: Hidden, kind: str) -> Guarantee:
     old = shape_of(arch)
     if kind == "aki" and shape != old:
-        why = "AKI takes what it adds from the next layer, so the function changes and the loss starts higher; bert2BERT reports faster training from there"
+        why = "AKI takes what it adds from the next layer, also in what writes the residual stream; --lossless keeps the function"
         return Guarantee("changes the function", why)
     if not hidden.lossless:
         whole = max(2, round(shape.hidden / old.hidden)) * old.hidden
@@ -205,9 +217,14 @@ def _guarantee(arch: Architecture, shape: Shape, hidden: Hidden, kind: str) -> G
         copies, pad = divmod(shape.hidden, old.hidden)
         said.append(f"hidden is {copies} x {old.hidden}" + (f" and {pad} zeros, with the RMSNorm rule" if pad else ""))
     if (shape.heads, shape.kv) != (old.heads, old.kv):
-        said.append(f"heads {old.heads}/{old.kv} -> {shape.heads}/{shape.kv} keep their kv heads")
+        said.append(
+            f"heads {old.heads}/{old.kv} -> {shape.heads}/{shape.kv} keep their kv heads"
+            + (", new ones read as the next layer's and add zero" if kind != "exact" else "")
+        )
     if any(getattr(shape, axis) != getattr(old, axis) for axis in FFN_AXES):
-        said.append("FFN units are copies that share, or add zero")
+        said.append(
+            "FFN units are copies that share, or add zero" if kind == "exact" else "new FFN units read as the next layer's and add zero"
+        )
     if shape.head_dim != old.head_dim:
         said.append("head_dim keeps every old rotary pair at its frequency")
     return Guarantee("lossless", "; ".join(said))
@@ -251,6 +268,15 @@ def build_copies(method: str) -> Any:
         if isinstance(options, AkiOptions) and options.fixed_kv:
             shape = shape.changed(kv=arch.size("kv"))
         _no_smaller(shape.hidden, old)
+        if isinstance(options, AkiOptions) and options.lossless:
+            for name in ("ffn", "new_heads"):
+                if name in options.model_fields_set:
+                    raise PlanError(
+                        f"--{name.replace('_', '-')} means nothing with --lossless: what is new comes from the next layer and adds zero."
+                    )
+            exact = ExactOptions.model_fields
+            hidden = spaces.tiled_hidden(old, shape.hidden, max(1, shape.hidden // old), mode="scale")
+            return _build(arch, method, options, shape, hidden, exact["symmetry"].default, exact["strength"].default, "silent aki")
         if method == "net2net":
             draw = random.Random(f"{options.seed}/net2net/hidden")
             sources = [*range(old), *(draw.randrange(old) for _ in range(shape.hidden - old))]
@@ -308,7 +334,7 @@ WIDTH_METHODS = (
     _method("pad", "zeros only; any size", "", "lossless", ExactOptions, build_exact("pad")),
     _method("lemon", "tile with scaled eps and an uneven split", "LEMON, arXiv 2310.07999", "lossless", LemonOptions, build_exact("lemon")),
     _method("fpi", "copied in turn", "bert2BERT, ACL 2022 long 151", "lossless at whole factors", CopyOptions, build_copies("fpi")),
-    _method("aki", "added from the next layer", "bert2BERT, ACL 2022 long 151", "changes the function", AkiOptions, build_copies("aki"), listed=True),
+    _method("aki", "added from the next layer", "bert2BERT, ACL 2022 long 151", "changes the function; not with --lossless", AkiOptions, build_copies("aki"), listed=True),
     _method("net2net", "random duplication", "Net2Net, arXiv 1511.05641", "FFN and heads only", CopyOptions, build_copies("net2net")),
     _method("hypercloning", "whole tiles, noise in dB", "HyperCloning, arXiv 2409.12903", "lossless", HyperCloningOptions, build_hypercloning, listed=True),
 )  # fmt: skip
