@@ -18,7 +18,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-torch.set_num_threads(1)  # tiny models run 30 times faster without a thread pool
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 

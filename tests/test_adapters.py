@@ -56,7 +56,7 @@ def test_the_merged_checkpoint_computes_what_peft_does(
     found = run(capsys, "merge", tmp_path / "adapter", "-o", tmp_path / "out", "--base", base)
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager", output_loading_info=True)
     assert not any(loading[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert torch.allclose(logits(model), there, atol=1e-5)
+    torch.testing.assert_close(logits(model), there, rtol=1e-4, atol=1e-4)
     assert (logits(model) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.1
     layers = [i for a, b in pairs or [[0, 4]] for i in range(a, b)]
     assert model.config.num_hidden_layers == len(layers) == found["layers"]
@@ -193,7 +193,7 @@ def test_new_blocks_train_in_full_and_the_rest_by_lora(tmp_path: Path, capsys: p
             assert change.abs().max() > 0, n
             assert change.dim() == 1 or "o_proj" in n or "down" in n or torch.linalg.matrix_rank(change, rtol=1e-4) > 2, n
         elif "q_proj" in n or "up_proj" in n:
-            assert torch.linalg.matrix_rank(change, rtol=1e-4) == 2, n
+            assert 0 < torch.linalg.matrix_rank(change, rtol=1e-4) <= 2, n
         else:
             assert torch.equal(start[n], end[n]), n
     assert json.loads((tmp_path / "out" / "growth.json").read_text())["training"]["recipe"]["lora"]["r"] == 2
@@ -207,7 +207,7 @@ def test_a_checkpoint_with_adapters_merges_like_the_end_of_its_run(tmp_path: Pat
     run(capsys, "merge", tmp_path / "out" / "checkpoint-6", "-o", tmp_path / "merged", "--base", model)
     one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "merged"))
     assert one.keys() == other.keys()
-    assert all(torch.allclose(one[n], other[n], atol=1e-6) for n in one)
+    assert all(torch.allclose(one[n], other[n], atol=1e-5) for n in one)
 
 
 def test_lora_where_nothing_is_new_or_nothing_is_old(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,10 +94,15 @@ def test_a_dead_parameter_would_be_found() -> None:
 # ---- copies -----------------------------------------------------------------------------------------------------------------------------
 
 
-def copies_apart(model: PreTrainedModel, **options: Any) -> dict[str, float]:
-    """Relative distance of the two copies after 30 steps of AdamW, in every dimension of every tensor that was doubled."""
+def copies_apart(name: str, **options: Any) -> dict[str, float]:
+    """Relative distance of the two copies after 30 steps of AdamW, in every dimension of every tensor that was doubled.
+
+    In exact arithmetic, and with an eps that does not make steps of gradients that are nothing but rounding: so few steps then end at the same
+    weights on every processor, to many digits.
+    """
+    model = make(BY_NAME[name], dtype=torch.float64)
     grown, old = grown_by(model, "tile", **options), on_disk(model)
-    optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-4)
     for step in range(30):
         optimizer.zero_grad()
         grown(batch(step), labels=batch(step), use_cache=False).loss.backward()
@@ -117,24 +122,24 @@ UNITS = {"intermediate": 80, "ffn": "copies"}
 
 @pytest.mark.parametrize("options", [{"factor": 2}, UNITS], ids=["everything", "ffn"])
 @pytest.mark.parametrize("name", SEPARATED)
-def test_equal_copies_stay_equal_for_good(name: str, options: dict[str, Any]) -> None:
-    distances = copies_apart(make(BY_NAME[name], dtype=torch.float64), symmetry="none", **options)
+def test_equal_copies_stay_equal_for_good(name: str, options: dict[str, Any], exact_math: None) -> None:
+    distances = copies_apart(name, symmetry="none", **options)
     assert distances
-    assert max(distances.values()) < 1e-6
+    assert max(distances.values()) < 1e-9
 
 
 @pytest.mark.parametrize("symmetry", ["noise", "split"])
 @pytest.mark.parametrize("name", SEPARATED)
-def test_copies_told_apart_at_growth_learn_different_things_everywhere(name: str, symmetry: str) -> None:
-    distances = copies_apart(make(BY_NAME[name]), symmetry=symmetry, factor=2)
+def test_copies_told_apart_at_growth_learn_different_things_everywhere(name: str, symmetry: str, exact_math: None) -> None:
+    distances = copies_apart(name, symmetry=symmetry, factor=2)
     assert min(distances.values()) > 1e-4
 
 
 @pytest.mark.parametrize("symmetry", ["noise", "split"])
 @pytest.mark.parametrize("name", SEPARATED)
-def test_rows_that_growth_left_equal_learn_to_differ_because_their_readers_do(name: str, symmetry: str) -> None:
+def test_rows_that_growth_left_equal_learn_to_differ_because_their_readers_do(name: str, symmetry: str, exact_math: None) -> None:
     """FFN copies: growth tells only columns of down_proj apart; the rows of gate and up, equal at first, follow."""
-    rows = {n: d for n, d in copies_apart(make(BY_NAME[name]), symmetry=symmetry, **UNITS).items() if n.endswith(":0")}
+    rows = {n: d for n, d in copies_apart(name, symmetry=symmetry, **UNITS).items() if n.endswith(":0")}
     assert rows
     assert min(rows.values()) > 3e-3
 
