@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hf_grow._version import __version__
+from hf_grow.checkpoint.partial import PartialFolder
 from hf_grow.checkpoint.reader import GROWTH, INDEX
 from hf_grow.checkpoint.record import record_text
 from hf_grow.checkpoint.source import companions
-from hf_grow.checkpoint.writer import PartialFolder, Shard, index_of
+from hf_grow.checkpoint.writer import Shard, index_of
 from hf_grow.planning import GrowthPlan, training_lists
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_grow.axes import AxisMap, Run
+from hf_grow.checkpoint.exchange import naming
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.transfer import NOT_FINITE, FiniteCheck
 from hf_grow.errors import ExecutionError, SourceError
@@ -44,6 +45,7 @@ from hf_grow.tensormap import (
     Values,
     Vary,
 )
+from hf_grow.untrusted import open_regular
 
 BLOCK = 8 << 20  # bytes of one block in the compute dtype
 MANY_RUNS = 16  # above this, one gather beats slice copies
@@ -77,14 +79,17 @@ class StoredTensors:
     def _handle(self, path: Path) -> int:
         with self._lock:
             if path not in self._handles:
-                self._handles[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                with open_regular(path) as file:
+                    self._handles[path] = os.dup(file.fileno())
             return self._handles[path]
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
         path, stored = self.checkpoint.find(key)
         row = (stored.stop - stored.start) // stored.shape[0]
         data = torch.empty(stop - start, *stored.shape[1:], dtype=torch_dtype(stored.dtype))
-        if os.preadv(self._handle(path), [raw_bytes(data)], stored.start + start * row) != (stop - start) * row:
+        with naming(path):
+            read = os.preadv(self._handle(path), [raw_bytes(data)], stored.start + start * row)
+        if read != (stop - start) * row:
             raise ExecutionError(f"{key} could not be read whole from {stored.file}.", hint="Did the source change? Run again.")
         return data
 

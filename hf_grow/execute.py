@@ -27,8 +27,11 @@ import xxhash
 from hf_grow._version import __version__
 from hf_grow.besides import versions as versions
 from hf_grow.besides import write_rest
+from hf_grow.checkpoint.exchange import naming
 from hf_grow.checkpoint.heads import check_heads
-from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.checkpoint.partial import PartialFolder
+from hf_grow.checkpoint.reader import GROWTH, Checkpoint
+from hf_grow.checkpoint.record import recorded_files
 from hf_grow.checkpoint.sink import Sink, local_bytes
 from hf_grow.checkpoint.spool import Spool
 from hf_grow.checkpoint.transfer import NOT_FINITE, FiniteCheck, copy_range, digest, write_all
@@ -36,16 +39,16 @@ from hf_grow.checkpoint.writer import (
     DEFAULT_MEMORY,
     DEFAULT_SHARD_SIZE,
     WORKERS,
-    PartialFolder,
     Progress,
     Shard,
     Slot,
     check_room,
     layout,
 )
-from hf_grow.errors import ExecutionError, GrowError, SourceError
+from hf_grow.errors import ExecutionError, GrowError, OutputError, SourceError
 from hf_grow.planning import GrowthPlan
 from hf_grow.tensormap import Fill, Noise
+from hf_grow.untrusted import open_regular, read_json, reason
 
 if TYPE_CHECKING:
     from hf_grow.evaluate import Evaluator
@@ -132,7 +135,9 @@ def execute(
     workers = workers or WORKERS
     if not resume:
         check_room(out, local_bytes(shards, sink.window) + (spool.most(workers) if spool else 0))
-    with PartialFolder(out, key, resume=resume, overwrite=overwrite) as folder, _explained(folder):
+    with PartialFolder(out, key, resume=resume, overwrite=overwrite) as folder, explained(folder):
+        if folder.complete:
+            return _as_recorded(out, total, time.perf_counter() - began, len(plan.targets), sink)
         with spool.begin(folder.path) if spool else nullcontext(checkpoint) as readable:
             job = _Job(plan, readable, folder, progress, memory_budget, allow_nonfinite, plan.copies(), sink, spool)
             hashes = _write_shards(job, shards, workers)
@@ -140,21 +145,30 @@ def execute(
         beside = spool.small if spool and spool.small else checkpoint.folder
         assert beside is not None
         files = write_rest(plan, beside, folder, shards, hashes)
+        folder.tidy(files)  # what an interrupted run wrote beside the model is no part of what is written now
         files |= also(folder.path)
         sink.finish(folder, files)
         return Result(out, hashes, total, time.perf_counter() - began, len(folder.done))
 
 
+def _as_recorded(out: Path, total: int, seconds: float, tensors: int, sink: Sink) -> Result:
+    """What an earlier run wrote, whose last step was interrupted."""
+    if sink.window is not None:
+        raise OutputError(f"{out} is whole, and so is not sent shard by shard.", hint="Publish it with `hf-grow push`.")
+    files = recorded_files(read_json(out / GROWTH))
+    return Result(out, {name: str(facts["sha256"]) for name, facts in files.items()}, total, seconds, tensors)
+
+
 @contextmanager
-def _explained(folder: PartialFolder) -> Iterator[None]:
-    """Turns what the operating system says into what the user can do."""
-    go_on = f"What is written stays in {folder.path}; go on with --resume."
+def explained(folder: PartialFolder, go_on: str = "") -> Iterator[None]:
+    """Turns what the operating system says into what the user can do. ``go_on``: instead of going on with --resume."""
     try:
         yield
     except OSError as error:
+        at = f" ({error.filename})" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ExecutionError(f"The disk of {folder.final} is full.", hint=f"Free some space. {go_on}") from None
-        raise ExecutionError(f"Writing {folder.final} failed: {error.strerror or error}.", hint=go_on) from None
+            raise ExecutionError(f"The disk of {folder.final} is full{at}.", hint=f"Free some space. {go_on or folder.go_on}") from None
+        raise ExecutionError(f"Writing {folder.final} failed: {reason(error)}{at}.", hint=go_on or folder.go_on) from None
 
 
 def _write_shards(job: _Job, shards: list[Shard], workers: int) -> dict[str, str]:
@@ -208,11 +222,12 @@ def _write_shards(job: _Job, shards: list[Shard], workers: int) -> dict[str, str
 
 @contextmanager
 def _target(job: _Job, shard: Shard) -> Iterator[int]:
-    handle = os.open(job.folder.path / shard.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
+    handle = job.folder.open(shard.file)
+    with naming(job.folder.path / shard.file):
+        try:
+            yield handle
+        finally:
+            os.close(handle)
 
 
 def _check_shard(job: _Job, shard: Shard, written: Sequence[Future[str]]) -> str:
@@ -254,11 +269,12 @@ def _write_tensor(job: _Job, shard: Shard, slot: Slot) -> str:
 
 def _copy_tensor(job: _Job, name: str, slot: Slot, target: int) -> str:
     path, stored = job.checkpoint.find(name)
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with open_regular(path) as source:
+        handle = source.fileno()
         if name not in job.digests:  # read once; the copy then comes from the page cache
             values = FiniteCheck(stored.dtype)
-            found = digest(handle, stored.start, stored.stop, job.stop, values)
+            with naming(path):
+                found = digest(handle, stored.start, stored.stop, job.stop, values)
             if not (values.finite or job.allow_nonfinite):
                 raise SourceError(
                     f"{name} in {stored.file} holds NaN or infinite values; a model grown from it would be broken.",
@@ -266,8 +282,6 @@ def _copy_tensor(job: _Job, name: str, slot: Slot, target: int) -> str:
                 )
             job.digests[name] = found
         copy_range(handle, target, stored.start, slot.start, stored.stop - stored.start, job.stop)
-    finally:
-        os.close(handle)
     return job.digests[name]
 
 

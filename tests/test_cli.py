@@ -173,7 +173,6 @@ WRONG = {
     "folder": (["dus", "./nowhere"], "no folder"),
     "not a checkpoint": (["dus", "{empty}"], "model.safetensors"),
     "revision of a folder": (["dus", "{source}", "--revision", "main"], "evision"),
-    "resume and overwrite": (["dus", "{source}", "-o", "{empty}/x", "--resume", "--overwrite"], "exclude"),
     "unwritable": (["dus", "{source}", "-o", "/proc/nowhere/x"], "Cannot write"),
     "publishing nowhere": (["dus", "{source}", "--private"], "--push OWNER/NAME"),
     "verify nothing": (["verify", "{source}", "./nowhere"], "no folder"),

@@ -183,7 +183,7 @@ def test_a_stream_that_was_committed_elsewhere_is_sent_again(open_hub: HubServer
     """Killed between the commit and the end, and then resumed for another repository."""
     words = ["depth", tmp_path / "small", "--method", "identity", "--layers-to", 4, "-o", tmp_path / "more", "--stream-push"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_grow.checkpoint.writer.PartialFolder.discard", lambda folder: None)
+        patch.setattr("hf_grow.checkpoint.partial.PartialFolder.discard", lambda folder: None)
         assert run(*words, "--push", REPO) == 0
     assert (tmp_path / "more.partial").is_dir()
     assert run(*words, "--push", "someone/other", "--resume") == 0

@@ -19,7 +19,8 @@ from models import BY_NAME, make, save
 from test_stream import files_of, process, published, run, watched, without_card
 
 from hf_grow import api
-from hf_grow.checkpoint.spool import FOLDER, schedule
+from hf_grow.checkpoint.partial import SPOOL
+from hf_grow.checkpoint.spool import schedule
 from hf_grow.checkpoint.writer import layout
 from hf_grow.planning import GrowthPlan
 
@@ -231,7 +232,7 @@ def test_a_network_that_stays_away(served: HubServer, tmp_path: Path, fault: Fau
     served.faults[:] = [*good, fault]
     said = refused(capsys, *words("interleave", tmp_path / "out", "--stream-source"), status=1)
     assert "--resume" in said
-    assert not (tmp_path / "out.partial" / FOLDER).exists()
+    assert not (tmp_path / "out.partial" / SPOOL).exists()
     first = fetched_bytes(served)
     assert first > 0
     served.faults.clear()

@@ -25,7 +25,7 @@ from hub_uploads import WRITE, received
 from models import BY_NAME, make, save
 from transformers import AutoModelForCausalLM
 
-from hf_grow.checkpoint.writer import PartialFolder
+from hf_grow.checkpoint.partial import PartialFolder
 from hf_grow.cli import main
 
 hub = hub_server.hub

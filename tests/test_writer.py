@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from hf_grow.checkpoint import partial
+from hf_grow.checkpoint.partial import JOURNAL, PartialFolder
 from hf_grow.checkpoint.reader import read_header
-from hf_grow.checkpoint.writer import JOURNAL, PartialFolder, check_room, index_of, layout
-from hf_grow.errors import InputError, OutputError
+from hf_grow.checkpoint.writer import check_room, index_of, layout
+from hf_grow.errors import OutputError
 from hf_grow.planning import TensorInfo
 
 tensor_lists = st.lists(
@@ -97,9 +101,222 @@ def test_a_partial_of_another_plan_is_not_gone_on_with(tmp_path: Path) -> None:
         folder(tmp_path, key="other", resume=True)
 
 
-def test_resume_and_overwrite_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="exclude"):
-        folder(tmp_path, resume=True, overwrite=True)
+def existing(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    return tmp_path / "out"
+
+
+def names(path: Path) -> list[str]:
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*"))
+
+
+def test_overwrite_and_resume_go_on_and_replace_at_the_end(tmp_path: Path) -> None:
+    out = existing(tmp_path)
+    with folder(tmp_path, overwrite=True) as f:
+        f.note("a", "1")
+    with pytest.raises(OutputError, match="left over") as caught:
+        folder(tmp_path, resume=True)
+    assert "--overwrite --resume" in caught.value.hint
+    with folder(tmp_path, resume=True, overwrite=True) as f:
+        assert f.done == {"a": "1"}
+        assert f.go_on.endswith("--overwrite --resume.")
+        f.write_file("new", b"y")
+        assert names(out) == ["precious"]
+        f.finish({"new"})
+    assert names(tmp_path) == ["out", "out/new"]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: what is open is closed, and nothing else happens."""
+
+
+@pytest.mark.parametrize("can_exchange", [True, False], ids=["exchange", "two renames"])
+@pytest.mark.parametrize("replacing", [True, False], ids=["replacing", "new"])
+@pytest.mark.parametrize("again", ["same", "anew"])
+def test_a_crash_between_any_two_steps_of_finishing_loses_neither_model(
+    can_exchange: bool, replacing: bool, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before every call into the system from the first step of `finish` on: one of both models is whole, and the next run ends what was begun."""
+    crashes = 0
+    for at in range(1, 100):
+        place = tmp_path / str(at)
+        place.mkdir()
+        if replacing:
+            existing(place)
+        calls = [0]
+
+        def counted(real: Any, calls: list[int] = calls, at: int = at) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                calls[0] += 1
+                if calls[0] == at:
+                    raise Killed
+                return real(*args, **kwargs)
+
+            return call
+
+        monkeypatch.setattr(partial, "unlock", lambda path, handle: os.close(handle))  # kill -9 removes no file
+        f = folder(place, overwrite=replacing)
+        f.write_file("config.json", b"new")
+        f.note("a", "1")
+        with monkeypatch.context() as patch, f:
+            patch.setattr(partial, "exchange", counted(partial.exchange if can_exchange else lambda one, other: False))
+            for name in ("fsync", "rename", "unlink", "rmdir", "write"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            try:
+                f.finish({"config.json"})
+                ended = True
+            except Killed:
+                ended = False
+                crashes += 1
+        monkeypatch.undo()
+        whole = place / "out" / "config.json"
+        old = list(place.rglob("precious"))
+        settled = whole.exists() and not (place / "out" / JOURNAL).exists()
+        if not settled:
+            assert whole.exists() or not replacing or len(old) == 1
+            if replacing and not (place / "out").exists():
+                with pytest.raises(OutputError, match=r"lies in .*\.replaced-\d+ meanwhile"):
+                    folder(place)
+            with folder(place, resume=again == "same", overwrite=replacing or again == "anew") as f:
+                if not f.complete:
+                    f.write_file("config.json", b"new")
+                    f.finish({"config.json"})
+                elif again == "anew":
+                    raise AssertionError("nothing was asked to be gone on with")
+        assert [n for n in names(place) if n != ".out.lock" or not settled] == ["out", "out/config.json"]
+        if ended:
+            break
+    assert crashes >= (9 if replacing else 5)
+
+
+def test_a_stranded_old_model_is_told_and_never_forgotten(tmp_path: Path) -> None:
+    existing(tmp_path).rename(tmp_path / "out.replaced-123")
+    for mode in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(OutputError, match=r"out\.replaced-123 was .*out before") as caught:
+            folder(tmp_path, **mode)
+        assert "mv " in caught.value.hint
+    assert names(tmp_path) == ["out.replaced-123", "out.replaced-123/precious"]
+
+
+def test_a_journal_cannot_name_another_folder_to_be_removed(tmp_path: Path) -> None:
+    """Only the folder that stood under the name before, by its inode, and only beside it."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").write_text("x")
+    found = victim.stat()
+    for aside in ("victim", "../victim", "out.replaced-1/../victim", str(victim), "out.replaced-1"):
+        out = existing(tmp_path)
+        entries = [{"fingerprint": "plan"}, {"finished": True, "replaced": {"inode": [found.st_dev, found.st_ino], "aside": aside}}]
+        (out / JOURNAL).write_text("".join(json.dumps(e) + "\n" for e in entries))
+        (tmp_path / "out.replaced-1").mkdir()
+        with folder(tmp_path, resume=True) as f:
+            assert f.complete
+        assert (victim / "file").exists()
+        assert (tmp_path / "out.replaced-1").exists()
+        assert names(out) == ["precious"]
+        (tmp_path / "out.replaced-1").rmdir()
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("entry", [3, [], "x", {"finished": True}, {"finished": True, "replaced": 3}, {"finished": True, "replaced": [1]},
+                                   {"finished": True, "replaced": {"inode": "x", "aside": 3}}, {"finished": 1, "replaced": None},
+                                   {"tensor": 3, "digest": []}, {"tensor": "a"}, {"sent": "x", "size": "y"}, {"committed": 3}], ids=str)  # fmt: skip
+def test_a_journal_of_other_types_is_no_traceback(entry: Any, tmp_path: Path) -> None:
+    with folder(tmp_path) as f:
+        f.note("b", "2")
+    journal = tmp_path / "out.partial" / JOURNAL
+    journal.write_text(journal.read_text() + json.dumps(entry) + "\n")
+    with folder(tmp_path, resume=True) as f:
+        assert f.done == {"b": "2"}
+        assert (f.sent, f.committed) == ({}, {})
+
+
+def test_a_first_line_that_was_torn_does_not_swallow_the_next_run(tmp_path: Path) -> None:
+    with folder(tmp_path) as f:
+        f.note("a", "1")
+    (tmp_path / "out.partial" / JOURNAL).write_bytes(b'{"finger')
+    with folder(tmp_path, resume=True) as f:
+        f.note("b", "2")
+    with folder(tmp_path, resume=True) as f:
+        assert f.done == {"b": "2"}
+
+
+PLANTED: dict[str, Any] = {
+    "link": lambda p, victim: p.symlink_to(victim),
+    "link to a folder": lambda p, victim: p.symlink_to(victim.parent),
+    "second name": lambda p, victim: os.link(victim, p),
+    "pipe": lambda p, victim: os.mkfifo(p),
+    "device": lambda p, victim: p.symlink_to("/dev/zero"),
+    "folder": lambda p, victim: p.mkdir(),
+}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+@pytest.mark.parametrize("name", [JOURNAL, "model.safetensors", "config.json", "growth.json", "tokenizer.json", "additional_chat_templates/a.jinja",
+                                  ".source/x", "optimizer.pt"])  # fmt: skip
+def test_what_was_planted_in_a_partial_folder_is_refused_and_nothing_written_through_it(kind: str, name: str, tmp_path: Path) -> None:
+    victim = tmp_path / "elsewhere" / "victim"
+    victim.parent.mkdir()
+    victim.write_text("precious")
+    folder(tmp_path).close()
+    path = tmp_path / "out.partial" / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    PLANTED[kind](path, victim)
+    with pytest.raises(OutputError, match="was not made by hf-grow") as caught:
+        folder(tmp_path, resume=True)
+    assert str(path) in caught.value.message
+    assert victim.read_text() == "precious"
+    with folder(tmp_path, overwrite=True) as f:  # the way out that the message names
+        (f.path / name).parent.mkdir(exist_ok=True)
+        f.write_file(name, b"new")
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", ["link", "second name", "pipe"])
+@pytest.mark.parametrize("name", ["config.json", "additional_chat_templates/a.jinja"])
+def test_what_is_planted_while_it_is_written_is_not_written_through(kind: str, name: str, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    with folder(tmp_path) as f:
+        path = f.path / name
+        path.parent.mkdir(exist_ok=True)
+        PLANTED[kind](path, victim)
+        with pytest.raises((OutputError, OSError)):
+            f.write_file(name, b"overwritten")
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["stray", "sub", "model.bin", "model-1-of-2.safetensors", "other.safetensors", "a\nb"])
+def test_an_unknown_name_in_a_partial_folder_is_refused(name: str, tmp_path: Path) -> None:
+    folder(tmp_path).close()
+    (tmp_path / "out.partial" / name).write_text("x")
+    with pytest.raises(OutputError, match="was not made by hf-grow"):
+        folder(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("name", ["out", "out.partial", ".out.lock"])
+@pytest.mark.parametrize("kind", ["link", "link to a folder", "pipe"])
+def test_a_link_or_a_pipe_in_place_of_a_folder_or_the_lock_is_refused(name: str, kind: str, tmp_path: Path) -> None:
+    victim = tmp_path / "elsewhere" / "victim"
+    victim.parent.mkdir()
+    victim.write_text("precious")
+    PLANTED[kind](tmp_path / name, victim)
+    for mode in ({"resume": True}, {"overwrite": True}):
+        if name == ".out.lock" and kind == "pipe":
+            folder(tmp_path, **mode).close()  # a lock holds on whatever it is, and nothing is written to it
+            os.mkfifo(tmp_path / name)
+            continue
+        with pytest.raises(OutputError, match=r"is no folder|Cannot write"):
+            folder(tmp_path, **mode)
+    assert names(victim.parent) == ["victim"]
+
+
+@pytest.mark.parametrize("final", ["", ".", "..", "/", "a\0b"])
+def test_what_cannot_be_the_name_of_a_folder_is_one_message(final: str) -> None:
+    with pytest.raises(OutputError, match="no name for a new folder"):
+        PartialFolder.check(Path(final), resume=False, overwrite=True)
 
 
 @pytest.mark.parametrize("mode", [{"resume": True}, {"overwrite": True}])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from hf_grow.checkpoint.writer import PartialFolder, Shard
+from hf_grow.checkpoint.partial import PartialFolder
+from hf_grow.checkpoint.writer import Shard
 
 
 class Sink:

@@ -20,14 +20,13 @@ from pathlib import Path
 import xxhash
 
 from hf_grow.checkpoint.hub_errors import Unreachable
+from hf_grow.checkpoint.partial import SPOOL
 from hf_grow.checkpoint.ranges import fetch_range
 from hf_grow.checkpoint.reader import Checkpoint, Stored
 from hf_grow.checkpoint.transfer import Stop, write_all
 from hf_grow.checkpoint.writer import DEFAULT_SOURCE_CACHE
 from hf_grow.errors import ExecutionError
 from hf_grow.planning import GrowthPlan
-
-FOLDER = ".source"
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class Spool:
     @contextmanager
     def begin(self, folder: Path) -> Iterator[Checkpoint]:
         """The source as it reads while the growth goes on, from files under `folder`; what an interrupted run left there goes first and last."""
-        self._folder = folder / FOLDER
+        self._folder = folder / SPOOL
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir()
         try:
@@ -187,7 +186,8 @@ class Spool:
             if tensor.here:
                 return
             facts = part.files[stored.file]
-            handle = os.open(self._folder / self._places[key].file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            path = self._folder / self._places[key].file
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             at, hasher = 0, xxhash.xxh3_128()
             try:
                 for piece in fetch_range(

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from hf_grow.api import find_method, measured, open_sources, plan_for
+from hf_grow.checkpoint.partial import PartialFolder
 from hf_grow.checkpoint.sink import local_bytes
-from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, DEFAULT_SOURCE_CACHE, WORKERS, PartialFolder, check_room, layout
+from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, DEFAULT_SOURCE_CACHE, WORKERS, check_room, layout
 from hf_grow.cli import flags, render
 from hf_grow.cli.allocator import keep_freed_memory
 from hf_grow.cli.commands import add_json, add_source, print_json, show_next
@@ -53,9 +54,9 @@ class OutputOptions(PublishOptions):
     max_shard_size: Annotated[Bytes, Field(ge=1)] | None = None
     """Largest weight file, such as 10GB. Default: 50GB, as transformers; 5GB where shards are streamed."""
     resume: bool = False
-    """Go on with an interrupted run: only unfinished tensors are written again."""
+    """Go on with an interrupted run: only unfinished tensors are written again. With --overwrite, an existing output is replaced when all is done."""
     overwrite: bool = False
-    """Replace an existing output, or discard an interrupted one; the old one goes only when the new one is whole."""
+    """Replace an existing output; the old one goes only when the new one is whole. An interrupted one is discarded, or gone on with by --resume too."""
     dry_run: bool = False
     """Print the plan and stop; reads config and headers only."""
     memory_budget: Annotated[Bytes, Field(ge=1 << 20)] = DEFAULT_MEMORY

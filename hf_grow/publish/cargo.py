@@ -13,10 +13,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from hf_grow.checkpoint.partial import JOURNAL
 from hf_grow.checkpoint.reader import GROWTH, SINGLE, open_folder
 from hf_grow.checkpoint.record import recorded_files, told, total, trainings
 from hf_grow.checkpoint.source import NEVER, is_inside
-from hf_grow.checkpoint.writer import JOURNAL, Progress
+from hf_grow.checkpoint.writer import Progress
 from hf_grow.errors import InputError, VerificationError
 from hf_grow.planning import check_source
 

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from hf_grow.checkpoint.partial import PartialFolder
 from hf_grow.checkpoint.reader import GROWTH
 from hf_grow.checkpoint.record import after_training, record_text
 from hf_grow.checkpoint.source import companions, open_source
-from hf_grow.checkpoint.writer import PartialFolder, check_room
+from hf_grow.checkpoint.writer import check_room
 from hf_grow.errors import InputError, SourceError
-from hf_grow.execute import versions
+from hf_grow.execute import explained, versions
 from hf_grow.growth import Growth
 from hf_grow.methods import METHODS
 from hf_grow.planning import GrowthPlan, check_source, make_plan
@@ -167,7 +168,10 @@ def merge_adapter(
     check_room(out, plan.nbytes if plan else sum(t.info.nbytes for t in source.tensors.values()))
     assert source.folder is not None
     merged = _merged(source.folder, plan, found, dtype)
-    with PartialFolder(out, f"merge {adapter}", resume=False, overwrite=overwrite) as folder:
+    with (
+        PartialFolder(out, f"merge {adapter}", resume=False, overwrite=overwrite) as folder,
+        explained(folder, "Then repeat the command with --overwrite."),
+    ):
         merged.save_pretrained(folder.path)
         folder.write_json("config.json", portable_config(json.loads((folder.path / "config.json").read_bytes())))
         for relative in companions(source.folder):
