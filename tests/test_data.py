@@ -210,7 +210,7 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     true = packing.Encoding.__call__
 
     def counting(self: Any, given: Any) -> Any:
-        seen[0] += 0 if given[0].startswith("The quick") else len(given)
+        seen[0] += 0 if isinstance(given[0], str) else len(given)
         return true(self, given)
 
     monkeypatch.setattr(packing.Encoding, "__call__", counting)

@@ -20,8 +20,9 @@ from hf_grow.demo.text import corpus
 from hf_grow.errors import ExecutionError, InputError, OutputError
 from hf_grow.recipe import parse
 from hf_grow.training.data import DataOptions, build
+from hf_grow.training.filters import Sample, compression, repetition
 from hf_grow.training.replay import RECORD, TEXTS, ReplayOptions, estimate, read_record, sample_replay
-from hf_grow.training.sampling import Sample, Sampler, compression, digest, repetition
+from hf_grow.training.sampling import Sampler, digest
 
 DOCS = tuple(text.encode("ascii", "ignore").decode() for text in corpus(60_000).train)
 
@@ -188,14 +189,22 @@ def test_repetition_and_compression_against_the_plain_count() -> None:
 
 
 def test_duplicates_are_dropped_whatever_their_white_space(model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw(self: Sampler, batch: int, size: int) -> list[Sample]:
+    def draw(self: Sampler, batch: int, size: int, *, chat: bool) -> list[Sample]:
         words = ["one  two three", "one two\nthree ", f"text number {batch}"]
         return [sample(w, list(range(2, 12))) for w in words]
 
     monkeypatch.setattr(Sampler, "draw", draw)
     done = sample_replay(model, tokenizer, tmp_path / "out", options(tokens=45))
     assert texts(tmp_path / "out") == ["one  two three", "text number 0", "text number 1", "text number 2", "text number 3"]
-    assert done.record["counts"] == {"texts": 5, "tokens": 50, "sampled_texts": 12, "sampled_tokens": 120, "dropped": {"duplicate": 7}}
+    assert done.record["counts"] == {
+        "texts": 5,
+        "tokens": 50,
+        "cut": 0,
+        "chat_tokens": 0,
+        "sampled_texts": 12,
+        "sampled_tokens": 120,
+        "dropped": {"duplicate": 7},
+    }
 
 
 def test_surprise_is_the_nats_a_token_of_the_model(model, tokenizer) -> None:
@@ -209,7 +218,7 @@ def test_surprise_is_the_nats_a_token_of_the_model(model, tokenizer) -> None:
     values = np.array([s.surprise for s in drawn])
     median = float(np.median(values))
     spread = 1.4826 * np.median(np.abs(values - median))
-    assert sampler.surprise == pytest.approx((median, spread))
+    assert sampler.surprise["plain"] == pytest.approx((median, spread))
     dropped = [sampler.fault(s) == "surprise" for s in drawn if s.tokens >= 4]
     assert dropped == [bool(abs(s.surprise - median) > spread) for s in drawn if s.tokens >= 4]
     assert 0 < sum(dropped) < len(dropped)
@@ -289,7 +298,7 @@ def test_a_finished_run_is_not_repeated_and_can_be_made_longer(model, tokenizer,
     first = sample_replay(model, tokenizer, tmp_path / "out", options())
     before = texts(tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(Sampler, "draw", lambda *a: pytest.fail("sampled again"))
+        patched.setattr(Sampler, "draw", lambda *a, **k: pytest.fail("sampled again"))
         again = sample_replay(model, tokenizer, tmp_path / "out", options())
     assert again.record == first.record
     longer = sample_replay(model, tokenizer, tmp_path / "out", options(tokens=600))
@@ -445,7 +454,7 @@ def test_self_replay_samples_the_source_once(
     sample_replay(model, tokenizer, tmp_path / "own", options())
     by_hand = build(data_options(tmp_path, path=str(tmp_path / "own"), share=0.2), tokenizer, cache=tmp_path / "cache")
     assert list(data.train["input_ids"]) == list(by_hand.train["input_ids"])
-    monkeypatch.setattr(Sampler, "draw", lambda *a: pytest.fail("sampled again"))
+    monkeypatch.setattr(Sampler, "draw", lambda *a, **k: pytest.fail("sampled again"))
     again = build(wanted, tokenizer, cache=tmp_path / "cache", model=str(grown))
     assert list(again.train["input_ids"]) == list(data.train["input_ids"])
 

@@ -12,12 +12,14 @@ from pydantic import Field
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
+from hf_grow.checkpoint.writer import check_room
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, add_source, enough_memory, print_json
 from hf_grow.errors import InputError, OutputError
 from hf_grow.methods.sizing import measure, short
 from hf_grow.planning import GrowthPlan, check_source
 from hf_grow.recipe import Options, parse
+from hf_grow.training.advice import RECOVER, damaged
 from hf_grow.training.data.options import TextOptions
 from hf_grow.training.events import plain
 from hf_grow.training.extras import need
@@ -86,6 +88,14 @@ def run(arguments: argparse.Namespace) -> int:
     check_source(checkpoint.info)
     if how.utility is not None and not checkpoint.info.architecture.is_moe:
         raise InputError(f"{checkpoint.ref} has no experts; --utility means nothing here.")
+    if how.from_growth is None and checkpoint.growth is not None:
+        method = damaged(GrowthPlan.from_json(checkpoint.growth), checkpoint.growth)
+        if method is not None:
+            render.note(
+                f"{checkpoint.ref} was grown by {method}, which changes the function, and was not trained since: a penalty with this "
+                f"Fisher holds the damage. {RECOVER}"
+            )
+    _room(checkpoint, options, out)
     if how.dry_run:
         facts = _dry(checkpoint, options, mapped=how.from_growth is not None)
     else:
@@ -126,6 +136,10 @@ def _check(how: RunOptions, out: Path) -> None:
         if file is not None:
             collect(wrong, f"--{key}", partial(open_importance, file))
     complain("The command line", wrong)
+
+
+def _room(checkpoint: Checkpoint, options: FisherOptions, out: Path) -> None:
+    check_room(out, measure(checkpoint.info.architecture).total * (4 if options.storage == "fp32" else 2))
 
 
 def _writable(path: Path, how: RunOptions) -> None:

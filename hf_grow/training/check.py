@@ -17,6 +17,7 @@ from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError, OutputError
 from hf_grow.planning import GrowthPlan
 from hf_grow.training import launch, newness
+from hf_grow.training.advice import advise
 from hf_grow.training.data.options import TextOptions
 from hf_grow.training.data.sources import find
 from hf_grow.training.distill import SOURCE, Teacher, check_teacher
@@ -95,7 +96,9 @@ def check(
         _resumable(read.arguments.get("resume_from_checkpoint"), found)
     complain(read.where, found)
     assert recipe is not None and checkpoint is not None and arguments is not None
-    return Checked(read, recipe, arguments, checkpoint, plan, tokenizer, out)
+    checked = Checked(read, recipe, arguments, checkpoint, plan, tokenizer, out)
+    advise(checked, notify)
+    return checked
 
 
 def _plan(checkpoint: Checkpoint) -> GrowthPlan | None:
@@ -254,7 +257,16 @@ def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> T
     from transformers import Trainer, TrainingArguments
     from transformers.integrations import get_available_reporting_integrations
 
-    settings = {**DEFAULTS, **given, "output_dir": str(out), "remove_unused_columns": False, "train_sampling_strategy": "sequential"}
+    # Decay pulls to zero what a penalty holds where it is, and a penalty keeps weights from growing as decay does.
+    held = {"weight_decay": 0.0} if recipe.regularizer.kind != "none" else {}
+    settings = {
+        **DEFAULTS,
+        **held,
+        **given,
+        "output_dir": str(out),
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "sequential",
+    }
     settings.setdefault("prediction_loss_only", True)
     settings.setdefault("disable_tqdm", True)
     settings.setdefault("ddp_find_unused_parameters", False)  # there are none: what is frozen needs no gradient

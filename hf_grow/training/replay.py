@@ -3,7 +3,9 @@
 What a model generates is drawn from what it learned, so training on some of it keeps that (pseudo-rehearsal: Robins 1995; for language
 models LAMOL, 1909.03329, and 2605.26097). Samples are filtered: exact duplicates, texts that repeat themselves, broken and short ones.
 
-A folder of samples holds texts.jsonl ({"text": ...} a line, appended batch by batch) and replay.json (what they were sampled from and with,
+An instruct model writes conversations too, through its chat template, the user's message included (Magpie, 2406.08464).
+
+A folder of samples holds texts.jsonl ({"text": ..., "frame": ...} a line, appended batch by batch) and replay.json (what they were sampled from and with,
 how far it got, and what was dropped). Batch i draws from random numbers of its own, made from (seed, i), so an interrupted
 run, repeated, writes the same texts as one that was not.
 """
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 TEXTS = "texts.jsonl"
 RECORD = "replay.json"
-FORMAT = 1
+FORMAT = 2
 _HOPELESS = 8
 """Batches without a single text that is kept, after which sampling stops."""
 
@@ -49,12 +51,14 @@ class ReplayOptions(Options):
     """Sample from the likeliest tokens that together have this probability."""
     top_k: int = Field(default=0, ge=0)
     """Sample from this many likeliest tokens; 0 for all."""
-    max_length: int = Field(default=512, ge=2)
-    """Tokens of one text at most (also held to what the model can read)."""
-    batch_size: int = Field(default=64, gt=0)
-    """Texts sampled at once: the more, the faster, as long as memory holds them. Part of what decides the texts."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Tokens of one text at most, held to what the model can read. Default: seq_length of the training (of the command: 1024)."""
+    batch_size: int | None = Field(default=None, gt=0)
+    """Texts sampled at once: the more, the faster, as long as memory holds them. Part of what decides the texts. Default: 32,768 tokens' worth, at most 64."""
+    chat_share: float | None = Field(default=None, ge=0, le=1)
+    """Part of the tokens that are conversations, sampled through the chat template. Default: half for a model that ends its texts as the template ends an answer, else none."""
     start: Literal["document", "random"] = "document"
-    """Begin each text as a document begins (BOS, else EOS), or with a random token: for models that then always say the same."""
+    """Begin each plain text as a document begins (BOS, else EOS, but no token of a chat template), or with a random token: for models that then always say the same."""
     prompts: str | None = None
     """Folder, file or glob of texts whose first tokens are continued instead."""
     prompt_tokens: int = Field(default=8, gt=0)
@@ -125,7 +129,7 @@ def estimate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options
     sampler = Sampler(model, tokenizer, options)
     sampler.warm_up()
     began = time.perf_counter()
-    drawn = sampler.draw(0, options.batch_size)
+    drawn = [s for chat in sampler.kinds for s in sampler.draw(0, sampler.batch_size, chat=chat)]
     seconds = time.perf_counter() - began
     sampled = max(1, sum(s.tokens for s in drawn))
     kept = sum(s.tokens for s in drawn if sampler.fault(s) is None) / sampled
@@ -150,15 +154,17 @@ def sample_replay(
     """
     from hf_grow.training.sampling import Sampler, digest
 
-    settings = options.model_dump(mode="json", exclude={"tokens"})
-    settings |= {"max_length": Sampler.length_for(model, options), "prompts_identity": Sampler.prompts_identity(options)}
+    sampler = Sampler(model, tokenizer, options)
+    settings = sampler.options.model_dump(mode="json", exclude={"tokens"})
+    settings |= {"prompts_identity": Sampler.prompts_identity(options)}
+    if sampler.chat_share and sampler.turns is not None:
+        settings["template"] = sampler.turns.before + sampler.turns.between + sampler.turns.after
     record: dict[str, Any] = {"format": FORMAT, "model": ref, "digest": digest(model), "settings": settings, "made_by": __version__}
     record = _begin(out, record, overwrite)
     record |= {"tokens": options.tokens, "complete": record["counts"]["tokens"] >= options.tokens}
     if record["complete"]:
         return Replay(out, record, 0.0, 0)
-    sampler = Sampler(model, tokenizer, options)
-    sampler.surprise = (record["surprise"][0], record["surprise"][1]) if record["surprise"] else None
+    sampler.surprise = {kind: (median, spread) for kind, (median, spread) in record["surprise"].items()}
     began, before = time.perf_counter(), record["counts"]["sampled_tokens"]
     progress(record["counts"]["tokens"])
     try:
@@ -203,14 +209,14 @@ def _begin(out: Path, fresh: dict[str, Any], overwrite: bool) -> dict[str, Any]:
         if not (out / TEXTS).is_file() or (out / TEXTS).stat().st_size < found["bytes"]:
             raise OutputError(f"{out / TEXTS} was changed since it was sampled.", hint=hint)
         return found
-    counts = {"texts": 0, "tokens": 0, "sampled_texts": 0, "sampled_tokens": 0, "dropped": {}}
+    counts = {"texts": 0, "tokens": 0, "cut": 0, "chat_tokens": 0, "sampled_texts": 0, "sampled_tokens": 0, "dropped": {}}
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / RECORD).unlink(missing_ok=True)
         (out / TEXTS).write_bytes(b"")
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror}.") from None
-    return fresh | {"batches": 0, "bytes": 0, "surprise": None, "counts": counts}
+    return fresh | {"batches": 0, "bytes": 0, "surprise": {}, "counts": counts}
 
 
 def _sample(
@@ -218,7 +224,8 @@ def _sample(
 ) -> None:
     counts, barren = record["counts"], 0
     while not record["complete"]:
-        drawn, kept = sampler.draw(record["batches"], _size(sampler, counts, wanted)), []
+        chat = counts["chat_tokens"] < sampler.chat_share * (counts["tokens"] + 1)
+        drawn, kept = sampler.draw(record["batches"], _size(sampler, counts, wanted), chat=chat), []
         for sample in drawn:
             if counts["tokens"] >= wanted:
                 break
@@ -232,7 +239,9 @@ def _sample(
             kept.append(sample)
             counts["texts"] += 1
             counts["tokens"] += sample.tokens
-        file.write("".join(json.dumps({"text": s.text}, ensure_ascii=False) + "\n" for s in kept).encode())
+            counts["chat_tokens"] += sample.tokens * chat
+            counts["cut"] += sample.cut
+        file.write("".join(json.dumps({"text": s.text, "frame": s.frame}, ensure_ascii=False) + "\n" for s in kept).encode())
         file.flush()
         os.fsync(file.fileno())
         record |= {
@@ -248,7 +257,7 @@ def _sample(
             why = ", ".join(f"{reason} {count}" for reason, count in counts["dropped"].items())
             raise ExecutionError(
                 f"None of the last {_HOPELESS * len(drawn)} texts was kept ({why}, of {counts['sampled_texts']} sampled).",
-                hint="Try --start random, --prompts, another --temperature, or looser filters (--min-tokens, --max-repetition, --max-compression).",
+                hint="Try --start random, --prompts, another --chat-share or --temperature, or looser filters (--min-tokens, --max-repetition, --max-compression).",
             )
 
 
@@ -256,7 +265,7 @@ def _size(sampler: Sampler, counts: Mapping[str, Any], wanted: int) -> int:
     """Texts in the next batch: a whole one, or what will probably be enough. Follows from the record, as everything that decides the texts."""
     per_text: float = counts["tokens"] / counts["sampled_texts"] if counts["tokens"] else sampler.length
     needed: int = math.ceil((wanted - counts["tokens"]) / per_text)
-    return min(sampler.options.batch_size, max(1, needed))
+    return min(sampler.batch_size, max(1, needed))
 
 
 def _note(out: Path, record: dict[str, Any]) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,96 +15,92 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import InputError
+from hf_grow.training.chat import PLAIN, Turns, begins_document, read_turns, special_ids
+from hf_grow.training.filters import Sample, fault
 from hf_grow.training.replay import ReplayOptions
 from hf_grow.verification.function import load_model
 
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_NGRAM = 4
-_BROKEN = 0.05
-"""Part of the characters that may be U+FFFD, which stands for bytes that are no text."""
+_LENGTH, _AT_ONCE = 1024, 32_768
+"""Defaults: tokens of one text (those of a training's sequences), and of all texts of a batch."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    text: str
-    ids: tuple[int, ...]
-    """All tokens, the one it started with included."""
-    tokens: int
-    """Without those that stand for no text (BOS, EOS)."""
-    surprise: float | None = None
-    """Nats a token under the model at temperature 1."""
+def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ReplayOptions) -> ReplayOptions:
+    """Options with their defaults for this model: lengths, texts at once, part of conversations. Raises InputError."""
+    length = options.max_length or _LENGTH
+    length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    share = options.chat_share
+    if share is None:
+        turns = read_turns(tokenizer)
+        share = 0.5 if turns is not None and turns.chats(_ends(model, tokenizer), tokenizer.bos_token_id) else 0.0
+    size = options.batch_size or max(1, min(64, _AT_ONCE // length))
+    return options.model_copy(update={"max_length": length, "batch_size": size, "chat_share": share})
 
 
 class Sampler:
-    """Texts of one model. The same batch number and size give the same texts."""
+    """Texts of one model. The same batch number, size and kind give the same texts."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ReplayOptions) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.options = options
-        self.length = self.length_for(model, options)
-        self.ends = _ends(model, tokenizer)
-        self.special = set(tokenizer.all_special_ids) | self.ends
-        self.surprise: tuple[float, float] | None = None
-        """Median and spread of the first batch's nats a token, once it was drawn."""
-        self._prompts = _read_prompts(tokenizer, options) if options.prompts else None
+        self.options = options = settle(model, tokenizer, options)
+        assert options.max_length is not None and options.batch_size is not None and options.chat_share is not None
+        self.length, self.batch_size, self.chat_share = options.max_length, options.batch_size, options.chat_share
+        self.turns = _turns(tokenizer, self.chat_share)
+        marks = self.turns.marks if self.turns is not None else frozenset()
+        first = begins_document(tokenizer, self.turns)
+        own = {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
+        self.ends = _ends(model, tokenizer) | marks | ({first} - own if first is not None else set())
+        self.special = special_ids(tokenizer) | self.ends
+        self.surprise: dict[str, tuple[float, float]] = {}
+        """Median and spread of nats a token of the first batch of each kind, once it was drawn."""
         vocab = model.get_input_embeddings().num_embeddings
+        self._prompts = _read_prompts(tokenizer, options) if options.prompts else None
         if max(max(p) for p in self._prompts or [[0]]) >= vocab:
             raise InputError("The model and the tokenizer do not match: the prompts have token ids beyond the model's vocabulary.")
         self._plain = np.array([i for i in range(min(len(tokenizer), vocab)) if i not in self.special])
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if first is None and options.start == "document" and not self._prompts:
+        if first is None and options.start == "document" and not self._prompts and self.chat_share < 1:
             raise InputError(
-                "The tokenizer has neither BOS nor EOS, so no token begins a document.", hint="Use --start random, or --prompts."
+                "The tokenizer has neither BOS nor EOS, so no token begins a document."
+                if not marks
+                else "BOS and EOS of the tokenizer are tokens of its chat template, so no token begins a document.",
+                hint="Use --start random, or --prompts." + (" --chat-share 1 samples conversations only." if marks else ""),
             )
         if first is not None and first >= vocab:
             raise InputError(f"The model and the tokenizer do not match: BOS is {first}, and the model's vocabulary ends at {vocab - 1}.")
         self._first = first
-
-    @staticmethod
-    def length_for(model: PreTrainedModel, options: ReplayOptions) -> int:
-        """Tokens of one text at most."""
-        most = getattr(model.config, "max_position_embeddings", None)
-        return min(options.max_length, most) if most else options.max_length
+        self._bos = tokenizer.bos_token_id if tokenizer.bos_token_id not in marks else None
 
     @staticmethod
     def prompts_identity(options: ReplayOptions) -> Any:
         """What the prompts follow from, as JSON data."""
         return find_prompts(options).identity if options.prompts else None
 
+    @property
+    def kinds(self) -> list[bool]:
+        """Whether batches are conversations, for each kind that is sampled."""
+        return [chat for chat, share in ((False, 1 - self.chat_share), (True, self.chat_share)) if share]
+
     def warm_up(self) -> None:
         """One token, so that the first real batch is as fast as the others."""
-        self._generate(self._starts(np.random.default_rng(0), 1), 1)
+        rng = np.random.default_rng(0)
+        self._generate(self._starts(rng, 1) if False in self.kinds else self._opened(1), 1)
 
-    def draw(self, batch: int, size: int) -> list[Sample]:
+    def draw(self, batch: int, size: int, *, chat: bool = False) -> list[Sample]:
         """`size` texts as batch number `batch`, from random numbers of its own."""
         seed = np.random.SeedSequence([self.options.seed, batch])
-        starts = self._starts(np.random.default_rng(seed), size)
+        rng = np.random.default_rng(seed)
         with _seeded(int(seed.generate_state(1, np.uint64)[0] >> 1), self.model.device):
-            rows = self._generate(starts, self.length - starts.shape[1])
-        samples = [self._sample(row, starts.shape[1]) for row in rows]
+            samples = self._conversations(size) if chat else self._documents(self._starts(rng, size))
         if self.options.max_surprise is not None:
             samples = self._measured(samples)
-            if self.surprise is None:
-                self.surprise = _middle([s.surprise for s in samples if s.surprise is not None])
+            middle = _middle([s.surprise for s in samples if s.surprise is not None])
+            self.surprise.setdefault("chat" if chat else "plain", middle)
         return samples
 
     def fault(self, sample: Sample) -> str | None:
         """Why a text is dropped, or None."""
-        o = self.options
-        if sample.tokens < max(1, o.min_tokens):
-            return "short"
-        if sample.text.count("�") > _BROKEN * len(sample.text):
-            return "broken"
-        if repetition([i for i in sample.ids if i not in self.special]) > o.max_repetition:
-            return "repetition"
-        if compression(sample.text) > o.max_compression:
-            return "compression"
-        if o.max_surprise is not None and sample.surprise is not None and self.surprise is not None:
-            median, spread = self.surprise
-            if abs(sample.surprise - median) > o.max_surprise * spread:
-                return "surprise"
-        return None
+        return fault(sample, self.options, self.special, self.surprise.get("chat" if sample.frame == "verbatim" else "plain"))
 
     @staticmethod
     def same(text: str) -> bytes:
@@ -118,13 +113,13 @@ class Sampler:
             rows = np.asarray(self._prompts)[rng.integers(len(self._prompts), size=count)]
         elif self.options.start == "random":
             picked = self._plain[rng.integers(len(self._plain), size=count)][:, None]
-            bos = self.tokenizer.bos_token_id
-            rows = picked if bos is None else np.concatenate([np.full_like(picked, bos), picked], axis=1)
+            rows = picked if self._bos is None else np.concatenate([np.full_like(picked, self._bos), picked], axis=1)
         else:
             rows = np.full((count, 1), self._first)
         return torch.from_numpy(rows.astype(np.int64)).to(self.model.device)
 
-    def _generate(self, starts: torch.Tensor, new: int) -> list[list[int]]:
+    def _generate(self, starts: torch.Tensor, new: int, there: torch.Tensor | None = None) -> list[list[int]]:
+        """What is drawn after each row of `starts`, up to the end of a text, or all `new` tokens. `there`: 0 where a row is filled."""
         o = self.options
         config = GenerationConfig(
             do_sample=True,
@@ -136,18 +131,75 @@ class Sampler:
             pad_token_id=min(self.ends, default=0),
             use_cache=True,
         )
+        mask = torch.ones_like(starts) if there is None else there
         with torch.inference_mode(), _without_own_settings(self.model):
-            out = self.model.generate(starts, attention_mask=torch.ones_like(starts), generation_config=config)
-        rows: list[list[int]] = out.tolist()
-        return rows
+            out = self.model.generate(starts, attention_mask=mask, generation_config=config)
+        drawn: list[list[int]] = out[:, starts.shape[1] :].tolist()
+        return [row[: next((n for n, i in enumerate(row) if i in self.ends), len(row) - 1) + 1] for row in drawn]
 
-    def _sample(self, row: list[int], start: int) -> Sample:
-        end = next((n for n in range(start, len(row)) if row[n] in self.ends), len(row))
-        ids = row[:end]
-        plain = [i for i in ids if i not in self.special]
+    def _over(self, drawn: Sequence[int]) -> bool:
+        return bool(drawn) and drawn[-1] in self.ends
+
+    def _read(self, drawn: Sequence[int]) -> tuple[str, int]:
+        """The text of what was drawn, and its tokens."""
+        plain = [i for i in drawn if i not in self.special]
         text = self.tokenizer.decode(plain, clean_up_tokenization_spaces=False)
         # The last character may be cut in two.
-        return Sample(text.rstrip("�") if end == len(row) else text, tuple(ids), len(plain))
+        return text if self._over(drawn) else text.rstrip("�"), len(plain)
+
+    def _documents(self, starts: torch.Tensor) -> list[Sample]:
+        samples = []
+        for start, drawn in zip(starts.tolist(), self._generate(starts, self.length - starts.shape[1]), strict=True):
+            row = [*start, *drawn]
+            text, tokens = self._read(row)
+            over = self._over(drawn)
+            samples.append(Sample(text, tuple(row[:-1] if over else row), tokens, "document" if over else "cut", not over))
+        return samples
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _opened(self, count: int) -> torch.Tensor:
+        """[count, tokens before the user's message]"""
+        assert self.turns is not None
+        return torch.tensor([self._ids(self.turns.before)] * count, dtype=torch.int64, device=self.model.device)
+
+    def _conversations(self, count: int) -> list[Sample]:
+        """The model writes the user's message, in half of the room that the template leaves, then the answer in what is left of all."""
+        assert self.turns is not None
+        t, starts = self.turns, self._opened(count)
+        before, between = starts[0].tolist(), self._ids(t.between)
+        room = (self.length - len(before) - len(between)) // 2
+        if room < 1:
+            raise InputError(
+                f"Texts of {self.length} tokens have no room for a conversation: its template takes {len(before) + len(between)}.",
+                hint="Use a larger --max-length, or --chat-share 0.",
+            )
+        messages = self._generate(starts, room)
+        asked = [[*before, *m[:-1], *between] for m in messages if self._over(m)]
+        answers = iter(self._answers(asked) if asked else [])
+        return [self._exchange(before, between, m, next(answers) if self._over(m) else None) for m in messages]
+
+    def _answers(self, asked: Sequence[list[int]]) -> list[list[int]]:
+        width, room = max(map(len, asked)), self.length - min(map(len, asked))
+        filled = [[min(self.ends, default=0)] * (width - len(a)) + a for a in asked]  # on the left: all go on at the same place
+        there = [[0] * (width - len(a)) + [1] * len(a) for a in asked]
+        device = self.model.device
+        drawn = self._generate(torch.tensor(filled, device=device), room, torch.tensor(there, device=device))
+        return [d[: self.length - len(a)] for a, d in zip(asked, drawn, strict=True)]
+
+    def _exchange(self, before: list[int], between: list[int], message: list[int], answer: list[int] | None) -> Sample:
+        assert self.turns is not None
+        t, (asked, tokens) = self.turns, self._read(message)
+        if answer is None:
+            return Sample(t.before + asked.lstrip(), (*before, *message), tokens, "verbatim", True, said=asked)
+        over, (replied, more) = self._over(answer), self._read(answer)
+        asked, replied = asked.strip(), replied.strip() if over else replied.lstrip()
+        text = t.before + asked + t.between + replied + (t.after if over else "")
+        ids = (*before, *message[:-1], *between, *(answer[:-1] if over else answer))
+        tokens = tokens + more if asked and replied else 0
+        return Sample(text, ids, tokens, "verbatim", not over, said=f"{asked}\n{replied}")
 
     def _measured(self, samples: Sequence[Sample]) -> list[Sample]:
         """With their nats a token, from one more pass over them all."""
@@ -160,7 +212,7 @@ class Sampler:
                 logits = self.model(rows, attention_mask=there, use_cache=False).logits[:, :-1].float()
                 nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none") * there[:, 1:]
                 mean = (nats.sum(1) / there[:, 1:].sum(1).clamp(min=1)).tolist()
-                measured += [Sample(s.text, s.ids, s.tokens, m) for s, m in zip(of, mean, strict=True)]
+                measured += [replace(s, surprise=m) for s, m in zip(of, mean, strict=True)]
         return measured
 
 
@@ -182,18 +234,6 @@ def load(checkpoint: Checkpoint, dtype: str, device: str | None = None) -> tuple
         return load_model(checkpoint, dtype).to(where), tokenizer
     except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without that device
         raise InputError(f"{checkpoint.ref} cannot be put on {where}: {str(error).splitlines()[0]}", hint="Use another --device.") from None
-
-
-def repetition(ids: Sequence[int]) -> float:
-    """Part of the 4-grams that stood earlier in the same text: 0 for a text of distinct ones, towards 1 for a loop."""
-    grams = [tuple(ids[n : n + _NGRAM]) for n in range(len(ids) - _NGRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def compression(text: str) -> float:
-    """How many times smaller zlib makes it: about 2 for a page of prose, 3 to 4 for code."""
-    data = text.encode(errors="replace")
-    return len(data) / len(zlib.compress(data)) if data else 0.0
 
 
 def digest(model: PreTrainedModel) -> str:
@@ -226,6 +266,23 @@ def _read_prompts(tokenizer: PreTrainedTokenizerBase, options: ReplayOptions) ->
             f"{options.prompts} holds no text of {options.prompt_tokens} tokens or more.", hint="Use a smaller --prompt-tokens."
         )
     return found
+
+
+def _turns(tokenizer: PreTrainedTokenizerBase, share: float) -> Turns | None:
+    """Raises InputError where conversations are asked for and cannot be sampled."""
+    try:
+        turns = read_turns(tokenizer)
+    except InputError:
+        if share:
+            raise
+        return None
+    if share and turns is None:
+        raise InputError("The tokenizer has no chat template, so no conversation can be sampled.", hint="Leave --chat-share out.")
+    if share and turns is not None and turns.closes_user is None:
+        raise InputError(
+            f"The chat template ends the user's message by plain text ({turns.between.strip()[:40]!r}), not by a token.", hint=PLAIN
+        )
+    return turns
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

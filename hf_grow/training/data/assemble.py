@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.training.data import cache, packing
 from hf_grow.training.data.mixing import Pattern, rows_of
-from hf_grow.training.data.options import DataOptions, EvalSource, ReplaySource, TextOptions
+from hf_grow.training.data.options import DataOptions, EvalSource, TextOptions
 from hf_grow.training.data.packing import IGNORED, Encoding, Facts
 from hf_grow.training.data.sources import Notify, Source, find
 from hf_grow.training.extras import need
@@ -106,7 +106,7 @@ def build(
     encoding = Encoding(tokenizer, options.bos)
     new = [find(s, notify=notify) for s in options.train]
     measured = {name: find(s, notify=notify) for name, s in options.eval.items()}
-    old = _replay(options.replay, root, model, notify)
+    old = _replay(options, root, model, notify)
     evals, parts = {}, []
     for name, source in measured.items():
         evals[name], part = _eval_set(name, source, options.eval[name], encoding, options, root, vocab_size, notify)
@@ -142,7 +142,7 @@ def survey(
             raise packing.no_text(source.label)
         ids = encoding(batch)
         packing.check_ids(max(max(i) for i in ids), vocab_size, source.label)
-        rate = sum(map(len, ids)) / sum(len(t.encode()) for t in batch)
+        rate = sum(map(len, ids)) / sum(len(d.text.encode()) for d in batch)
         found.append({"use": use, "label": source.label, "bytes": source.nbytes, "tokens": source.nbytes and round(rate * source.nbytes)})
     return found
 
@@ -152,15 +152,16 @@ def cache_root(options: DataOptions, given: Path | None = None) -> Path:
     return given or (Path(options.cache).expanduser() if options.cache else cache.default_root() / "data")
 
 
-def _replay(options: ReplaySource | None, root: Path, model: str | None, notify: Notify) -> tuple[Source, float] | None:
-    if options is None:
+def _replay(options: DataOptions, root: Path, model: str | None, notify: Notify) -> tuple[Source, float] | None:
+    old = options.replay
+    if old is None:
         return None
-    if options.self is not None:
+    if old.self is not None:
         from hf_grow.training.data.self_replay import sampled_from
 
-        folder = sampled_from(options.self, root / "replay", trained=model, notify=notify)
-        options = options.model_copy(update={"path": [str(folder)], "self": None})
-    return find(options, notify=notify), options.share
+        folder = sampled_from(old.self, root / "replay", seq_length=options.seq_length, trained=model, notify=notify)
+        old = old.model_copy(update={"path": [str(folder)], "self": None})
+    return find(old, notify=notify), old.share
 
 
 def _eval_set(

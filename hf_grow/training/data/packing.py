@@ -1,5 +1,6 @@
 """Documents to sequences of equal length: tokenised, each ended by EOS, put one after another, and cut every `seq_length` tokens.
 
+A sampled text that was cut has no end, and gets none; a conversation has the tokens that its template wrote, and gets no others.
 Nothing depends on how the work is divided: the sequences are those of one long list of token ids, cut into pieces. Documents in one sequence
 see each other, as in the pretraining of GPT-3 (2005.14165, section B) and of most models since.
 """
@@ -14,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hf_grow.errors import InputError
 from hf_grow.training.data import cache
@@ -35,6 +36,14 @@ BATCH = 256
 """Documents tokenised at once."""
 
 
+class Document(NamedTuple):
+    """A text, and what is put around it."""
+
+    text: str
+    frame: str = "document"
+    """document: as the tokenizer begins texts (or bos says), and EOS; cut: without EOS; verbatim: nothing."""
+
+
 @dataclass(frozen=True)
 class Encoding:
     """How a text becomes token ids. Can be sent to another process."""
@@ -50,16 +59,32 @@ class Encoding:
         if self.bos == "always" and self.tokenizer.bos_token_id is None:
             raise InputError("The tokenizer has no BOS token, but bos is `always`.", hint="Use bos: tokenizer.")
 
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """One list of ids a text, each ended by EOS."""
+    def __call__(self, documents: Sequence[Document | str]) -> list[list[int]]:
+        """One list of ids a document; a bare string is a whole one."""
+        each = [Document(d) if isinstance(d, str) else d for d in documents]
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         own = self.bos == "tokenizer"
-        found: list[list[int]] = self.tokenizer(
-            list(texts), add_special_tokens=own, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )["input_ids"]
         head = [first] if self.bos == "always" else []
-        # A tokenizer that ends texts by itself is not made to end them twice.
-        return [[*head, *ids] if own and ids and ids[-1] == last else [*head, *ids, last] for ids in found]
+        framed = iter(self._ids([d.text for d in each if d.frame != "verbatim"], own))
+        verbatim = iter(self._ids([d.text for d in each if d.frame == "verbatim"], False))
+        found = []
+        for document in each:
+            if document.frame == "verbatim":
+                found.append(next(verbatim))
+                continue
+            ids = next(framed)
+            if own and ids and ids[-1] == last:  # a tokenizer that ends texts by itself is not made to end them twice
+                ids = ids[:-1]
+            found.append([*head, *ids] if document.frame == "cut" else [*head, *ids, last])
+        return found
+
+    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        found: list[list[int]] = self.tokenizer(
+            texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )["input_ids"]
+        return found
 
     @property
     def fingerprint(self) -> str:
@@ -107,10 +132,10 @@ def cut(carry: NDArray[np.int32], documents: Iterable[Sequence[int]], length: in
     return stream[:full].reshape(-1, length), stream[full:]
 
 
-def batches(rows: Iterable[dict[str, str]], size: int | None = None) -> Iterator[list[str]]:
-    """Texts, `size` (BATCH) at a time."""
+def batches(rows: Iterable[dict[str, str]], size: int | None = None) -> Iterator[list[Document]]:
+    """Documents, `size` (BATCH) at a time."""
     iterator = iter(rows)
-    while batch := [row["text"] for row in islice(iterator, size or BATCH)]:
+    while batch := [Document(row["text"], row.get("frame") or "document") for row in islice(iterator, size or BATCH)]:
         yield batch
 
 
@@ -203,7 +228,7 @@ def _write(
     return Facts(documents, tokens, highest)
 
 
-def _encoded(texts: Iterator[list[str]], encoding: Encoding, num_proc: int | None, stack: ExitStack) -> Iterator[list[list[int]]]:
+def _encoded(texts: Iterator[list[Document]], encoding: Encoding, num_proc: int | None, stack: ExitStack) -> Iterator[list[list[int]]]:
     """The batches in their order, tokenised by one process or several."""
     if num_proc is None or num_proc == 1:
         yield from map(encoding, texts)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hf_grow.errors import InputError
+from hf_grow.training.replay import RECORD, TEXTS
 
 FORMATS = {
     **dict.fromkeys((".txt", ".md", ".rst", ".py"), "text"),
@@ -21,6 +22,7 @@ FORMATS = {
 _OPENERS: Mapping[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 USUAL_FIELDS = ("text", "content")
+FRAMES = ("document", "cut", "verbatim")
 
 
 def format_of(path: Path) -> str | None:
@@ -34,18 +36,20 @@ def format_of(path: Path) -> str | None:
 
 
 def read_documents(files: Sequence[str], text_field: str | None, limit: int | None) -> Iterator[dict[str, str]]:
-    """{"text": document} for each document that is not blank, file after file; after `limit` of them no more.
+    """{"text": document, "frame": one of FRAMES} for each document that is not blank, file after file; after `limit` of them no more.
 
-    A text file is one document. Raises InputError that names the file, and the line where there is one.
+    A text file is one document. Only sampled texts have another frame than document. Raises InputError that names the file, and the line where there is one.
     """
     left = limit
     for file in files:
         path = Path(file)
-        for text in _READERS[format_of(path) or "text"](path, text_field):
+        sampled = path.name == TEXTS and path.with_name(RECORD).is_file()
+        found = _sampled(path) if sampled else ((text, FRAMES[0]) for text in _READERS[format_of(path) or "text"](path, text_field))
+        for text, frame in found:
             if left is not None and left <= 0:
                 return
             if text and not text.isspace():
-                yield {"text": text}
+                yield {"text": text, "frame": frame}
                 left = None if left is None else left - 1
 
 
@@ -102,15 +106,27 @@ def _record_text(where: str, record: Any, text_field: str | None) -> str:
     return record[field] or ""
 
 
-def _jsonl(path: Path, text_field: str | None) -> Iterator[str]:
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in _lines(path):
         if not line.isspace():
             where = f"{path}, line {number}"
             try:
-                record = json.loads(line)
+                yield where, json.loads(line)
             except (ValueError, RecursionError):
                 raise InputError(f"{where} is not JSON.", hint="A .jsonl file holds one JSON object a line.") from None
-            yield _record_text(where, record, text_field)
+
+
+def _jsonl(path: Path, text_field: str | None) -> Iterator[str]:
+    for where, record in _records(path):
+        yield _record_text(where, record, text_field)
+
+
+def _sampled(path: Path) -> Iterator[tuple[str, str]]:
+    for where, record in _records(path):
+        text, frame = (record.get("text"), record.get("frame")) if isinstance(record, dict) else (None, None)
+        if not isinstance(text, str) or frame not in FRAMES:
+            raise InputError(f"{where} is no sampled text.", hint="Sample again: hf-grow replay MODEL -o DIR --overwrite.")
+        yield text, frame
 
 
 def _json(path: Path, text_field: str | None) -> Iterator[str]:

@@ -10,7 +10,7 @@ from hf_grow.errors import InputError, SourceError
 from hf_grow.training.data import cache
 from hf_grow.training.data.options import SelfReplay
 from hf_grow.training.data.sources import Notify
-from hf_grow.training.replay import ReplayOptions, read_record, sample_replay
+from hf_grow.training.replay import FORMAT, ReplayOptions, read_record, sample_replay
 from hf_grow.untrusted import read_json
 
 
@@ -30,8 +30,11 @@ def source_of(options: SelfReplay, trained: str | None) -> tuple[str, str | None
     return ref, revision or None
 
 
-def sampled_from(options: SelfReplay, root: Path, *, trained: str | None, notify: Notify) -> Path:
-    """The folder of samples under `root`, made now where it is missing or unfinished. Raises SourceError, OutputError, ExecutionError."""
+def sampled_from(options: SelfReplay, root: Path, *, seq_length: int, trained: str | None, notify: Notify) -> Path:
+    """The folder of samples under `root`, made now where it is missing or unfinished. Raises SourceError, OutputError, ExecutionError.
+
+    ``seq_length``: of the training, which is how long a text may be where the options do not say.
+    """
     from hf_grow.training.sampling import load
 
     ref, revision = source_of(options, trained)
@@ -42,8 +45,10 @@ def sampled_from(options: SelfReplay, root: Path, *, trained: str | None, notify
             f"Self-replay cannot sample from {ref}: {error.message}", hint="Name the model: replay: {self: {model: FOLDER_OR_ID}}."
         ) from None
     sampling = ReplayOptions(**options.model_dump(exclude={"model", "revision"}))
+    sampling = sampling.model_copy(update={"max_length": sampling.max_length or seq_length})
     files = {name: dict(facts) for name, facts in checkpoint.files.items()}
-    folder = root / cache.key({"files": files, "config": dict(checkpoint.config), "options": sampling.model_dump(mode="json")})
+    parts = {"format": FORMAT, "files": files, "config": dict(checkpoint.config), "options": sampling.model_dump(mode="json")}
+    folder = root / cache.key(parts)
     with cache.locked(folder):
         record = read_record(folder)
         if record is None or not record["complete"]:

@@ -18,6 +18,7 @@ from hf_grow.errors import GrowError, InputError, SourceError
 from hf_grow.training.data.options import TextOptions
 from hf_grow.training.data.readers import FORMATS, choose_field, format_of, read_documents
 from hf_grow.training.extras import need
+from hf_grow.training.replay import RECORD, read_record
 from hf_grow.untrusted import read_text
 
 if TYPE_CHECKING:
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
 
 Notify = Callable[[str], None]
 
-REPLAY_RECORD = "replay.json"
-"""What `hf-grow replay` notes beside its texts."""
-_RECORDS = {REPLAY_RECORD, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "growth.json", "config.json"}
+_RECORDS = {RECORD, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "growth.json", "config.json"}
 """JSON files that lie beside data and are none."""
 _ABOUT = re.compile(r"(readme|licen[cs]e|changelog|copying|notice)\b", re.IGNORECASE)
 
@@ -109,7 +108,7 @@ def _local(label: str, options: TextOptions) -> Source:
         # A list would be cut into shards; the limit counts the documents of all files.
         return IterableDataset.from_generator(
             read_documents,
-            features=Features({"text": Value("string")}),
+            features=Features({"text": Value("string"), "frame": Value("string")}),
             gen_kwargs={"files": tuple(names), "text_field": options.text_field, "limit": options.limit},
         )
 
@@ -165,8 +164,6 @@ def _of_one_kind(path: str, folder: Path, found: Sequence[Path]) -> list[Path]:
 
 
 def _check_replay(folder: Path) -> None:
-    from hf_grow.training.replay import read_record
-
     record = read_record(folder)
     if record is not None and not record["complete"]:
         raise InputError(
