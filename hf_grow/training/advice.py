@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from hf_grow.errors import InputError
 from hf_grow.training.chat import read_turns
 from hf_grow.training.fisher_file import open_importance
 from hf_grow.training.replay import read_record
+from hf_grow.untrusted import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,12 +56,11 @@ def _decay(checked: Checked) -> str | None:
 
 def instruct(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> bool:
     """Whether a checkpoint was trained on conversations, as far as its tokenizer and generation_config.json tell."""
-    ends = {tokenizer.eos_token_id}
-    try:
-        own = json.loads(((folder or Path("/nowhere")) / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
-        ends |= set(own if isinstance(own, list) else [own])
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
+    ends: set[Any] = {tokenizer.eos_token_id}
+    file = None if folder is None else folder / "generation_config.json"
+    if file is not None and file.is_file():
+        own = read_json(file).get("eos_token_id")
+        ends |= {i for i in (own if isinstance(own, list) else [own]) if isinstance(i, int)}
     try:
         turns = read_turns(tokenizer)
     except InputError:
