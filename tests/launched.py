@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def note_facts(target: Path) -> None:
 
     def counted(*args: Any) -> Any:
         facts["packed"] += 1
+        time.sleep(float(os.environ.get("LAUNCHED_SLOW", 0)))
         return write(*args)
 
     def noted(self: GrowTrainer) -> None:

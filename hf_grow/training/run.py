@@ -18,6 +18,7 @@ from hf_grow.errors import OutputError, SourceError
 from hf_grow.execute import versions
 from hf_grow.portable import portable_config
 from hf_grow.training import adapters, estimate
+from hf_grow.training.ahead import one_ahead
 from hf_grow.training.check import Checked, Notify, check, clear_output, resolve
 from hf_grow.training.checkpoints import last_checkpoint, write_json
 from hf_grow.training.data import build
@@ -138,7 +139,7 @@ def _prepare(checked: Checked, notify: Notify) -> _Ready:
     rows = None
     if arguments.max_steps > 0:
         rows = arguments.max_steps * estimate.tokens_a_step(arguments, 1, arguments.world_size)
-    with arguments.main_process_first(desc="the texts"):
+    with one_ahead(arguments, "the texts"):
         data = build(
             recipe.data,
             checked.tokenizer,
@@ -166,7 +167,7 @@ def _trainer(checked: Checked, ready: _Ready, notify: Notify, show: Callable[[st
     recipe, arguments, data = checked.recipe, checked.arguments, ready.data
     arch = checked.checkpoint.info.architecture
     events = EventLog(checked.out / EVENTS if arguments.should_save else None, notify)
-    with arguments.main_process_first(desc="the teachers"):
+    with one_ahead(arguments, "the teachers"):
         teach, flops, told = distiller(checked, data, notify)
     for facts in told:
         events.write("teacher", 0, **facts)
