@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ def pretend_accelerator() -> None:
     PartialState._prepare_backend = lambda self, cpu, sagemaker, backend=None: ("gloo", DistributedType.MULTI_GPU)
 
 
+def short_of_patience(seconds: float) -> None:
+    """Collectives give up after so long. With use_cpu, TrainingArguments leaves ddp_timeout out."""
+    make = torch.distributed.init_process_group
+    torch.distributed.init_process_group = lambda *args, **more: make(*args, **{**more, "timeout": timedelta(seconds=seconds)})
+
+
 def note_facts(target: Path) -> None:
     """Writes down, at every step, how this process holds its parameters, and how many texts it packed."""
     from hf_grow.training.data import packing
@@ -95,6 +102,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         pretend_accelerator()
+    if os.environ.get("LAUNCHED_PATIENCE"):
+        short_of_patience(float(os.environ["LAUNCHED_PATIENCE"]))
     note_facts(Path(f"facts-{os.environ['RANK']}.json").absolute())
     from hf_grow.cli import main
 

@@ -96,8 +96,9 @@ def test_one_process_alone_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_texts_may_take_longer_than_the_process_group_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LAUNCHED_SLOW", "25")
-    path = recipe(tmp_path, model(tmp_path), ddp_timeout=20, max_steps=2)
+    monkeypatch.setenv("LAUNCHED_SLOW", "10")
+    monkeypatch.setenv("LAUNCHED_PATIENCE", "20")
+    path = recipe(tmp_path, model(tmp_path), max_steps=2)
     facts = together("ddp", path, tmp_path / "out")
     assert [f["packed"] for f in facts] == [3, 0]
     assert (tmp_path / "out" / "config.json").is_file()
