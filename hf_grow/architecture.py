@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_grow.errors import SourceError
 from hf_grow.families import AXES, FAMILIES, MAX_LAYERS, MAX_TENSORS, PREDICATES, Config, Dim, TensorSpec
+from hf_grow.foreign import why_not
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ class Architecture:
     def __init__(self, config: Config) -> None:
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
+            why, nearest = why_not(config, FAMILIES)
             raise SourceError(
-                f"model_type {model_type!r} is not supported.",
-                hint=f"Supported families: {', '.join(FAMILIES)}.",
+                f"model_type {model_type!r} is not supported: {why}.",
+                hint=f"Nearest is {nearest}. Supported families: {', '.join(FAMILIES)}.",
             )
         if config.get("quantization_config"):
             raise SourceError(

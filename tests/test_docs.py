@@ -153,6 +153,43 @@ def test_no_page_holds_a_path_of_somebodys_machine(page: Path) -> None:
     assert not re.findall(r"localhost|127\.0\.0\.1|C:\\", text)
 
 
+def cells(row: str) -> int:
+    """How many cells a row of a table has: a pipe divides unless a backslash stands before it, in code too (GitHub Flavored Markdown, 4.10)."""
+    return len(re.findall(r"(?<!\\)\|", row.strip())) - 1
+
+
+@each_page
+def test_tables_are_whole(page: Path) -> None:
+    """Every row has as many cells as its header, and no row stands outside a table."""
+    text = re.sub(r"^```.*?^```", lambda m: "\n" * m[0].count("\n"), page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = text.splitlines()
+    width = 0
+    for number, line in enumerate(lines, 1):
+        if not line.lstrip().startswith("|"):
+            width = 0
+            continue
+        if not width:
+            width = cells(line)
+            assert re.fullmatch(r"\s*(\|\s*:?-+:?\s*)+\|\s*", lines[number] if number < len(lines) else ""), (
+                f"{page.name}:{number} has no header"
+            )
+            assert cells(lines[number]) == width, f"{page.name}:{number + 1}"
+        assert line.rstrip().endswith("|"), f"{page.name}:{number} has no end"
+        assert cells(line) == width, f"{page.name}:{number} has {cells(line)} cells, its header {width}"
+
+
+def test_a_pipe_in_code_divides_and_an_escaped_one_does_not() -> None:
+    assert cells("| a | `x|y` |") == 3
+    assert cells("| a | `x\\|y` |") == 2
+
+
+def test_the_number_of_families_is_right() -> None:
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    for page in PAGES:
+        found = re.findall(rf"\b({'|'.join(words)})(?: model)? families\b", page.read_text().lower())
+        assert set(found) <= {words[len(FAMILIES)]}, page.name
+
+
 @each_page
 def test_lines_are_as_short_as_those_of_the_code(page: Path) -> None:
     long = [n for n, line in enumerate(page.read_text().splitlines(), 1) if len(line) > 150 and not line.startswith("|")]

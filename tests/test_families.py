@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_grow.architecture import Architecture
 from hf_grow.errors import SourceError
 from hf_grow.families import FAMILIES, PREDICATES
+from hf_grow.foreign import FOREIGN
 from hf_grow.methods.sizing import block_parameters, measure, short
 from hf_grow.portable import portable_config
 
@@ -454,3 +455,30 @@ def test_window_keys_are_read_from_the_family_that_has_them():
 def test_every_predicate_is_used_by_a_family_and_known():
     used = {spec.when for family in FAMILIES.values() for spec in family.tensors}
     assert used == set(PREDICATES)
+
+
+def test_an_unknown_family_is_told_why_and_what_is_nearest() -> None:
+    cases = [
+        ({"model_type": "gemma2"}, "norms multiply by 1 + weight", "llama"),
+        ({"model_type": "gpt_neox"}, "LayerNorm", "llama"),
+        ({"model_type": "deepseek_v3"}, "latent attention", "qwen3_moe"),
+        ({"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2"}}, "save its language model alone", "qwen2"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "of its language model its norms multiply", "llama"),
+        ({"model_type": "mistral9"}, "not in the table", "mistral"),
+        ({}, "names no family", "llama"),
+        ({"model_type": "x" * 500}, "not in the table", ""),
+    ]
+    for config, why, nearest in cases:
+        with pytest.raises(SourceError) as caught:
+            Architecture(config)
+        assert why in caught.value.message
+        assert caught.value.hint.startswith(f"Nearest is {nearest}")
+
+
+def test_families_that_are_kept_out_are_transformers_own() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    assert not FOREIGN.keys() & FAMILIES.keys()
+    assert {nearest for _, nearest in FOREIGN.values()} <= FAMILIES.keys()
+    remote = {"internlm2", "baichuan", "chatglm"}  # code of their own, on the Hub
+    assert FOREIGN.keys() - CONFIG_MAPPING_NAMES.keys() == remote

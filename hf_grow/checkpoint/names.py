@@ -1,8 +1,10 @@
-"""Well-known models: what short names stand for, and what to suggest when the Hub does not know an id. Data only."""
+"""Well-known models: what short names stand for, what to suggest when the Hub does not know an id, and what is no id but a path."""
 
 from __future__ import annotations
 
 import difflib
+import os
+import re
 
 MODELS = (
     # llama
@@ -108,3 +110,17 @@ def near(ref: str, most: int = 3) -> list[str]:
         pairs = ((wanted, whole), (wanted.rpartition("/")[2], whole.rpartition("/")[2]))
         scores[model] = max(difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
     return [m for m in sorted(scores, key=lambda m: -scores[m]) if scores[m] > 0.75][:most]
+
+
+def path_because(ref: str) -> str:
+    """Why a name under which there is no file or folder was meant as a path all the same, as the end of a sentence; empty for what may be a Hub id."""
+    if not ref or ref.startswith((".", "/", "~")) or ref.count("/") > 1 or "\\" in ref:
+        return "."
+    owner, slash, name = ref.partition("/")
+    if slash and os.path.isdir(owner):
+        return f", although there is a folder {owner!r}."
+    if not name:
+        return ", and no Hub id either: those have an owner."
+    if re.search(r"(^checkpoint-\d+|\.(safetensors|bin|gguf|pth?|json|ya?ml|partial))/?$", name):
+        return ", and this is no Hub id."
+    return ""

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -185,15 +186,40 @@ def _weight_map(folder: Path, ref: str) -> dict[str, str]:
 def no_safetensors(names: list[str], ref: str) -> SourceError:
     """The right refusal for a checkpoint without model.safetensors and index, by the files it has."""
     if any(n.startswith("adapter_model") for n in names):
-        return SourceError(f"{ref} is a PEFT adapter, not a model.", hint="Merge it first: merge_and_unload(), then save_pretrained().")
+        return SourceError(f"{ref} is a PEFT adapter (LoRA), not a model.", hint=_merged(ref, "adapter_model.safetensors" in names))
     if any(n.endswith((".bin", ".pt", ".pth")) for n in names):
         return SourceError(
             f"{ref} has only pickled weights (.bin); pickles can run code and are never loaded.",
             hint="Convert it once, where you trust it: AutoModelForCausalLM.from_pretrained(ID).save_pretrained(DIR) writes safetensors.",
         )
-    if any(n.endswith(".gguf") for n in names):
-        return SourceError(f"{ref} is a GGUF checkpoint; growth needs the original safetensors.")
+    if files := sorted(n for n in names if n.endswith(".gguf")):
+        return SourceError(
+            f"{ref} is a GGUF checkpoint; growth needs safetensors, best those that it was made from.",
+            hint=f"Or dequantize it (pip install gguf): {dequantize(ref, files[0])}",
+        )
     return SourceError(f"{ref} has no {SINGLE} and no {INDEX}.")
+
+
+def _merged(ref: str, safe: bool) -> str:
+    if not safe:
+        return "Its weights are pickled. Where you trust it, load it with peft and save it again, then: hf-grow merge ADAPTER -o OUT"
+    name = Path(ref).name
+    if os.path.isdir(os.path.expanduser(ref)):
+        return f"Merge it first: {shlex.join(['hf-grow', 'merge', ref, '-o', f'{name}-merged'])}"
+    fetch = shlex.join(["hf", "download", ref, "--local-dir", name])
+    return f"Merge it first: {fetch} && {shlex.join(['hf-grow', 'merge', name, '-o', f'{name}-merged'])}"
+
+
+def dequantize(ref: str, file: str) -> str:
+    """A command that makes safetensors of a GGUF file. Its weights are plain numbers once they are loaded, but transformers takes the model for
+    quantized as long as hf_quantizer stands, and does not save it."""
+    code = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"d, f, out = {os.path.expanduser(ref)!r}, {file!r}, {Path(file).stem!r}; "
+        "m = M.from_pretrained(d, gguf_file=f, dtype='bfloat16'); m.hf_quantizer = None; "
+        "vars(m.config).pop('quantization_config', 0); m.save_pretrained(out); T.from_pretrained(d, gguf_file=f).save_pretrained(out)"
+    )
+    return f"python -c {shlex.quote(code)}" if "$" in code or '"' in code or "`" in code or "\\" in code else f'python -c "{code}"'
 
 
 def header_length(prefix: bytes, size: int, where: str) -> int:

@@ -5,6 +5,7 @@ Planning reads the config, the index and the headers of the weight files, never 
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from hf_grow.checkpoint import hub
 from hf_grow.checkpoint.hub_errors import Unreachable, cache_folder
-from hf_grow.checkpoint.names import ALIASES
+from hf_grow.checkpoint.names import ALIASES, MODELS, near, path_because
 from hf_grow.checkpoint.reader import (
     GROWTH,
     INDEX,
@@ -135,12 +136,26 @@ def _is_folder(ref: str) -> bool:
     if os.path.isdir(path):
         return True
     if os.path.isfile(path):
+        if ref.endswith(".gguf"):
+            raise no_safetensors([os.path.basename(path)], os.path.dirname(path) or ".")
         raise SourceError(f"{ref} is a file.", hint=f"Give the folder of the whole checkpoint, as in {os.path.dirname(ref) or '.'}.")
     if "://" in ref:
         raise SourceError(f"{ref} is an address.", hint="Give the id of the Hub repository alone: OWNER/NAME.")
-    if not ref or ref.startswith((".", "/", "~")) or ref.count("/") > 1 or "\\" in ref:
-        raise SourceError(f"There is no folder {ref!r}.", hint="Check the path; a Hub id reads OWNER/NAME.")
+    why = "" if ref.lower() in ALIASES or ref in MODELS else path_because(ref)
+    if why:
+        raise SourceError(f"There is no folder {ref!r}{why}", hint=_meant(path))
     return False
+
+
+def _meant(path: str) -> str:
+    """What there is instead of a folder that was not found: beside it, or on the Hub."""
+    parent, name = os.path.split(path.rstrip("/"))
+    try:
+        there = sorted(e.name for e in os.scandir(parent or ".") if e.is_dir() and not e.name.startswith("."))
+    except OSError:
+        there = []
+    found = [os.path.join(parent, n) for n in difflib.get_close_matches(name, there, 1, 0.75)] + near(path.strip("/"), 1)
+    return f"Did you mean {' or '.join(found)}?" if found else "Check the path; a Hub id reads OWNER/NAME."
 
 
 def _headers(remote: hub.Remote) -> Checkpoint:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint import hub
+from hf_grow.checkpoint.names import path_because
 from hf_grow.errors import GrowError, InputError, SourceError
 from hf_grow.training.data.options import TextOptions
 from hf_grow.training.data.readers import FORMATS, choose_field, format_of, read_documents
@@ -81,9 +82,9 @@ def readable(label: str) -> Iterator[None]:
 
 
 def _is_local(path: str) -> bool:
-    if Path(path).expanduser().exists() or glob.has_magic(path) or path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path:
+    if Path(path).expanduser().exists() or glob.has_magic(path) or format_of(Path(path)) is not None:
         return True
-    return format_of(Path(path)) is not None
+    return bool(path_because(path)) and ("/" in path or path.startswith((".", "~", "\\")))  # old data sets on the Hub have no owner
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------------
