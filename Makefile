@@ -5,8 +5,10 @@ VENV ?= .venv
 COMPAT ?= .venv-compat
 BIN := $(VENV)/bin
 TORCH := 2.13.0
+# Several test processes, one a processor (psutil counts them), but not so many that memory runs out.
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow test-compat check format bench bench-width bench-experts bench-7b bench-forgetting clean help
+.PHONY: demo test test-portable test-slow test-compat check format bench bench-width bench-experts bench-7b bench-forgetting clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -38,7 +40,10 @@ demo: $(VENV)/.installed  ## train a small model, grow it, go on training (about
 	$(BIN)/hf-grow demo
 
 test: $(VENV)/.installed  ## the tests (some minutes, no GPU, no network)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
+
+test-portable: $(VENV)/.installed  ## the tests as on other processors, with one and two threads, in random order; goes on where it was interrupted
+	$(BIN)/python tests/portable.py
 
 $(VENV)/.eval: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[eval]'
@@ -78,4 +83,4 @@ bench-forgetting: $(VENV)/.installed  ## what continued pretraining forgets, and
 	$(BIN)/python benchmarks/forgetting.py --seeds 3
 
 clean:  ## remove the virtual environment and everything made
-	rm -rf $(VENV) $(COMPAT) build/compat demo-out benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(COMPAT) build/compat build/portable demo-out benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis
