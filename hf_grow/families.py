@@ -121,6 +121,18 @@ _SHARED_EXPERT = {
     _BLOCK + "mlp.shared_expert.down_proj.weight": "out:hidden in:shared_inter",
     _BLOCK + "mlp.shared_expert_gate.weight": "out:one in:hidden",
 }
+_FUSED_QWEN_EXPERTS = {
+    _BLOCK + "mlp.experts.gate_up_proj": (_BLOCK + "mlp.experts.{expert}.gate_proj.weight", _BLOCK + "mlp.experts.{expert}.up_proj.weight"),
+    _BLOCK + "mlp.experts.down_proj": (_BLOCK + "mlp.experts.{expert}.down_proj.weight",),
+}
+_FUSED_MIXTRAL_EXPERTS = {
+    _BLOCK + "mlp.gate.weight": (_BLOCK + "block_sparse_moe.gate.weight",),
+    _BLOCK + "mlp.experts.gate_up_proj": (
+        _BLOCK + "block_sparse_moe.experts.{expert}.w1.weight",
+        _BLOCK + "block_sparse_moe.experts.{expert}.w3.weight",
+    ),
+    _BLOCK + "mlp.experts.down_proj": (_BLOCK + "block_sparse_moe.experts.{expert}.w2.weight",),
+}
 
 
 @dataclass(frozen=True)
@@ -134,6 +146,9 @@ class Family:
     """Config keys that hold an axis, where they differ from `_SIZE_KEYS`."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other spelling of a config key -> the key used here; both are written, for readers old and new."""
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the layout that transformers 5 has in memory, which some programs also store -> the rows of the table that lie in such a tensor:
+    [experts, parts * rows, columns], for each expert its parts in this order; a single row without {expert} is merely named otherwise."""
     heads_divide_hidden: bool = False
     """The config class refuses hidden_size % num_attention_heads != 0, even with an explicit head_dim."""
 
@@ -177,6 +192,7 @@ FAMILIES: dict[str, Family] = {
             _EMBEDDING + _NORMS + _ATTENTION + _rows("sparse", _MIXTRAL_EXPERTS) + _HEAD,
             {**_DENSE, "rope_theta": 1e6, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2},
             sizes={"expert_inter": "intermediate_size"},
+            fused=_FUSED_MIXTRAL_EXPERTS,
         ),
         Family(
             "qwen2",
@@ -194,6 +210,7 @@ FAMILIES: dict[str, Family] = {
              "shared_expert_intermediate_size": 5632, "max_window_layers": 28, "use_sliding_window": False, "sliding_window": 4096,
              "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
             sizes={"experts": "num_experts"},
+            fused=_FUSED_QWEN_EXPERTS,
         ),
         Family(
             "qwen3",
@@ -211,6 +228,7 @@ FAMILIES: dict[str, Family] = {
              "num_local_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False, "decoder_sparse_step": 1,
              "mlp_only_layers": []},
             aliases={"num_experts": "num_local_experts"},
+            fused=_FUSED_QWEN_EXPERTS,
         ),
     )
 }  # fmt: skip

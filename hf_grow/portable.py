@@ -1,4 +1,4 @@
-"""config.json in every spelling that its readers want."""
+"""config.json and tokenizer_config.json in every spelling that their readers want."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ def portable_config(config: Config) -> dict[str, Any]:
         out["dtype"] = out["torch_dtype"] = dtype
     out.pop("rope_scaling", None)
     return {**out, **_rope(arch)}
+
+
+def portable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json as transformers 4.x reads it as well.
+
+    transformers 5 names the class of a tokenizer.json TokenizersBackend, which 4.x does not know; its name there, PreTrainedTokenizerFast, is one
+    that both know. A list under extra_special_tokens, an error in 4.x, is additional_special_tokens there, and 5.x reads that key too.
+    """
+    out = dict(config)
+    if out.get("tokenizer_class") == "TokenizersBackend":
+        out["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(out.get("extra_special_tokens"), list):
+        out.setdefault("additional_special_tokens", out.pop("extra_special_tokens"))
+    return out
 
 
 def _rope(arch: Architecture) -> dict[str, Any]:

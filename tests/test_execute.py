@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,35 @@ def test_companions_come_along_and_weights_of_others_do_not(mistral: Path, tmp_p
         "LICENSE",
         "modeling_own.py",
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        (
+            {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"},
+            {"tokenizer_class": "PreTrainedTokenizerFast", "backend": "tokenizers"},
+        ),
+        ({"extra_special_tokens": ["<a>"]}, {"additional_special_tokens": ["<a>"]}),
+        ({"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": {"image_token": "<i>"}}, None),
+    ],
+)
+def test_a_tokenizer_of_transformers_5_comes_along_as_transformers_4_reads_it(
+    mistral: Path, tmp_path: Path, given: dict[str, Any], written: dict[str, Any] | None
+) -> None:
+    source = shutil.copytree(mistral, tmp_path / "source")
+    text = json.dumps(given, indent=3)  # not how it is written anew
+    (source / "tokenizer_config.json").write_text(text)
+    api.grow(source, tmp_path / "out")
+    found = (tmp_path / "out" / "tokenizer_config.json").read_text()
+    assert found == text if written is None else json.loads(found) == written
+
+
+def test_a_tokenizer_config_that_is_no_json_comes_along_as_it_is(mistral: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(mistral, tmp_path / "source")
+    (source / "tokenizer_config.json").write_text("{")
+    api.grow(source, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{"
 
 
 def test_provenance_says_what_was_made_of_what(mistral: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ FLOORS = [
      "methods.more_experts", "methods.experts", "methods.hybrid",
      "methods", "methods.pipeline"],
     ["planning"],
-    ["checkpoint.record", "checkpoint.names", "checkpoint.hub_errors", "checkpoint.ranges", "checkpoint.reader", "checkpoint.heads", "checkpoint.hub", "checkpoint.source", "checkpoint.several", "checkpoint.transfer", "checkpoint.writer", "checkpoint.exchange", "checkpoint.partial", "checkpoint.sink", "checkpoint.spool",
+    ["checkpoint.record", "checkpoint.names", "checkpoint.hub_errors", "checkpoint.ranges", "checkpoint.header", "checkpoint.fused", "checkpoint.reader", "checkpoint.heads", "checkpoint.hub", "checkpoint.source", "checkpoint.several", "checkpoint.transfer", "checkpoint.writer", "checkpoint.exchange", "checkpoint.partial", "checkpoint.sink", "checkpoint.spool",
      "checkpoint"],
     ["noise", "evaluate", "layerwise", "prompted", "in_memory", "besides", "execute"],
     ["verification", "publish", "training"],

@@ -18,7 +18,8 @@ from models import CASES, Case, make, save
 from safetensors import SafetensorError, deserialize, safe_open
 
 from hf_grow.architecture import Architecture
-from hf_grow.checkpoint.reader import INDEX, SINGLE, Checkpoint, open_folder, read_header
+from hf_grow.checkpoint.header import read_header
+from hf_grow.checkpoint.reader import INDEX, SINGLE, Checkpoint, open_folder
 from hf_grow.errors import SourceError
 from hf_grow.planning import DTYPE_BYTES, check_source
 
@@ -177,7 +178,7 @@ def test_a_single_file_goes_before_an_index_as_in_transformers(folder):
 
 def test_a_stored_head_of_a_tied_checkpoint_is_known_to_be_extra(folder):
     change(folder / "config.json", lambda c: {**c, "tie_word_embeddings": True})
-    assert check_source(open_folder(folder).info) == {"lm_head.weight": "tied to the embedding (tie_word_embeddings)"}
+    assert check_source(open_folder(folder).info) == {"lm_head.weight": "equal to the embedding, to which it is tied"}
 
 
 def test_rotary_buffers_of_old_converters_are_known_to_be_extra(folder):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from hf_grow.checkpoint import partial
+from hf_grow.checkpoint.header import read_header
 from hf_grow.checkpoint.partial import JOURNAL, PartialFolder
-from hf_grow.checkpoint.reader import read_header
 from hf_grow.checkpoint.writer import check_room, index_of, layout
 from hf_grow.errors import OutputError
 from hf_grow.planning import TensorInfo

@@ -22,7 +22,7 @@ from typing import Any
 
 from hf_grow.checkpoint.exchange import exchange, is_plain, lock, naming, odd_files, sync, sync_files, unlock
 from hf_grow.checkpoint.reader import GROWTH, INDEX
-from hf_grow.checkpoint.source import CONFIG, is_companion
+from hf_grow.checkpoint.source import CONFIG, companion_bytes, is_companion
 from hf_grow.checkpoint.writer import Shard
 from hf_grow.errors import OutputError, SourceError
 from hf_grow.untrusted import read_bytes, reason, to_json
@@ -32,7 +32,6 @@ SPOOL = ".source"
 """Folder of source tensors that are here for a while."""
 _SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 _TRAINER = ("optimizer.*", "scheduler.pt", "scaler.pt", "trainer_state.json", "rng_state*.pth")  # grown along with a model
-MAX_COMPANION = 1 << 30
 
 
 class PartialFolder:
@@ -169,10 +168,10 @@ class PartialFolder:
         self.write_file(name, to_json(data).encode())
 
     def copy_in(self, folder: Path, relative: Path) -> None:
-        """Copies a small file from another folder; its mode follows the umask."""
+        """Copies a file that comes along from another folder; its mode follows the umask."""
         if relative.parent.name:
             (self.path / relative).parent.mkdir(exist_ok=True)
-        self.write_file(relative.as_posix(), read_bytes(folder / relative, most=MAX_COMPANION))
+        self.write_file(relative.as_posix(), companion_bytes(folder / relative))
 
     def tidy(self, keep: set[str]) -> None:
         """Removes what is neither the journal nor in `keep`, by name in the folder itself."""

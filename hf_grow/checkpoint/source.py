@@ -14,6 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from hf_grow.checkpoint import hub
+from hf_grow.checkpoint.fused import unfused
+from hf_grow.checkpoint.header import Stored
 from hf_grow.checkpoint.hub_errors import Unreachable, cache_folder
 from hf_grow.checkpoint.names import ALIASES, MODELS, near, path_because
 from hf_grow.checkpoint.reader import (
@@ -21,7 +23,6 @@ from hf_grow.checkpoint.reader import (
     INDEX,
     SINGLE,
     Checkpoint,
-    Stored,
     check_index,
     merge,
     no_safetensors,
@@ -29,9 +30,12 @@ from hf_grow.checkpoint.reader import (
     parse_index,
 )
 from hf_grow.errors import InputError, SourceError
-from hf_grow.untrusted import read_json
+from hf_grow.portable import portable_tokenizer_config
+from hf_grow.untrusted import read_bytes, read_json, to_json
 
 CONFIG = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+MAX_COMPANION = 1 << 30
 
 COMPANIONS = (
     "tokenizer.json",
@@ -121,6 +125,19 @@ def companions(folder: Path) -> list[Path]:
     return sorted(p for p in candidates if is_companion(p.as_posix()) and (folder / p).is_file() and is_inside(folder, folder / p))
 
 
+def companion_bytes(path: Path) -> bytes:
+    """A companion file as it comes along: byte for byte, but for a tokenizer_config.json that older readers could not use."""
+    data = read_bytes(path, most=MAX_COMPANION)
+    if path.name != TOKENIZER_CONFIG:
+        return data
+    try:
+        config = read_json(path)
+    except SourceError:  # no reader can use it, and growth does not need it
+        return data
+    portable = portable_tokenizer_config(config)
+    return data if portable == config else to_json(portable).encode()
+
+
 def is_inside(folder: Path, path: Path) -> bool:
     if path.resolve().is_relative_to(folder.resolve()):
         return True
@@ -182,7 +199,7 @@ def _headers(remote: hub.Remote) -> Checkpoint:
             files[file] = _identity(size, remote.sha256.get(file))
     check_index(tensors, weight_map, ref)
     growth = read_json(hub.fetch_json(remote, GROWTH), "") if GROWTH in names else None
-    return Checkpoint(ref, remote.commit, config, tensors, files, None, growth)
+    return Checkpoint(ref, remote.commit, config, unfused(config, tensors, ref), files, None, growth)
 
 
 def _download(remote: hub.Remote, checkpoint: Checkpoint, notify: Callable[[str], None]) -> Checkpoint:

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import xxhash
 
+from hf_grow.checkpoint.header import Stored
 from hf_grow.checkpoint.hub_errors import Unreachable
 from hf_grow.checkpoint.partial import SPOOL
 from hf_grow.checkpoint.ranges import fetch_range
-from hf_grow.checkpoint.reader import Checkpoint, Stored
+from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.transfer import Stop, write_all
 from hf_grow.checkpoint.writer import DEFAULT_SOURCE_CACHE
 from hf_grow.errors import ExecutionError

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from hf_grow.checkpoint.reader import read_file_header
+from hf_grow.checkpoint.header import read_file_header
 from hf_grow.errors import InputError, SourceError
 from hf_grow.recipe import Options, parse
 from hf_grow.untrusted import read_json

@@ -6,14 +6,13 @@ appears there at the end, so that a folder with config.json is a finished one.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.checkpoint.source import companions
+from hf_grow.checkpoint.source import TOKENIZER_CONFIG, companion_bytes, companions
 from hf_grow.errors import OutputError, SourceError
 from hf_grow.execute import versions
 from hf_grow.portable import portable_config
@@ -240,14 +239,15 @@ def _same_run(checked: Checked, notify: Notify) -> None:
 
 
 def _companions(checked: Checked, folder: Path) -> None:
-    """Tokenizer, generation config and licence, byte for byte as they are; only another tokenizer than the model's own is written anew."""
+    """Tokenizer, generation config and licence, as they come along; only another tokenizer than the model's own is written anew."""
     source = checked.checkpoint.folder
     if source is not None:
         for relative in companions(source):
             (folder / relative).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / relative, folder / relative)
+            (folder / relative).write_bytes(companion_bytes(source / relative))
     if source is None or checked.recipe.tokenizer is not None:
         checked.tokenizer.save_pretrained(folder)
+        (folder / TOKENIZER_CONFIG).write_bytes(companion_bytes(folder / TOKENIZER_CONFIG))
 
 
 def _tokens(checked: Checked, steps: int) -> int:

@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.architecture import Architecture
-from hf_grow.checkpoint.reader import Checkpoint, Stored
+from hf_grow.checkpoint.header import Stored
+from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.record import recorded_files, told, total, trainings
 from hf_grow.checkpoint.transfer import pieces
 from hf_grow.errors import GrowError, SourceError

@@ -2,18 +2,21 @@
 
     python tests/compat/write.py FOLDER
 
-FOLDER/CASE/GROWTH is a grown checkpoint in bf16; FOLDER/logits.safetensors holds the tokens, and the fp32 logits under CASE/GROWTH.
+FOLDER/CASE/GROWTH is a grown checkpoint in bf16; FOLDER/logits.safetensors holds the tokens, and the fp32 logits under CASE/GROWTH;
+FOLDER/tokenizer.json a text, and what the tokenizer that transformers 5 saved beside the source of TOKENIZED makes of it.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -36,6 +39,9 @@ SCALED = [
                                                              "original_max_position_embeddings": 32}}),
 ]  # fmt: skip
 """Long contexts, as Llama 2 and Qwen publish them; llama3 is in CASES."""
+
+TOKENIZED = "llama"
+TEXT = "a grown model <mark> reads b"
 
 Steps = list[tuple[str, dict[str, Any]]]
 
@@ -74,6 +80,8 @@ def write(case: Case, folder: Path) -> dict[str, torch.Tensor]:
     changes = {} if "rope_parameters" in case.options else ROTARY
     model = make(case, dtype=torch.bfloat16, **changes)
     first = save(model, folder / "sources" / case.name)
+    if case.name == TOKENIZED:
+        (folder / "tokenizer.json").write_text(json.dumps({"text": TEXT, "ids": save_tokenizer(first)}))
     found = {"tokens": tokens(model, LENGTH)}
     for label, steps in growths(Architecture(case.config)).items():
         source = first
@@ -86,6 +94,18 @@ def write(case: Case, folder: Path) -> dict[str, torch.Tensor]:
         )
         found[f"{case.name}/{label}"] = logits(grown.eval(), found["tokens"])
     return found
+
+
+def save_tokenizer(folder: Path) -> list[int]:
+    """A tokenizer with a special token of its own, saved by transformers 5; the ids of TEXT."""
+    plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "<s>", "a", "b", "grown", "model", "reads"])}, "<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, unk_token="<unk>", bos_token="<s>", extra_special_tokens=["<mark>"], add_bos_token=False
+    )
+    tokenizer.save_pretrained(folder)
+    ids: list[int] = tokenizer(TEXT)["input_ids"]
+    return ids
 
 
 def main() -> None:
