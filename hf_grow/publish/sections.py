@@ -303,6 +303,11 @@ def _limits(plan: GrowthPlan, since: list[Stage]) -> Iterator[str]:
     else:
         limits.append("It was not trained after it was grown. Its output is worse than the source's until it is; do not deploy it.")
         limits.append("What the source was tuned or aligned to do may be lost. Evaluate it anew after training.")
+    if plan.architecture.is_moe:
+        limits.append(
+            "transformers 5 holds the experts of a layer as fused tensors, not as linear layers: bitsandbytes and torchao leave them unquantized, "
+            "and mergekit stores them fused when it merges this model."
+        )
     limits.append("Nothing here says that growing beats training a model of this size from scratch: that depends on data and budget.")
     limits.append("Limits and intended uses of the source, as on its own card, hold for this model too.")
     yield "\n".join(f"- {x}" for x in limits)
