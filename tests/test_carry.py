@@ -145,11 +145,13 @@ def test_keep_and_zero_leaves_repeated_layers_without_old_moments(tmp_path: Path
     assert not new.get("model.layers.5.mlp.up_proj.weight", torch.zeros(1)).any()
 
 
-def test_reset_writes_the_schedule_and_no_optimizer(tmp_path: Path) -> None:
+def test_reset_writes_the_schedule_and_no_moments(tmp_path: Path) -> None:
     model, _ = trained(BY_NAME["llama"], tmp_path)
     (tmp_path / "out").mkdir()
     carry(tmp_path, tmp_path / "out", api.plan(model, "stack"), "reset")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"trainer_state.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"trainer_state.json", "optimizer.pt"}
+    saved = torch.load(tmp_path / "out" / "optimizer.pt", weights_only=True)
+    assert saved["state"] == {} and [g["weight_decay"] for g in saved["param_groups"]] == [0.1, 0.0]
 
 
 @pytest.mark.parametrize("policy", ["map", "keep-and-zero"])

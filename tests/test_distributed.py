@@ -346,3 +346,32 @@ def test_the_estimate_of_fsdp2_is_near_what_torch_tracks(layers: int, length: in
     shared = 8 * sum(math.prod(e.shape) for e in arch.tensors.values()) // 8  # weights and gradients in fp32, an eighth of each
     found = shared + estimate.activations(arch, 1, length, 2, checkpointing=True) + estimate.gathered(arch, Launch(8, "fsdp2"), 2, 0)
     assert 1.0 < found / float(done.stdout.split()[-1]) < 1.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "policy"), [("llama", "map"), ("llama-tied", "map"), ("llama", "reset")])
+def test_a_run_under_fsdp2_is_grown_and_goes_on(case: str, policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """optimizer.bin, by name, grows as optimizer.pt does; either goes on under FSDP2 and in one process, to the same weights."""
+    old = tmp_path / "source"
+    made = make(BY_NAME[case], num_hidden_layers=2).double()
+    made.config.dtype = torch.float64
+    made.save_pretrained(old)
+    tokenizer().save_pretrained(old)
+    settings = {"max_steps": 6, "save_steps": 3, "lr_scheduler_type": "linear", "warmup_steps": 2, "learning_rate": 1e-3}
+    run(capsys, "train", recipe(tmp_path, old, **settings), "-o", tmp_path / "one")
+    together("fsdp2", recipe(tmp_path, old, **settings), tmp_path / "two")
+    assert (tmp_path / "two" / "checkpoint-3" / "optimizer.bin").is_file()
+    done = []
+    for name in ("one", "two"):
+        checkpoint, grown = tmp_path / name / "checkpoint-3", tmp_path / f"{name}-grown"
+        run(capsys, "depth", checkpoint, "--method", "identity", "--layers-to", 4, "--with-optimizer", checkpoint,
+            "--optimizer-policy", policy, "-o", grown)  # fmt: skip
+        path = recipe(tmp_path, grown, resume_from_checkpoint=str(grown), **settings)
+        done += [tmp_path / f"{name}-alone", tmp_path / f"{name}-together"]
+        run(capsys, "train", path, "-o", done[-2])
+        together("fsdp2", path, done[-1])
+    for out in done:
+        assert logged(out) == pytest.approx(logged(done[0]), rel=1e-6) and logged(out).keys() == {4, 5, 6}
+        found = [load_file(o / "model.safetensors") for o in (done[0], out)]
+        for name, tensor in found[0].items():
+            torch.testing.assert_close(found[1][name], tensor, rtol=0, atol=1e-9)

@@ -68,9 +68,9 @@ class OutputOptions(PublishOptions):
     source_cache: Annotated[Bytes, Field(ge=0)] = DEFAULT_SOURCE_CACHE
     """With --stream-source, disk for tensors that are needed again later; others are fetched again. Default: 2GB."""
     with_optimizer: str | None = None
-    """Folder of a Trainer checkpoint (with optimizer.pt) of the source: its optimizer state grows along, and training resumes from the result."""
+    """Folder of a Trainer checkpoint (with optimizer.pt or optimizer.bin) of the source: its optimizer state grows along, and training resumes from the result."""
     optimizer_policy: Literal["map", "keep-and-zero", "reset"] = "map"
-    """What new entries start with: the mapped state (map), zero (keep-and-zero), or nothing at all for any parameter (reset)."""
+    """What new entries start with: the mapped state (map), zero (keep-and-zero), or no moments for any parameter (reset)."""
     exact_steps: bool = False
     """Write optimizer groups with which AdamW repeats the small model's steps exactly; for an optimizer made from hf_grow.training.trajectory.groups."""
 
@@ -183,7 +183,7 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
     if output.stream_source:
         checkpoint, spool = streamed(plan, checkpoint, output.shard_size, output.source_cache, quiet=as_json)
     if output.with_optimizer:
-        check_trainer_checkpoint(Path(output.with_optimizer))
+        check_trainer_checkpoint(Path(output.with_optimizer), output.optimizer_policy)
         warn_unsettled(Path(output.with_optimizer), render.note)
     if output.dry_run:
         here = local_bytes(layout(plan.targets, output.shard_size), StreamSink.window if output.stream_push else None)

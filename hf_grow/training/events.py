@@ -19,6 +19,7 @@ TOLD = 10
 EVENTS: dict[str, dict[str, str]] = {
     "start": {"model": "checkpoint that is trained", "steps": "optimizer steps to do", "grown_at": "step of the last growth"},
     "resume": {"checkpoint": "where it goes on from", "steps": "optimizer steps to do", "grown_at": "step of the last growth"},
+    "settings": {"checkpoint": "what training goes on from", "...": "argument -> [its value, whether it is the recipe's or the checkpoint's]"},
     "log": {"loss": "training loss since the last log line", "...": "whatever else Trainer and hf-grow log"},
     "evaluation": {"losses": "loss of each named set, nats a token", "forgetting": "old-domain loss minus its start (where there is an old set)",
                    "kl": "KL(source || model), nats a token (where it is asked for)"},
@@ -67,6 +68,9 @@ def spoken(event: str, facts: Mapping[str, Any]) -> str:
         return f"{facts.get('of', facts['signal'])} {facts['value']:.4g} is unstable"
     if event == "reaction" and facts["action"] != "none":
         return f"{facts['action']}, learning rates x {facts['lr_factor']:g}"
+    if event == "settings":
+        told = [f"{k} {v[0]:g} is the {v[1]}'s" for k, v in facts.items() if k != "checkpoint"]
+        return f"{', '.join(told)}; the rest of {facts['checkpoint']}, the shape of the schedule from the recipe"
     if event == "transition_shock":
         return f"loss {facts['loss']:.4g}, before the growth {facts['before']:.4g}"
     return ""

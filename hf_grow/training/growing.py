@@ -37,6 +37,8 @@ class Growing:
     """The named set that forgetting is measured on."""
     flops_per_token: float | None = None
     """Forward and backward; None leaves it to Trainer, which counts every expert."""
+    given: frozenset[str] = frozenset()
+    """Arguments of the optimizer that hold whatever a checkpoint says: those that a recipe names."""
     record: Callable[[int], Mapping[str, Any] | None] = lambda step: None
     """growth.json of a model saved after so many steps, or None where there is none."""
     kl: Callable[[Any], float] | None = None

@@ -19,6 +19,7 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         t = self.trainer
+        state.compute_steps(args, state.max_steps)  # a checkpoint's intervals are those of the run that wrote it
         if t.growing.blend is not None:
             t.growing.blend.set(t.growing.warmup.alpha(t.since))
         if t.growing.penalty is not None:

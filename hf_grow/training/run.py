@@ -175,6 +175,7 @@ def _trainer(checked: Checked, ready: _Ready, notify: Notify, show: Callable[[st
         distiller=teach, monitor=Monitor(recipe.monitor), events=events, old_set=recipe.old_set if recipe.old_set in data.evals else None,
         flops_per_token=estimate.flops_per_token(arch, flops), save_extra=lambda folder: _companions(checked, folder),
         trains=[*recipe.train, *(f"but {p}" for p in recipe.freeze)], start_facts={"model": checked.checkpoint.ref},
+        given=frozenset(checked.read.arguments),
     )  # fmt: skip
     if arch.is_moe and recipe.moe.aux_loss:
         given = recipe.moe.aux_coefficient

@@ -10,8 +10,13 @@ from transformers import Trainer
 from hf_grow.checkpoint.reader import GROWTH
 from hf_grow.training.checkpoints import PENALTY, write_json
 from hf_grow.training.growing import Growing
+from hf_grow.training.optimizer_files import take_up
 from hf_grow.training.settled import STATE
+from hf_grow.training.weights import check_weights, load_weights
 from hf_grow.untrusted import read_json
+
+FSDP_WEIGHTS = "pytorch_model_fsdp.bin"
+"""accelerate's name for the whole weights beside an FSDP run's checkpoint."""
 
 
 class Saving(Trainer):  # type: ignore[misc]
@@ -61,27 +66,52 @@ class Saving(Trainer):  # type: ignore[misc]
         return {"grown_at": g.grown_at, "consolidate_until": g.grown_at + g.after.consolidate_steps, "consolidation_left": left,
                 "start_losses": g.start_losses, "monitor": g.monitor.state()}  # fmt: skip
 
+    # ---- taken up again ---------------------------------------------------------------------------------------------------------------
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.growing.load_extra(Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        if self._by_trainer(folder):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(model or self.model, folder)
+        self.growing.load_extra(folder)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.growing.load_extra(Path(self.state.best_model_checkpoint))
+        folder = Path(self.state.best_model_checkpoint)
+        if self._by_trainer(folder):
+            super()._load_best_model()
+        else:
+            load_weights(self.model, folder)
+        self.growing.load_extra(folder)
+
+    def _by_trainer(self, folder: Path) -> bool:
+        """Whether Trainer loads the weights of a checkpoint: DeepSpeed's, an adapter's, FSDP's own. Raises InputError for those of another model."""
+        if self.is_deepspeed_enabled:
+            return True
+        adapter = hasattr(self.model, "peft_config")
+        if adapter:
+            check_weights(self.model, folder)
+        return adapter or (self.is_fsdp_enabled and (folder / FSDP_WEIGHTS).is_file())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = Path(checkpoint) / STATE
+        folder, g = Path(checkpoint), self.growing
+        if self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            told = take_up(folder, self.model, self.optimizer, self.lr_scheduler, g.given)
+            if told:
+                g.events.write("settings", int(self.state.global_step), checkpoint=checkpoint, **{k: list(v) for k, v in told.items()})
+        path = folder / STATE
         if path.is_file():
             state = read_json(path)
-            self.growing.grown_at, self.growing.start_losses = state["grown_at"], state["start_losses"]
-            self.growing.monitor.load(state["monitor"])
+            g.grown_at, g.start_losses = state["grown_at"], state["start_losses"]
+            g.monitor.load(state["monitor"])
         else:  # a checkpoint that was grown, or of a plain Trainer: the growth is now, and its loss was
-            self.growing.grown_at = int(self.state.global_step)
+            g.grown_at = int(self.state.global_step)
             earlier = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-            self.growing.monitor.before = earlier[-1] if earlier else None
+            g.monitor.before = earlier[-1] if earlier else None
 
     def load_penalty(self, checkpoint: Path) -> None:
         import torch
