@@ -93,7 +93,7 @@ def test_a_run_trains_and_leaves_a_plain_model(tmp_path: Path, capsys: pytest.Ca
     out = tmp_path / "out"
     assert found["steps"] == 12
     assert found["tokens"] == 12 * 2 * 16
-    assert found["forgetting"] == pytest.approx(found["end"]["old"] - found["start"]["old"])
+    assert found["forgetting"] == pytest.approx(found["end"]["old"] - found["source"]["old"])
     trained, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(loading[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(model).get_vocab()
@@ -104,7 +104,7 @@ def test_a_run_trains_and_leaves_a_plain_model(tmp_path: Path, capsys: pytest.Ca
     assert all(not torch.equal(p, before[n]) for n, p in trained.named_parameters())
     assert not list(out.rglob("*.bin")), "no pickle of TrainingArguments"
     record = json.loads((out / "growth.json").read_text())
-    assert record["training"]["losses"] == {"start": found["start"], "end": found["end"]}
+    assert record["training"]["losses"] == {k: found[k] for k in ("start", "end", "source")}
     assert record["training"]["recipe"]["max_steps"] == 12
     assert "files" not in record["target"]
     assert json.loads((model / "growth.json").read_text())["target"]["config"] == record["target"]["config"]

@@ -211,8 +211,11 @@ def _show_plan(facts: dict[str, Any]) -> None:
 def _show_result(result: TrainResult) -> None:
     out = render.console
     for name, loss in result.end.items():
-        start = result.start.get(name)
-        out.print(f"{name:<12} loss {loss:.4f}" + ("" if start is None else f" ({loss - start:+.4f} since the start)"), markup=False)
+        start, source = result.start.get(name), result.source.get(name)
+        beside = "" if source is None else f"; {loss - source:+.4f} over the source"
+        out.print(
+            f"{name:<12} loss {loss:.4f}" + ("" if start is None else f" ({loss - start:+.4f} since the start{beside})"), markup=False
+        )
     why = f", ended by {result.stopped}" if result.stopped else ""
     out.print(
         f"trained      {result.output}: {result.steps:,} steps, {short(result.tokens)} tokens, {result.flops:.3g} FLOPs, {result.seconds:.0f} s{why}",

@@ -30,7 +30,7 @@ def body(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name:
     parts = [f"# {plain(name.rsplit('/', 1)[-1], 100)}", *_head(plan, record, heritage, name, since)]
     parts += ["## What was done", *_done(plan, record, picture)]
     if since:
-        parts += ["## Training after it was grown", *section(since)]
+        parts += ["## Training after it was grown", *section(since, lossless=plan.guarantee.lossless)]
     parts += ["## Guarantee and verification", *_verified(plan, record, since)]
     evaluated = measured.tasks_table(record.get("verification"), _called(since))
     if evaluated:
@@ -56,7 +56,7 @@ def _head(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name
     because = plain(plan.guarantee.because)
     if since:
         began = "It began as the same function as its source" if plan.guarantee.lossless else "Growing changed the function of the source"
-        yield f"> {headline(since)} {began}: {because}. {measured.beside_source(verification)} Evaluate it for what you want of it before you use it."
+        yield f"> {headline(since, lossless=plan.guarantee.lossless)} {began}: {because}. {measured.beside_source(verification)} Evaluate it for what you want of it before you use it."
     elif plan.guarantee.lossless:
         yield (
             "> **A start for training.** As it stands, this model computes the same function as its source, at a higher cost; "

@@ -31,10 +31,14 @@ class Loss:
     name: str
     start: float | None
     end: float | None
+    source: float | None = None
+    """Of what was grown, where the training measured it."""
 
     @property
     def rise(self) -> float | None:
-        return None if self.start is None or self.end is None else self.end - self.start
+        """Over the source, else over the start."""
+        before = self.start if self.source is None else self.source
+        return None if before is None or self.end is None else self.end - before
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,9 @@ class Stage:
 
     @property
     def losses(self) -> list[Loss]:
-        start, end = (_mapping(_mapping(self.facts, "losses"), k) for k in ("start", "end"))
+        start, end, source = (_mapping(_mapping(self.facts, "losses"), k) for k in ("start", "end", "source"))
         names = list(dict.fromkeys([*start, *end]))[:MOST_LISTED]
-        found = [Loss(n, number(start.get(n)), number(end.get(n))) for n in names]
+        found = [Loss(n, number(start.get(n)), number(end.get(n)), number(source.get(n))) for n in names]
         return [x for x in found if x.start is not None or x.end is not None]
 
     @property
@@ -85,8 +89,8 @@ def _mapping(facts: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def headline(found: Sequence[Stage]) -> str:
-    """'Trained after it was grown: 384 tokens in 12 steps.' and the losses of the last training."""
+def headline(found: Sequence[Stage], *, lossless: bool) -> str:
+    """'Trained after it was grown: 384 tokens in 12 steps.' and the losses of the last training. `lossless`: the growth."""
     sums = total(tuple(s.facts for s in found))
     if not sums["steps"]:
         return "**An adapter was merged into it after it was grown.** What that taught it is not recorded."
@@ -97,19 +101,37 @@ def headline(found: Sequence[Stage]) -> str:
     moved = [x for x in last.losses if x.rise is not None]
     if not moved:
         return f"{parts[0]} No loss was measured meanwhile, so nothing here tells what it learned and what it forgot."
-    told = ", ".join(f"{x.start:.4g} to {x.end:.4g} on {code(x.name, 40)}" for x in moved)
+    told = ", ".join(_told(x) for x in moved)
     parts.append(f"Loss in nats a token{' in the last of them' if several else ''}: {told}.")
     if last.old is not None:
-        rise = last.old.rise or 0.0
-        parts.append(
-            f"So it forgot {rise:.3g} nats a token of old text." if rise > 0 else "On the old text it was measured on it forgot nothing."
-        )
+        parts.append(_forgot(last.old, lossless))
     else:
         parts.append("No old text was measured, so what it forgot is not known.")
     return " ".join(parts)
 
 
-def section(found: Sequence[Stage]) -> Iterator[str]:
+def _told(loss: Loss) -> str:
+    source = "" if loss.source is None else f" (source {loss.source:.4g})"
+    began = "" if loss.start is None else f"{loss.start:.4g} to "
+    return f"{began}{loss.end:.4g}{source} on {code(loss.name, 40)}"
+
+
+def _forgot(old: Loss, lossless: bool) -> str:
+    """What became of the old text, against what knew it: the source, or a grown model that is the same function."""
+    rise = old.rise or 0.0
+    if old.source is None and not lossless:
+        moved = "rose" if rise > 0 else "fell"
+        return (
+            f"On old text its loss {moved} by {abs(rise):.3g} nats a token since the grown model's start, which growing had changed already: "
+            "what it forgot of its source was not measured."
+        )
+    beside = "" if old.source is None else " that its source knew" if rise > 0 else ", beside its source"
+    if rise > 0:
+        return f"So it forgot {rise:.3g} nats a token of old text{beside}."
+    return f"On the old text it was measured on it forgot nothing{beside}."
+
+
+def section(found: Sequence[Stage], *, lossless: bool) -> Iterator[str]:
     """The trainings one by one: what was trained how, on what, and the losses."""
     for i, stage in enumerate(found):
         if len(found) > 1:
@@ -122,12 +144,15 @@ def section(found: Sequence[Stage]) -> Iterator[str]:
             yield texts
         if stage.losses:
             yield "Loss on text that was kept for measuring, in nats a token:"
-            yield table(["", "before", "after", "change"], [_row(x, stage) for x in stage.losses])
+            beside = any(x.source is not None for x in stage.losses)
+            titles = ["", "source", "before", "after", "over the source"] if beside else ["", "before", "after", "change"]
+            yield table(titles, [_row(x, stage, beside, lossless) for x in stage.losses])
 
 
-def _row(loss: Loss, stage: Stage) -> list[str]:
-    old = " (old text: the change is what was forgotten)" if loss == stage.old else ""
-    numbers = ["-" if x is None else f"{x:.4f}" for x in (loss.start, loss.end)]
+def _row(loss: Loss, stage: Stage, beside: bool, lossless: bool) -> list[str]:
+    forgotten = beside or lossless  # after a growth that changed the function the change alone does not tell
+    old = (" (old text" + (": the last column is what was forgotten)" if forgotten else ")")) if loss == stage.old else ""
+    numbers = ["-" if x is None else f"{x:.4f}" for x in ((loss.source,) if beside else ()) + (loss.start, loss.end)]
     return [plain(loss.name, 60) + old, *numbers, "-" if loss.rise is None else f"{loss.rise:+.4f}"]
 
 

@@ -25,6 +25,7 @@ from hf_grow.training import trajectory
 from hf_grow.training.moments import Policy, grow_state
 from hf_grow.training.optimizer_files import NAMES, SCALER, SCHEDULER, STATE, by_name, fresh, no_optimizer, optimizer_file, read_optimizer
 from hf_grow.training.skeleton import skeleton, trainer_groups
+from hf_grow.untrusted import read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,9 +110,9 @@ def _carry_state(folder: Path, out: Path) -> None:
     if not (folder / STATE).is_file():
         return
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = json.loads(read_bytes(folder / STATE))  # its losses may be NaN
         callbacks = state.get("stateful_callbacks") or {}
-    except (OSError, ValueError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise SourceError(f"{folder / STATE} cannot be read: {' '.join(str(error).split())[:200]}.") from None
     state |= {k: None for k in OF_THE_SOURCE if k in state}
     if isinstance(callbacks, dict) and "stateful_callbacks" in state:

@@ -45,6 +45,8 @@ class Growing:
     """KL(source || model), nats a token, taken at evaluations."""
     start_losses: dict[str, float] = field(default_factory=dict)
     """Losses of the named sets at their first evaluation."""
+    source_losses: dict[str, float] = field(default_factory=dict)
+    """Those of the source of the growth, where they are the measure of forgetting."""
     grown_at: int = 0
     """Global step of the last growth."""
     last_losses: dict[str, float] = field(default_factory=dict)
@@ -60,6 +62,10 @@ class Growing:
     save_extra: Callable[[Path], None] = lambda folder: None
     """Writes what `save_pretrained` leaves out (see adapters)."""
     load_extra: Callable[[Path], None] = lambda folder: None
+
+    def baseline(self, name: str) -> float:
+        """What the loss of a named set is compared with: the source's, else that at the start."""
+        return self.source_losses.get(name, self.start_losses[name])
 
     def acts_inside_a_step(self) -> bool:
         """Whether anything needs the gradients or the weights between backward and step."""

@@ -119,6 +119,12 @@ def mistakes(launch: Launch, recipe: TrainRecipe, arguments: TrainingArguments, 
         found.append(
             f"launch: {started} processes were started, but this machine has no GPU: each would train by itself. Add use_cpu: true."
         )
+    if launch == launched() and launch.processes == 1 and arguments.n_gpu > 1:
+        count = arguments.n_gpu
+        found.append(
+            f"launch: {count} GPUs and one process: Trainer would copy the model to all of them (DataParallel) and train on other batches than the "
+            f"recipe says. Use all by `accelerate launch --multi_gpu --num_processes {count} -m hf_grow train RECIPE`, or one by CUDA_VISIBLE_DEVICES=0."
+        )
     if launch.sharing == "fsdp1":
         found.append("launch: FSDP1 makes flat vectors of all parameters, in which nothing can be told apart. Set fsdp_version: 2.")
     if launch.sharing == "fsdp2" and not launch.saves_whole:

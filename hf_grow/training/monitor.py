@@ -42,8 +42,8 @@ class MonitorOptions(Options):
     """How many times the variance of the window that of the last quarter of it may be, before the run counts as unstable."""
     shock: Annotated[float, Field(gt=0)] = 0.5
     """Rise of the training loss over that before the growth, in nats, that is told as a transition shock."""
-    baseline: Literal["start", "source"] = "start"
-    """What regressions are measured against: this run's first evaluation, or the source of the growth, which is then evaluated once."""
+    baseline: Literal["auto", "start", "source"] = "auto"
+    """What forgetting and regressions are measured against: this run's first evaluation (start), or the source of the growth (source), which is evaluated once. Default: auto, the source where the growth changed the function, else start."""
     regression: Annotated[float, Field(gt=0)] = 0.1
     """Loss of a named set above its baseline, in nats, from which on an evaluation tells of a regression."""
     contribution_steps: Count = 0

@@ -251,6 +251,8 @@ def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[s
         found.append(f"dataloader_num_workers: streamed text cannot be read by {workers} workers. Use 1.")
     if recipe.data.streaming and recipe.distill and recipe.distill.top_k is not None:
         found.append("distill.top_k: needs text that is not streamed; the teacher reads it beforehand.")
+    if recipe.distill and arguments.get("use_liger_kernel"):
+        found.append("distill: needs the logits, and use_liger_kernel computes the loss without them. Leave one of the two out.")
     if recipe.dtype == "float16" and arguments.get("fp16"):
         found.append("dtype: float16 beside fp16 cannot be trained; fp16 keeps the weights in float32. Leave dtype out.")
     if "old_set" in recipe.model_fields_set and recipe.old_set not in recipe.data.eval:

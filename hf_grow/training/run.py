@@ -18,10 +18,10 @@ from hf_grow.execute import versions
 from hf_grow.portable import portable_config
 from hf_grow.training import adapters, estimate
 from hf_grow.training.ahead import one_ahead
-from hf_grow.training.check import Checked, Notify, check, clear_output, resolve
+from hf_grow.training.baseline import beside_the_source
+from hf_grow.training.check import Checked, Notify, check, clear_output
 from hf_grow.training.checkpoints import last_checkpoint, write_json
 from hf_grow.training.data import build
-from hf_grow.training.distill import Teacher
 from hf_grow.training.events import NAME as EVENTS
 from hf_grow.training.events import EventLog
 from hf_grow.training.extras import need
@@ -62,8 +62,10 @@ class TrainResult:
     start: Mapping[str, float]
     """Loss of each named set at the start, nats a token."""
     end: Mapping[str, float]
+    source: Mapping[str, float]
+    """Loss of the source of the growth, where it is what forgetting is measured against."""
     forgetting: float | None
-    """Rise of the old set's loss; None without such a set."""
+    """How far the old set's loss lies above that of the source, else that at the start; None without such a set."""
     stopped: str
     """Why it ended before its last step, or empty."""
 
@@ -102,7 +104,7 @@ def train(
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / RECORD, {"recipe": kept(read.given), "model": checked.checkpoint.ref, "made_by": versions()})
             (out / EVENTS).touch()
-    trainer = _trainer(checked, ready, notify, show)
+    trainer = _trainer(checked, ready, notify, show, come_from is not None)
     start_from = str(come_from or arguments.resume_from_checkpoint or "") or None
     trainer.growing.announce = "start" if come_from is None else "resume"
     found = trainer.train(resume_from_checkpoint=start_from)
@@ -156,7 +158,7 @@ def _prepare(checked: Checked, notify: Notify) -> _Ready:
     return _Ready(trained, data, updates, blend, penalty)
 
 
-def _trainer(checked: Checked, ready: _Ready, notify: Notify, show: Callable[[str], None]) -> GrowTrainer:
+def _trainer(checked: Checked, ready: _Ready, notify: Notify, show: Callable[[str], None], resumed: bool) -> GrowTrainer:
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
     from hf_grow.training.growing import Growing
@@ -185,7 +187,7 @@ def _trainer(checked: Checked, ready: _Ready, notify: Notify, show: Callable[[st
     if recipe.lora is not None:
         growing.save_extra = lambda folder: adapters.save_in_full(ready.model, folder)
         growing.load_extra = lambda folder: adapters.load_in_full(ready.model, folder)
-    _beside_the_source(checked, ready, growing, notify)
+    beside_the_source(checked, data, growing, notify, resumed=resumed)
     progress = Progress(estimate.tokens_a_step(arguments, data.seq_length, arguments.world_size), show)
     growing.told = progress.evaluated
     trainer = GrowTrainer(
@@ -203,24 +205,6 @@ def _trainer(checked: Checked, ready: _Ready, notify: Notify, show: Callable[[st
     if recipe.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience, recipe.early_stopping_threshold))
     return trainer
-
-
-def _beside_the_source(checked: Checked, ready: _Ready, growing: Growing, notify: Notify) -> None:
-    """Loads the source of the growth for a moment, where its losses or its distribution are asked for."""
-    recipe, data = checked.recipe, ready.data
-    if not (recipe.kl_rows or recipe.monitor.baseline == "source"):
-        return
-    from hf_grow.training.baseline import SourceKL, losses
-
-    ref, revision = resolve(Teacher(), checked.plan)
-    source = load_model(ref, revision, "auto", recipe.attn_implementation, notify).to(checked.arguments.device)
-    if recipe.monitor.baseline == "source":
-        found = losses(source, data.evals, data.collator, checked.arguments.per_device_eval_batch_size)
-        growing.start_losses |= found
-        growing.events.write("baseline", 0, losses=found, of=ref)
-    if recipe.kl_rows:
-        old = data.evals[recipe.old_set]
-        growing.kl = SourceKL(source, [old[i] for i in range(min(recipe.kl_rows, len(old)))], data.collator)
 
 
 def _same_run(checked: Checked, notify: Notify) -> None:
@@ -258,6 +242,7 @@ def _tokens(checked: Checked, steps: int) -> int:
 def _facts(checked: Checked, data: TrainData, growing: Growing, steps: int) -> dict[str, Any]:
     """What growth.json tells of a training after so many steps."""
     losses = {"start": dict(growing.start_losses), "end": dict(growing.last_losses)}
+    losses |= {"source": dict(growing.source_losses)} if growing.source_losses else {}
     return {"steps": steps, "tokens": _tokens(checked, steps), "data": data.describe(), "losses": losses}
 
 
@@ -290,10 +275,10 @@ def _finish(trainer: GrowTrainer, checked: Checked, data: TrainData, found: Any,
         if checked.arguments.should_save and not any((out / PENALTY_FOLDER).iterdir()):
             (out / PENALTY_FOLDER).rmdir()
     old = checked.recipe.old_set
-    forgetting = g.last_losses[old] - g.start_losses[old] if old in g.last_losses and old in g.start_losses else None
+    forgetting = g.last_losses[old] - g.baseline(old) if old in g.last_losses and old in g.start_losses else None
     result = TrainResult(
         out, step, tokens, float(trainer.state.total_flos), seconds, float(found.training_loss), dict(g.start_losses), dict(g.last_losses),
-        forgetting, stopped,
+        dict(g.source_losses), forgetting, stopped,
     )  # fmt: skip
     g.events.write("end", step, output=str(out), loss=float(found.training_loss))
     if checked.arguments.should_save:

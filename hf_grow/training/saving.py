@@ -64,7 +64,7 @@ class Saving(Trainer):  # type: ignore[misc]
         g = self.growing
         left = max(0, g.after.consolidate_steps - self.since)
         return {"grown_at": g.grown_at, "consolidate_until": g.grown_at + g.after.consolidate_steps, "consolidation_left": left,
-                "start_losses": g.start_losses, "monitor": g.monitor.state()}  # fmt: skip
+                "start_losses": g.start_losses, "source_losses": g.source_losses, "monitor": g.monitor.state()}  # fmt: skip
 
     # ---- taken up again ---------------------------------------------------------------------------------------------------------------
 
@@ -107,6 +107,7 @@ class Saving(Trainer):  # type: ignore[misc]
         if path.is_file():
             state = read_json(path)
             g.grown_at, g.start_losses = state["grown_at"], state["start_losses"]
+            g.source_losses = state.get("source_losses", {})
             g.monitor.load(state["monitor"])
         else:  # a checkpoint that was grown, or of a plain Trainer: the growth is now, and its loss was
             g.grown_at = int(self.state.global_step)

@@ -181,14 +181,20 @@ class GrowTrainer(Saving):
         g.last_losses, g.evaluated_at = dict(losses), int(step)
         facts: dict[str, Any] = {"losses": losses}
         if g.old_set in losses:
-            facts["forgetting"] = metrics["eval_forgetting"] = losses[g.old_set] - g.start_losses[g.old_set]
+            facts["forgetting"] = losses[g.old_set] - g.baseline(g.old_set)
         if g.kl is not None:
-            facts["kl"] = metrics["eval_kl"] = g.kl(self.model)
+            facts["kl"] = g.kl(self.model)
+        more = {f"eval_{k}": v for k, v in facts.items() if k != "losses"}
+        metrics |= more
+        if more:
+            self.log(dict(more))  # for trackers and log_history, as Trainer's own metrics
+        if self.args.metric_for_best_model in more:  # early stopping hears of one set at a time, and of these in none
+            self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, more)
         g.events.write("evaluation", step, **facts)
         g.told(self.state, metrics)
         for name, loss in losses.items():
-            if loss > g.start_losses[name] + g.monitor.options.regression:
-                g.events.write("regression", step, set=name, loss=loss, baseline=g.start_losses[name])
+            if loss > g.baseline(name) + g.monitor.options.regression:
+                g.events.write("regression", step, set=name, loss=loss, baseline=g.baseline(name))
         every = g.monitor.options.contribution_steps
         if every and g.blend is not None and step and self.since % every < max(1, round(self.state.eval_steps or 1)):
             self.contributions()

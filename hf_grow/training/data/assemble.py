@@ -37,8 +37,9 @@ class Part:
     share: float | None
     """Of all training sequences; None for a named set."""
     documents: int | None = None
-    """None where text is streamed, and so unknown."""
+    """None where text is streamed, or only some of it is measured on, and so unknown."""
     tokens: int | None = None
+    """Of a named set those that are measured on."""
     sequences: int | None = None
     passes: float | None = None
     """How often the training goes through it."""
@@ -177,9 +178,11 @@ def _eval_set(
     import numpy as np
 
     data, facts = _packed(source, encoding, options, root, vocab_size, notify, remainder="keep")
+    documents: int | None = facts.documents
     if text.sequences is not None and len(data) > text.sequences:
-        data = data.select(np.linspace(0, len(data) - 1, text.sequences).astype(np.int64))
-    return data, Part(f"eval {name}", source.label, None, facts.documents, facts.tokens, len(data))
+        data, documents = data.select(np.linspace(0, len(data) - 1, text.sequences).astype(np.int64)), None
+    tokens = sum(int((np.asarray(row["input_ids"]) != IGNORED).sum()) for row in data)
+    return data, Part(f"eval {name}", source.label, None, documents, tokens, len(data))
 
 
 def _packed(
