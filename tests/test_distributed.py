@@ -145,6 +145,20 @@ def test_a_run_of_two_processes_that_was_cut_off_goes_on(how: str, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dispatched", [True, False])
+def test_a_stream_of_two_processes_goes_on_where_it_stood(dispatched: bool, tmp_path: Path) -> None:
+    """One process reads for both, or each reads all and takes its rows."""
+    more = {} if dispatched else {"accelerator_config": {"dispatch_batches": False}}
+    path = recipe(tmp_path, model(tmp_path), max_steps=8, data={"streaming": True}, gradient_accumulation_steps=2, **more)
+    together("ddp", path, tmp_path / "whole")
+    together("ddp", path, tmp_path / "cut", stop=5, status=9)
+    facts = together("ddp", path, tmp_path / "cut", "--resume")
+    assert "passed over" not in facts[0]["err"]
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole") and len(set(logged(tmp_path / "cut").values())) == 8
+    same(tmp_path / "whole", tmp_path / "cut", 0.0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_both_processes_go_back_together(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A threshold that every wobble crosses: a rollback to the last checkpoint, once, with half the rate from there on."""

@@ -24,13 +24,14 @@ from hf_grow.planning import GrowthPlan
 from hf_grow.training import trajectory
 from hf_grow.training.moments import Policy, grow_state
 from hf_grow.training.optimizer_files import NAMES, SCALER, SCHEDULER, STATE, by_name, fresh, no_optimizer, optimizer_file, read_optimizer
+from hf_grow.training.settled import PLACE
 from hf_grow.training.skeleton import skeleton, trainer_groups
 from hf_grow.untrusted import read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-AS_THEY_ARE = (SCHEDULER, SCALER)
+AS_THEY_ARE = (SCHEDULER, SCALER, PLACE)
 """Besides the random state of every process."""
 OF_THE_SOURCE = ("best_model_checkpoint", "best_metric", "best_global_step", "trial_name", "trial_params")
 """What trainer_state.json says of the model that was grown; the grown one has no best checkpoint yet."""

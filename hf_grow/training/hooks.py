@@ -79,6 +79,8 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
             g.penalty.after_step(g.updates.used if g.updates is not None else t._get_learning_rate(), settle)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stream is not None:  # Trainer counts from where a stream was taken up
+            state.epoch = state.global_step / state.max_steps
         self.trainer.watch()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -27,9 +27,11 @@ class MonitorOptions(Options):
     """What is watched, and what happens when something goes wrong."""
 
     on_instability: Action = "none"
-    """Reaction to a spike: none (only told), lower_lr, longer_warmup (of new parameters), or rollback to the last checkpoint, with a lower rate."""
+    """Reaction to a spike: none (only told), lower_lr, longer_warmup (of new parameters), or rollback to the last checkpoint, past the batches since then, with a rate that is lower for a while."""
     lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """What a reaction multiplies learning rates by."""
+    restore_steps: Count = 100
+    """Steps after a rollback over which learning rates rise back. 0 leaves them lower."""
     extra_warmup: Count = 100
     """Steps that longer_warmup adds to the warm-up of new parameters, which begins anew."""
     max_reactions: Count = 3
@@ -69,6 +71,11 @@ class Monitor:
     losses: deque[float] = field(init=False)
     norms: deque[float] = field(init=False)
     lr_factor: float = 1.0
+    """Of lower_lr, for good."""
+    dip: float = 1.0
+    """Of the last rollback, at its step."""
+    dipped_at: int = 0
+    """Steps since the growth at the checkpoint that it went back to."""
     extra_warmup: int = 0
     warmup_from: int = 0
     """Step since the growth at which the warm-up of new parameters (last) began."""
@@ -128,8 +135,17 @@ class Monitor:
                 return Finding("instability", {"signal": "variance", "value": ratio, "score": ratio})
         return None
 
-    def react(self, since: int, checkpoint: str | None) -> Finding:
-        """What to do about an instability; the caller carries out a rollback. Without a checkpoint a rollback becomes lower_lr."""
+    def rate(self, since: int) -> float:
+        """What learning rates are multiplied by in the step after so many since the growth."""
+        steps = self.options.restore_steps
+        done = min(max(since - self.dipped_at, 0) / steps, 1.0) if steps else 0.0
+        return self.lr_factor * (self.dip + (1 - self.dip) * done)
+
+    def react(self, since: int, checkpoint: str | None, back: int = 0) -> Finding:
+        """What to do about an instability in step number `since` the growth (from 0); the caller carries out a rollback, by `back` steps.
+
+        Without a checkpoint a rollback becomes lower_lr.
+        """
         action: Action = self.options.on_instability
         if self.reactions >= self.options.max_reactions:
             action = "none"
@@ -137,13 +153,17 @@ class Monitor:
             action = "lower_lr"
         if action != "none":
             self.reactions += 1
-        if action in ("lower_lr", "rollback"):
+        if action == "lower_lr":
             self.lr_factor *= self.options.lr_factor
+        if action == "rollback":
+            self.dip = self.rate(since) / self.lr_factor * self.options.lr_factor
+            self.dipped_at = since + 1 - back
         if action == "longer_warmup":
             self.extra_warmup += self.options.extra_warmup
             self.warmup_from = since + 1
-        back = checkpoint if action == "rollback" else ""
-        return Finding("reaction", {"action": action, "lr_factor": self.lr_factor, "extra_warmup": self.extra_warmup, "checkpoint": back})
+        place = {"checkpoint": checkpoint, "skipped": back} if action == "rollback" else {"checkpoint": "", "skipped": 0}
+        factor = self.lr_factor * (self.dip if action == "rollback" else 1.0)
+        return Finding("reaction", {"action": action, "lr_factor": factor, "extra_warmup": self.extra_warmup, **place})
 
     def state(self) -> dict[str, Any]:
         """As JSON, for a checkpoint. Floats keep every digit."""
@@ -154,10 +174,21 @@ class Monitor:
 
     def reacted(self) -> dict[str, Any]:
         """What a rollback must not undo."""
-        return {k: getattr(self, k) for k in ("lr_factor", "extra_warmup", "warmup_from", "reactions")}
+        return {k: getattr(self, k) for k in ("lr_factor", "dip", "dipped_at", "extra_warmup", "warmup_from", "reactions")}
 
     def load(self, state: dict[str, Any]) -> None:
-        for key in ("before", "shocked", "recovered", "quiet_until", "lr_factor", "extra_warmup", "warmup_from", "reactions"):
+        for key in (
+            "before",
+            "shocked",
+            "recovered",
+            "quiet_until",
+            "lr_factor",
+            "dip",
+            "dipped_at",
+            "extra_warmup",
+            "warmup_from",
+            "reactions",
+        ):
             if key in state:
                 setattr(self, key, state[key])
         self.losses = deque(state.get("losses", ()), maxlen=self.options.window)

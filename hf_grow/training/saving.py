@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
-
 from hf_grow.checkpoint.reader import GROWTH
 from hf_grow.training.checkpoints import PENALTY, write_json
-from hf_grow.training.growing import Growing
 from hf_grow.training.optimizer_files import take_up
+from hf_grow.training.reading import Reading
 from hf_grow.training.settled import STATE
 from hf_grow.training.weights import check_weights, load_weights
 from hf_grow.untrusted import read_json
@@ -19,10 +17,8 @@ FSDP_WEIGHTS = "pytorch_model_fsdp.bin"
 """accelerate's name for the whole weights beside an FSDP run's checkpoint."""
 
 
-class Saving(Trainer):  # type: ignore[misc]
+class Saving(Reading):
     """Trainer whose checkpoints carry growth.json, the penalty, and where in its growth the training stands."""
-
-    growing: Growing
 
     @property
     def since(self) -> int:
@@ -45,6 +41,7 @@ class Saving(Trainer):  # type: ignore[misc]
         super()._save_optimizer_and_scheduler(output_dir)
         if self.growing.penalty is not None:
             self._save_penalty(Path(output_dir))
+        self.save_place(Path(output_dir))
         if self.args.should_save:
             write_json(Path(output_dir) / STATE, self.growth_state())
 

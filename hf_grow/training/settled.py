@@ -10,6 +10,8 @@ from hf_grow.untrusted import read_json
 
 STATE = "growth_state.json"
 """In every checkpoint of `hf-grow train`: where the run stands since the growth, and what the monitor knows."""
+PLACE = "data_state.json"
+"""Beside it: where in its text the run stands."""
 
 
 def warn_unsettled(checkpoint: Path, notify: Callable[[str], None]) -> None:

@@ -141,7 +141,7 @@ class GrowTrainer(Saving):
     def rates(self) -> Rates:
         g, m = self.growing, self.growing.monitor
         own = self.since - m.warmup_from if m.extra_warmup else self.since
-        return Rates(g.after.factor(self.since) * m.lr_factor, g.warmup.lr_factor(own, m.extra_warmup))
+        return Rates(g.after.factor(self.since) * m.rate(self.since), g.warmup.lr_factor(own, m.extra_warmup))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         if self.growing.flops_per_token is None:
@@ -227,7 +227,10 @@ class GrowTrainer(Saving):
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
         while True:
             try:
+                if resume_from_checkpoint is True:
+                    resume_from_checkpoint = str(last_checkpoint(Path(self.args.output_dir)) or "") or None
                 self.resumed_from = resume_from_checkpoint or None
+                self.take_place(Path(self.resumed_from) if self.resumed_from else None)
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
             except Rollback as back:
                 resume_from_checkpoint = back.checkpoint
@@ -267,7 +270,8 @@ class GrowTrainer(Saving):
     def _react(self) -> None:
         g, step = self.growing, self.state.global_step
         last = last_checkpoint(Path(self.args.output_dir))
-        reaction = g.monitor.react(self.since - 1, None if last is None else str(last))
+        back = 0 if last is None else step - int(last.name.rpartition("-")[2])
+        reaction = g.monitor.react(self.since - 1, None if last is None else str(last), back)
         g.events.write(reaction.event, step, **reaction.facts)
         if reaction.facts["action"] == "rollback" and last is not None:
             if self.args.should_save:  # a run that is resumed from there must know of the reaction too
@@ -275,6 +279,7 @@ class GrowTrainer(Saving):
                 state = read_json(path)
                 state["monitor"] |= g.monitor.reacted()
                 write_json(path, state)
+            self.save_place(last)  # on behind the batches that led here
             self.accelerator.wait_for_everyone()
             raise Rollback(str(last))
 

@@ -280,4 +280,6 @@ def _stream(
         Part("replay" if old and n == 0 else "train", s.label, float(share))
         for n, (s, share) in enumerate(zip(sources, shares, strict=True))
     ]
-    return MixedStream(streams, Pattern(tuple(shares), options.seed)), parts
+    read = [[s.identity, float(share)] for s, share in zip(sources, shares, strict=True)]
+    identity = cache.key({"sources": read, "encoding": encoding.fingerprint, "seq_length": options.seq_length, "seed": options.seed})
+    return MixedStream(streams, Pattern(tuple(shares), options.seed), identity), parts

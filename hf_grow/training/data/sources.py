@@ -106,11 +106,15 @@ def _local(label: str, options: TextOptions) -> Source:
     def read(streaming: bool) -> IterableDataset:
         from datasets import Features, IterableDataset, Value
 
-        # A list would be cut into shards; the limit counts the documents of all files.
+        # A list is a list of shards: reading on begins with the file it stood in. But a limit counts the documents of all files.
         return IterableDataset.from_generator(
             read_documents,
             features=Features({"text": Value("string"), "frame": Value("string")}),
-            gen_kwargs={"files": tuple(names), "text_field": options.text_field, "limit": options.limit},
+            gen_kwargs={
+                "files": names if options.limit is None else tuple(names),
+                "text_field": options.text_field,
+                "limit": options.limit,
+            },
         )
 
     identity = {

@@ -71,16 +71,20 @@ class PackedStream:
             state = {**self._start, "carry": carry.tolist(), "passes": passes + 1}
 
 
-class MixedStream(torch.utils.data.IterableDataset[dict[str, list[int]]]):
+class MixedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
     """{"input_ids": [seq_length]} from several streams, in the turns of a Pattern, without end.
 
     At most one DataLoader worker reads it: several would divide the text among them, and no order would be left.
     """
 
-    def __init__(self, streams: Sequence[PackedStream], pattern: Pattern) -> None:
+    def __init__(self, streams: Sequence[PackedStream], pattern: Pattern, identity: str = "") -> None:
         self.streams = list(streams)
         self.pattern = pattern
-        self._place = 0
+        self.identity = identity
+        """A state fits a stream of the same identity."""
+        self.tells = False
+        """Whether each row also holds the `state` after it."""
+        self._place = self._skip = 0
         self._resumed = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,14 +95,18 @@ class MixedStream(torch.utils.data.IterableDataset[dict[str, list[int]]]):
         self._place = state["place"]
         for stream, own in zip(self.streams, state["streams"], strict=True):
             stream.load_state_dict(own)
-        self._resumed = True
+        self._resumed, self._skip = True, 0
 
-    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+    def skip(self, rows: int) -> None:
+        """The next iteration begins after so many sequences, which it reads."""
+        self._resumed, self._skip = False, rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         if not self._resumed:
             self._place = 0
             for stream in self.streams:
                 stream.rewind()
-        self._resumed = False
+        self._resumed, skip = False, self._skip
         worker = torch.utils.data.get_worker_info()
         if worker and worker.num_workers > 1:
             raise InputError(
@@ -110,4 +118,7 @@ class MixedStream(torch.utils.data.IterableDataset[dict[str, list[int]]]):
             for place, turn in enumerate(turns.tolist(), start):
                 block = next(open_streams[turn])
                 self._place = place + 1
-                yield {"input_ids": block.tolist()}
+                if place < skip:
+                    continue
+                row = {"input_ids": block.tolist()}
+                yield row | {"state": self.state_dict()} if self.tells else row
