@@ -207,11 +207,12 @@ def test_weights_in_fp16_are_trained_in_fp32(tmp_path: Path, capsys: pytest.Capt
     model = source(tmp_path / "model")
     AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16).save_pretrained(model)
     assert load_file(model / "model.safetensors")["model.norm.weight"].dtype == torch.float16
-    path = recipe(tmp_path, model, max_steps=2)
+    path = recipe(tmp_path, model, max_steps=2, save_steps=2)
     parameters = sum(t.numel() for t in load_file(model / "model.safetensors").values())
     assert run(capsys, "train", path, "--dry-run")["memory"]["weights"] == 4 * parameters
     run(capsys, "train", path)
-    assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
+    assert load_file(tmp_path / "out" / "checkpoint-2" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.float16
 
 
 def test_parts_that_this_model_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,7 +104,7 @@ def test_a_training_may_have_a_dtype_of_its_own(tmp_path: Path, capsys: pytest.C
     save(make(BY_NAME["llama"], dtype=torch.bfloat16, num_hidden_layers=2), tmp_path / "source")
     tokenizer().save_pretrained(tmp_path / "source")
     api.grow(tmp_path / "source", tmp_path / "grown", "interleave", layers_to=3, noise=0.02)
-    run(capsys, "train", recipe(tmp_path, tmp_path / "grown", train="new_layers", dtype="float32", max_steps=1))
+    run(capsys, "train", recipe(tmp_path, tmp_path / "grown", train="new_layers", save_dtype="float32", max_steps=1))
     assert {t.dtype for t in open_folder(tmp_path / "out").tensors.values()} == {"F32"}
     report = api.verify(tmp_path / "source", tmp_path / "out", structure_only=True)
     assert report.ok

@@ -59,6 +59,8 @@ class Growing:
     announce: str = ""
     """The event that opens the log, start or resume; written once the first step is known."""
     start_facts: Mapping[str, Any] = field(default_factory=dict)
+    stored: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    """A state dict as it is stored; None as it is. Set for the result alone."""
     save_extra: Callable[[Path], None] = lambda folder: None
     """Writes what `save_pretrained` leaves out (see adapters)."""
     load_extra: Callable[[Path], None] = lambda folder: None

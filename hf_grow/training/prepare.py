@@ -23,7 +23,7 @@ from hf_grow.training.recipe import TrainRecipe
 from hf_grow.training.updates import Updates
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,14 @@ class Who:
     new_blocks: tuple[int, ...]
 
 
-def weights_dtype(recipe: TrainRecipe, arguments: TrainingArguments, checkpoint: Checkpoint) -> str:
-    """What from_pretrained is told: master weights in fp32 where the computation is in 16 bits, and where the checkpoint is in fp16.
+def weights_dtype(recipe: TrainRecipe, checkpoint: Checkpoint) -> str:
+    """What from_pretrained is told: fp32, whatever is computed in and whatever the checkpoint is stored in (fp64 stays fp64).
 
-    In fp16 Adam's epsilon is zero and squared gradients underflow: the first step divides by nothing.
+    In bf16 most steps are lost to rounding; in fp16 Adam's epsilon is zero and squared gradients underflow.
     """
     if recipe.dtype != "auto":
         return recipe.dtype
-    half = any(t.dtype == "F16" for t in checkpoint.info.tensors.values())
-    return "float32" if half or arguments.bf16 or arguments.fp16 else "auto"
+    return "float64" if any(t.dtype == "F64" for t in checkpoint.info.tensors.values()) else "float32"
 
 
 def load_model(ref: str, revision: str | None, dtype: str, attention: str | None, notify: Notify) -> PreTrainedModel:

@@ -81,7 +81,9 @@ class TrainRecipe(Options):
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
     """What counts as an improvement."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype that the weights are trained in. Default: auto, float32 with `bf16` or `fp16` (which compute in 16 bits) and for checkpoints in float16, else that of the checkpoint."""
+    """Dtype that the weights are trained in. Default: auto, float32 (float64 for checkpoints in it); in 16 bits most steps are lost to rounding."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the result. Default: auto, that of the model before; checkpoints to go on from keep that of the training."""
     attn_implementation: str | None = None
     """sdpa, eager, flash_attention_2: as from_pretrained takes it."""
 

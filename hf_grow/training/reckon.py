@@ -41,9 +41,7 @@ def dry_run(
     groups = [list(g) for g in who.updates.describe(model)]
     trainable = sum(p.numel() for n, p in model.named_parameters() if who.updates.trains[n] is not False)
     parameters = sum(p.numel() for p in model.parameters())
-    own = {"float32": 4, "bfloat16": 2, "float16": 2}.get(weights_dtype(recipe, arguments, checked.checkpoint)) or max(
-        2, {"F64": 8, "F32": 4}.get(next(iter(info.tensors.values())).dtype, 2)
-    )
+    own = {"float64": 8, "float32": 4}.get(weights_dtype(recipe, checked.checkpoint), 2)
     if recipe.lora is not None:
         wrapped, updates = with_lora(model, who, recipe)
         groups = [list(g) for g in updates.describe(wrapped)]

@@ -16,7 +16,7 @@ from hf_grow.checkpoint.source import TOKENIZER_CONFIG, companion_bytes, compani
 from hf_grow.errors import OutputError, SourceError
 from hf_grow.execute import versions
 from hf_grow.portable import portable_config
-from hf_grow.training import adapters, estimate
+from hf_grow.training import adapters, estimate, storing
 from hf_grow.training.ahead import one_ahead
 from hf_grow.training.baseline import beside_the_source
 from hf_grow.training.check import Checked, Notify, check, clear_output
@@ -128,9 +128,7 @@ def _prepare(checked: Checked, notify: Notify) -> _Ready:
 
     recipe, arguments = checked.recipe, checked.arguments
     set_seed(arguments.seed)  # adapters are drawn before Trainer does this
-    model = load_model(
-        recipe.model, recipe.revision, weights_dtype(recipe, arguments, checked.checkpoint), recipe.attn_implementation, notify
-    )
+    model = load_model(recipe.model, recipe.revision, weights_dtype(recipe, checked.checkpoint), recipe.attn_implementation, notify)
     # Under ZeRO-3 the model that is loaded is in pieces without a shape.
     who = who_trains(skeleton(checked.checkpoint.info.config) if launched().sharing == "zero3" else model, checked.plan, recipe)
     blend = blend_for(model, who, recipe)
@@ -155,6 +153,8 @@ def _prepare(checked: Checked, notify: Notify) -> _Ready:
     trained: Any = model
     if recipe.lora is not None:
         trained, updates = with_lora(model, who, recipe)
+    if lost := storing.lost_steps(trained, arguments.learning_rate):
+        notify(lost)
     return _Ready(trained, data, updates, blend, penalty)
 
 
@@ -249,7 +249,8 @@ def _facts(checked: Checked, data: TrainData, growing: Growing, steps: int) -> d
 def _finish(trainer: GrowTrainer, checked: Checked, data: TrainData, found: Any, seconds: float) -> TrainResult:
     """The last evaluation, and the model in the output folder."""
     g, out, step = trainer.growing, checked.out, int(trainer.state.global_step)
-    if checked.recipe.data.eval and (g.evaluated_at != step or checked.arguments.load_best_model_at_end):
+    rounded = checked.recipe.lora is None and storing.settle(trainer, checked)
+    if checked.recipe.data.eval and (rounded or g.evaluated_at != step or checked.arguments.load_best_model_at_end):
         trainer.evaluate()
     if checked.recipe.monitor.contribution_steps and g.contributed_at != step:
         trainer.contributions()
@@ -262,11 +263,13 @@ def _finish(trainer: GrowTrainer, checked: Checked, data: TrainData, found: Any,
     if checked.recipe.lora is not None:
         g.save_extra = lambda folder: _companions(checked, folder)
         trainer.model = trainer.model.merge_and_unload()
+        storing.settle(trainer, checked)
     trainer.save_model(str(out))
     if checked.arguments.should_save:
         config = read_json(out / "config.json")
         # Trainer turns the cache off, for training.
-        write_json(out / "config.json", portable_config(config | {"use_cache": checked.checkpoint.config.get("use_cache", True)}))
+        config |= {"use_cache": checked.checkpoint.config.get("use_cache", True), "dtype": storing.dtype_of(out)}
+        write_json(out / "config.json", portable_config(config))
         note_files(out)
     if g.penalty is not None:  # beside the model, not among its weights: some loaders take every *.safetensors of a folder
         if checked.arguments.should_save:

@@ -26,6 +26,8 @@ class Saving(Reading):
         return int(self.state.global_step) - self.growing.grown_at
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.growing.stored is not None and self.args.should_save:
+            state_dict = self.growing.stored(self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict)
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
