@@ -14,7 +14,9 @@ from test_train import gradients_of_first_step
 from trained import WORDS, grown, recipe, run, source, tokenizer
 
 from hf_grow.errors import ExecutionError, InputError
-from hf_grow.training.distill import Distiller, DistillOptions, LogitCache, Teacher, divergence, in_memory, write_cache
+from hf_grow.training import divergence as chunked
+from hf_grow.training.distill import Distiller, DistillOptions, LogitCache, Teacher, in_memory, write_cache
+from hf_grow.training.divergence import divergence, summed
 from hf_grow.training.events import read_events
 from hf_grow.training.growing import Growing
 
@@ -41,6 +43,55 @@ def test_divergence_is_the_sum_written_out(temperature: float) -> None:
     assert torch.allclose(found, torch.tensor(expected, dtype=found.dtype), atol=1e-5)
     every = torch.arange(7).flip(0).expand(2, 3, 7)
     assert torch.allclose(divergence(torch.tensor(y), torch.tensor(z).flip(-1), temperature, every), found, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize("positions", [1, 3, 100])
+def test_chunks_give_the_plain_formula_and_its_gradient(top_k: int | None, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp64, to the last digits, whatever the size of the chunks; nothing reaches positions that do not count."""
+    monkeypatch.setattr(chunked, "CHUNK", 31 * positions)
+    draw = torch.Generator().manual_seed(0)
+    student = torch.randn(2, 7, 31, generator=draw, dtype=torch.float64).mul_(3).requires_grad_()
+    teacher = torch.randn(2, 7, 31, generator=draw, dtype=torch.float64) * 3
+    chosen = None
+    if top_k is not None:
+        teacher, chosen = teacher.topk(top_k, dim=-1)
+    counted = torch.rand(2, 7, generator=draw) > 0.3
+    plain = (divergence(student, teacher, 2.5, chosen) * counted).sum()
+    (expected,) = torch.autograd.grad(plain * 0.7, student)
+    found = summed(student, teacher, 2.5, counted, chosen)
+    (gradient,) = torch.autograd.grad(found * 0.7, student)
+    torch.testing.assert_close(found, plain, rtol=1e-13, atol=0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
+    assert not gradient[~counted].any() and gradient[counted].any()
+    assert torch.autograd.gradcheck(lambda s: summed(s, teacher, 2.5, counted, chosen), student)
+    with torch.no_grad():
+        torch.testing.assert_close(summed(student, teacher, 2.5, counted, chosen), plain.detach(), rtol=1e-13, atol=0)
+
+
+def test_no_wide_copy_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what is given, one tensor in the student's dtype, and chunks."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        whole = wide = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.numel() >= 2 * 64 * 97 and out._base is None:
+                self.whole += 1
+                self.wide += out.dtype == torch.float32
+            return out
+
+    monkeypatch.setattr(chunked, "CHUNK", 97 * 8)
+    student, teacher = (torch.randn(2, 64, 97, dtype=torch.bfloat16) for _ in range(2))
+    student.requires_grad_()
+    with Largest() as seen:
+        summed(student, teacher, 1.0, torch.ones(2, 64, dtype=torch.bool)).backward()
+    assert (seen.whole > 0, seen.wide) == (True, 0)
+    with Largest() as plain:
+        divergence(student, teacher, 1.0).sum().backward()
+    assert plain.wide > 0
 
 
 def test_the_loss_in_closed_form() -> None:

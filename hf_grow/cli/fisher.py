@@ -157,10 +157,14 @@ def _dry(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) -> dic
     stored = total * (4 if options.storage == "fp32" else 2)
     if mapped:
         return {"dry_run": True, "parameters": total, "file_bytes": stored, "note": "mapped tensor by tensor; no model is loaded"}
+    from hf_grow.training import flops
+    from hf_grow.training.skeleton import skeleton
+
+    length = min(options.seq_length, checkpoint.config.get("max_position_embeddings") or options.seq_length)
     needs = memory(total, {"bfloat16": 2, "float64": 8}.get(options.dtype, 4))
     return {
         "dry_run": True, "parameters": total, "tokens": options.tokens, "file_bytes": stored,
-        "memory_bytes": {**needs, "total": sum(needs.values())}, "flops": 3 * measure(checkpoint.info.architecture).flops * options.tokens,
+        "memory_bytes": {**needs, "total": sum(needs.values())}, "flops": flops.training(skeleton(checkpoint.info.config), length) * options.tokens,
         "note": "activations of one batch come on top",
     }  # fmt: skip
 

@@ -74,15 +74,6 @@ def check_teacher(name: str, vocabulary: int, own: int, same_words: bool | None)
         )
 
 
-def divergence(student: Tensor, teacher: Tensor, temperature: float, chosen: Tensor | None = None) -> Tensor:
-    """T^2 KL(teacher || student) at every position, [...]. Logits: student [..., V]; teacher [..., V], or [..., k] of the tokens `chosen`."""
-    own = (student.float() / temperature).log_softmax(-1)
-    if chosen is not None:
-        own = own.gather(-1, chosen)
-    said = (teacher.float() / temperature).log_softmax(-1)
-    return (said.exp() * (said - own)).sum(-1) * temperature**2
-
-
 class Distiller:
     """The teachers' part of the loss, for a batch; each is a function of input ids [B, L] to (logits [B, L, V or k], chosen [B, L, k] or None)."""
 
@@ -93,13 +84,19 @@ class Distiller:
 
     def loss(self, logits: Tensor, input_ids: Tensor, labels: Tensor, tokens: Tensor | int | float | None) -> Tensor:
         """Summed over the positions that have a label and divided by `tokens`, or by their number here where that is None."""
-        counted = labels[:, 1:] != -100
-        total = logits.new_zeros((), dtype=logits.dtype).float()
+        import torch
+
+        from hf_grow.training.divergence import summed
+
+        counted = torch.zeros_like(labels, dtype=torch.bool)
+        counted[:, :-1] = labels[:, 1:] != -100
+        total: Any = 0
         for weight, speak in self.teachers:
             said, chosen = speak(input_ids)
-            parts = divergence(logits[:, :-1], said[:, :-1], self.temperature, None if chosen is None else chosen[:, :-1])
-            total = total + weight * (parts * counted).sum()
-        return total / (counted.sum() if tokens is None else tokens)
+            total = total + weight * summed(logits, said, self.temperature, counted, chosen)
+            del said, chosen  # before the next one speaks
+        found: Tensor = total / (counted.sum() if tokens is None else tokens)
+        return found
 
 
 def in_memory(model: PreTrainedModel) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:

@@ -1,4 +1,4 @@
-"""What a training will need, from shapes alone: memory of each process by purpose, tokens, FLOPs. For `--dry-run`; estimates are called so.
+"""What a training will need, from shapes alone: memory of each process by purpose, tokens. For `--dry-run`; estimates are called so.
 
 Weights, gradients, optimizer, penalty and copies of rows are counted, and divided where several processes share them. Activations are estimated:
 what PyTorch keeps for the backward pass of a Llama block and of the loss, with fused attention (no matrix of scores). tests/test_train.py compares
@@ -18,6 +18,8 @@ from hf_grow.training.launch import Launch
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from hf_grow.training.distill import DistillOptions
+
 OPTIMIZER_BYTES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "sgd": 0, "adagrad": 1, "adafactor": 0}
 """Numbers an optimizer holds for every weight, in the weight's dtype, by the first word of its name; 8-bit ones hold a byte for each."""
 
@@ -33,6 +35,8 @@ class Memory:
     rows: int
     """Old values of rows that have a rate of their own or are frozen, during a step."""
     teachers: int
+    distillation: int
+    """Logits of one teacher for a micro-batch, and the gradients of the student's, one for each teacher."""
     activations: int
     gathered: int
     """What a process holds whole for a moment: blocks of shared parameters and their gradients, or the buckets in which gradients travel."""
@@ -74,6 +78,7 @@ def estimate(
     penalty: int = 0,
     rows: int = 0,
     teachers: int = 0,
+    distillation: int = 0,
     launch: Launch = Launch(),  # noqa: B008 - cannot change
 ) -> Memory:
     """``parameters`` and ``trainable`` count weights; ``width`` is the bytes of one of them. ``penalty`` and ``rows`` are bytes of the whole model."""
@@ -95,6 +100,7 @@ def estimate(
     return Memory(
         **cut,
         teachers=teachers,
+        distillation=distillation,
         activations=activations(arch, arguments.per_device_train_batch_size, length, computed, checkpointing=checkpoints(arguments)),
         gathered=gathered(arch, launch, computed, trainable * own),
     )
@@ -123,9 +129,13 @@ def checkpoints(arguments: TrainingArguments) -> bool:
     return any(getattr(arguments, name, None) for name in ("gradient_checkpointing", "activation_checkpointing"))
 
 
-def flops_per_token(arch: Architecture, teachers: int = 0) -> float:
-    """Forward and backward (three times the forward, of active parameters), and the forward passes of teachers in memory."""
-    return 3.0 * measure(arch).flops + teachers
+def distillation(options: DistillOptions, vocabulary: int, tokens: int, teacher: int, student: int) -> int:
+    """Bytes of logits that learning from teachers adds for a micro-batch of `tokens`. ``teacher``, ``student``: bytes of one logit."""
+    if options.top_k is None:
+        said = vocabulary * teacher
+    else:
+        said = min(options.top_k, vocabulary) * ({"float16": 2, "float32": 4}[options.cache_dtype] + 8)
+    return tokens * (said + len(options.teachers) * vocabulary * student)
 
 
 def tokens_a_step(arguments: TrainingArguments, length: int, processes: int = 1) -> int:

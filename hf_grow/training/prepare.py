@@ -11,15 +11,15 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError, SourceError
 from hf_grow.in_memory import untie_config
-from hf_grow.methods.sizing import measure
 from hf_grow.planning import GrowthPlan
-from hf_grow.training import adapters, newness
+from hf_grow.training import adapters, flops, newness
 from hf_grow.training.blocks import Blend
 from hf_grow.training.check import Checked, Notify, resolve
 from hf_grow.training.distill import Distiller, DistillOptions, Teacher, in_memory, write_cache
 from hf_grow.training.masks import EVERYTHING, Mask, select
 from hf_grow.training.places import places
 from hf_grow.training.recipe import TrainRecipe
+from hf_grow.training.skeleton import skeleton
 from hf_grow.training.updates import Updates
 
 if TYPE_CHECKING:
@@ -110,17 +110,27 @@ def with_lora(model: PreTrainedModel, who: Who, recipe: TrainRecipe) -> tuple[An
     return wrapped, Updates(names, {n: n in full for n in names})
 
 
-def distiller(checked: Checked, data: Any, notify: Notify) -> tuple[Distiller | None, int, list[dict[str, Any]]]:
+def training_flops(checked: Checked) -> float:
+    """FLOPs a token of the model that trains, with what the recipe freezes or adds."""
+    model: Any = skeleton(checked.checkpoint.info.config)
+    who = who_trains(model, checked.plan, checked.recipe)
+    who.updates.settle(model)
+    if checked.recipe.lora is not None:
+        model, _ = with_lora(model, who, checked.recipe)
+    return flops.training(model, checked.recipe.data.seq_length)
+
+
+def distiller(checked: Checked, data: Any, notify: Notify) -> tuple[Distiller | None, float, list[dict[str, Any]]]:
     """The teachers, the FLOPs a token that those in memory cost, and events about them."""
     options = checked.recipe.distill
     if options is None:
-        return None, 0, []
-    speakers, flops, events = [], 0, []
+        return None, 0.0, []
+    speakers, cost, events = [], 0.0, []
     for i, teacher in enumerate(options.teachers):
         ref, revision = resolve(teacher, checked.plan)
         if options.top_k is None:
             model = load_model(ref, revision, options.dtype, checked.recipe.attn_implementation, notify)
-            flops += measure(open_source(ref, revision=revision, weights=False).info.architecture).flops
+            cost += flops.forward(open_source(ref, revision=revision, weights=False).info.config, checked.recipe.data.seq_length)
             speakers.append(in_memory(model))
             events.append({"model": ref, "cache": "", "covered": 1.0})
             continue
@@ -128,7 +138,7 @@ def distiller(checked: Checked, data: Any, notify: Notify) -> tuple[Distiller | 
         cache = _cached(checked, options, teacher, data, folder, notify)
         speakers.append(cache)
         events.append({"model": ref, "cache": str(folder), "covered": cache.meta.get("covered")})
-    return Distiller(options, speakers), flops, events
+    return Distiller(options, speakers), cost, events
 
 
 def _cache_folder(options: DistillOptions, out: Path, number: int) -> Path:

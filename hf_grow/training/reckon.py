@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_grow.checkpoint.source import open_source
-from hf_grow.methods.sizing import measure
-from hf_grow.training import estimate
+from hf_grow.planning import DTYPE_BYTES
+from hf_grow.training import estimate, flops
 from hf_grow.training.check import Checked, Notify, check, resolve
 from hf_grow.training.data import survey
+from hf_grow.training.distill import Teacher
 from hf_grow.training.extras import need
 from hf_grow.training.launch import Launch, launched
 from hf_grow.training.prepare import blend_for, weights_dtype, who_trains, with_lora
@@ -42,17 +44,21 @@ def dry_run(
     trainable = sum(p.numel() for n, p in model.named_parameters() if who.updates.trains[n] is not False)
     parameters = sum(p.numel() for p in model.parameters())
     own = {"float64": 8, "float32": 4}.get(weights_dtype(recipe, checked.checkpoint), 2)
+    who.updates.settle(model)
+    counted: Any = model
     if recipe.lora is not None:
         wrapped, updates = with_lora(model, who, recipe)
+        counted = wrapped
         groups = [list(g) for g in updates.describe(wrapped)]
         trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
         parameters = sum(p.numel() for p in wrapped.parameters())
-    teachers, flops = _teachers(checked)
+    teachers, logits = _teachers(checked)
     warming = recipe.warmup.lr != 1.0 or recipe.warmup.steps > 0
     copies = own * who.updates.copies(model, warming=warming) if recipe.lora is None else 0
     memory = estimate.estimate(
         info.architecture, arguments, parameters=parameters, trainable=trainable, width=own, length=recipe.data.seq_length,
-        penalty=penalty_bytes(recipe.regularizer, skeleton(info.config), checked.plan), rows=copies, teachers=teachers, launch=started,
+        penalty=penalty_bytes(recipe.regularizer, skeleton(info.config), checked.plan), rows=copies, teachers=teachers,
+        distillation=logits, launch=started,
     )  # fmt: skip
     step = estimate.tokens_a_step(arguments, recipe.data.seq_length, started.processes)
     known = [t["tokens"] for t in texts if t["use"] == "train"]
@@ -69,17 +75,43 @@ def dry_run(
         "tokens_a_step": step,
         "tokens": tokens,
         "steps": arguments.max_steps if arguments.max_steps > 0 else tokens and max(1, tokens // step),
-        "flops": tokens and tokens * estimate.flops_per_token(info.architecture, flops),
+        "flops": tokens and tokens * flops.training(counted, recipe.data.seq_length) + _beside(checked, texts, tokens, one_pass or tokens),
     }
 
 
 def _teachers(checked: Checked) -> tuple[int, int]:
-    """Bytes and forward FLOPs a token of teachers in memory."""
-    options = checked.recipe.distill
-    if options is None or options.top_k is not None:
+    """Bytes of teachers in memory, and of the logits that learning from them takes."""
+    options, arguments = checked.recipe.distill, checked.arguments
+    if options is None:
         return 0, 0
     held = [open_source(ref, revision=revision, weights=False) for ref, revision in (resolve(t, checked.plan) for t in options.teachers)]
-    return sum(t.info.nbytes for h in held for t in h.tensors.values()), sum(measure(h.info.architecture).flops for h in held)
+    widths = {"float32": 4, "bfloat16": 2, "float16": 2}
+    said = widths.get(options.dtype) or max(DTYPE_BYTES[t.dtype] for h in held for t in h.info.tensors.values())
+    own = widths.get(weights_dtype(checked.recipe, checked.checkpoint), 8)
+    tokens = arguments.per_device_train_batch_size * checked.recipe.data.seq_length
+    # Under autocast logits are given out in fp32.
+    logits = estimate.distillation(options, checked.vocabulary, tokens, said, 4 if arguments.bf16 or arguments.fp16 else own)
+    return (0 if options.top_k is not None else sum(t.info.nbytes for h in held for t in h.tensors.values())), logits
+
+
+def _beside(checked: Checked, texts: Sequence[Mapping[str, Any]], tokens: int, one_pass: int) -> float:
+    """FLOPs of forward passes of other models: teachers (once for every row, where their logits are kept), and the source as a baseline."""
+    recipe, total = checked.recipe, 0.0
+    length = recipe.data.seq_length
+
+    def once(teacher: Teacher) -> float:
+        ref, revision = resolve(teacher, checked.plan)
+        return flops.forward(open_source(ref, revision=revision, weights=False).info.config, length)
+
+    if recipe.distill is not None:
+        read = tokens if recipe.distill.top_k is None else min(tokens, one_pass)
+        total += read * sum(once(t) for t in recipe.distill.teachers)
+    measured = recipe.kl_rows * length
+    if recipe.monitor.baseline == "source":
+        most = {f"eval {name}": e.sequences and e.sequences * length for name, e in recipe.data.eval.items()}
+        known = [(t["tokens"], most[t["use"]]) for t in texts if t["use"] in most]
+        measured += sum(min(n for n in pair if n) for pair in known if any(pair))
+    return total + (measured * once(Teacher()) if measured else 0.0)
 
 
 def resolved(checked: Checked) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from hf_grow.training.events import EventLog
 from hf_grow.training.extras import need
 from hf_grow.training.launch import launched
 from hf_grow.training.monitor import Monitor
-from hf_grow.training.prepare import blend_for, distiller, load_model, weights_dtype, who_trains, with_lora, zero_new_blocks
+from hf_grow.training.prepare import blend_for, distiller, load_model, training_flops, weights_dtype, who_trains, with_lora, zero_new_blocks
 from hf_grow.training.recipe import Read
 from hf_grow.training.reckon import dry_run
 from hf_grow.training.record import kept, note_files, record_of
@@ -175,7 +175,7 @@ def _trainer(checked: Checked, ready: _Ready, notify: Notify, show: Callable[[st
     growing = Growing(
         updates=ready.updates, blend=ready.blend, warmup=recipe.warmup, phases=recipe.phases, after=recipe.after_growth, penalty=ready.penalty,
         distiller=teach, monitor=Monitor(recipe.monitor), events=events, old_set=recipe.old_set if recipe.old_set in data.evals else None,
-        flops_per_token=estimate.flops_per_token(arch, flops), save_extra=lambda folder: _companions(checked, folder),
+        flops_per_token=training_flops(checked) + flops, save_extra=lambda folder: _companions(checked, folder),
         trains=[*recipe.train, *(f"but {p}" for p in recipe.freeze)], start_facts={"model": checked.checkpoint.ref},
         given=frozenset(checked.read.arguments),
     )  # fmt: skip

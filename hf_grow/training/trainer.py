@@ -196,7 +196,13 @@ class GrowTrainer(Saving):
             if loss > g.baseline(name) + g.monitor.options.regression:
                 g.events.write("regression", step, set=name, loss=loss, baseline=g.baseline(name))
         every = g.monitor.options.contribution_steps
-        if every and g.blend is not None and step and self.since % every < max(1, round(self.state.eval_steps or 1)):
+        if (
+            every
+            and g.blend is not None
+            and step
+            and g.contributed_at != step
+            and self.since % every < max(1, round(self.state.eval_steps or 1))
+        ):
             self.contributions()
 
     def contributions(self) -> dict[str, dict[int, float]]:
