@@ -25,7 +25,7 @@ def test_the_public_names_are_these() -> None:
 
 def test_importing_it_loads_nothing_heavy() -> None:
     code = "import sys, hf_grow; sys.exit(bool({'torch', 'transformers', 'pydantic', 'numpy', 'huggingface_hub'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=300).returncode == 0
 
 
 def test_plan_grow_and_verify_from_python(tmp_path: Path) -> None:

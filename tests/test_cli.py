@@ -211,12 +211,11 @@ def test_ctrl_c_is_one_line_and_status_1_and_resume_goes_on(tmp_path: Path) -> N
     config = {**BY_NAME["llama"].config, "hidden_size": 768, "intermediate_size": 4096, "num_hidden_layers": 12, "vocab_size": 4096}
     source = save(make(config, dtype=torch.bfloat16), tmp_path / "source")
     child = process("depth", source, "--method", "stack", "--noise", "0.1", "-o", tmp_path / "out")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (tmp_path / "out.partial" / "model.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.3)
     child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=300)
     assert child.returncode == 1, said
     assert "interrupted" in said
     assert "--resume" in said
@@ -231,7 +230,7 @@ def test_a_file_size_limit_is_told_as_a_full_disk(source: Path, tmp_path: Path) 
     import resource
 
     child = process("dus", source, "-o", tmp_path / "out", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
-    _, said = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=300)
     assert child.returncode == 1, said
     assert "full" in said
     assert "--resume" in said
@@ -245,7 +244,7 @@ def test_a_closed_pipe_is_no_traceback(source: Path) -> None:
     child.stdout.close()
     assert child.stderr is not None
     assert "Traceback" not in child.stderr.read()
-    child.wait(timeout=60)
+    child.wait(timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +259,9 @@ def test_help_and_planning_never_import_torch(words: list[str], source: Path) ->
         "loaded = {'torch', 'transformers', 'matplotlib', 'datasets'} & set(sys.modules); sys.exit(f'imported {loaded}' if loaded else 0)"
     )
     filled = [w.format(source=source) for w in words]
-    done = subprocess.run([sys.executable, "-c", code, *filled], capture_output=True, text=True, timeout=60, check=False, cwd=source.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *filled], capture_output=True, text=True, timeout=300, check=False, cwd=source.parent
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -268,7 +269,7 @@ def test_a_plain_copy_growth_never_imports_torch(source: Path, tmp_path: Path) -
     code = "import sys; from hf_grow.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     for method in ("dus", "identity"):
         words = [sys.executable, "-c", code, "depth", str(source), "--method", method, "-o", str(tmp_path / method)]
-        assert subprocess.run(words, capture_output=True, timeout=60, check=False).returncode == 0
+        assert subprocess.run(words, capture_output=True, timeout=300, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -397,7 +397,7 @@ print(count[0])
 
 def child(source: Path, out: Path, kill_at: int, mode: str) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-c", CHILD, str(source), str(out), str(kill_at), mode]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
 
 
 def killed_and_resumed(source: Path, tmp_path: Path, points: int, seed: int) -> None:

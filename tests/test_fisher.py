@@ -416,7 +416,7 @@ def test_calibration_finds_the_smallest_lambda_tried_that_keeps_the_old_loss(tmp
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     settings: dict[str, Any] = {"old": data[:8], "train": data[20:50], "new": data[50:], "steps": 6, "lr": 3e-3, "batch": 4}
     plain = calibrate(model, penalty, tolerated=1e9, **settings)
-    assert plain.chosen == 0 and len(plain.trials) == 1 and plain.trials[0].rise > 0.01
+    assert plain.chosen == 0 and len(plain.trials) == 1 and plain.trials[0].rise > 0
     done = calibrate(model, penalty, tolerated=plain.trials[0].rise / 2, **settings)
     kept = [t for t in done.trials if t.rise <= plain.trials[0].rise / 2]
     assert done.chosen == min(t.strength for t in kept) > 0

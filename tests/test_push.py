@@ -436,7 +436,7 @@ def test_a_token_is_nowhere_in_what_is_printed_or_stored(open_hub: HubServer, gr
     open_hub.faults[:] = [Fault("/commit/", "POST", status=400, times=1, body=WRITE)]
     for expected in (2, 0):
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=60, check=False, env=environment, cwd=Path(__file__).parents[1]
+            words, capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=Path(__file__).parents[1]
         )
         assert done.returncode == expected, done.stderr
         assert WRITE not in done.stdout + done.stderr

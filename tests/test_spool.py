@@ -248,11 +248,11 @@ def test_a_network_that_stays_away(served: HubServer, tmp_path: Path, fault: Fau
 def test_an_interrupted_process_goes_on(served: HubServer, tmp_path: Path, how: signal.Signals) -> None:
     served.faults[:] = [Fault("/cdn/", times=40 + random.Random(how).randrange(20)), Fault("/cdn/", delay=1)]
     child = process(served, tmp_path / "home", words("interleave", tmp_path / "out", "--stream-source", "--source-cache", 0))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while fetched_bytes(served) < 20_000 and time.monotonic() < deadline:
         time.sleep(0.01)
     child.send_signal(how)
-    _, said = child.communicate(timeout=30)
+    _, said = child.communicate(timeout=300)
     assert child.returncode == (1 if how == signal.SIGINT else -signal.SIGKILL), said
     assert "Traceback" not in said
     served.faults.clear()

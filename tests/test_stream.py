@@ -273,15 +273,15 @@ def test_an_interrupted_process_goes_on(
     open_hub: HubServer, source: Path, whole: dict[str, bytes], tmp_path: Path, how: signal.Signals
 ) -> None:
     """Interrupted in the middle of an upload that would take long: a Ctrl-C does not wait for its end."""
-    open_hub.faults[:] = [*(Fault("/upload/", "PUT", times=1) for _ in range(3)), Fault("/upload/", "PUT", delay=20, times=1)]
+    open_hub.faults[:] = [*(Fault("/upload/", "PUT", times=1) for _ in range(3)), Fault("/upload/", "PUT", delay=200, times=1)]
     child = process(open_hub, tmp_path / "home", streaming(source, tmp_path / "out"))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while sum(r.method == "PUT" for r in open_hub.log) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     began = time.monotonic()
     child.send_signal(how)
-    _, said = child.communicate(timeout=30)
-    assert time.monotonic() - began < 10
+    _, said = child.communicate(timeout=150)
+    assert time.monotonic() - began < 100
     assert child.returncode == (1 if how == signal.SIGINT else -signal.SIGKILL), said
     if how == signal.SIGINT:
         assert "--resume" in said
@@ -307,7 +307,7 @@ def test_xet_stores_what_repeats_once_and_an_interrupted_stream_goes_on(open_hub
     stored = []
     for extra, expected in (([], 1), (["--resume"], 0)):
         child = process(open_hub, tmp_path / "home", [*words, *extra], HF_HUB_DISABLE_XET="0")
-        _, said = child.communicate(timeout=60)
+        _, said = child.communicate(timeout=300)
         assert child.returncode == expected, said
         assert "%" not in said  # no bars in a log
         stored.append(sum(p.stat().st_size for p in open_hub.xet.rglob("*") if p.is_file()))

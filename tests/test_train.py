@@ -23,7 +23,7 @@ from models import BY_NAME, make, tokens
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
-from trained import FAST, grown, recipe, run, source, text
+from trained import FAST, grown, losses_told, recipe, run, source, text
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hf_grow import api
@@ -685,21 +685,8 @@ def test_a_mixture_trains_and_tells_how_even_it_is(tmp_path: Path, capsys: pytes
     assert frozen and all(torch.equal(start[n], end[n]) for n in frozen)
 
 
-def losses_told(name: str, values: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What evaluations say of a set, by their steps: which model is the best must not hang on how a training goes on this machine."""
-    loop = GrowTrainer.evaluation_loop
-
-    def evaluated(self: GrowTrainer, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        found = loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if metric_key_prefix == f"eval_{name}":
-            found.metrics[f"eval_{name}_loss"] = values[self.state.global_step]
-        return found
-
-    monkeypatch.setattr(GrowTrainer, "evaluation_loop", evaluated)
-
-
 def test_early_stopping_keeps_the_best_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    losses_told("new", {0: 9.0, 2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0}, monkeypatch)
+    losses_told(monkeypatch, "new", lambda step, _: {0: 9.0, 2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0}[step])
     path = recipe(tmp_path, grown(tmp_path), max_steps=40, eval_steps=2, save_steps=2, early_stopping_patience=2)
     found = run(capsys, "train", path)
     assert found["steps"] == 8
@@ -713,7 +700,7 @@ def test_early_stopping_keeps_the_best_model(tmp_path: Path, capsys: pytest.Capt
 def test_the_best_model_is_whole_with_lora_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its new blocks train beside the adapters, and must come back with them."""
     model = grown(tmp_path)
-    losses_told("old", {0: 3.0, 2: 3.5, 4: 2.8, 6: 3.1, 8: 3.3, 10: 3.4}, monkeypatch)
+    losses_told(monkeypatch, "old", lambda step, _: {0: 3.0, 2: 3.5, 4: 2.8, 6: 3.1, 8: 3.3, 10: 3.4}[step])
     path = recipe(tmp_path, model, max_steps=10, eval_steps=2, save_steps=2, learning_rate=0.1, lora={"r": 2},
                   load_best_model_at_end=True, metric_for_best_model="eval_forgetting", greater_is_better=False)  # fmt: skip
     run(capsys, "train", path)

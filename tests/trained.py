@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from models import BY_NAME, make, save
 from transformers import PreTrainedTokenizerFast
 
@@ -74,6 +76,21 @@ def recipe(folder: Path, model: Path, **changes: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml_text.dumps({k: v for k, v in whole.items() if v is not None}))
     return path
+
+
+def losses_told(monkeypatch: pytest.MonkeyPatch, name: str, say: Callable[[int, float], float]) -> None:
+    """What evaluations say of a set, by step and loss: which is the best must not hang on how a training goes here."""
+    from hf_grow.training.trainer import GrowTrainer
+
+    loop = GrowTrainer.evaluation_loop
+
+    def evaluated(self: GrowTrainer, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        found, key = loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs), f"eval_{name}_loss"
+        if metric_key_prefix == f"eval_{name}":
+            found.metrics[key] = say(self.state.global_step, found.metrics[key])
+        return found
+
+    monkeypatch.setattr(GrowTrainer, "evaluation_loop", evaluated)
 
 
 def run(capsys: Any, *words: object, status: int = 0) -> dict[str, Any]:
