@@ -14,7 +14,7 @@ from grown import plan_of, through
 from models import BY_NAME, make, on_disk, save
 from penalties import random_importance
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.cli import main
@@ -414,7 +414,13 @@ def test_calibration_finds_the_smallest_lambda_tried_that_keeps_the_old_loss(tmp
     penalty = Quadratic("ewc", 1.0, {n: p.detach().clone() for n, p in model.named_parameters()}, lambda n: found[n])
     penalty.attach(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    settings: dict[str, Any] = {"old": data[:8], "train": data[20:50], "new": data[50:], "steps": 6, "lr": 3e-3, "batch": 4}
+    settings: dict[str, Any] = {
+        "old": data[:8],
+        "train": data[20:50],
+        "new": data[50:],
+        "steps": 6,
+        "how": training(tmp_path, learning_rate=3e-3),
+    }
     plain = calibrate(model, penalty, tolerated=1e9, **settings)
     assert plain.chosen == 0 and len(plain.trials) == 1 and plain.trials[0].rise > 0
     done = calibrate(model, penalty, tolerated=plain.trials[0].rise / 2, **settings)
@@ -427,12 +433,78 @@ def test_calibration_finds_the_smallest_lambda_tried_that_keeps_the_old_loss(tmp
         calibrate(model, Quadratic("ewc", 1.0, dict(before), lambda n: 0.0), tolerated=1e-6, **settings)
 
 
+def training(folder: Path, **more: Any) -> TrainingArguments:
+    settings = {
+        "per_device_train_batch_size": 4,
+        "weight_decay": 0.0,
+        "lr_scheduler_type": "constant",
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    return TrainingArguments(output_dir=str(folder / "trainer"), **{**settings, **more})
+
+
+def test_a_trial_is_a_run_of_the_trainer(tmp_path: Path) -> None:
+    """The same weights as Trainer's own, with its decay, schedule, clipping and micro-batches, over as many steps."""
+    from transformers import Trainer
+
+    import hf_grow.training.calibrate as calibration
+
+    how = training(
+        tmp_path, learning_rate=3e-3, weight_decay=0.3, lr_scheduler_type="cosine", warmup_steps=0.34, gradient_accumulation_steps=2,
+        max_steps=6, max_grad_norm=0.5, adam_beta2=0.9, train_sampling_strategy="sequential", disable_tqdm=True, save_strategy="no", per_device_train_batch_size=3,
+    )  # fmt: skip
+    one, two = small(), small()
+    data = rows(one, 36, 12)
+    penalty = Quadratic("ewc", 0.0, {n: p.detach().clone() for n, p in one.named_parameters()}, lambda n: 0.0)
+    penalty.attach(one)
+    calibration._train(one, penalty, data, 6, how, lambda tokens: None)
+    Trainer(model=two, args=how, train_dataset=[{"input_ids": r, "labels": r} for r in data]).train()
+    for (name, p), (_, q) in zip(one.named_parameters(), two.named_parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert not torch.allclose(one.lm_head.weight, small().lm_head.weight, atol=1e-3)
+
+
+def test_the_schedule_of_a_long_training_is_drawn_together(tmp_path: Path) -> None:
+    """Warm-up keeps its share: 100 of 1000 steps are 2 of 20."""
+    import hf_grow.training.calibrate as calibration
+
+    how = training(tmp_path, learning_rate=1.0, lr_scheduler_type="linear", warmup_steps=100, max_steps=1000)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    rates, seen = calibration.schedule(optimizer, how, 20), []
+    for _ in range(20):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        rates.step()
+    assert seen == pytest.approx([0, 0.5, *(1 - i / 18 for i in range(18))])
+
+
+def test_calibration_takes_the_recipe_that_lambda_is_for(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    old, new = text(tmp_path / "old.txt", 0), text(tmp_path / "new.txt", 1)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: m\ndata: {train: new.txt, seq_length: 24}\nregularizer: {kind: l2sp, form: proximal}\nlearning_rate: 0.003\nmax_steps: 100\n"
+        "per_device_train_batch_size: 2\ngradient_accumulation_steps: 2\nlr_scheduler_type: linear\nweight_decay: 0.05\nuse_cpu: true\n"
+    )
+    words = ["--calibrate", "0.5", "--on", new, "--calibrate-steps", "3", "--recipe", recipe]
+    assert fisher(folder, "--text", old, "-o", tmp_path / "f.safetensors", *words, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    found = {k: told["calibration"][k] for k in ("lr", "weight_decay", "schedule", "batch", "kind", "form")}
+    assert found == {"lr": 0.003, "weight_decay": 0.05, "schedule": "linear", "batch": 4, "kind": "l2sp", "form": "proximal"}
+    assert told["seq_length"] == 24
+    assert fisher(folder, "--text", old, "-o", tmp_path / "g.safetensors", *words, "--calibrate-lr", "0.1") == 2
+    assert "--calibrate-lr: the recipe says it" in capsys.readouterr().err
+    recipe.write_text("model: m\ndata: {train: new.txt}\nregularizer: {kind: si}\n")
+    assert fisher(folder, "--text", old, "-o", tmp_path / "g.safetensors", *words) == 2
+    assert "looks for the lambda of ewc or l2sp, not of si" in capsys.readouterr().err
+
+
 def test_the_command_calibrates_on_text_it_did_not_use(folder: Path, tmp_path: Path, capsys: Any) -> None:
     old, new = text(tmp_path / "old.txt", 0), text(tmp_path / "new.txt", 1)
-    words = ["--calibrate", "0.02", "--on", new, "--calibrate-steps", "5", "--calibrate-lr", "0.003"]
+    words = ["--calibrate", "50", "--on", new, "--calibrate-steps", "5", "--calibrate-lr", "0.003"]
     assert fisher(folder, "--text", old, "-o", tmp_path / "f.safetensors", *words, "--json") == 0
     told = json.loads(capsys.readouterr().out)["calibration"]
     chosen = next(t for t in told["trials"] if t["lambda"] == told["lambda"])
-    assert chosen["rise"] <= 0.02 and len(told["trials"]) >= 1
+    assert chosen["rise"] <= 50 and len(told["trials"]) >= 1
     assert fisher(folder, "--text", old, "-o", tmp_path / "g.safetensors", *words) == 0
     assert "<-" in capsys.readouterr().out

@@ -6,7 +6,7 @@ import argparse
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -15,6 +15,7 @@ from hf_grow.checkpoint.source import open_source
 from hf_grow.checkpoint.writer import check_room
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, add_source, enough_memory, print_json
+from hf_grow.cli.trials import MEASURED, Trials, calibrated, trials_for
 from hf_grow.errors import InputError, OutputError
 from hf_grow.methods.sizing import measure, short
 from hf_grow.planning import GrowthPlan, check_source
@@ -26,15 +27,6 @@ from hf_grow.training.extras import need
 from hf_grow.training.fisher import FisherOptions, memory
 from hf_grow.training.fisher_file import open_importance
 from hf_grow.untrusted import to_json
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from hf_grow.training.calibrate import Calibration
-
-MEASURED = 32
-"""Sequences, of old and of new text, that calibration measures on."""
 
 
 class RunOptions(Options):
@@ -58,8 +50,10 @@ class RunOptions(Options):
     """New text for --calibrate; like --text."""
     calibrate_steps: Annotated[int, Field(ge=1)] = 60
     """Steps of each training."""
-    calibrate_lr: Annotated[float, Field(gt=0)] = 1e-4
-    """Learning rate of each training; take the one of your run."""
+    calibrate_lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of each training, where no recipe is given. Default: 1e-4."""
+    recipe: str | None = None
+    """For --calibrate: the training recipe that lambda is for. Its learning rate, decay, schedule, batch, sequence length and penalty are taken."""
     device: str | None = None
     """Where the model runs: cpu, cuda, cuda:1. Default: the first GPU, else the CPU."""
     overwrite: bool = False
@@ -84,6 +78,11 @@ def run(arguments: argparse.Namespace) -> int:
     options = parse(FisherOptions, flags.given(arguments, FisherOptions), where="The command line", strict=False)
     out = Path(how.output).expanduser()
     _check(how, out)
+    trials = trials_for(how, options, out) if how.calibrate is not None else None
+    if trials is not None and how.recipe is not None:
+        if "seq_length" in flags.given(arguments, FisherOptions):
+            raise InputError("--seq-length: the recipe says it (data.seq_length).", hint="Leave one of both out.")
+        options = options.model_copy(update={"seq_length": trials.seq_length})
     checkpoint = open_source(arguments.source, revision=arguments.revision, weights=not how.dry_run, notify=render.note)
     check_source(checkpoint.info)
     if how.utility is not None and not checkpoint.info.architecture.is_moe:
@@ -104,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
             facts = (
                 _mapped(checkpoint, how, options, out)
                 if how.from_growth
-                else _estimated(checkpoint, how, options, out, quiet=arguments.json)
+                else _estimated(checkpoint, how, options, out, trials, quiet=arguments.json)
             )
         facts = {"output": str(out), **facts, "seconds": round(time.perf_counter() - start, 1)}
     print_json(plain(facts)) if arguments.json else _show(facts)
@@ -120,6 +119,11 @@ def _check(how: RunOptions, out: Path) -> None:
         wrong += [f"--{n} needs --text" for n in ("merge", "utility", "calibrate") if getattr(how, n) is not None]
     if (how.calibrate is None) != (how.on is None):
         wrong.append("--calibrate NATS and --on NEW_DATA go together")
+    wrong += [
+        f"--{n.replace('_', '-')} belongs to --calibrate" for n in ("recipe", "calibrate_lr") if getattr(how, n) and how.calibrate is None
+    ]
+    if how.recipe is not None and how.calibrate_lr is not None:
+        wrong.append("--calibrate-lr: the recipe says it (learning_rate)")
     if how.decay != 1.0 and how.merge is None:
         wrong.append("--decay belongs to --merge")
     from hf_grow.training.data.sources import find
@@ -191,7 +195,9 @@ def _mapped(checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, out
     return {"kind": facts.get("kind", ""), "mapped_from": facts["mapped_from"], "mapped_by": plan.growth.method}
 
 
-def _estimated(checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, out: Path, *, quiet: bool) -> dict[str, Any]:
+def _estimated(
+    checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, out: Path, trials: Trials | None, *, quiet: bool
+) -> dict[str, Any]:
     need("datasets")
     from hf_grow.training.fisher import estimate, merged, on_disk, sequences, utility
     from hf_grow.training.fisher_file import Importance, check_model, samples, write_importance
@@ -209,8 +215,8 @@ def _estimated(checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, 
     apart = MEASURED if how.calibrate is not None else 0
     rows = sequences([how.text], model, tokenizer, length=length, count=wanted + apart, seed=options.seed)
     new = None
-    if how.on is not None:
-        count = how.calibrate_steps * options.batch + MEASURED
+    if how.on is not None and trials is not None:
+        count = how.calibrate_steps * trials.batch + MEASURED
         new = sequences([how.on], model, tokenizer, length=length, count=count, seed=options.seed)
         for label, some in ((how.text, rows), (how.on, new)):
             if len(some) < 8:
@@ -240,10 +246,10 @@ def _estimated(checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, 
         table = utility(arch.layers, arch.size("experts"), on_disk(model, found), arch.tensors)
         how.utility.write_text(to_json({"utility": table}, indent=None), encoding="utf-8")
         told["utility"] = str(how.utility)
-    if new is not None:
+    if new is not None and trials is not None:
         del found
         render.note(f"The Fisher is in {out}; now lambda is looked for.")
-        told["calibration"] = _calibrated(model.float(), how, out, heldout, new, options.batch, quiet=quiet)
+        told["calibration"] = calibrated(model.float(), checkpoint, how, trials, out, heldout, new, quiet=quiet)
     return told
 
 
@@ -253,32 +259,6 @@ def _dtype(options: FisherOptions, device: str | None) -> str:
     import torch
 
     return "bfloat16" if (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda") else "float32"
-
-
-def _calibrated(
-    model: PreTrainedModel, how: RunOptions, file: Path, old: Tensor, new: Tensor, batch: int, *, quiet: bool
-) -> dict[str, Any]:
-    from hf_grow.training.calibrate import calibrate
-    from hf_grow.training.regularizers import PenaltyOptions, Quadratic, make_penalty
-
-    penalty = make_penalty(PenaltyOptions(kind="ewc", fisher=(file,)), model)
-    assert isinstance(penalty, Quadratic) and how.calibrate is not None
-    penalty.attach(model)
-    measured = min(MEASURED, len(new) // 2)
-    with render.tokens_bar("calibrating", 6 * how.calibrate_steps * batch * new.shape[1], quiet=quiet) as progress:
-        found = calibrate(
-            model, penalty, old=old, train=new[:-measured], new=new[-measured:], tolerated=how.calibrate,
-            steps=how.calibrate_steps, lr=how.calibrate_lr, batch=batch, progress=progress,
-        )  # fmt: skip
-    return _told(found, how)
-
-
-def _told(found: Calibration, how: RunOptions) -> dict[str, Any]:
-    return {
-        "lambda": found.chosen, "tolerated": how.calibrate, "steps": how.calibrate_steps, "lr": how.calibrate_lr,
-        "before": {"old": found.old, "new": found.new},
-        "trials": [{"lambda": t.strength, "old": t.old, "new": t.new, "rise": t.rise, "forecast": t.forecast} for t in sorted(found.trials, key=lambda t: t.strength)],
-    }  # fmt: skip
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -301,7 +281,10 @@ def _show(facts: dict[str, Any]) -> None:
         say(f"wrote      {facts['utility']}: squared gradients of the experts (hf-grow experts --add N --utility FILE)", markup=False)
     if "calibration" in facts:
         c = facts["calibration"]
-        say(f"before     old {c['before']['old']:.4f}, new {c['before']['new']:.4f} nats a token; {c['steps']} steps at {c['lr']:g}:")
+        say(
+            f"before     old {c['before']['old']:.4f}, new {c['before']['new']:.4f} nats a token; {c['steps']} steps at {c['lr']:g} "
+            f"({c['schedule']}, decay {c['weight_decay']:g}, {c['batch']} sequences a step):"
+        )
         for t in c["trials"]:
             mark = "   <-" * (t["lambda"] == c["lambda"])
             say(

@@ -2,8 +2,9 @@
 
 1/2 F d^2 is no forecast: it is right for small moves only, and underestimates what training does many times over. So short trainings on the
 new text are run, each from the same weights and on the same batches, and the old domain's loss is measured after each: lambda 0, then 1, 10,
-100, ... until the rise is small enough, then between the last two on a log scale. The answer holds for as many steps at this learning rate;
-a longer training forgets more, and the rise should be watched there too.
+100, ... until the rise is small enough, then between the last two on a log scale. Optimizer, learning rate, decay, clipping, batch and schedule
+are those of the training that lambda is for, the schedule drawn together to the steps of a trial. A longer training forgets more, and the rise should be
+watched there too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from hf_grow.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainingArguments
 
     from hf_grow.training.regularizers import Quadratic
 
@@ -60,22 +61,22 @@ def calibrate(
     new: Tensor,
     tolerated: float,
     steps: int,
-    lr: float,
-    batch: int,
+    how: TrainingArguments,
     refinements: int = 3,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Calibration:
     """``old``, ``new``: sequences to measure on; ``train``: sequences to train on, from the first on, again and again if need be.
 
-    ``penalty`` is attached; its strength is changed. The model is left as it was. Raises InputError if no lambda up to MOST is enough.
+    ``how``: the training that lambda is for; its batch is per_device_train_batch_size * gradient_accumulation_steps. ``penalty`` is attached; its strength is changed. The model is left as it was. Raises InputError if no lambda up to MOST is enough.
     """
+    batch = how.per_device_train_batch_size
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     before = loss_on(model, old, batch), loss_on(model, new, batch)
     trials: list[Trial] = []
 
     def tried(strength: float) -> Trial:
         penalty.strength = strength
-        _train(model, penalty, train, steps, lr, batch, progress)
+        _train(model, penalty, train, steps, how, progress)
         after = loss_on(model, old, batch), loss_on(model, new, batch)
         penalty.strength = 1.0
         forecast = penalty.value()
@@ -119,26 +120,49 @@ def loss_on(model: PreTrainedModel, rows: Tensor, batch: int) -> float:
     return total / (len(rows) * (rows.shape[1] - 1))
 
 
+def schedule(optimizer: torch.optim.Optimizer, how: TrainingArguments, steps: int) -> Any:
+    """The training's schedule over so many steps: warm-up keeps its share."""
+    from transformers import get_scheduler
+
+    whole = how.max_steps if how.max_steps > 0 else steps
+    warm = min(round(how.get_warmup_steps(whole) / whole * steps), steps - 1)
+    return get_scheduler(how.lr_scheduler_type, optimizer, warm, steps, scheduler_specific_kwargs=how.lr_scheduler_kwargs)
+
+
+def optimizer_for(model: PreTrainedModel, how: TrainingArguments) -> torch.optim.Optimizer:
+    """As Trainer makes it, with its groups that decay and that do not."""
+    from transformers import Trainer
+
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(how, model)
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for n, p in trained if (n in decayed) == d], "weight_decay": how.weight_decay * d} for d in (True, False)]
+    made: torch.optim.Optimizer = kind(groups, **settings)
+    return made
+
+
 def _train(
-    model: PreTrainedModel, penalty: Quadratic, rows: Tensor, steps: int, lr: float, batch: int, progress: Callable[[int], None]
+    model: PreTrainedModel, penalty: Quadratic, rows: Tensor, steps: int, how: TrainingArguments, progress: Callable[[int], None]
 ) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = optimizer_for(model, how)
+    rates = schedule(optimizer, how, steps)
     training = model.training
     model.train()
-    warmup = max(1, steps // 10)
+    size, parts = how.per_device_train_batch_size, how.gradient_accumulation_steps
     for step in range(steps):
-        rate = lr * min(1.0, (step + 1) / warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        ids = rows[torch.arange(step * batch, (step + 1) * batch) % len(rows)].to(model.device)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        for part in range(step * parts, (step + 1) * parts):
+            ids = rows[torch.arange(part * size, (part + 1) * size) % len(rows)].to(model.device)
+            (model(input_ids=ids, labels=ids, use_cache=False).loss / parts).backward()
+            progress(ids.numel())
         if penalty.strength:
             penalty.add_gradient()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if how.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), how.max_grad_norm)
         penalty.before_step()
+        rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         if penalty.strength:
             penalty.after_step(rate)
+        rates.step()
         optimizer.zero_grad(set_to_none=True)
-        progress(ids.numel())
     model.train(training)
