@@ -486,16 +486,35 @@ def test_calibration_takes_the_recipe_that_lambda_is_for(folder: Path, tmp_path:
         "model: m\ndata: {train: new.txt, seq_length: 24}\nregularizer: {kind: l2sp, form: proximal}\nlearning_rate: 0.003\nmax_steps: 100\n"
         "per_device_train_batch_size: 2\ngradient_accumulation_steps: 2\nlr_scheduler_type: linear\nweight_decay: 0.05\nuse_cpu: true\n"
     )
-    words = ["--calibrate", "0.5", "--on", new, "--calibrate-steps", "3", "--recipe", recipe]
-    assert fisher(folder, "--text", old, "-o", tmp_path / "f.safetensors", *words, "--json") == 0
+
+    def of_recipe(name: str, *more: str) -> int:
+        words = [
+            "fisher",
+            folder,
+            "--text",
+            old,
+            "-o",
+            tmp_path / name,
+            "--tokens",
+            "96",
+            "--calibrate",
+            "50",
+            "--on",
+            new,
+            "--calibrate-steps",
+            "3",
+        ]
+        return main([*map(str, words), "--recipe", str(recipe), "--device", "cpu", *more])
+
+    assert of_recipe("f", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     found = {k: told["calibration"][k] for k in ("lr", "weight_decay", "schedule", "batch", "kind", "form")}
     assert found == {"lr": 0.003, "weight_decay": 0.05, "schedule": "linear", "batch": 4, "kind": "l2sp", "form": "proximal"}
     assert told["seq_length"] == 24
-    assert fisher(folder, "--text", old, "-o", tmp_path / "g.safetensors", *words, "--calibrate-lr", "0.1") == 2
+    assert of_recipe("g", "--calibrate-lr", "0.1") == 2
     assert "--calibrate-lr: the recipe says it" in capsys.readouterr().err
     recipe.write_text("model: m\ndata: {train: new.txt}\nregularizer: {kind: si}\n")
-    assert fisher(folder, "--text", old, "-o", tmp_path / "g.safetensors", *words) == 2
+    assert of_recipe("g") == 2
     assert "looks for the lambda of ewc or l2sp, not of si" in capsys.readouterr().err
 
 
