@@ -1,6 +1,6 @@
 """The dtype of a training's result, which need not be that of the training; and what a step in 16 bits cannot move.
 
-Weights are trained in fp32: in bf16 neighbouring numbers are 1/256 apart, and a step of 1e-4 is lost in every weight above about 0.05. The result
+Weights are trained in fp32: in bf16 neighbouring numbers are up to 1/128 apart, and a step of 1e-4 is lost in every weight above 0.03. The result
 is stored in the dtype of its source all the same; checkpoints to go on from are stored as they are trained.
 """
 
