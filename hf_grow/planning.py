@@ -21,7 +21,7 @@ from hf_grow.axes import AxisMap
 from hf_grow.errors import PlanError, SourceError
 from hf_grow.families import DERIVED_BUFFERS
 from hf_grow.growth import Growth, Guarantee, LayerOrigin
-from hf_grow.methods.sizing import Size, measure
+from hf_grow.methods.sizing import Size, beyond, measure
 from hf_grow.tensormap import Expr, Scope, Shape, Share, Source, from_json, to_json
 
 FORMAT = 1
@@ -257,9 +257,11 @@ def make_plan(source: SourceInfo, growth: Growth) -> GrowthPlan:
     growth = replace(growth, dropped={**growth.dropped, **extra}, warnings=(*growth.warnings, *own))
     scope = Scope(source.scope_shapes, growth.axes)
     try:
-        expected = Architecture(growth.config).tensors
+        target = Architecture(growth.config)
     except SourceError as error:
         raise PlanError(f"The target config cannot be built: {error.message}", hint=error.hint) from None
+    expected = target.tensors
+    growth = replace(growth, warnings=(*growth.warnings, *beyond(source.architecture, target)))
     if growth.tensors.keys() != expected.keys():
         raise PlanError(f"The map and the table differ in {_some(sorted(growth.tensors.keys() ^ expected.keys()))}.")
     for name, expr in growth.tensors.items():

@@ -468,7 +468,7 @@ def test_a_large_mixture_is_sized_in_seconds():
         ("dus", {"to": "30B"}, ["30.00B parameters cannot be met within 5%", "the source has 7.24B", "nearest reachable size is 14.22B",
                                 "13.79B (62 layers)", "14.22B (64 layers)"]),
         ("dus", {"to": "7.24B", "layers_to": 48}, ["--to and --layers-to each set the number of layers; give one"]),
-        ("dus", {"to": "1B"}, ["1.00B parameters cannot be met", "7.68B (34 layers)"]),
+        ("dus", {"to": "1B"}, ["7.24B parameters (7,241,732,096) already", "1.00B is no growth", "7.68B (34 layers)"]),
         ("dus", {"drop": 16}, ["--drop 16 leaves 2(n-m) = 32 layers of 32: nothing grows", "less than 16"]),
         ("dus", {"drop": 40}, ["nothing grows"]),
         ("dus", {"drop": 8, "layers_to": 48}, ["--layers-to and --drop each set"]),

@@ -20,7 +20,7 @@ ROOT = Path(hf_grow.__file__).parent
 FLOORS = [
     ["_version", "errors", "untrusted", "yaml_text", "suggest", "families", "foreign", "architecture", "portable", "tensormap"],
     ["axes", "recipe", "prompts", "growth"],
-    ["methods.sizing", "methods.spaces", "methods.shapes", "methods.widen", "methods.depth", "methods.width", "methods.expert_options", "methods.routers", "methods.upcycle",
+    ["methods.sizing", "methods.starting", "methods.spaces", "methods.shapes", "methods.widen", "methods.depth", "methods.width", "methods.expert_options", "methods.routers", "methods.upcycle",
      "methods.more_experts", "methods.experts", "methods.hybrid",
      "methods", "methods.pipeline"],
     ["planning"],

@@ -474,3 +474,12 @@ def test_any_sizes_are_lossless_or_refused_with_words(family: str, tied: bool, m
         assert plan.guarantee.lossless
         assert all(axis.is_exact() for axis in plan.growth.axes.values() if axis.dual)
         assert difference(model, grow_model(model, plan)) < TOLERANCE
+
+
+def test_a_guarantee_tells_what_its_own_method_does() -> None:
+    model = source("llama")
+    because = {
+        way: plan_of(model, *way[:1], factor=2, **dict(way[1:])).guarantee.because
+        for way in (("fpi",), ("tile",), ("aki", ("lossless", True)))
+    }
+    assert ["next layer" in because[way] for way in because] == [False, False, True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from typing import Any
 
@@ -15,8 +16,8 @@ from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import COMMANDS, render
 from hf_grow.cli.commands import add_json, add_source, print_json
 from hf_grow.errors import InputError
-from hf_grow.methods import METHODS
-from hf_grow.methods.sizing import TOLERANCE, measure, short
+from hf_grow.methods import METHODS, starting
+from hf_grow.methods.sizing import LARGEST_STEP, TOLERANCE, beyond, measure, short
 from hf_grow.planning import GrowthPlan, check_source
 from hf_grow.recipe import parse_size
 
@@ -40,8 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = open_source(arguments.source, revision=arguments.revision, weights=False, notify=render.note)
     check_source(checkpoint.info)
     now = measure(checkpoint.info.architecture).total
-    if target <= now:
-        raise InputError(f"{checkpoint.ref} has {short(now)} parameters already; {short(target)} is no growth.", hint="Give a larger --to.")
+    if target <= now or short(target) == short(now):
+        raise InputError(
+            f"{checkpoint.ref} has {short(now)} parameters ({now:,}) already; {short(target)} is no growth.", hint="Give a larger --to."
+        )
     ways: list[tuple[GrowthPlan, str]] = []
     for method in METHODS.values():
         wanted = (target, active) if method.kind == "experts" else (target,)
@@ -60,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             {
                 **render.plan_facts(p),
                 "command": c,
+                "beyond": beyond(p.source.architecture, p.architecture),
                 "off_target": p.sizes[1].total / target - 1,
                 "off_active": p.sizes[1].active / active - 1 if active else None,
                 "serving_bytes": p.sizes[1].serving_bytes(arguments.context),
@@ -107,11 +111,43 @@ def _show(arch: Any, target: int, active: int | None, context: int, ways: list[t
         cells += [short(new.active), *([f"{new.active / active - 1:+.0%}"] if active else [])]
         # Short, so that the row fits 80 columns.
         cells += [short(new.flops), _gigabytes(plan.nbytes), _gigabytes(new.serving_bytes(context))]
-        cells += ["lossless" if plan.guarantee.lossless else "changes"]
-        table.add_row(*cells, style="" if _off(plan, target, active) <= TOLERANCE else "dim")
+        start = starting.of(plan.growth, arch)
+        cells += ["lossless" if plan.guarantee.lossless else f"{start.prose:+.1f} nats" if start else "changes"]
+        table.add_row(*cells, style="" if _normal(plan, target, active) else "dim")
     render.console.print(table)
-    near = [(plan, command) for plan, command in ways if _off(plan, target, active) <= TOLERANCE]
-    for plan, command in near:
+    if any(starting.of(plan.growth, arch) for plan, _ in ways):
+        render.console.print(
+            f"nats: how much the loss of {starting.MODEL} rose on prose right after such a growth; one model, guidance only.", style="dim"
+        )
+    normal = [way for way in ways if _normal(way[0], target, active)]
+    for plan, command in normal:
         render.console.print(Text.assemble(f"{plan.growth.method:<11} ", (command, "bold")))
-    if not near:
+    for plan, command in ways:
+        if _reaches(plan, target, active) and (far := beyond(arch, plan.architecture)):
+            render.console.print(f"{plan.growth.method:<11} {command}", style="dim", markup=False)
+            render.console.print(f"{'':<11} {' '.join(far)}", style="yellow", markup=False)
+    if not normal:
+        _show_steps(size.total, target, wanted)
+
+
+def _reaches(plan: GrowthPlan, target: int, active: int | None) -> bool:
+    """Within 5 % of what is wanted, and nearer to it than the source is."""
+    old, new = plan.sizes
+    return _off(plan, target, active) <= TOLERANCE and abs(new.total - target) < abs(old.total - target)
+
+
+def _normal(plan: GrowthPlan, target: int, active: int | None) -> bool:
+    return _reaches(plan, target, active) and not beyond(plan.source.architecture, plan.architecture)
+
+
+def _show_steps(now: int, target: int, wanted: str) -> None:
+    """What to do where nothing reaches a target at once."""
+    count = math.ceil(math.log(target / now) / math.log(LARGEST_STEP))
+    if count < 2:
         render.console.print(f"No way comes within {TOLERANCE:.0%} of {wanted}; the nearest are above.", style="yellow")
+        return
+    sizes = " -> ".join(short(now * (target / now) ** (i / count)) for i in range(count + 1))
+    render.console.print(
+        f"No way that is known to work reaches {wanted} at once. In {count} steps, training after each: {sizes}; hf-grow plan shows the ways of each.",
+        style="yellow",
+    )

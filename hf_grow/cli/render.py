@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from hf_grow.checkpoint.writer import Progress
 from hf_grow.errors import shown
+from hf_grow.methods import starting
 from hf_grow.methods.hybrid import ffn_axis
 from hf_grow.methods.sizing import measure, short
 from hf_grow.publish.layermap import layer_ranges
@@ -74,6 +76,9 @@ def plan_facts(plan: GrowthPlan) -> dict[str, Any]:
         "kv_values_per_token": [old.kv_values, new.kv_values],
         "guarantee": plan.guarantee.kind,
         "because": plan.guarantee.because,
+        "starting_loss": asdict(start) | {"model": starting.MODEL}
+        if (start := starting.of(plan.growth, plan.source.architecture))
+        else None,
         "dropped": dict(plan.growth.dropped),
         "warnings": list(plan.growth.warnings),
     }
@@ -100,6 +105,8 @@ def show_plan(plan: GrowthPlan) -> None:
     console.print(f"tensors    {len(plan.targets)}: {copies} copied byte for byte, {len(plan.targets) - copies} computed")
     style = "green" if plan.guarantee.lossless else "yellow"
     console.print(Text.assemble("guarantee  ", (plan.guarantee.kind, style), f": {plan.guarantee.because}"))
+    if start := starting.of(plan.growth, a):
+        console.print(f"start      {start} (one model: guidance only)", style="yellow", markup=False)
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.growth.dropped.items():
         reasons.setdefault(reason, []).append(name)

@@ -23,7 +23,7 @@ from pydantic import Field
 from hf_grow.architecture import Architecture, Entry
 from hf_grow.errors import PlanError
 from hf_grow.growth import Growth, Guarantee, LayerOrigin, Method
-from hf_grow.methods.sizing import TOLERANCE, block_parameters, measure, short
+from hf_grow.methods.sizing import block_parameters, check_target, measure, short
 from hf_grow.portable import portable_config
 from hf_grow.recipe import LayerList, Options, Size
 from hf_grow.tensormap import Expr, Fill, Noise, Source, Sum
@@ -142,13 +142,9 @@ def _target(
     if not sizes:
         raise PlanError(f"A model of {arch.layers} layers cannot be grown by this method.")
     best = min(sizes, key=lambda r: abs(sizes[r] - options.to))  # type: ignore[operator]
-    if abs(sizes[best] - options.to) > TOLERANCE * options.to:
-        near = sorted(sorted(sizes, key=lambda r: abs(sizes[r] - options.to))[:5])  # type: ignore[operator]
-        raise PlanError(
-            f"{short(options.to)} parameters cannot be met within {TOLERANCE:.0%}: "
-            f"the source has {short(measure(arch).total)}, the nearest reachable size is {short(sizes[best])}.",
-            hint="Reachable around it: " + ", ".join(f"{short(sizes[r])} ({r} layers)" for r in near) + ".",
-        )
+    near = sorted(sorted(sizes, key=lambda r: abs(sizes[r] - options.to))[:5])  # type: ignore[operator]
+    hint = "Reachable around it: " + ", ".join(f"{short(sizes[r])} ({r} layers)" for r in near) + "."
+    check_target(measure(arch).total, options.to, sizes[best], hint=hint)
     return best
 
 

@@ -9,7 +9,7 @@ from hf_grow.errors import PlanError
 from hf_grow.growth import Growth, Method
 from hf_grow.methods.expert_options import MOST_EXPERTS, ExpertsOptions
 from hf_grow.methods.more_experts import experts_keys, more_experts
-from hf_grow.methods.sizing import measure
+from hf_grow.methods.sizing import check_target, measure, short
 from hf_grow.methods.upcycle import UPCYCLED, upcycled, upcycled_config
 from hf_grow.recipe import Options
 
@@ -27,6 +27,11 @@ def build_experts(arch: Architecture, options: ExpertsOptions, others: Sequence[
         if others:
             raise PlanError("--to cannot be met with --experts-from.", hint="The checkpoints say how many experts there are.")
         count = _nearest_count(arch, options.to, options)
+        unit = _unit(options)
+        near = [c for c in (count - unit, count, count + unit) if max(2 * unit, arch.size("experts")) <= c <= MOST_EXPERTS]
+        sizes = {c: measure(_sized(arch, c, 1, unit)).total for c in near}
+        hint = "Reachable around it: " + ", ".join(f"{short(s)} ({c} experts)" for c, s in sizes.items()) + "."
+        check_target(measure(arch).total, options.to, sizes[count], hint=hint)
         options = options.model_copy(update={"experts": count, "to": None})
     return (more_experts if arch.is_moe else upcycled)(arch, options, others)
 
@@ -55,9 +60,14 @@ def _sized(arch: Architecture, count: int, top_k: int, shards: int) -> Architect
     return Architecture(upcycled_config(arch, count, top_k, shards))
 
 
+def _unit(options: ExpertsOptions) -> int:
+    """Experts come in multiples of this."""
+    return options.shards or (2 if options.init == "fine-grained" else 1)
+
+
 def _nearest_count(arch: Architecture, target: int, options: ExpertsOptions) -> int:
     """The number of experts whose total comes nearest to `target`; every expert adds the same."""
-    unit = options.shards or (2 if options.init == "fine-grained" else 1)
+    unit = _unit(options)
     two, three = (measure(_sized(arch, n * unit, 1, unit)).total for n in (2, 3))
     count = 2 * unit + round((target - two) / (three - two)) * unit
     return min(max(count, 2 * unit, arch.size("experts")), MOST_EXPERTS // unit * unit)

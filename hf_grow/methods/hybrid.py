@@ -20,7 +20,7 @@ from hf_grow.families import MAX_LAYERS
 from hf_grow.growth import Growth, Method, compose
 from hf_grow.methods.depth import DEPTH_METHODS
 from hf_grow.methods.shapes import Shape, shape_of, widths, with_shape
-from hf_grow.methods.sizing import TOLERANCE, block_parameters, measure, short
+from hf_grow.methods.sizing import TOLERANCE, block_parameters, check_target, measure, short
 from hf_grow.methods.width import WIDTH_METHODS, explicit_sizes
 from hf_grow.recipe import Options, Size
 
@@ -73,12 +73,14 @@ def candidates(arch: Architecture, options: HybridOptions) -> list[Candidate]:
             nearest = c
         if abs(c.total / options.to - 1) <= TOLERANCE and (c.shape.hidden not in best or c.cost < best[c.shape.hidden].cost):
             best[c.shape.hidden] = c
-    if not best:
-        reach = f" The nearest is {short(nearest.total)}." if nearest else ""
+    now, hint = measure(arch).total, "Change --to, --max-depth or --multiple-of."
+    if nearest is None and options.to > now:
         raise PlanError(
-            f"No depth and width within these limits come within {TOLERANCE:.0%} of {short(options.to)}; the source has {short(measure(arch).total)}.{reach}",
-            hint="Change --to, --max-depth or --multiple-of.",
+            f"{short(options.to)} parameters cannot be met within {TOLERANCE:.0%}: the source has {short(now)}, and no depth and width within "
+            "these limits come near.",
+            hint=hint,
         )
+    check_target(now, options.to, nearest.total if nearest else now, hint=hint)
     return sorted(best.values(), key=lambda c: c.cost)[:LISTED]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from hf_grow.architecture import Architecture
 from hf_grow.errors import PlanError
 from hf_grow.families import FFN_AXES
-from hf_grow.methods.sizing import TOLERANCE, measure, short
+from hf_grow.methods.sizing import check_target, measure, short
 from hf_grow.methods.spaces import divisors, heads_feasible
 
 LARGEST_FACTOR = 4.0
@@ -85,8 +85,6 @@ def nearest_shape(
 ) -> Shape:
     """Widths whose parameter count comes nearest to `target`, all by about one factor. Raises PlanError if none is within 5 %."""
     now = measure(arch).total
-    if target <= now:
-        raise PlanError(f"The source has {short(now)} parameters already; {short(target)} is no growth.")
     best: tuple[float, Shape, int] | None = None
     for shape in widths(arch, whole=whole, multiple=multiple):
         shape = replace(shape, head_dim=head_dim or shape.head_dim)
@@ -94,12 +92,11 @@ def nearest_shape(
         off = abs(total / target - 1)
         if best is None or off < best[0]:
             best = off, shape, total
-    if best is None or (strict and best[0] > TOLERANCE):
-        reach = f"the nearest by width alone is {short(best[2])}" if best else "no width near it is feasible"
-        raise PlanError(
-            f"{short(target)} parameters cannot be met within {TOLERANCE:.0%} by width: the source has {short(now)}, {reach}.",
-            hint="hf-grow hybrid SOURCE --to SIZE grows depth and width together.",
-        )
+    hint = "hf-grow hybrid SOURCE --to SIZE grows depth and width together."
+    if best is None:
+        raise PlanError(f"{short(target)} parameters cannot be met by width: no width near it is feasible.", hint=hint)
+    if strict:
+        check_target(now, target, best[2], hint=hint if target > now else "Give a larger --to.")
     return best[1]
 
 

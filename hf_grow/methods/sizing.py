@@ -2,6 +2,8 @@
 
 total     all parameters stored (a tied head counts once)
 active    parameters a token passes through: of the experts only top_k, and not the embedding table unless it is the head too
+
+And what is no sensible size: one that is no growth (`check_target`), or farther than anyone is known to have gone in one step (`beyond`).
 """
 
 from __future__ import annotations
@@ -11,10 +13,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hf_grow.architecture import Architecture
+from hf_grow.errors import PlanError
 from hf_grow.families import PREDICATES, TensorSpec
 
 TOLERANCE = 0.05
 """A growth misses its target when it ends farther away than this share of it."""
+
+
+LARGEST_STEP = 4.0
+"""Growth of the active parameters at once that the papers of these methods tried (G_stack, arXiv 2405.15319; HyperCloning, arXiv 2409.12903)."""
+MANY_EXPERTS = 64
+"""Experts of the target beyond which no paper cited here upcycled (arXiv 2604.19835: 64)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,39 @@ def block_parameters(arch: Architecture) -> list[int]:
             if layer >= 0:
                 counts[layer] += count
     return counts
+
+
+def check_target(now: int, target: int, nearest: int, *, hint: str = "Give a larger --to.") -> None:
+    """Raises PlanError where `target` parameters are no growth, or where `nearest`, which a method reaches, misses them by more than 5 %.
+
+    Also where the source itself is as near: a model of 134.5 million is called 135M, and one of 142 million is no answer to that.
+    """
+    if target <= now or short(target) == short(now):
+        raise PlanError(f"The source has {short(now)} parameters ({now:,}) already; {short(target)} is no growth.", hint=hint)
+    if abs(nearest - target) > TOLERANCE * target:
+        raise PlanError(
+            f"{short(target)} parameters cannot be met within {TOLERANCE:.0%}: the source has {short(now)}, "
+            f"the nearest reachable size is {short(nearest)}.",
+            hint=hint,
+        )
+    if abs(target - now) <= abs(target - nearest):
+        raise PlanError(
+            f"The source has {short(now)} parameters, nearer to {short(target)} than the nearest growth, {short(nearest)}.", hint=hint
+        )
+
+
+def beyond(old: Architecture, new: Architecture) -> list[str]:
+    """What of a growth is farther than is known to work, in words."""
+    out = []
+    times = measure(new).active / measure(old).active
+    if times > LARGEST_STEP:
+        out.append(
+            f"Far beyond what is known to work: {times:.1f} times the active parameters in one step, where papers grew up to {LARGEST_STEP:g} times. "
+            "Grow in steps, and train between them."
+        )
+    if (count := new.size("experts")) > max(MANY_EXPERTS, old.size("experts")):
+        out.append(f"Far beyond what is known to work: {count} experts, where papers upcycled to {MANY_EXPERTS} at most.")
+    return out
 
 
 def short(count: float) -> str:

@@ -219,11 +219,13 @@ def _guarantee(arch: Architecture, shape: Shape, hidden: Hidden, kind: str) -> G
     if (shape.heads, shape.kv) != (old.heads, old.kv):
         said.append(
             f"heads {old.heads}/{old.kv} -> {shape.heads}/{shape.kv} keep their kv heads"
-            + (", new ones read as the next layer's and add zero" if kind != "exact" else "")
+            + (", new ones read as the next layer's and add zero" if kind == "silent aki" else "")
         )
     if any(getattr(shape, axis) != getattr(old, axis) for axis in FFN_AXES):
         said.append(
-            "FFN units are copies that share, or add zero" if kind == "exact" else "new FFN units read as the next layer's and add zero"
+            "new FFN units read as the next layer's and add zero"
+            if kind == "silent aki"
+            else "FFN units are copies that share, or add zero"
         )
     if shape.head_dim != old.head_dim:
         said.append("head_dim keeps every old rotary pair at its frequency")

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_grow.architecture import Architecture
 from hf_grow.checkpoint.record import history_of, recorded_files
-from hf_grow.methods import METHODS
+from hf_grow.methods import METHODS, starting
 from hf_grow.methods.sizing import short
 from hf_grow.planning import GrowthPlan, SourceInfo
 from hf_grow.publish import licences, measured
@@ -53,7 +53,7 @@ def _head(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name
     verification = record.get("verification")
     if measured.state(verification) == "failed":
         yield "> **The verification of this checkpoint failed** (below). Its weights are not what they should be: do not use it."
-    because = plain(plan.guarantee.because)
+    because, start = plain(plan.guarantee.because), starting.of(plan.growth, plan.source.architecture)
     if since:
         began = "It began as the same function as its source" if plan.guarantee.lossless else "Growing changed the function of the source"
         yield f"> {headline(since, lossless=plan.guarantee.lossless)} {began}: {because}. {measured.beside_source(verification)} Evaluate it for what you want of it before you use it."
@@ -65,7 +65,7 @@ def _head(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name
     else:
         yield (
             "> **Not ready for use: continue pretraining first.** Growing changed the function of the source, so this model is expected to be "
-            f"worse than it until it has been trained further. What changed: {because}."
+            f"worse than it until it has been trained further. What changed: {because}.{f' For orientation, another model: {start}.' if start else ''}"
         )
     old, new = plan.sizes
     source = _sources(plan)
@@ -164,7 +164,10 @@ def _gigabytes(nbytes: float) -> str:
 
 
 def _verified(plan: GrowthPlan, record: Mapping[str, Any], since: list[Stage]) -> Iterator[str]:
-    lossless = "source and grown model compute the same function in real arithmetic; rounding is what is left"
+    lossless = (
+        "source and grown model compute the same function in real arithmetic; rounding is what is left, so in 16 bit the last digits of logits "
+        "depend on the engine"
+    )
     changes = "the grown model computes another function than its source"
     ends = " It speaks of the weights as they were grown, and of the trained ones no longer." if since else ""
     yield f"Guarantee: **{plan.guarantee.kind}** ({lossless if plan.guarantee.lossless else changes}).{ends}"
