@@ -53,6 +53,7 @@ STARTS = (
     Start("stack", 2.0, "stack", 4.92, 4.60),
     Start("fpi", 4 / 3, "fpi --hidden 768 --heads 12 --kv-heads 3", 0.26, 0.27),
     Start("net2net", 4 / 3, "net2net --hidden 768 --heads 12 --kv-heads 3", 0.08, 0.06),
+    Start("aki", 1.0, "aki --intermediate 3072", 7.60, 7.79),
     Start("aki", 4 / 3, "aki --hidden 768 --heads 12 --kv-heads 3", 3.38, 3.83),
     Start("aki", 2.0, "aki --factor 2", 8.53, 10.84),
     Start("experts noise", 0.01, "experts --experts 8 --init noise --noise 0.01", 0.00, 0.00),
