@@ -30,8 +30,8 @@ def no_optimizer(folder: Path) -> SourceError:
     if any(folder.glob("global_step*")):
         return SourceError(
             f"{folder} holds DeepSpeed's optimizer state: pickles, which are never loaded.",
-            hint=f"Grow with --optimizer-policy reset: {reset}. Where {folder} holds no weights either, make them first and grow "
-            f"that folder: python {folder}/zero_to_fp32.py {folder} WEIGHTS --safe_serialization",
+            hint=f"Grow with --optimizer-policy reset: {reset}. Where {folder} holds no weights either, make them first, put its config.json "
+            f"and tokenizer beside them, and grow that folder: python {folder}/zero_to_fp32.py {folder} WEIGHTS --safe_serialization",
         )
     if any(folder.glob("optimizer_*")) or any(folder.glob("pytorch_model_fsdp*")):
         return SourceError(
