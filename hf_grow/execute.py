@@ -123,7 +123,8 @@ def execute(
     ``sink`` may take shards away as they are finished; ``spool`` gets the source's tensors where `checkpoint` is on the Hub.
 
     Raises OutputError before a byte is written if `out` exists or the disk has no room; SourceError if a weight is not finite (unless
-    `allow_nonfinite`); ExecutionError if writing fails. After an error or an interruption `out`.partial can be gone on with by `resume`.
+    `allow_nonfinite`); ExecutionError if writing fails. After an error or an interruption `out`.partial can be gone on with by `resume`;
+    with `overwrite` too, an `out` that exists is replaced when all is done.
     """
     began = time.perf_counter()
     check_heads(plan, checkpoint)
@@ -156,19 +157,19 @@ def _as_recorded(out: Path, total: int, seconds: float, tensors: int, sink: Sink
     if sink.window is not None:
         raise OutputError(f"{out} is whole, and so is not sent shard by shard.", hint="Publish it with `hf-grow push`.")
     files = recorded_files(read_json(out / GROWTH))
-    return Result(out, {name: str(facts["sha256"]) for name, facts in files.items()}, total, seconds, tensors)
+    return Result(out, {name: str(facts.get("sha256")) for name, facts in files.items()}, total, seconds, tensors)
 
 
 @contextmanager
-def explained(folder: PartialFolder, go_on: str = "") -> Iterator[None]:
-    """Turns what the operating system says into what the user can do. ``go_on``: instead of going on with --resume."""
+def explained(folder: PartialFolder) -> Iterator[None]:
+    """Turns what the operating system says into what the user can do."""
     try:
         yield
     except OSError as error:
         at = f" ({error.filename})" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ExecutionError(f"The disk of {folder.final} is full{at}.", hint=f"Free some space. {go_on or folder.go_on}") from None
-        raise ExecutionError(f"Writing {folder.final} failed: {reason(error)}{at}.", hint=go_on or folder.go_on) from None
+            raise ExecutionError(f"The disk of {folder.final} is full{at}.", hint=f"Free some space. {folder.go_on}") from None
+        raise ExecutionError(f"Writing {folder.final} failed: {reason(error)}{at}.", hint=folder.go_on) from None
 
 
 def _write_shards(job: _Job, shards: list[Shard], workers: int) -> dict[str, str]:

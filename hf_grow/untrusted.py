@@ -57,6 +57,20 @@ def _check_regular(path: Path, found: os.stat_result, error: type[GrowError]) ->
         raise error(f"Cannot read {path}: it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'something else')}, not a regular file.")
 
 
+def check_kinds(folder: Path, inner: str) -> None:
+    """Raises SourceError if a folder, or its folder `inner`, holds a pipe, a device, a socket or a loop of links: some library would open it, and
+    wait. Links that lead nowhere hold nobody up. Raises OSError where the folder itself cannot be read."""
+    for path in (*folder.iterdir(), *folder.glob(f"{inner}/*")):
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            continue
+        except OSError as problem:
+            raise SourceError(f"Cannot read {path}: {reason(problem)}.") from None
+        if not stat.S_ISDIR(found.st_mode):
+            _check_regular(path, found, SourceError)
+
+
 def reason(problem: OSError | ValueError) -> str:
     """What the operating system says, without its number and the name of the file."""
     return (isinstance(problem, OSError) and problem.strerror) or str(problem)

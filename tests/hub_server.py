@@ -104,6 +104,8 @@ class Fault:
     """Only where no range is asked for."""
     delay: float = 0.0
     body: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Instead of the true ones of a file, or of where it is."""
     times: int = 1_000_000
 
 
@@ -221,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
         stop = blob.size if stop is None else stop
         self.entry.status = status
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(stop - start)}.items():
+        for name, value in {**headers, **self.fault.headers, "Content-Length": str(stop - start)}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":

@@ -26,7 +26,7 @@ FLOORS = [
     ["planning"],
     ["checkpoint.record", "checkpoint.names", "checkpoint.hub_errors", "checkpoint.ranges", "checkpoint.header", "checkpoint.fused", "checkpoint.reader", "checkpoint.heads", "checkpoint.hub", "checkpoint.source", "checkpoint.several", "checkpoint.transfer", "checkpoint.writer", "checkpoint.exchange", "checkpoint.partial", "checkpoint.sink", "checkpoint.spool",
      "checkpoint"],
-    ["noise", "evaluate", "layerwise", "prompted", "in_memory", "besides", "execute"],
+    ["noise", "tensors", "evaluate", "layerwise", "prompted", "in_memory", "besides", "execute"],
     ["verification", "publish", "training"],
     ["api", "demo", "cli", "__main__", ""],
 ]  # fmt: skip

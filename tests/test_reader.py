@@ -557,15 +557,29 @@ def test_a_damaged_growth_json_is_refused_by_name(folder):
 # ---- files that are no files ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["config.json", INDEX, "growth.json", "a.safetensors", SINGLE])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        INDEX,
+        "growth.json",
+        "a.safetensors",
+        SINGLE,
+        "tokenizer.json",
+        "README.md",
+        "additional_chat_templates/a.jinja",
+        "any",
+    ],
+)
 @pytest.mark.parametrize("to", ["/dev/zero", "itself", "pipe"])
 def test_a_file_of_a_checkpoint_that_is_no_regular_file_is_refused_at_once(shards, name: str, to: str):
     path = shards / name
     path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
     if to == "pipe":
         os.mkfifo(path)
     else:
-        path.symlink_to(name if to == "itself" else to)
+        path.symlink_to(path.name if to == "itself" else to)
     assert f"Cannot read {path}" in refusal(shards)
 
 

@@ -289,6 +289,70 @@ def test_a_file_that_is_another_one_meanwhile(
         blob.__dict__["sha256"] = sha256
 
 
+CHANGED = {
+    "commit": (r"/resolve/.*\.safetensors$", {"X-Repo-Commit": "0" * 40}),
+    "hash": (r"/resolve/.*\.safetensors$", {"X-Linked-Etag": f'"{"0" * 64}"'}),
+    "ETag": ("/cdn/", {"ETag": '"another"'}),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_any_range_whose_headers_are_of_another_file_ends_the_growth(
+    what: str, served: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After some answers that were as they should be."""
+    path, headers = CHANGED[what]
+    served.faults[:] = [Fault(path, times=20), Fault(path, headers=headers)]
+    said = refused(capsys, *words("seam", tmp_path / "out", "--stream-source"), status=2)
+    assert "is not the one that was listed" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weak_etag_says_nothing(served: HubServer, tmp_path: Path) -> None:
+    served.faults[:] = [*(Fault("/cdn/", headers={"ETag": f'W/"{i}"'}, times=1) for i in range(10))]
+    assert run(*words("seam", tmp_path / "out", "--stream-source")) == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("more", [["--stream-source"], []], ids=["streamed", "whole"])
+def test_small_files_must_have_the_hash_that_was_listed(
+    name: str, more: list[str], served: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repo = served.repos[SOURCE]
+    blob = repo.commits[repo.refs["main"]][name]
+    oid, size = blob.oid, blob.size  # as listed
+    content = b"".join(blob.chunks())
+    blob.content = content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
+    blob.__dict__ |= {"oid": oid, "size": size}
+    said = refused(capsys, *words("seam", tmp_path / "out", *more), status=2)
+    assert f"{name} of {SOURCE} is not the one that was listed" in said
+
+
+def test_what_a_streamed_source_proves_is_said(served: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*words("seam", tmp_path / "a", "--stream-source")) == 0
+    assert "proved by `hf-grow verify`" in capsys.readouterr().out
+    assert run(*words("seam", tmp_path / "b", "--stream-source", "--json")) == 0
+    assert "hf-grow verify" in json.loads(capsys.readouterr().out)["source_checked"]
+    assert run(*words("seam", tmp_path / "c")) == 0
+    assert "proved by" not in capsys.readouterr().out
+
+
+def test_bytes_that_a_server_changed_under_true_headers_are_found_by_verify(
+    served: HubServer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What streaming cannot know: the whole file's hash."""
+    repo = served.repos[SOURCE]
+    for name, blob in repo.commits[repo.refs["main"]].items():
+        if name.endswith(".safetensors"):
+            data = bytearray((folder / name).read_bytes())
+            data[-1] ^= 1
+            assert blob.sha256
+            blob.content = bytes(data)
+    assert run(*words("seam", tmp_path / "out", "--stream-source")) == 0
+    assert run("verify", folder, tmp_path / "out", "--structure-only", "--no-record") == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
 def test_a_tensor_that_differs_the_second_time(served: HubServer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Under the same hash: only the bytes themselves can tell."""
     repo = served.repos[SOURCE]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -26,6 +28,7 @@ tensor_lists = st.lists(
 ).map(lambda items: {f"t{i}": TensorInfo(d, tuple(s)) for i, (d, s) in enumerate(items)})
 
 
+@settings(deadline=None)  # machines may be busy
 @given(tensor_lists, st.integers(1, 2000))
 def test_a_layout_holds_every_tensor_once_aligned_and_within_the_limit(targets: dict[str, TensorInfo], limit: int) -> None:
     shards = layout(targets, limit)
@@ -313,6 +316,26 @@ def test_a_link_or_a_pipe_in_place_of_a_folder_or_the_lock_is_refused(name: str,
     assert names(victim.parent) == ["victim"]
 
 
+def test_a_command_that_cannot_resume_does_not_advise_it(tmp_path: Path) -> None:
+    def merge(overwrite: bool = False) -> PartialFolder:
+        return PartialFolder(tmp_path / "out", "merge", resume=False, overwrite=overwrite, resumable=False)
+
+    with merge() as f:
+        assert f.go_on == "Repeat the command with --overwrite."
+    with pytest.raises(OutputError, match="left over") as caught:
+        merge()
+    assert "--resume" not in str(caught.value)
+    with merge(overwrite=True) as f:
+        f.write_file("config.json", b"new")
+        f.finish({"config.json"})
+    (tmp_path / "out" / JOURNAL).write_text('{"fingerprint": "merge"}\n{"finished": true, "replaced": null}\n')
+    with pytest.raises(OutputError, match="interrupted in its last step") as caught:
+        merge()
+    assert "--resume" not in str(caught.value)
+    merge(overwrite=True).close()
+    assert "config.json" in names(tmp_path / "out")
+
+
 @pytest.mark.parametrize("final", ["", ".", "..", "/", "a\0b"])
 def test_what_cannot_be_the_name_of_a_folder_is_one_message(final: str) -> None:
     with pytest.raises(OutputError, match="no name for a new folder"):
@@ -326,6 +349,41 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path, mode: 
         with pytest.raises(OutputError, match="Another hf-grow"):
             folder(tmp_path, **mode)
         assert first.path.exists()
+
+
+RACER = """
+import os, sys, time
+from pathlib import Path
+from hf_grow.checkpoint.partial import PartialFolder
+from hf_grow.errors import OutputError
+place, mine, written, refused = Path(sys.argv[1]), str(os.getpid()).encode(), 0, 0
+while written < int(sys.argv[2]):
+    try:
+        with PartialFolder(place / "out", "plan", resume=False, overwrite=True) as folder:
+            busy = os.open(place / "busy", os.O_CREAT | os.O_EXCL | os.O_WRONLY)  # fails where another writer is inside too
+            for name in ("a", "b"):
+                folder.write_file(name, mine)
+            assert all((folder.path / name).read_bytes() == mine for name in ("a", "b"))
+            os.close(busy)
+            os.unlink(place / "busy")
+            folder.finish({"a", "b"})
+        written += 1
+    except OutputError as error:
+        assert "Another hf-grow" in error.message, error
+        refused += 1
+    time.sleep(0.0005)
+print(refused)
+"""
+
+
+def test_two_processes_that_replace_one_output_are_never_inside_together(tmp_path: Path) -> None:
+    """With the lock in the folder that is removed, either could delete what the other wrote."""
+    words = [sys.executable, "-c", RACER, str(tmp_path), "60"]
+    racers = [subprocess.Popen(words, stdout=-1, stderr=-1, text=True) for _ in range(3)]
+    ended = [racer.communicate(timeout=100) for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0, 0], ended
+    assert sum(int(out) for out, _ in ended) > 0  # they did meet
+    assert names(tmp_path) == ["out", "out/a", "out/b"]
 
 
 def test_an_output_that_exists_is_kept_until_the_new_one_is_whole(tmp_path: Path) -> None:

@@ -31,10 +31,29 @@ def lock(path: Path, what: Path) -> int:
         except OSError as error:
             os.close(handle)
             if isinstance(error, BlockingIOError):
-                raise OutputError(f"Another hf-grow is writing {what} right now.", hint="Wait for it, or choose another -o.") from None
+                raise busy(what) from None
             error.filename = str(path)
             raise
         os.close(handle)  # its last holder has just removed it: there is another by now, or will be
+
+
+def busy(what: Path) -> OutputError:
+    return OutputError(f"Another hf-grow is writing {what} right now.", hint="Wait for it, or choose another -o.")
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds a lock file now; makes none."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(handle)
 
 
 def unlock(path: Path, handle: int) -> None:
@@ -68,11 +87,11 @@ def sync(path: Path) -> None:
             os.close(handle)
 
 
-def sync_files(folder: int) -> None:
-    """The content of every file below an open folder is on the disk; what is there already costs nothing."""
+def sync_files(folder: int, path: Path) -> None:
+    """The content of every file below an open folder, which is at `path`, is on the disk; what is there already costs nothing."""
     for where, _, names, inside in os.fwalk(".", dir_fd=folder, onerror=_raise):
         for name in names:
-            with naming(Path(where, name)):
+            with naming(path / where / name):
                 handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=inside)
                 try:
                     os.fsync(handle)

@@ -6,6 +6,7 @@ huggingface_hub does the work and is imported only when needed.
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_grow.checkpoint.header import Stored, header_length, read_header
@@ -23,7 +24,7 @@ from hf_grow.checkpoint.hub_errors import example, http_error, page
 from hf_grow.checkpoint.hub_errors import explained as explained
 from hf_grow.checkpoint.ranges import opened, span
 from hf_grow.errors import SourceError
-from hf_grow.untrusted import MAX_FILE, open_regular
+from hf_grow.untrusted import MAX_FILE, open_regular, read_bytes
 
 LOOK_UP_TIMEOUT = 15  # seconds without an answer
 TRIES = 3  # for a header whose connection breaks off
@@ -41,6 +42,8 @@ class Remote:
     sizes: Mapping[str, int | None]
     sha256: Mapping[str, str]
     """Of the files that are stored with LFS, as the weights are."""
+    blobs: Mapping[str, str] = field(default_factory=dict)
+    """Git's SHA-1 of the others."""
 
 
 def offline() -> bool:
@@ -70,12 +73,13 @@ def look_up(ref: str, revision: str | None) -> Remote:
             files = info.siblings or []
             sizes = {f.rfilename: f.size for f in files}
             sha256 = {f.rfilename: f.lfs.sha256 for f in files if f.lfs is not None}
+            blobs = {f.rfilename: f.blob_id for f in files if f.lfs is None and f.blob_id}
             commit = info.sha
         except (KeyError, TypeError, AttributeError, ValueError):
             commit = None
         if not commit or not re.fullmatch(r"[0-9a-f]{40}", commit):
             raise Unreachable(f"{page()} does not answer like a Hugging Face Hub.", hint="Check HF_ENDPOINT and the proxy settings.")
-    return Remote(ref, revision, commit, sizes, {n: s for n, s in sha256.items() if _SHA256.fullmatch(s)})
+    return Remote(ref, revision, commit, sizes, {n: s for n, s in sha256.items() if _SHA256.fullmatch(s)}, blobs)
 
 
 def fetch_json(remote: Remote, name: str) -> Path:
@@ -90,7 +94,21 @@ def fetch_json(remote: Remote, name: str) -> Path:
         path = Path(api.hf_hub_download(remote.ref, name, revision=remote.revision))
         if path.parent.name != remote.commit:  # the branch moved on since we looked
             path = Path(api.hf_hub_download(remote.ref, name, revision=remote.commit))
+    check_whole(remote, name, path)
     return path
+
+
+def check_whole(remote: Remote, name: str, path: Path) -> None:
+    """Raises SourceError if a small file that is here is not the one that was listed, by its hash (which downloading does not compare)."""
+    data = read_bytes(path)
+    listed, found = remote.blobs.get(name), hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    if name in remote.sha256:
+        listed, found = remote.sha256[name], hashlib.sha256(data).hexdigest()
+    if listed not in (None, found):
+        raise SourceError(
+            f"{name} of {remote.ref} is not the one that was listed.",
+            hint=f"Remove {path} and what it links to, then try again; if it comes back, the connection or the Hub is at fault.",
+        )
 
 
 def fetch_header(remote: Remote, file: str) -> tuple[dict[str, Stored], int]:
@@ -141,12 +159,17 @@ def _read_range_once(url: str, start: int, count: int) -> tuple[bytes, int | Non
 
 
 def download(remote: Remote, files: Sequence[str]) -> Path:
-    """The snapshot folder holding `files`; those in the cache already are not fetched again. Raises SourceError."""
+    """The snapshot folder holding `files`; those in the cache already are not fetched again. Raises SourceError, also where a file that is no
+    weight has not the hash that was listed (`verify` compares the weights)."""
     from huggingface_hub import HfApi
 
     patterns = [glob.escape(f) for f in files]
     with explained(remote.ref, remote.revision), bars():
-        return Path(HfApi(library_name="hf-grow").snapshot_download(remote.ref, revision=remote.commit, allow_patterns=patterns))
+        folder = Path(HfApi(library_name="hf-grow").snapshot_download(remote.ref, revision=remote.commit, allow_patterns=patterns))
+    for name in files:
+        if not name.endswith(".safetensors"):
+            check_whole(remote, name, folder / name)
+    return folder
 
 
 def bytes_to_fetch(remote: Remote, files: Sequence[str]) -> int:

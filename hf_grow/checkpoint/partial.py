@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hf_grow.checkpoint.exchange import exchange, is_plain, lock, naming, odd_files, sync, sync_files, unlock
-from hf_grow.checkpoint.reader import GROWTH, INDEX
+from hf_grow.checkpoint.exchange import busy, exchange, is_locked, is_plain, lock, naming, odd_files, sync, sync_files, unlock
+from hf_grow.checkpoint.reader import GROWTH, INDEX, TEMPLATES
 from hf_grow.checkpoint.source import CONFIG, companion_bytes, is_companion
 from hf_grow.checkpoint.writer import Shard
 from hf_grow.errors import OutputError, SourceError
@@ -41,11 +41,14 @@ class PartialFolder:
     or belongs to another plan, or holds what hf-grow did not write. With both, the partial output is gone on with, and replaces NAME.
     """
 
-    def __init__(self, final: Path, fingerprint: str, *, resume: bool, overwrite: bool) -> None:
+    def __init__(self, final: Path, fingerprint: str, *, resume: bool, overwrite: bool, resumable: bool = True) -> None:
+        _check_name(final)
         self.final = final
         self.path = final.with_name(final.name + ".partial")
         self.fingerprint = fingerprint
         self.overwrite = overwrite
+        self.resumable = resumable
+        """Whether the command that writes here can go on with what an interrupted run left."""
         self.complete = False
         """An earlier run was interrupted in its very last step: NAME is whole, and nothing is to be written."""
         self.done: dict[str, str] = {}
@@ -56,10 +59,9 @@ class PartialFolder:
         """What an earlier run noted of the commit that published them."""
         self._journal_lock = threading.Lock()
         self._folder = self._journal = -1
-        self.check(final, resume=resume, overwrite=overwrite)
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
-            self._lock_file = final.with_name(f".{final.name}.lock")
+            self._lock_file = _lock_of(final)
             self._lock = lock(self._lock_file, self.path)
             try:
                 self._begin(resume)
@@ -72,20 +74,21 @@ class PartialFolder:
             raise OutputError(f"Cannot write {error.filename or self.path}: {reason(error)}.", hint=hint) from None
 
     @staticmethod
-    def check(final: Path, *, resume: bool, overwrite: bool) -> None:
+    def check(final: Path, *, resume: bool, overwrite: bool, resumable: bool = True) -> None:
         """Raises OutputError if `final` must not be written; writes nothing, so that a dry run can ask too."""
-        if final.name in ("", "..") or "\0" in str(final):
-            raise OutputError(f"{str(final)!r} is no name for a new folder.", hint="Choose another place with -o.")
+        if is_locked(_lock_of(final)):
+            raise busy(final)
         try:
-            _check(final, resume, overwrite)
+            _check(final, resume, overwrite, resumable)
         except OSError as error:
             raise OutputError(f"Cannot write {error.filename or final}: {reason(error)}.", hint="Choose another place with -o.") from None
 
     def _begin(self, resume: bool) -> None:
+        _check(self.final, resume, self.overwrite, self.resumable)
         self._finish_interrupted(resume)
         if self.complete:
             return
-        self.check(self.final, resume=resume, overwrite=self.overwrite)  # again: now nobody else writes here
+        _check(self.final, resume, self.overwrite, self.resumable)  # again, now that what was interrupted is ended
         if self.path.exists() and not resume:
             shutil.rmtree(self.path)
         self.path.mkdir(exist_ok=True)
@@ -185,8 +188,7 @@ class PartialFolder:
     def finish(self, files: set[str]) -> None:
         """Everything is written: it goes to the disk, what is none of `files` goes, and the folder gets its name."""
         self.tidy(files)
-        with naming(self.path):
-            sync_files(self._folder)
+        sync_files(self._folder, self.path)
         sync(self.path)
         replaced = None
         aside = self.final.with_name(f"{self.final.name}.replaced-{os.getpid()}")
@@ -230,7 +232,9 @@ class PartialFolder:
     @property
     def go_on(self) -> str:
         """What a user can do after an error, or an interruption."""
-        where = f" in {self.path}" if self.path.exists() else ""
+        if not self.resumable:
+            return "Repeat the command with --overwrite."
+        where = f" in {self.path}" if os.path.lexists(self.path) else ""
         return f"What is written stays{where}; repeat the command with {'--overwrite --resume' if self.overwrite else '--resume'}."
 
     def __enter__(self) -> PartialFolder:
@@ -247,18 +251,29 @@ class PartialFolder:
         unlock(self._lock_file, self._lock)
 
 
-def _check(final: Path, resume: bool, overwrite: bool) -> None:
+def _lock_of(final: Path) -> Path:
+    _check_name(final)
+    return final.with_name(f".{final.name}.lock")
+
+
+def _check_name(final: Path) -> None:
+    if final.name in ("", "..") or "\0" in str(final):
+        raise OutputError(f"{str(final)!r} is no name for a new folder.", hint="Choose another place with -o.")
+
+
+def _check(final: Path, resume: bool, overwrite: bool, resumable: bool) -> None:
     partial = final.with_name(final.name + ".partial")
     for place in (final, partial):
-        if os.path.lexists(place) and (place.is_symlink() or not place.is_dir()):
+        if os.path.lexists(place) and not stat.S_ISDIR(os.lstat(place).st_mode):
             raise OutputError(f"{place} exists and is no folder.", hint="Choose another place with -o.")
     begun = os.path.lexists(partial)
     if final.is_dir() and any(final.iterdir()) and not overwrite:
         if _journal_of(final)[1] is not None:
             if resume:
                 return  # it is whole: what the interrupted run left is tidied up, and that is all
-            raise OutputError(f"{final} is whole, but its run was interrupted in its last step.", hint="End it with --resume.")
-        if begun:
+            hint = "Repeat the command with --resume, which ends it." if resumable else "Repeat the command with --overwrite."
+            raise OutputError(f"{final} is whole, but its run was interrupted in its last step.", hint=hint)
+        if begun and resumable:
             raise OutputError(
                 f"{final} exists, and {partial} is left over from an interrupted run.",
                 hint="Go on with --overwrite --resume, which replaces what exists when the new one is whole; or choose another place with -o.",
@@ -269,7 +284,7 @@ def _check(final: Path, resume: bool, overwrite: bool) -> None:
         old = f" What it replaces lies in {aside} meanwhile." if aside and aside.exists() else ""
         raise OutputError(
             f"{partial} is left over from an interrupted run.{old}",
-            hint="Go on where it stopped with --resume, or start anew with --overwrite.",
+            hint=f"{'Go on where it stopped with --resume, or start' if resumable else 'Start'} anew with --overwrite.",
         )
     if not begun and not os.path.lexists(final):
         for name in os.listdir(final.parent) if final.parent.is_dir() else ():
@@ -282,7 +297,7 @@ def _made_here(name: str, is_folder: bool) -> bool:
     """Whether hf-grow puts a file of this name into a partial folder."""
     top, _, rest = name.partition("/")
     if is_folder:
-        return name in (SPOOL, "additional_chat_templates")
+        return name in (SPOOL, TEMPLATES)
     if top == SPOOL or rest:
         return top == SPOOL or is_companion(name)
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,20 +41,24 @@ def span(response: Any) -> tuple[int, int | None]:
     return (int(found[1]), int(found[2]) if found[2].isdigit() else None) if found else (-1, None)
 
 
-def fetch_range(ref: str, commit: str, file: str, start: int, stop: int, size: int, sha256: str | None) -> Iterator[bytes]:
+def fetch_range(
+    ref: str, commit: str, file: str, start: int, stop: int, size: int, sha256: str | None,
+    tags: MutableMapping[tuple[str, str], str] | None = None,
+) -> Iterator[bytes]:  # fmt: skip
     """Bytes [start, stop) of a file of one commit, in pieces. Raises SourceError; Unreachable where the network failed for good.
 
-    The file must be the one that was listed: of this size and, where the Hub names it, this SHA-256.
+    The file must be the one that was listed: of this commit and size and, where the Hub names it, this SHA-256. ``tags`` keeps the ETag that each
+    host gave each file, which must stay the same.
     """
     from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
     url = hf_hub_url(ref, file, revision=commit, endpoint=HfApi().endpoint)
-    tries = 0
+    tries, tags = 0, {} if tags is None else tags
     while start < stop:
         try:
             with opened(url, start, stop) as response:
-                _check_same(response, ref, file, size, sha256)
+                _check_same(response, ref, commit, file, size, sha256, tags)
                 for piece in response.iter_raw():
                     yield piece[: stop - start]
                     start, tries = start + len(piece), 0
@@ -76,16 +80,21 @@ def fetch_range(ref: str, commit: str, file: str, start: int, stop: int, size: i
             time.sleep(PAUSE * 2 ** (tries - 1))
 
 
-def _check_same(response: Any, ref: str, file: str, size: int, sha256: str | None) -> None:
+def _check_same(
+    response: Any, ref: str, commit: str, file: str, size: int, sha256: str | None, tags: MutableMapping[tuple[str, str], str]
+) -> None:
     if response.status_code != 206:
         raise SourceError(
             f"{page()} sends all of {file} where a range is asked for.",
             hint="Leave --stream-source out: the whole model is then downloaded first.",
         )
-    headers = [r.headers for r in (*response.history, response)]
-    named = {h["X-Linked-Etag"].strip('"') for h in headers if "X-Linked-Etag" in h}
-    total = span(response)[1]
-    if total not in (None, size) or (sha256 and named - {sha256}):
+    answers = [*response.history, response]
+    named = {r.headers["X-Linked-Etag"].strip('"') for r in answers if "X-Linked-Etag" in r.headers}
+    commits = {r.headers["X-Repo-Commit"] for r in answers if "X-Repo-Commit" in r.headers}
+    # A weak ETag (W/...) promises no equal bytes; hosts have ETags of their own.
+    strong = [(r.url.host, r.headers["ETag"]) for r in answers if r.headers.get("ETag", "").startswith('"')]
+    changed = any(tags.setdefault((file, host), tag) != tag for host, tag in strong)
+    if span(response)[1] not in (None, size) or (sha256 and named - {sha256}) or commits - {commit} or changed:
         raise SourceError(
             f"{file} of {ref} is not the one that was listed.", hint="It changed while it was read: start again with --overwrite."
         )

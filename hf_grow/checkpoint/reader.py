@@ -16,11 +16,12 @@ from hf_grow.checkpoint.header import Stored, check_name, read_file_header
 from hf_grow.checkpoint.record import history_of
 from hf_grow.errors import SourceError
 from hf_grow.planning import EMBEDDING, HEAD, SourceInfo
-from hf_grow.untrusted import open_regular, read_json, reason
+from hf_grow.untrusted import check_kinds, open_regular, read_json, reason
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GROWTH = "growth.json"
+TEMPLATES = "additional_chat_templates"
 PIECE = 1 << 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 
@@ -79,6 +80,7 @@ def open_folder(folder: Path, *, ref: str | None = None, revision: str = "") -> 
 
 
 def _open_folder(folder: Path, ref: str, revision: str) -> Checkpoint:
+    check_kinds(folder, TEMPLATES)
     weight_map = _weight_map(folder, ref)  # first: adapters and GGUF folders have no config.json, and a refusal of their own
     config = read_json(folder / "config.json", f"{ref} is no checkpoint: it has no config.json.")
     tensors: dict[str, Stored] = {}

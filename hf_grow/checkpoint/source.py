@@ -22,6 +22,7 @@ from hf_grow.checkpoint.reader import (
     GROWTH,
     INDEX,
     SINGLE,
+    TEMPLATES,
     Checkpoint,
     check_index,
     merge,
@@ -52,7 +53,7 @@ COMPANIONS = (
     "*.tiktoken",
     "chat_template.jinja",
     "chat_template.json",
-    "additional_chat_templates/*.jinja",
+    f"{TEMPLATES}/*.jinja",
     "generation_config.json",
     "*.py",
     "LICENSE*",
@@ -121,7 +122,7 @@ def is_companion(path: str) -> bool:
 def companions(folder: Path) -> list[Path]:
     """The companion files in `folder`, as paths relative to it; none that a link leads out of it, but for those of the Hub's cache."""
     candidates = [Path(n) for n in os.listdir(folder)]
-    candidates += [Path(p.parent.name, p.name) for p in folder.glob("*/*") if p.parent.name == "additional_chat_templates"]
+    candidates += [Path(p.parent.name, p.name) for p in folder.glob("*/*") if p.parent.name == TEMPLATES]
     return sorted(p for p in candidates if is_companion(p.as_posix()) and (folder / p).is_file() and is_inside(folder, folder / p))
 
 

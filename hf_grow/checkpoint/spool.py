@@ -4,7 +4,9 @@ Which tensors stay between two uses is decided beforehand, from the plan alone: 
 number of bytes to fetch is known before the first one; it gets smaller where two threads need a tensor at the same time.
 
 Integrity: a range is asked of one commit; its length, the file's size and the SHA-256 that the Hub names for the whole file must be those that were
-listed. The hash itself needs the whole file, which never is here. A tensor that is fetched twice must be the same twice.
+listed, and the file's ETag the same in every answer. The hash itself needs the whole file, which never is here: a server that sends other bytes under
+the same headers is found out by `verify` against the downloaded source only. A tensor that is fetched twice must be the same twice, and what is
+fetched whole (config, index, tokenizer, licences) must have the hash that was listed.
 """
 
 from __future__ import annotations
@@ -119,6 +121,7 @@ class Spool:
         }
         self._tensors = {key: _Tensor() for key in self._origin}
         self._seen: set[str] = set()
+        self._tags: dict[str, dict[tuple[str, str], str]] = {part.ref: {} for part, _ in self._origin.values()}
         self._lock = threading.Lock()
 
     def most(self, workers: int) -> int:
@@ -192,7 +195,14 @@ class Spool:
             at, hasher = 0, xxhash.xxh3_128()
             try:
                 for piece in fetch_range(
-                    part.ref, part.revision, stored.file, stored.start, stored.stop, facts["size"], facts.get("sha256")
+                    part.ref,
+                    part.revision,
+                    stored.file,
+                    stored.start,
+                    stored.stop,
+                    facts["size"],
+                    facts.get("sha256"),
+                    self._tags[part.ref],
                 ):
                     stop()
                     write_all(handle, piece, at)

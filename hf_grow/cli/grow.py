@@ -46,6 +46,10 @@ RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "_rec
 """The recipes that come with hf-grow; in the repository they lie in recipes/."""
 
 
+BY_RANGES = "length, ETag and commit of every range agreed; its bytes are proved by `hf-grow verify`, which downloads the source"
+"""What can be said of a source that never was here whole."""
+
+
 class OutputOptions(PublishOptions):
     """How the result is written; the same for every method."""
 
@@ -220,7 +224,7 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
             sink=sink,
             spool=spool,
         )
-    return _finish(plan, out, result, as_json, to, sink)
+    return _finish(plan, out, result, as_json, to, sink, BY_RANGES if spool else "")
 
 
 def _with_heads(checkpoint: Checkpoint, plan: GrowthPlan, method: Method, options: Options) -> tuple[Checkpoint, GrowthPlan]:
@@ -245,8 +249,9 @@ def default_output(source: str, plan: GrowthPlan) -> Path:
 
 
 def _finish(
-    plan: GrowthPlan, out: Path, result: Result | None, as_json: bool, to: Destination | None = None, sink: StreamSink | None = None
-) -> int:
+    plan: GrowthPlan, out: Path, result: Result | None, as_json: bool, to: Destination | None = None, sink: StreamSink | None = None,
+    source_checked: str = "",
+) -> int:  # fmt: skip
     def published() -> Pushed | None:
         return sink.pushed if sink else push_with_bar(out, to, quiet=as_json) if to and result else None
 
@@ -254,6 +259,7 @@ def _finish(
         facts: dict[str, Any] = {"output": str(out), "dry_run": result is None, "plan": render.plan_facts(plan)}
         if result:
             facts |= {"seconds": result.seconds, "bytes": result.nbytes, "shards": dict(result.shards), "resumed_tensors": result.resumed}
+            facts |= {"source_checked": source_checked} if source_checked else {}
         if pushed := published():
             facts["pushed"] = pushed_facts(pushed)
         print_json(facts)
@@ -266,6 +272,8 @@ def _finish(
         kept = f", {result.resumed} tensors kept from the interrupted run" if result.resumed else ""
         what = f"{out}: {render.gigabytes(result.nbytes)} in {result.seconds:.2f} s ({rate:.2f} GB/s), checked and "
         render.console.print(f"wrote      {what}{'sent' if sink else 'synced'}{kept}", markup=False)
+        if source_checked:
+            render.console.print(f"source     {source_checked}", markup=False)
         if pushed := published():
             show_pushed(pushed)
         if sink and pushed:

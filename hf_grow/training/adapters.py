@@ -6,7 +6,6 @@ with `layer_replication` become real checkpoints: the growth by that list of lay
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +33,7 @@ from hf_grow.training.extras import need
 from hf_grow.training.masks import Mask
 from hf_grow.training.record import files_of
 from hf_grow.training.warmups import Positive
+from hf_grow.untrusted import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,7 +151,7 @@ def merge_adapter(
     """
     need("peft")
     found = read_adapter(adapter)
-    PartialFolder.check(out, resume=False, overwrite=overwrite)
+    PartialFolder.check(out, resume=False, overwrite=overwrite, resumable=False)
     ref = base or found.config.base_model_name_or_path
     if not ref:
         raise InputError(f"{adapter} does not say which model it belongs to.", hint="Name it with --base.")
@@ -169,11 +169,11 @@ def merge_adapter(
     assert source.folder is not None
     merged = _merged(source.folder, plan, found, dtype)
     with (
-        PartialFolder(out, f"merge {adapter}", resume=False, overwrite=overwrite) as folder,
-        explained(folder, "Then repeat the command with --overwrite."),
+        PartialFolder(out, f"merge {adapter}", resume=False, overwrite=overwrite, resumable=False) as folder,
+        explained(folder),
     ):
         merged.save_pretrained(folder.path)
-        folder.write_json("config.json", portable_config(json.loads((folder.path / "config.json").read_bytes())))
+        folder.write_json("config.json", portable_config(read_json(folder.path / "config.json")))
         for relative in companions(source.folder):
             folder.copy_in(source.folder, relative)
         facts = {"adapter": found.told(), "merged_into": ref}

@@ -18,6 +18,7 @@ from hf_grow.in_memory import untie_config
 from hf_grow.methods.sizing import measure
 from hf_grow.planning import GrowthPlan
 from hf_grow.tensormap import Fill
+from hf_grow.untrusted import read_text
 from hf_grow.verification.report import Report
 from hf_grow.verification.routing import Routing, compare_routing
 
@@ -118,10 +119,7 @@ def _token_windows(old: Checkpoint, text: Path | None, tokens: int, vocab: int) 
     import torch
 
     if has_tokenizer(old):
-        try:
-            words = builtin_text() if text is None else text.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"Cannot read {text}: {error}.") from None
+        words = builtin_text() if text is None else read_text(text, error=InputError)
         ids = load_tokenizer(old)(words)["input_ids"]
         what = str(text) if text else "built-in text"
         ids = [i for i in ids if i < vocab][:tokens]
