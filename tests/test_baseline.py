@@ -161,3 +161,11 @@ def test_several_gpus_without_a_launcher_are_refused(
 def test_distillation_beside_liger_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = run(capsys, "train", recipe(tmp_path, grown(tmp_path), distill={}, use_liger_kernel=True), status=2)["error"]
     assert "distill: needs the logits, and use_liger_kernel" in said
+
+
+def test_a_kernel_that_is_not_installed_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)
+    said = run(capsys, "train", recipe(tmp_path, grown(tmp_path), use_liger_kernel=True), status=2)["error"]
+    assert "liger-kernel is not installed" in said and "Traceback" not in said

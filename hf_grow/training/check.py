@@ -256,6 +256,7 @@ def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> T
     """TrainingArguments of a recipe. Raises InputError for what transformers refuses."""
     from transformers import Trainer, TrainingArguments
     from transformers.integrations import get_available_reporting_integrations
+    from transformers.utils import is_liger_kernel_available
 
     # Decay pulls to zero what a penalty holds where it is, and a penalty keeps weights from growing as decay does.
     held = {"weight_decay": 0.0} if recipe.regularizer.kind != "none" else {}
@@ -289,6 +290,8 @@ def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> T
     except (ValueError, ImportError) as error:  # of a package that is not there; others ask for a model, which comes later
         if "install" in str(error):
             raise InputError(f"optim {settings.get('optim', 'default')}: {' '.join(str(error).split())}") from None
+    if made.use_liger_kernel and not is_liger_kernel_available():
+        raise InputError("use_liger_kernel: liger-kernel is not installed.", hint="Run pip install liger-kernel, or leave it out.")
     missing = sorted(set(made.report_to) - set(get_available_reporting_integrations()))
     if missing:
         raise InputError(f"report_to names {', '.join(missing)}, which is not installed or not known.")
