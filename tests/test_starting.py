@@ -67,6 +67,13 @@ def test_the_nearest_measurement_is_taken() -> None:
     assert small is not None and not small.knows_nothing
 
 
+def test_twice_the_layers_by_dus_is_the_stack_and_far_growths_are_told_nothing() -> None:
+    twice = of(grow("dus", layers_to=60), SMALL)
+    assert twice is not None and twice.how == "stack"
+    for far in (grow("dus", layers_to=56), grow("interleave", layers_to=240), grow("aki", factor=3)):
+        assert of(far, SMALL) is None
+
+
 def test_plan_dry_run_and_json_tell_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save(make(BY_NAME["llama"]), tmp_path / "model")
     assert main(["depth", str(source), "--method", "stack", "--dry-run"]) == 0

@@ -67,11 +67,11 @@ STARTS = (
 
 
 def of(growth: Growth, source: Architecture) -> Start | None:
-    """The measurement nearest to a growth, or None for one that is lossless or of a kind that was not measured."""
+    """The measurement nearest to a growth, or None for one that is lossless or unlike all that was measured (by 15 % and more)."""
     if growth.guarantee.lossless:
         return None
     kind, amount = _kind(growth.method, growth.options, source, Architecture(growth.config))
-    alike = [s for s in STARTS if s.kind == kind]
+    alike = [s for s in STARTS if s.kind == kind and abs(s.amount - amount) <= 0.15 * amount]
     return min(alike, key=lambda s: abs(s.amount - amount), default=None)
 
 
@@ -81,4 +81,6 @@ def _kind(method: str, options: Mapping[str, Any], old: Architecture, new: Archi
         init = str(options.get("init", "copy"))
         kind = f"experts {init}" if not old.is_moe and not options.get("experts_from") else ""
         return kind, float(options.get(init) or {"noise": 0.01, "drop": 0.5}.get(init, 0.0))
+    if method == "dus" and new.layers == 2 * old.layers:  # nothing is dropped
+        return "stack", 2.0
     return method, new.layers / old.layers if new.layers != old.layers else new.size("hidden") / old.size("hidden")
