@@ -37,7 +37,7 @@ EVENTS: dict[str, dict[str, str]] = {
                  "skipped": "steps whose batches a rollback passes over"},
     "contribution": {"set": "named set", "loss": "loss with all blocks", "blocks": "block -> loss without it minus loss"},
     "teacher": {"model": "teacher", "cache": "folder of its logits, or empty", "covered": "mean probability that the cached logits hold"},
-    "dtype": {"reason": "why the result has not the dtype that was meant"},
+    "overflow": {"reason": "why the result has not the dtype that was meant"},
     "checkpoint": {"folder": "what was saved"},
     "stop": {"reason": "why training ended before its last step"},
     "end": {"output": "where the model is", "loss": "mean training loss"},
