@@ -36,7 +36,7 @@ def settle(trainer: GrowTrainer, checked: Checked) -> bool:
     too_large = torch.tensor([overflows(model, dtypes)], device=checked.arguments.device)
     if bool(trainer.accelerator.gather(too_large).any()):
         g.events.write(
-            "dtype", int(trainer.state.global_step), reason="weights too large for float16: the result has the dtype of the training"
+            "overflow", int(trainer.state.global_step), reason="weights too large for float16: the result has the dtype of the training"
         )
         return False
     g.stored = lambda state: stored(state, dtypes)
