@@ -94,6 +94,7 @@ def test_no_wide_copy_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> 
     assert plain.wide > 0
 
 
+@torch.no_grad()
 def test_the_loss_in_closed_form() -> None:
     """Two teachers of weights 1 and 3, a label that does not count, and a given number of tokens."""
     model, one, two = (make(BY_NAME["llama"], seed=s, num_hidden_layers=2) for s in range(3))
@@ -145,6 +146,7 @@ def test_gradients_of_the_whole_loss_with_accumulation(tmp_path: Path) -> None:
             assert torch.allclose(found[n], p.grad, atol=1e-6), (case, n)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(("top_k", "dtype", "tolerance"), [(64, "float32", 1e-6), (500, "float32", 1e-6), (64, "float16", 5e-3)])
 def test_a_full_cache_is_the_teacher(top_k: int, dtype: str, tolerance: float, tmp_path: Path) -> None:
     model, teacher = (make(BY_NAME["llama"], seed=s, num_hidden_layers=2) for s in range(2))
@@ -158,6 +160,7 @@ def test_a_full_cache_is_the_teacher(top_k: int, dtype: str, tolerance: float, t
     assert cache.meta["covered"] == pytest.approx(1, abs=1e-5)
 
 
+@torch.no_grad()
 def test_a_small_cache_keeps_the_largest_and_says_how_much_they_cover(tmp_path: Path) -> None:
     model, teacher = (make(BY_NAME["llama"], seed=s, num_hidden_layers=2) for s in range(2))
     some = rows()
@@ -165,7 +168,7 @@ def test_a_small_cache_keeps_the_largest_and_says_how_much_they_cover(tmp_path: 
     ids = ids_of(some)
     p = teacher(ids).logits.softmax(-1)
     top, chosen = p.topk(5, dim=-1)
-    assert cache.meta["covered"] == pytest.approx(float(top.sum(-1).mean().detach()), abs=1e-5)
+    assert cache.meta["covered"] == pytest.approx(float(top.sum(-1).mean()), abs=1e-5)
     q = model(ids).logits.log_softmax(-1).gather(-1, chosen)
     kept = top / top.sum(-1, keepdim=True)
     expected = (kept * (kept.log() - q)).sum(-1)[:, :-1].mean()
