@@ -16,6 +16,7 @@ from hf_grow.errors import InputError, PlanError
 from hf_grow.growth import Method
 from hf_grow.methods import METHODS
 from hf_grow.methods.expert_options import ExpertsOptions
+from hf_grow.methods.idle import refuse_idle
 from hf_grow.methods.pipeline import PIPELINE, PipelineOptions
 from hf_grow.planning import GrowthPlan, SourceInfo, check_source, make_plan
 from hf_grow.recipe import Options, parse
@@ -50,7 +51,10 @@ def plan_for(info: SourceInfo, method: Method, options: Options) -> GrowthPlan:
     for other in info.others.values():
         check_source(other)
     others = [other.architecture for other in info.others.values()]
-    return make_plan(info, method.build(info.architecture, options, others) if others else method.build(info.architecture, options))
+    plan = make_plan(info, method.build(info.architecture, options, others) if others else method.build(info.architecture, options))
+    if method is not PIPELINE:  # which asks for each of its steps
+        refuse_idle(method, info.architecture, options, others)
+    return plan
 
 
 def open_sources(ref: str, options: Options, *, revision: str | None = None, weights: bool, notify: Notify = _quiet) -> Checkpoint:

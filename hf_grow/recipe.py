@@ -7,7 +7,8 @@ number belongs is an error), and every mistake is reported at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -83,15 +84,70 @@ Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=10**18)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 LayerList = Annotated[tuple[int, ...], BeforeValidator(parse_layers)]
 
+
+@dataclass(frozen=True)
+class Needs:
+    """Metadata of a field that means something only where another is given: as one of ``values``, where there are some."""
+
+    other: str
+    values: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unless:
+    """Metadata of a field that means nothing where another is given."""
+
+    other: str
+
+
 M = TypeVar("M", bound=BaseModel)
 
 
-def parse(model: type[M], data: Mapping[str, Any], *, where: str, strict: bool = True) -> M:
-    """`data` as a `model`. Raises InputError that lists every mistake, one line each."""
+def parse(model: type[M], data: Mapping[str, Any], *, where: str, strict: bool = True, whole: bool = True) -> M:
+    """`data` as a `model`. Raises InputError that lists every mistake, one line each. ``whole``: no further options will be put beside these."""
     parsed, found = mistakes(model, data, strict=strict)
-    if parsed is None:
-        raise InputError(f"{where} has {len(found)} mistake{'s' * (len(found) > 1)}:\n" + "\n".join(f"  {line}" for line in found))
+    if parsed is not None and whole:
+        found = unmet(parsed)
+    refuse(where, found)
+    assert parsed is not None
     return parsed
+
+
+def refuse(where: str, found: Sequence[str]) -> None:
+    """Raises InputError with all mistakes, one a line, if there are any."""
+    if found:
+        raise InputError(f"{where} has {len(found)} mistake{'s' * (len(found) > 1)}:\n" + "\n".join(f"  {line}" for line in found))
+
+
+def unmet(*options: BaseModel) -> list[str]:
+    """One line for each option that was given and means nothing beside the others; `Needs` and `Unless` look at all of them, not at what is nested."""
+    has = {name: getattr(model, name) for model in options for name in type(model).model_fields}
+    found = []
+    for model in options:
+        for name, field in type(model).model_fields.items():
+            if name not in model.model_fields_set or has[name] is None or has[name] is False:
+                continue
+            label = field.alias or name
+            for rule in field.metadata:
+                if not isinstance(rule, Needs | Unless) or rule.other not in has:
+                    continue
+                other, there = rule.other, has[rule.other]
+                if isinstance(rule, Unless):
+                    if there is not None and there is not False:
+                        found.append(f"{label}: means nothing beside {other}. Leave one of them out.")
+                elif rule.values and there not in rule.values:
+                    found.append(f"{label}: belongs to {other} {' or '.join(map(str, rule.values))}, and {other} is {there}.")
+                elif not rule.values and (there is None or there is False):
+                    found.append(f"{label}: means nothing without {other}. Give that too, or leave it out.")
+            found += [f"{label}.{line}" for line in _unmet_inside(has[name])]
+    return found
+
+
+def _unmet_inside(value: Any) -> list[str]:
+    if isinstance(value, BaseModel):
+        return unmet(value)
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return [f"{key}.{line}" for key, v in inside for line in _unmet_inside(v)]
 
 
 def mistakes(model: type[M], data: Mapping[str, Any], *, strict: bool = True) -> tuple[M | None, list[str]]:

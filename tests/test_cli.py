@@ -174,10 +174,10 @@ WRONG = {
     "not a checkpoint": (["dus", "{empty}"], "model.safetensors"),
     "revision of a folder": (["dus", "{source}", "--revision", "main"], "evision"),
     "unwritable": (["dus", "{source}", "-o", "/proc/nowhere/x"], "Cannot write"),
-    "publishing nowhere": (["dus", "{source}", "--private"], "--push OWNER/NAME"),
+    "publishing nowhere": (["dus", "{source}", "--private"], "private: means nothing without push"),
     "verify nothing": (["verify", "{source}", "./nowhere"], "no folder"),
     "verify text": (["verify", "{source}", "{source}", "--text", "./nowhere"], "no file"),
-    "verify tokens": (["verify", "{source}", "{source}", "--tokens", "0"], "at least 2"),
+    "verify tokens": (["verify", "{source}", "{source}", "--tokens", "0"], "tokens: "),
 }
 
 

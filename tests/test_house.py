@@ -22,7 +22,7 @@ FLOORS = [
     ["axes", "recipe", "prompts", "growth"],
     ["methods.sizing", "methods.starting", "methods.spaces", "methods.shapes", "methods.widen", "methods.depth", "methods.width", "methods.expert_options", "methods.routers", "methods.upcycle",
      "methods.more_experts", "methods.experts", "methods.hybrid",
-     "methods", "methods.pipeline"],
+     "methods.idle", "methods", "methods.pipeline"],
     ["planning"],
     ["checkpoint.record", "checkpoint.names", "checkpoint.hub_errors", "checkpoint.ranges", "checkpoint.header", "checkpoint.fused", "checkpoint.reader", "checkpoint.heads", "checkpoint.hub", "checkpoint.source", "checkpoint.several", "checkpoint.transfer", "checkpoint.writer", "checkpoint.exchange", "checkpoint.partial", "checkpoint.sink", "checkpoint.spool",
      "checkpoint"],

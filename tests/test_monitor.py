@@ -213,7 +213,7 @@ def test_a_run_resumed_after_a_rollback_knows_of_it(
 def test_milder_reactions_change_the_rates_from_the_next_step_on(
     action: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**OPTIONS, "on_instability": action, "extra_warmup": 4}
+    options = {**OPTIONS, "on_instability": action, **({"extra_warmup": 4} if action == "longer_warmup" else {})}
     path = recipe(tmp_path, grown(tmp_path), max_steps=10, monitor=options, learning_rate=1e-3)
     with_spike(monkeypatch, at=6)
     run(capsys, "train", path)

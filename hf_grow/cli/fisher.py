@@ -19,7 +19,7 @@ from hf_grow.cli.trials import MEASURED, Trials, calibrated, trials_for
 from hf_grow.errors import InputError, OutputError
 from hf_grow.methods.sizing import measure, short
 from hf_grow.planning import GrowthPlan, check_source
-from hf_grow.recipe import Options, parse
+from hf_grow.recipe import Needs, Options, Unless, parse, unmet
 from hf_grow.training.advice import RECOVER, damaged
 from hf_grow.training.data.options import TextOptions
 from hf_grow.training.events import plain
@@ -40,7 +40,7 @@ class RunOptions(Options):
     """Instead of text: the Fisher of the source, mapped through MODEL's growth.json so that it punishes as much as before."""
     merge: Path | None = None
     """Fisher of earlier tasks, for the same tensors; the file holds decay * merge + this one (online EWC)."""
-    decay: Annotated[float, Field(ge=0, le=1)] = 1.0
+    decay: Annotated[float, Field(ge=0, le=1), Needs("merge")] = 1.0
     """What --merge counts (gamma)."""
     utility: Path | None = None
     """Write the squared gradients of every expert of a mixture into this JSON file, for hf-grow experts --utility."""
@@ -48,13 +48,13 @@ class RunOptions(Options):
     """Find the lambda with which short trainings on --on raise the old loss by no more than this many nats a token."""
     on: str | None = None
     """New text for --calibrate; like --text."""
-    calibrate_steps: Annotated[int, Field(ge=1)] = 60
+    calibrate_steps: Annotated[int, Field(ge=1), Needs("calibrate")] = 60
     """Steps of each training."""
-    calibrate_lr: Annotated[float, Field(gt=0)] | None = None
+    calibrate_lr: Annotated[Annotated[float, Field(gt=0)] | None, Needs("calibrate"), Unless("recipe")] = None
     """Learning rate of each training, where no recipe is given. Default: 1e-4."""
-    recipe: str | None = None
+    recipe: Annotated[str | None, Needs("calibrate")] = None
     """For --calibrate: the training recipe that lambda is for. Its learning rate, decay, schedule, batch, sequence length and penalty are taken."""
-    device: str | None = None
+    device: Annotated[str | None, Unless("from_growth")] = None
     """Where the model runs: cpu, cuda, cuda:1. Default: the first GPU, else the CPU."""
     overwrite: bool = False
     """Replace a file that is there."""
@@ -74,10 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    how = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False)
-    options = parse(FisherOptions, flags.given(arguments, FisherOptions), where="The command line", strict=False)
+    how = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False, whole=False)
+    options = parse(FisherOptions, flags.given(arguments, FisherOptions), where="The command line", strict=False, whole=False)
     out = Path(how.output).expanduser()
-    _check(how, out)
+    _check(how, options, out)
     trials = trials_for(how, options, out) if how.calibrate is not None else None
     if trials is not None and how.recipe is not None:
         if "seq_length" in flags.given(arguments, FisherOptions):
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check(how: RunOptions, out: Path) -> None:
+def _check(how: RunOptions, options: FisherOptions, out: Path) -> None:
     """Raises InputError with everything that does not go together, is not there, or is there already; before any model is loaded."""
     wrong: list[str] = []
     if (how.text is None) == (how.from_growth is None):
@@ -119,17 +119,10 @@ def _check(how: RunOptions, out: Path) -> None:
         wrong += [f"--{n} needs --text" for n in ("merge", "utility", "calibrate") if getattr(how, n) is not None]
     if (how.calibrate is None) != (how.on is None):
         wrong.append("--calibrate NATS and --on NEW_DATA go together")
-    wrong += [
-        f"--{n.replace('_', '-')} belongs to --calibrate" for n in ("recipe", "calibrate_lr") if getattr(how, n) and how.calibrate is None
-    ]
-    if how.recipe is not None and how.calibrate_lr is not None:
-        wrong.append("--calibrate-lr: the recipe says it (learning_rate)")
-    if how.decay != 1.0 and how.merge is None:
-        wrong.append("--decay belongs to --merge")
     from hf_grow.training.data.sources import find
     from hf_grow.training.recipe import collect, complain
 
-    wrong = [f"{w}." for w in wrong]
+    wrong = [*(f"{w}." for w in wrong), *unmet(how, options)]
     for key, path in (("output", out), ("utility", how.utility)):
         if path is not None:
             collect(wrong, f"--{key}", partial(_writable, path, how))

@@ -31,7 +31,7 @@ from hf_grow.publish.cargo import path_shown, title_of
 from hf_grow.publish.push import Destination, Pushed, check_destination, prepare
 from hf_grow.publish.stream import SHARD_SIZE as STREAM_SHARD_SIZE
 from hf_grow.publish.stream import StreamSink
-from hf_grow.recipe import Bytes, Options, load_yaml, parse
+from hf_grow.recipe import Bytes, Needs, Options, load_yaml, parse, refuse, unmet
 from hf_grow.suggest import did_you_mean
 from hf_grow.training.carry import check_trainer_checkpoint, grow_checkpoint_state
 from hf_grow.training.settled import warn_unsettled
@@ -69,13 +69,13 @@ class OutputOptions(PublishOptions):
     """Accept weights that are NaN or infinite."""
     stream_source: bool = False
     """Fetch each tensor of a Hub source when it is needed and remove it after its last use, instead of downloading all first."""
-    source_cache: Annotated[Bytes, Field(ge=0)] = DEFAULT_SOURCE_CACHE
+    source_cache: Annotated[Bytes, Field(ge=0), Needs("stream_source")] = DEFAULT_SOURCE_CACHE
     """With --stream-source, disk for tensors that are needed again later; others are fetched again. Default: 2GB."""
     with_optimizer: str | None = None
     """Folder of a Trainer checkpoint (with optimizer.pt or optimizer.bin) of the source: its optimizer state grows along, and training resumes from the result."""
-    optimizer_policy: Literal["map", "keep-and-zero", "reset"] = "map"
+    optimizer_policy: Annotated[Literal["map", "keep-and-zero", "reset"], Needs("with_optimizer")] = "map"
     """What new entries start with: the mapped state (map), zero (keep-and-zero), or no moments for any parameter (reset)."""
-    exact_steps: bool = False
+    exact_steps: Annotated[bool, Needs("with_optimizer"), Needs("optimizer_policy", ("map", "keep-and-zero"))] = False
     """Write optimizer groups with which AdamW repeats the small model's steps exactly; for an optimizer made from hf_grow.training.trajectory.groups."""
 
     @property
@@ -149,10 +149,11 @@ def run_recipe(arguments: argparse.Namespace) -> int:
     method = find_method(str(data.get("method") or ("pipeline" if "steps" in data else "dus")))
     # One model of both, so that every mistake of the recipe is told at once.
     keys: type[RecipeOptions] = type("Recipe", (RecipeOptions, method.options), {"__module__": __name__})
-    recipe = parse(keys, data, where=arguments.recipe)
+    recipe = parse(keys, data, where=arguments.recipe, whole=False)
     options = method.options(**{name: getattr(recipe, name) for name in recipe.model_fields_set & method.options.model_fields.keys()})
-    flagged = parse(OutputOptions, flags.given(arguments, OutputOptions), where="The command line", strict=False)
-    output = OutputOptions(**(recipe.model_dump(include=set(OutputOptions.model_fields)) | flagged.model_dump(exclude_unset=True)))
+    flagged = parse(OutputOptions, flags.given(arguments, OutputOptions), where="The command line", strict=False, whole=False)
+    output = OutputOptions(**{m: getattr(o, m) for o in (recipe, flagged) for m in o.model_fields_set & OutputOptions.model_fields.keys()})
+    refuse(arguments.recipe, unmet(output, options))
     return carry_out(recipe.source, recipe.revision, method, options, output, as_json=arguments.json)
 
 

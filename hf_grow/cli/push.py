@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
 
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, existing_folder, print_json
-from hf_grow.errors import ExecutionError, InputError
+from hf_grow.errors import ExecutionError
 from hf_grow.publish.cargo import Cargo, survey
 from hf_grow.publish.push import Destination, Pushed, again, card, on_the_hub, push
-from hf_grow.recipe import Options, parse
+from hf_grow.recipe import Needs, Options, parse
 
 
 class PushOptions(Options):
@@ -36,27 +36,22 @@ class PublishOptions(Options):
 
     push: str | None = None
     """Publish the result as this repository on the Hub, OWNER/NAME; see hf-grow push."""
-    private: bool = False
+    private: Annotated[bool, Needs("push")] = False
     """With --push, make the repository private."""
-    push_revision: str | None = None
+    push_revision: Annotated[str | None, Needs("push")] = None
     """With --push, branch to commit to, made if need be."""
-    create_pr: bool = False
+    create_pr: Annotated[bool, Needs("push")] = False
     """With --push, open a pull request instead of committing."""
-    message: str | None = None
+    message: Annotated[str | None, Needs("push")] = None
     """With --push, first line of the commit."""
-    stream_push: bool = False
+    stream_push: Annotated[bool, Needs("push")] = False
     """With --push, send each shard when it is finished and remove it here: two shards lie on the disk at most. The commit comes last."""
 
     def destination(self) -> Destination | None:
-        """Where the result is published. Raises InputError for options that mean nothing without --push."""
-        if self.push is not None:
-            return Destination(self.push, self.private, self.push_revision, self.create_pr, self.message)
-        for name in ("private", "push_revision", "create_pr", "message", "stream_push"):
-            if getattr(self, name):
-                raise InputError(
-                    f"--{name.replace('_', '-')} means nothing without --push.", hint="Add --push OWNER/NAME, or leave it out."
-                )
-        return None
+        """Where the result is published, if anywhere."""
+        if self.push is None:
+            return None
+        return Destination(self.push, self.private, self.push_revision, self.create_pr, self.message)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

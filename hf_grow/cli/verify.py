@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from hf_grow.api import verify
 from hf_grow.checkpoint.reader import GROWTH, Checkpoint, open_folder
@@ -14,30 +17,38 @@ from hf_grow.cli.commands import add_json, existing_folder, print_json
 from hf_grow.cli.flags import add_flags, given
 from hf_grow.cli.report import show_report
 from hf_grow.errors import InputError
+from hf_grow.recipe import Unless, parse
 from hf_grow.verification import Report, TaskOptions
 from hf_grow.verification.record import kept
+
+
+class CompareOptions(TaskOptions):
+    """How the comparison is made, and what becomes of it."""
+
+    structure_only: bool = False
+    """Tables, bytes and digests only; needs no model in memory."""
+    text: Annotated[Path | None, Unless("structure_only")] = None
+    """Text to compare the models on; default: a small built-in one."""
+    tokens: Annotated[int, Field(ge=2), Unless("structure_only")] = 2048
+    """Compare on at most this many tokens."""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "float64"], Unless("structure_only")] = "auto"
+    """Dtype to compute in."""
+    no_record: bool = False
+    """Do not write the result into NEW/growth.json."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("old", metavar="OLD", help="the source: folder or Hub id")
     parser.add_argument("new", metavar="NEW", help="the grown checkpoint's folder")
     parser.add_argument("--revision", help="branch, tag or commit of OLD on the Hub; default: the one it was grown from")
-    parser.add_argument("--structure-only", action="store_true", help="tables, bytes and digests only; needs no model in memory")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="text to compare the models on; default: a small built-in one")
-    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="compare on at most this many tokens; default: 2048")
-    parser.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16", "float64"], default="auto", help="dtype to compute in"
-    )
-    add_flags(parser, [TaskOptions])
-    parser.add_argument("--no-record", action="store_true", help="do not write the result into NEW/growth.json")
+    add_flags(parser, [CompareOptions])
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.tokens < 2:
-        raise InputError("--tokens must be at least 2.")
-    if arguments.text is not None and not arguments.text.is_file():
-        raise InputError(f"{arguments.text} is no file.")
+    how = parse(CompareOptions, given(arguments, CompareOptions), where="The command line", strict=False)
+    if how.text is not None and not how.text.is_file():
+        raise InputError(f"{how.text} is no file.")
     new = open_folder(existing_folder(arguments.new))
     nbytes = sum(t.stop - t.start for t in new.tensors.values())
     with render.bytes_bar("verifying", nbytes, quiet=arguments.json) as progress:
@@ -45,16 +56,16 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.old,
             arguments.new,
             revision=arguments.revision,
-            structure_only=arguments.structure_only,
-            text=arguments.text,
-            tokens=arguments.tokens,
-            dtype=arguments.dtype,
+            structure_only=how.structure_only,
+            text=how.text,
+            tokens=how.tokens,
+            dtype=how.dtype,
             **given(arguments, TaskOptions),
             progress=progress,
             notify=render.note,
         )
     # A comparison with something else than the source says nothing of this growth, and must not replace what was found before.
-    if not arguments.no_record and all(c.status == "pass" for c in report.checks if c.name == "source"):
+    if not how.no_record and all(c.status == "pass" for c in report.checks if c.name == "source"):
         _record(new, report)
     if arguments.json:
         print_json(report.to_json())

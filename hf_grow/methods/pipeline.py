@@ -12,6 +12,7 @@ from hf_grow.architecture import Architecture
 from hf_grow.errors import InputError, PlanError
 from hf_grow.growth import Growth, Method, compose
 from hf_grow.methods import METHODS
+from hf_grow.methods.idle import refuse_idle
 from hf_grow.recipe import Options, parse
 
 
@@ -55,9 +56,10 @@ def build_pipeline(arch: Architecture, options: PipelineOptions, others: Sequenc
     grown: list[Growth] = []
     for number, step in enumerate(options.steps, 1):
         here = Architecture(grown[-1].config) if grown else arch
-        build = METHODS[step.method].build
+        method, more = METHODS[step.method], others if step.options.further() else ()
         try:
-            grown.append(build(here, step.options, others) if step.options.further() else build(here, step.options))
+            grown.append(method.build(here, step.options, more) if more else method.build(here, step.options))
+            refuse_idle(method, here, step.options, more)
         except PlanError as error:
             raise PlanError(f"Step {number} ({step.method}): {error.message}", hint=error.hint) from None
     if any(g.unmeasured() for g in grown[1:]):

@@ -15,6 +15,7 @@ hypercloning  whole tiles by an integer factor (Samragh et al. 2024, arXiv 2409.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -107,6 +108,10 @@ def _asked(arch: Architecture, options: WidthOptions) -> Shape:
         "head_dim": options.head_dim,
     }
     if options.intermediate and not arch.size("inter"):  # Mixtral's only FFN is that of its experts
+        if options.expert_intermediate:
+            raise PlanError(
+                f"{arch.family.architecture} has one FFN, that of its experts: --intermediate and --expert-intermediate are the same; give one."
+            )
         explicit["expert_inter"], explicit["inter"] = options.intermediate, None
     if options.expert_intermediate and not arch.size("expert_inter"):
         raise PlanError(f"{arch.family.architecture} has no experts; --expert-intermediate means nothing here.")
@@ -259,9 +264,10 @@ def build_hypercloning(arch: Architecture, options: HyperCloningOptions) -> Grow
             hint="Use --method tile.",
         )
     hidden = spaces.tiled_hidden(old.hidden, shape.hidden, shape.hidden // old.hidden, mode="scale")
-    options = options.model_copy(update={"ffn": "copies"})
+    copies = options.model_copy(update={"ffn": "copies"})
     strength = 0.0 if options.noise_db is None else 10 ** (-options.noise_db / 20)
-    return _build(arch, "hypercloning", options, shape, hidden, "noise" if strength else "none", strength, "exact")
+    growth = _build(arch, "hypercloning", copies, shape, hidden, "noise" if strength else "none", strength, "exact")
+    return replace(growth, options=options.given())
 
 
 def build_copies(method: str) -> Any:

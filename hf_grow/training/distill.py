@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from hf_grow.errors import ExecutionError, InputError, SourceError
-from hf_grow.recipe import Options
+from hf_grow.recipe import Needs, Options
 from hf_grow.training.warmups import Positive
 from hf_grow.untrusted import read_json, to_json
 
@@ -53,9 +53,9 @@ class DistillOptions(Options):
     """Softens both distributions; the loss is multiplied by its square."""
     top_k: Positive | None = None
     """Take this many logits a position from a cache on disk, written beforehand. Default: teachers are in memory, with all their logits."""
-    cache: str | None = None
+    cache: Annotated[str | None, Needs("top_k")] = None
     """Folder for such logits. Default: teacher-logits in the output folder."""
-    cache_dtype: Literal["float16", "float32"] = "float16"
+    cache_dtype: Annotated[Literal["float16", "float32"], Needs("top_k")] = "float16"
     """How they are stored (below the largest logit of their position, so that half precision is fine)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What teachers compute in. Default: auto, the dtype they are stored in."""

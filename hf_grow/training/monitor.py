@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from hf_grow.recipe import Options
+from hf_grow.recipe import Needs, Options
 from hf_grow.training.warmups import Count, Positive
 
 Action = Literal["none", "lower_lr", "longer_warmup", "rollback"]
@@ -30,11 +30,11 @@ class MonitorOptions(Options):
     """Reaction to a spike: none (only told), lower_lr, longer_warmup (of new parameters), or rollback to the last checkpoint, past the batches since then, with a rate that is lower for a while."""
     lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """What a reaction multiplies learning rates by."""
-    restore_steps: Count = 100
+    restore_steps: Annotated[Count, Needs("on_instability", ("rollback",))] = 100
     """Steps after a rollback over which learning rates rise back. 0 leaves them lower."""
-    extra_warmup: Count = 100
+    extra_warmup: Annotated[Count, Needs("on_instability", ("longer_warmup",))] = 100
     """Steps that longer_warmup adds to the warm-up of new parameters, which begins anew."""
-    max_reactions: Count = 3
+    max_reactions: Annotated[Count, Needs("on_instability", ("lower_lr", "longer_warmup", "rollback"))] = 3
     """After so many reactions spikes are only told."""
     window: Annotated[int, Field(ge=8)] = 64
     """Steps of the past that a step is compared with."""

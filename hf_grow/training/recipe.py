@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from hf_grow.errors import InputError
-from hf_grow.recipe import Options, load_yaml, mistakes, nested
+from hf_grow.recipe import Options, load_yaml, mistakes, nested, unmet
 from hf_grow.suggest import did_you_mean
 from hf_grow.training.adapters import LoraOptions
 from hf_grow.training.data.options import DataOptions
@@ -192,6 +192,7 @@ def read(data: Mapping[str, Any], where: str = "The recipe") -> Read:
     # YAML reads the word `no` as false.
     theirs = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in data.items() if k in known}
     recipe, found = mistakes(TrainRecipe, own)
+    found += unmet(recipe) if recipe else []
     _, more = mistakes(argument_model(), theirs)
     found += more
     for key in data.keys() - own.keys() - theirs.keys():

@@ -19,13 +19,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from hf_grow._version import __version__
 from hf_grow.errors import ExecutionError, InputError, OutputError, SourceError
-from hf_grow.recipe import Options, Size
+from hf_grow.recipe import Needs, Options, Size, Unless
 from hf_grow.untrusted import read_json, to_json
 
 if TYPE_CHECKING:
@@ -57,11 +57,11 @@ class ReplayOptions(Options):
     """Texts sampled at once: the more, the faster, as long as memory holds them. Part of what decides the texts. Default: 32,768 tokens' worth, at most 64."""
     chat_share: float | None = Field(default=None, ge=0, le=1)
     """Part of the tokens that are conversations, sampled through the chat template. Default: half for a model that ends its texts as the template ends an answer, else none."""
-    start: Literal["document", "random"] = "document"
+    start: Annotated[Literal["document", "random"], Unless("prompts")] = "document"
     """Begin each plain text as a document begins (BOS, else EOS, but no token of a chat template), or with a random token: for models that then always say the same."""
     prompts: str | None = None
     """Folder, file or glob of texts whose first tokens are continued instead."""
-    prompt_tokens: int = Field(default=8, gt=0)
+    prompt_tokens: Annotated[int, Field(gt=0), Needs("prompts")] = 8
     """First tokens of each of these texts."""
     seed: int = Field(default=0, ge=0)
     """Decides what is drawn."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hf_grow.recipe import Options, Size
+from hf_grow.recipe import Needs, Options, Size
 from hf_grow.training.replay import ReplayOptions
 
 
@@ -65,7 +65,7 @@ class SelfReplay(ReplayOptions):
 
     model: str | None = None
     """Checkpoint to sample from, folder or Hub id. Default: what the model was grown from, as its growth.json says."""
-    revision: str | None = None
+    revision: Annotated[str | None, Needs("model")] = None
     """Branch, tag or commit of that model on the Hub."""
 
 

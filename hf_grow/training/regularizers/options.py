@@ -7,13 +7,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from hf_grow.recipe import Options
+from hf_grow.recipe import Needs, Options
 
 
 def _paths(value: Any) -> Any:
     """One file, or a list of them."""
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(Path(v) if isinstance(v, str) else v for v in values)
+
+
+_SOME = Needs("kind", ("ewc", "online-ewc", "si", "l2sp"))
 
 
 class PenaltyOptions(Options):
@@ -23,22 +26,22 @@ class PenaltyOptions(Options):
 
     kind: Literal["none", "ewc", "online-ewc", "si", "l2sp"] = "none"
     """What F is: the Fisher diagonal (ewc), several of them (online-ewc), the path's importance (si), one number for all weights (l2sp)."""
-    lambda_: Annotated[float, Field(ge=0, alias="lambda")] = 10.0
+    lambda_: Annotated[float, Field(ge=0, alias="lambda"), _SOME] = 10.0
     """Strength. F counts per token, so one lambda serves every batch size; 1, 10 and 100 are worth trying."""
-    fisher: Annotated[tuple[Path, ...], BeforeValidator(_paths)] = ()
+    fisher: Annotated[tuple[Path, ...], BeforeValidator(_paths), _SOME] = ()
     """File made by `hf-grow fisher`; for online-ewc several, oldest task first; for si a file of importances; for l2sp its mean is F."""
-    form: Literal["loss", "proximal"] = "loss"
+    form: Annotated[Literal["loss", "proximal"], _SOME] = "loss"
     """As a term of the loss, or decoupled: an exact proximal step after the optimizer's, which no momentum and no Adam scaling touches.
     It wants another lambda: about a thousand times that of `loss` did as much when it was measured."""
-    storage: Literal["fp32", "bf16"] = "fp32"
+    storage: Annotated[Literal["fp32", "bf16"], _SOME] = "fp32"
     """Dtype in which F and w* are held. A checkpoint in bf16 loses nothing of w* in bf16."""
-    over: Literal["all", "inherited"] = "all"
+    over: Annotated[Literal["all", "inherited"], _SOME] = "all"
     """Weights that are held: all, or those that growth took from the source (holding these alone forgot more when it was measured)."""
     collapsed: bool = False
     """After width growth: the penalty on B_out^T W A_in, the source's own coordinates, with the source's Fisher; F and w* then have its size."""
     decay: Annotated[float, Field(ge=0, le=1)] = 1.0
     """online-ewc: what an older task's Fisher counts for each task that came after it (gamma)."""
-    xi: Annotated[float, Field(gt=0)] = 1e-3
+    xi: Annotated[float, Field(gt=0), Needs("kind", ("si",))] = 1e-3
     """si: damping in omega / (distance^2 + xi)."""
     consolidate_every: Annotated[int, Field(ge=1)] | None = None
     """si: steps after which the path so far becomes importance, and w* the weights reached. Default: only when the run is over."""
