@@ -8,7 +8,7 @@ TORCH := 2.13.0
 # Several test processes, one a processor (psutil counts them), but not so many that memory runs out.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-portable test-slow test-compat check format bench bench-width bench-experts bench-7b bench-forgetting clean help
+.PHONY: demo test test-portable test-slow fuzz test-compat check format bench bench-width bench-experts bench-7b bench-forgetting clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -51,6 +51,9 @@ $(VENV)/.eval: $(VENV)/.installed
 
 test-slow: $(VENV)/.eval  ## tests that take minutes or gigabytes, evaluation tasks among them
 	$(BIN)/python -m pytest -q -m slow
+
+fuzz: $(VENV)/.installed  ## 10,000 mutated files and odd command lines (hours; prints its seed, keeps bad endings in build/fuzz)
+	$(BIN)/python tests/fuzz/worker.py --cases 10000
 
 test-compat: $(VENV)/.installed $(COMPAT)/.installed  ## grown checkpoints load alike in transformers 4.57 (an environment of its own)
 	rm -rf build/compat

@@ -191,10 +191,26 @@ class GrowthPlan:
                 seed=g["seed"],
                 data={str(k): str(v) for k, v in g.get("data", {}).items()},
             )
-            source = SourceInfo.from_json(data["source"])
-            return GrowthPlan(source, growth, {n: _info(d, shape) for n, (d, shape, _) in t["tensors"].items()})
+            plan = GrowthPlan(
+                SourceInfo.from_json(data["source"]), growth, {n: _info(d, shape) for n, (d, shape, _) in t["tensors"].items()}
+            )
+            _check_names(plan)
+            return plan
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise SourceError(f"growth.json is damaged: {error!r}.") from None
+
+
+def _check_names(plan: GrowthPlan) -> None:
+    """Raises ValueError for a stored plan whose map reads or makes tensors that it does not tell of, or whose names are no text."""
+    arch = plan.architecture
+    if arch.count != len(plan.targets) or arch.tensors.keys() != plan.targets.keys():
+        raise ValueError(f"its config wants {arch.count} tensors, and it tells of {len(plan.targets)} others")
+    for name, expr in plan.growth.tensors.items():
+        lost = {s.key for s in expr.sources()} - plan.source.by_key.keys() | set(expr.axis_names()) - plan.growth.axes.keys()
+        if lost:
+            raise ValueError(f"{name} is made of {min(lost)}, which is not there")
+    if not all(isinstance(text, str) for text in (plan.growth.method, plan.source.ref, plan.source.revision, *plan.growth.warnings)):
+        raise ValueError("its method, source and warnings must be text")
 
 
 def _info(dtype: Any, shape: Any) -> TensorInfo:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,3 +144,63 @@ def test_a_terminal_without_unicode_shows_what_it_can(source: Path, tmp_path: Pa
         assert done.returncode == 0, done.stderr
         if "--json" in words:
             assert json.loads(done.stdout)["model"].endswith("größe")
+
+
+# ---- what the fuzzer found: a growth.json of other types and names ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def grown(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("grown") / "grown"
+    assert main(["dus", str(source), "-o", str(out)]) == 0
+    assert main(["verify", str(source), str(out), "--structure-only"]) == 0
+    return out
+
+
+def _misname_a_source(record: dict[str, Any]) -> None:
+    tensors = record["source"]["tensors"]
+    tensors["other"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
+
+
+def _forget_a_target(record: dict[str, Any]) -> None:
+    del record["target"]["tensors"]["model.layers.4.self_attn.o_proj.weight"]
+
+
+def _list_for_a_name(record: dict[str, Any]) -> None:
+    record["verification"]["checks"][0] |= {"name": ["x"], "status": ["pass"], "detail": {"a": 1}}
+
+
+def _number_without_end(record: dict[str, Any]) -> None:
+    record["verification"]["metrics"] |= {"kl_nats_per_token": 10**400, "perplexity_old": [1], "tokens": 10**400}
+
+
+def _method_of_another_type(record: dict[str, Any]) -> None:
+    record["growth"]["method"] = {"a": [1]}
+
+
+def _many_layers(record: dict[str, Any]) -> None:
+    record["target"]["config"]["num_hidden_layers"] = 9_999
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_misname_a_source, _forget_a_target, _list_for_a_name, _number_without_end, _method_of_another_type, _many_layers],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize(
+    "command", ["card {new} --offline", "inspect {new}", "verify {old} {new} --structure-only --no-record", "dus {new} -o {out}"]
+)
+def test_a_growth_json_of_other_types_is_no_traceback(
+    change: Callable[[dict[str, Any]], None], command: str, source: Path, grown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new"
+    shutil.copytree(grown, new)
+    record = json.loads((new / "growth.json").read_text())
+    change(record)
+    (new / "growth.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    status = main(command.format(old=source, new=new, out=tmp_path / "out").split())
+    said = capsys.readouterr()
+    assert status in (0, 1, 2)
+    assert status == 0 or "growth.json" in said.err + said.out
+    assert len(said.err) < 4_000

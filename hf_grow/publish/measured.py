@@ -34,16 +34,17 @@ def metrics(verification: object) -> Mapping[str, Any]:
 
 
 def number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    fits = isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000)
+    return float(value) if fits and math.isfinite(value) else None
 
 
 def checks_table(verification: Mapping[str, Any], only: Collection[str] | None = None) -> str:
     rows = []
     checks = verification.get("checks")
     for check in checks[:MOST_ROWS] if isinstance(checks, list) else ():
-        if isinstance(check, Mapping) and check.get("status") in MARKS and (only is None or check.get("name") in only):
-            detail = "" if check.get("name") in PRIVATE else plain(check.get("detail", ""), 300)
-            rows.append([plain(check.get("name", ""), 80), MARKS[str(check["status"])], detail])
+        name, status = (str(check.get(key, "")) for key in ("name", "status")) if isinstance(check, Mapping) else ("", "")
+        if status in MARKS and (only is None or name in only):
+            rows.append([plain(name, 80), MARKS[status], "" if name in PRIVATE else plain(check.get("detail", ""), 300)])
     return "\n".join(["| check | | found |", "| --- | --- | --- |", *("| " + " | ".join(r) + " |" for r in rows)])
 
 
