@@ -13,6 +13,7 @@ from hf_grow.planning import DTYPE_NAMES, HEAD, GrowthPlan, SourceInfo, TensorIn
 from hf_grow.tensormap import Source
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -72,8 +73,6 @@ def grow_model(model: PreTrainedModel, plan: GrowthPlan, others: Mapping[str, Pr
     further source models by the plan's labels, where it has some.
     Raises SourceError if the model is not the one planned for.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
     held = {name: tensor.detach().cpu() for name, tensor in disk_tensors(model).items()}
     for label, other in others.items():
         held |= {Source(name, label).key: tensor.detach().cpu() for name, tensor in disk_tensors(other).items()}
@@ -94,13 +93,21 @@ def grow_model(model: PreTrainedModel, plan: GrowthPlan, others: Mapping[str, Pr
         name: held[copies[name]].clone() if name in copies else evaluator.whole(plan.growth.tensors[name], info)
         for name, info in plan.targets.items()
     }
-    config = dict(plan.growth.config)
-    target = AutoConfig.for_model(config.pop("model_type"), **config)
     kept = {f"{part}_implementation": getattr(model.config, f"_{part}_implementation", None) for part in ("attn", "experts")}
-    grown = MODEL_FOR_CAUSAL_LM_MAPPING[type(target)].from_pretrained(
-        None, config=target, state_dict=state, dtype=model.dtype, **{k: v for k, v in kept.items() if v}
-    )
+    grown = assemble(plan, state, model.dtype, **{k: v for k, v in kept.items() if v})
     # Made from the config, it would have one end token where the model's own has several, and no sampling settings.
     grown.generation_config = copy.deepcopy(model.generation_config)
     grown.train(model.training)
-    return cast("PreTrainedModel", grown)
+    return grown
+
+
+def assemble(plan: GrowthPlan, state: Mapping[str, Tensor], dtype: torch.dtype, **implementations: str) -> PreTrainedModel:
+    """The plan's target of tensors by their names on disk."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    config = dict(plan.growth.config)
+    target = AutoConfig.for_model(config.pop("model_type"), **config)
+    made = MODEL_FOR_CAUSAL_LM_MAPPING[type(target)].from_pretrained(
+        None, config=target, state_dict=dict(state), dtype=dtype, **implementations
+    )
+    return cast("PreTrainedModel", made)

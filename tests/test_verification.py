@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import pytest
 import torch
 from models import BY_NAME, make, save
 from safetensors.torch import load_file, save_file
+from trained import grown
 
 from hf_grow import api
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.cli import main
 from hf_grow.errors import InputError
 from hf_grow.verification import Report, verify_checkpoints
-from hf_grow.verification.function import _measure
+from hf_grow.verification.differences import Compared, compare_logits
+from hf_grow.verification.function import _warn_of_guessing
+from hf_grow.verification.texts import builtin_text
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +155,7 @@ def test_measures_equal_a_plain_computation_over_tokens_and_vocabulary() -> None
     generator = torch.Generator().manual_seed(0)
     before, after = torch.randn(2, 5, 11, generator=generator, dtype=torch.float64)
     ids = torch.randint(0, 11, (5,), generator=generator)
-    found = _measure([ids], [before], [after])
+    found = compare_logits([ids], [before], [after]).metrics
     kl = loss_old = loss_new = 0.0
     for t in range(5):
         p = [math.exp(x) for x in before[t].tolist()]
@@ -170,7 +174,7 @@ def test_measures_equal_a_plain_computation_over_tokens_and_vocabulary() -> None
 
 def test_two_broken_models_do_not_agree_and_the_report_stays_json() -> None:
     bad = torch.full((4, 7), float("nan"))
-    found = _measure([torch.arange(4)], [bad], [bad])
+    found = compare_logits([torch.arange(4)], [bad], [bad]).metrics
     assert found["greedy_agreement"] == 0
     report = Report("a", "b", metrics=found)
     assert json.loads(json.dumps(report.to_json(), allow_nan=False))["metrics"]["loss_old"] is None
@@ -248,3 +252,109 @@ def test_an_earlier_record_of_any_form_is_replaced(earlier: Any, copy: tuple[Pat
     run_verify(old, new, "--structure-only")
     assert recorded(new)["metrics"] == {}
     assert recorded(new)["ok"]
+
+
+def test_where_fp32_does_not_fit_bf16_is_taken_and_the_report_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save(make(BY_NAME["llama"], dtype=torch.bfloat16), tmp_path / "old")
+    api.grow(source, tmp_path / "new", "tile", factor=3)
+    monkeypatch.setattr("hf_grow.verification.running.available_memory", lambda: 10**6)
+    report = api.verify(source, tmp_path / "new")
+    assert failed(report) == set()
+    assert report.metrics["dtype"] == "bfloat16"
+    assert "are free" in report.metrics["dtype_because"]
+    assert report.metrics["dtype_because"] in next(c.detail for c in report.checks if c.name == "lossless")
+    run_verify(source, tmp_path / "new")
+    assert "computed in bfloat16 (float32 needs about 1.1 GB" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_has_room_is_compared_in_fp32_whatever_it_is_stored_in(pair: tuple[Path, Path]) -> None:
+    report = check(*pair)
+    assert report.metrics["dtype"] == "float32"
+    assert "dtype_because" not in report.metrics
+
+
+@pytest.mark.parametrize(("vocab", "old", "new", "said"), [
+    (64, 2.0, 13.7, "worse than guessing"), (64, 2.0, 3.75, "hardly better than guessing"), (64, 2.0, 3.73, ""), (1000, 2.0, 3.75, ""),
+    (64, 4.2, 4.2, "The source itself"),
+])  # fmt: skip
+def test_a_growth_no_better_than_guessing_is_warned_of(vocab: int, old: float, new: float, said: str) -> None:
+    """log 64 = 4.159 nats, of which nine tenths are 3.743."""
+    report, none = Report("a", "b"), torch.zeros(1)
+    _warn_of_guessing(report, Compared(none, none, none, True, {"loss_old": old, "loss_new": new}), vocab)
+    assert [said in w for w in report.warnings] == ([True] if said else [])
+    assert report.metrics["loss_of_guessing"] == pytest.approx(math.log(vocab))
+    assert report.ok
+
+
+def test_the_warning_ends_the_report_and_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A random model knows nothing of any text; on random tokens nobody would, so nothing is said there."""
+    new = grown(tmp_path)
+    run_verify(tmp_path / "source", new)
+    said = capsys.readouterr().out.strip()
+    assert re.search(r"\nwarning +The source\s+itself\s+knows\s+next\s+to\s+nothing\s+of\s+this\s+text[^\n]*(\n[^\n]+)?$", said)
+    assert recorded(new)["warnings"]
+    (tmp_path / "source" / "tokenizer.json").unlink()
+    run_verify(tmp_path / "source", new)
+    assert "next to nothing" not in capsys.readouterr().out
+
+
+def test_fewer_tokens_than_asked_for_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = grown(tmp_path)
+    used = check(tmp_path / "source", new, tokens=100_000).metrics["tokens"]
+    assert 2 < used < 100_000
+    run_verify(tmp_path / "source", new, "--tokens", "100000")
+    captured = capsys.readouterr()
+    assert f"{used} tokens are compared, not 100000: the built-in text has no more" in " ".join(captured.err.split())
+    assert f"{used} of the 100000 tokens asked for, built-in text" in " ".join(captured.out.split())
+    run_verify(tmp_path / "source", new, "--tokens", "50")
+    assert "50 tokens, built-in text" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_vocabulary_too_large_for_all_tokens_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new, said = grown(tmp_path), []
+    monkeypatch.setattr("hf_grow.verification.function.LOGITS_BYTES", 300 * 4 * 64)
+    report = check(tmp_path / "source", new, notify=said.append)
+    assert report.metrics["tokens"] == 300
+    assert any("300 tokens are compared, not 2048: the logits of a vocabulary of 64" in s for s in said)
+
+
+def test_the_built_in_text_is_long_enough_and_of_several_kinds() -> None:
+    """Large vocabularies take about 4.5 bytes of English a token, and fewer of anything else."""
+    text = builtin_text()
+    assert len(text.encode()) / 4.5 > 2048
+    for part in (
+        "def ",
+        "#include",
+        "SELECT",
+        "<ul",
+        r"\frac",
+        "Assistant:",
+        '"name":',
+        "| city",
+        "Großmutter",
+        "pêcheurs",
+        "más",
+        "Летом",
+        "春天",
+        "駅前",
+        "الصباح",
+    ):
+        assert part in text, part
+
+
+def test_two_looks_at_one_pair_give_the_same_figures(tmp_path: Path) -> None:
+    source = save(make(BY_NAME["mixtral"], dtype=torch.bfloat16), tmp_path / "old")
+    api.grow(source, tmp_path / "new", "experts", experts=8, top_k=4)
+    first, second = (api.verify(source, tmp_path / "new") for _ in range(2))
+    assert first.ok
+    assert first.metrics == second.metrics
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_of_odd_sizes_are_compared_too(dtype: str, tmp_path: Path) -> None:
+    """torch multiplies experts in groups only where rows are multiples of 16 bytes."""
+    source = save(make(BY_NAME["mixtral"], dtype=torch.bfloat16), tmp_path / "old")
+    api.grow(source, tmp_path / "new", "pad", intermediate=50)
+    assert api.verify(source, tmp_path / "new", dtype=dtype).ok

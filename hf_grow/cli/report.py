@@ -24,10 +24,13 @@ def show_report(report: Report) -> None:
     console.print(table)
     m = report.metrics
     if any(c.name == "logits" and c.status == "pass" for c in report.checks):
-        console.print(f"{m['tokens']} tokens of {m['text']}, computed in {m['dtype']}", markup=False)
+        of = f"{m['tokens']} of the {m['tokens_asked']} tokens asked for" if m["tokens"] < m["tokens_asked"] else f"{m['tokens']} tokens"
+        because = f" ({m['dtype_because']})" if "dtype_because" in m else ""
+        console.print(f"{of}, {m['text']}, computed in {m['dtype']}{because}", markup=False)
         figures = Table(show_header=False, box=None, padding=(0, 2))
         figures.add_row("perplexity before / after", f"{m['perplexity_old']:.4g} / {m['perplexity_new']:.4g}")
         figures.add_row("KL(old || new)", f"{m['kl_nats_per_token']:.3g} nats a token")
+        figures.add_row("logit error, share of the logits", f"{m['logit_error']:.3g}, at worst {m['logit_error_worst']:.3g}")
         figures.add_row("logit difference max / mean", f"{m['logit_difference_max']:.3g} / {m['logit_difference_mean']:.3g}")
         figures.add_row("greedy agreement", f"{m['greedy_agreement']:.2%}")
         if experts := m.get("experts"):
@@ -37,6 +40,8 @@ def show_report(report: Report) -> None:
             console.print(f"warning    {_dead(experts['new'])}", style="yellow", markup=False)
     if "tasks" in m:
         _show_tasks(m["tasks"], m["task_settings"])
+    for warning in report.warnings:
+        console.print(f"warning    {warning}", style="yellow", markup=False)
 
 
 def _add_routing(figures: Table, experts: dict[str, Any]) -> None:

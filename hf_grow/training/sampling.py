@@ -18,7 +18,7 @@ from hf_grow.errors import InputError
 from hf_grow.training.chat import PLAIN, Turns, begins_document, read_turns, special_ids
 from hf_grow.training.filters import Sample, fault
 from hf_grow.training.replay import ReplayOptions
-from hf_grow.verification.function import load_model
+from hf_grow.verification.running import load_model
 
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _LENGTH, _AT_ONCE = 1024, 32_768

@@ -29,14 +29,14 @@ def verify_checkpoints(
 
     Raises InputError, before anything else is done, for tasks that cannot be run.
     """
-    from hf_grow.verification import function, structure
+    from hf_grow.verification import function, running, structure, texts
 
     harness = None
     if tasks is not None and tasks.tasks is not None:
         if structure_only:
             raise InputError("--structure-only runs no model, so --tasks cannot be run.", hint="Leave one of them out.")
         for checkpoint in (old, new):
-            if not function.has_tokenizer(checkpoint):
+            if not texts.has_tokenizer(checkpoint):
                 raise InputError(f"{checkpoint.ref} has no tokenizer, so --tasks cannot be run.", hint="Put its tokenizer files there.")
         harness = prepare(tasks)
     report = Report(old.ref, new.ref)
@@ -49,8 +49,9 @@ def verify_checkpoints(
     if not report.ok:
         report.add("function", None, "not run: the structure is wrong")
         return report
-    dtype = function.choose_dtype(old, new, dtype, notify)
-    function.compare(old, new, report, text=text, tokens=tokens, dtype=dtype, notify=notify, plan=plan, since=structure.trained_since(new))
+    dtype, why = running.choose_dtype(old, new, dtype, notify)
+    since = structure.trained_since(new)
+    function.compare(old, new, report, text=text, tokens=tokens, dtype=dtype, why_dtype=why, notify=notify, plan=plan, since=since)
     if harness is not None and all(c.status != "fail" for c in report.checks if c.name == "logits"):
         compare_tasks(harness, old, new, report, dtype=dtype, notify=notify)
     return report

@@ -1,44 +1,85 @@
-"""Running both models on the same text and comparing what they say.
+"""Running both models on the same text: what each says of it, and whether a growth that promises the same function keeps it.
 
-One model is in memory at a time. KL is summed over the vocabulary and averaged over tokens, in nats: KL(old || new).
+A promise is judged against what rounding does to this source on this text, measured by running the source once more with every weight moved at
+random by as much as rounding would. Two kinds of rounding are told apart:
+
+- that of the computation: both models compute the same function in another order. In fp32 it is small, and so is what passes;
+- that of storing weights in 16 bits, where some were computed and are no copies. The map is judged without it: the grown model is made of the
+  source in fp32, before anything is rounded, and must agree as two computations do. What is stored is that, rounded (`structure.rederive` compares
+  the bytes); how far it moves the function must be what as much rounding does to the source.
 """
 
 from __future__ import annotations
 
-import importlib.resources
 import math
-import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from hf_grow.checkpoint.reader import Checkpoint
-from hf_grow.errors import InputError
-from hf_grow.in_memory import untie_config
-from hf_grow.methods.sizing import measure
 from hf_grow.planning import GrowthPlan
 from hf_grow.tensormap import Fill
-from hf_grow.untrusted import read_text
+from hf_grow.verification.differences import LEAST, Compared, Difference, compare_logits
 from hf_grow.verification.report import Report
-from hf_grow.verification.routing import Routing, compare_routing
+from hf_grow.verification.routing import Routing, compare_routing, settled_tokens
+from hf_grow.verification.running import LOGITS_BYTES, fits, load_model, logits, mapped_model, rounded_once_more
+from hf_grow.verification.texts import RANDOM, WINDOW, token_windows
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
-WINDOW = 256
-LOGITS_BYTES = 1 << 30
-"""What the first model's logits may take while the second one runs; fewer tokens are compared where the vocabulary is large."""
-
-# Largest logit difference that rounding alone explains, relative to the largest logit, by the dtype of the computation. (In an fp64 model
-# transformers computes norms, softmax, routing and rotary angles in fp32 all the same.)
-ROUNDING = {"float64": 1e-5, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-# Half a unit in the last place of what is stored, relative to a value.
-HALF_ULP = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+# Half a unit in the last place, relative to a value. (In an fp64 model transformers computes norms, softmax, routing and rotary angles in fp32.)
+COMPUTED = {"float64": 2.0**-24, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+STORED = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+MARGIN_FINE, MARGIN_COARSE = 8.0, 2.0
+"""How many times the effect of such rounding passes: in fp32 and fp64 the order of summing matters beside it, in 16 bits one step outweighs that."""
+GUESSING = 0.9
+"""From this share of the loss of guessing on, verify warns."""
 
 
-def builtin_text() -> str:
-    return importlib.resources.files("hf_grow.verification").joinpath("text.txt").read_text(encoding="utf-8")
+@dataclass
+class Runs:
+    """The source's logits on the text, and everything that is held against them."""
+
+    old: Checkpoint
+    plan: GrowthPlan | None
+    windows: list[Tensor]
+    dtype: str
+    vocab: int
+    before: list[Tensor]
+    routing: Routing
+
+    def against(self, model: PreTrainedModel, routing: Routing) -> Compared:
+        return compare_logits(self.windows, self.before, logits(model, self.windows, self.vocab, routing))
+
+    def rounding(self, share: float) -> tuple[Difference, int]:
+        """What moving every weight by that share does, at most; and in how many windows of the text a router then chooses otherwise."""
+        routing = Routing(self.old.info.architecture)
+        found = self.against(rounded_once_more(load_model(self.old, self.dtype), share), routing)
+        settled = settled_tokens([len(w) for w in self.windows], self.routing, routing, None)
+        margin = MARGIN_FINE if share <= COMPUTED["float32"] else MARGIN_COARSE
+        steady, changed = (None, 0) if settled is None else settled
+        # Judged like what it is held against: without the tokens that routers decide by rounding, as long as some are left.
+        limit = found.difference(steady if steady is not None and bool(steady.any()) else None).times(margin)
+        least = Difference(*(max(a, b) for a, b in zip(_parts(limit), _parts(LEAST), strict=True)))
+        return least, changed
+
+    def judged(self, found: Compared, routing: Routing, changed_by_rounding: int) -> tuple[Difference, str]:
+        """The difference; of a mixture without what follows a router's changed choice, where rounding would change as many. And what to say of it."""
+        settled = settled_tokens([len(w) for w in self.windows], self.routing, routing, self.plan)
+        if settled is None:
+            return found.difference(), ""
+        steady, changed = settled
+        allowed = max(1, len(self.windows) // 8, 2 * changed_by_rounding)
+        if changed > allowed or not bool(steady.any()):
+            return found.difference(), ""
+        return found.difference(steady), f"; {int((~steady).sum())} tokens left out, where rounding makes a router choose another expert"
+
+
+def _parts(d: Difference) -> tuple[float, float, float]:
+    return d.kl, d.relative, d.worst
 
 
 def compare(
@@ -49,180 +90,94 @@ def compare(
     text: Path | None,
     tokens: int,
     dtype: str,
+    why_dtype: str = "",
     notify: Callable[[str], None],
     plan: GrowthPlan | None,
     since: str = "",
 ) -> None:
     """Fills the report's metrics, and checks what the guarantee promises; nothing is without a plan, or where the weights were trained `since`.
 
-    `dtype` is one of torch.
+    `dtype` is one of torch; `why_dtype` says why it is not that of the promise.
     """
-    import torch
-
-    vocab = min(old.info.architecture.size("vocab"), new.info.architecture.size("vocab"))
-    if old.info.architecture.size("vocab") != new.info.architecture.size("vocab"):
+    sizes = [c.info.architecture.size("vocab") for c in (old, new)]
+    vocab = min(sizes)
+    if sizes[0] != sizes[1]:
         notify("The vocabularies differ in size; only the common part is compared.")
     most = max(WINDOW, LOGITS_BYTES // (4 * vocab))
-    windows, what = _token_windows(old, text, min(tokens, most), vocab)
+    windows, what = token_windows(old, text, min(tokens, most), vocab)
+    used = sum(map(len, windows))
+    if most < min(tokens, used + 2):
+        notify(f"{used} tokens are compared, not {tokens}: the logits of a vocabulary of {vocab} fill {LOGITS_BYTES >> 30} GiB.")
+    elif used + 1 < tokens and what != RANDOM:  # one token alone at the end predicts none
+        notify(f"{used} tokens are compared, not {tokens}: the {what} has no more.")
     routers = Routing(old.info.architecture), Routing(new.info.architecture)
-    before = _logits(old, windows, dtype, vocab, routing=routers[0])
-    after = _logits(new, windows, dtype, vocab, routing=routers[1])
-    metrics = {"text": what, "tokens": int(sum(w.numel() for w in windows)), "dtype": dtype, **_measure(windows, before, after)}
+    before = list(logits(load_model(old, dtype), windows, vocab, routers[0]))
+    runs = Runs(old, plan, windows, dtype, vocab, before, routers[0])
+    found = runs.against(load_model(new, dtype), routers[1])
+    report.metrics |= {"text": what, "tokens": used, "tokens_asked": tokens, "dtype": dtype, **found.metrics}
+    if why_dtype:
+        report.metrics["dtype_because"] = why_dtype
     experts = compare_routing(plan, *routers)
     if experts is not None:
-        metrics["experts"] = experts
-    report.metrics.update(metrics)
-    finite = all(bool(torch.isfinite(x).all()) for x in after)
-    report.add("logits", finite, "finite on every token" if finite else "NaN or infinite: the grown model is broken")
-    if not finite:
+        report.metrics["experts"] = experts
+    report.add("logits", found.finite, "finite on every token" if found.finite else "NaN or infinite: the grown model is broken")
+    if not found.finite:
         return
+    if what != RANDOM:
+        _warn_of_guessing(report, found, vocab)
     if plan is None or since or not plan.guarantee.lossless:
         why = "no growth.json" if plan is None else f"{since} since the growth" if since else "the method changes the function"
         report.add("lossless", None, f"not promised: {why}")
         return
-    floor = ROUNDING[dtype] * max(1.0, metrics["logits_max"])
-    why = f"rounding in {dtype} explains"
-    if _rounded(plan):
-        # Computed weights were rounded once more: allow what as much rounding does to the source itself, here, on this text.
-        shaken = _logits(
-            old, windows, dtype, vocab, shake=HALF_ULP[min((t.dtype for t in plan.targets.values()), key=lambda d: -HALF_ULP[d])]
-        )
-        floor += 2 * max(float((a - b).abs().max()) for a, b in zip(before, shaken, strict=True))
-        why = "rounding the weights once more does"
-        metrics["rounding_floor"] = report.metrics["rounding_floor"] = floor
-    found = metrics["logit_difference_max"]
-    report.add("lossless", found <= floor, f"largest logit difference {found:.2g}; {why} up to {floor:.2g}")
+    _judge(runs, found, routers[1], plan, report, fits(old, new, copies=2))
 
 
-def _rounded(plan: GrowthPlan) -> bool:
-    """Whether some weights are neither copies nor zeros, so that storing them rounds."""
+def _judge(runs: Runs, found: Compared, routing: Routing, plan: GrowthPlan, report: Report, room: bool) -> None:
+    """The checks `lossless` and, where weights were rounded when they were stored, `rounding`."""
+    dtype = runs.dtype
+    if not bool(found.moved.any()):
+        report.add("lossless", True, "the same logits, bit for bit")
+        return
+    computed, stored = COMPUTED[dtype], _stored_rounding(plan)
+    apart = stored > computed and room
+    limit, changed = runs.rounding(computed if apart else max(computed, stored))
+    difference, left_out = runs.judged(found, routing, changed)
+    why = f"rounding in {dtype}" if apart or computed >= stored else "rounding the stored weights once more"
+    if not apart or difference.within(limit):
+        report.metrics["rounding"] = {"allowed": limit.to_json()}
+        coarse = f". {report.metrics['dtype_because']}" if "dtype_because" in report.metrics else ""
+        report.add("lossless", difference.within(limit), f"{difference}{left_out}; {why} explains {limit}{coarse}")
+        return
+    mapped = Routing(plan.architecture)
+    unrounded = runs.against(mapped_model(plan, runs.old, dtype), mapped)
+    of_map, left_out = runs.judged(unrounded, mapped, changed)
+    report.add("lossless", of_map.within(limit), f"the map in {dtype}: {of_map}{left_out}; {why} explains {limit}")
+    shaken, changed = runs.rounding(stored)
+    limit_stored = shaken + limit
+    difference, left_out = runs.judged(found, routing, changed)
+    detail = f"as stored: {difference}{left_out}; rounding the source's weights once more does up to {limit_stored}"
+    report.add("rounding", difference.within(limit_stored), detail)
+    report.metrics["rounding"] = {"allowed": limit.to_json(), "map": of_map.to_json(), "allowed_stored": limit_stored.to_json()}
+
+
+def _stored_rounding(plan: GrowthPlan) -> float:
+    """Half a unit in the last place of the coarsest dtype that computed weights are stored in; 0 where all are copies or zeros."""
     copies = plan.copies()
-    return any(name not in copies and not isinstance(e, Fill) for name, e in plan.growth.tensors.items())
+    computed = (n for n, e in plan.growth.tensors.items() if n not in copies and not isinstance(e, Fill))
+    return max((STORED[plan.targets[n].dtype] for n in computed), default=0.0)
 
 
-def choose_dtype(old: Checkpoint, new: Checkpoint, asked: str, notify: Callable[[str], None]) -> str:
-    """What both models are computed in, as torch names it; `auto` is fp32 where that fits into memory."""
-    if asked != "auto":
-        return asked
-    if any(t.dtype == "F64" for t in old.tensors.values()):
-        return "float64"
-    need = 4 * max(measure(c.info.architecture).total for c in (old, new))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need < 0.7 * memory:
-        return "float32"
-    notify(f"fp32 would need {need / 1e9:.1f} GB of memory; comparing in bfloat16, so small differences drown in rounding.")
-    return "bfloat16"
-
-
-def _token_windows(old: Checkpoint, text: Path | None, tokens: int, vocab: int) -> tuple[list[torch.Tensor], str]:
-    """The text as windows of token ids; random ids where the checkpoint has no tokenizer."""
-    import torch
-
-    if has_tokenizer(old):
-        words = builtin_text() if text is None else read_text(text, error=InputError)
-        ids = load_tokenizer(old)(words)["input_ids"]
-        what = str(text) if text else "built-in text"
-        ids = [i for i in ids if i < vocab][:tokens]
-    elif text is not None:
-        raise InputError(
-            f"{old.ref} has no tokenizer, so --text cannot be read.", hint="Leave --text out: random token ids are compared then."
-        )
-    else:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocab, (min(tokens, 4 * WINDOW),), generator=generator).tolist()
-        what = "random token ids (the checkpoint has no tokenizer)"
-    if len(ids) < 2:
-        raise InputError(f"{what} is too short: {len(ids)} tokens.", hint="At least two are needed to predict one.")
-    length = min(WINDOW, old.config.get("max_position_embeddings") or WINDOW)
-    windows = [torch.tensor(ids[i : i + length]) for i in range(0, len(ids), length)]
-    return [w for w in windows if w.numel() > 1], what
-
-
-def has_tokenizer(checkpoint: Checkpoint) -> bool:
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    return checkpoint.folder is not None and any((checkpoint.folder / n).exists() for n in names)
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder. Raises InputError for one that does not load."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        tokenizer("a")
-    except Exception as error:  # tokenizers fail in many ways; each is a reason, none is ours
-        raise InputError(f"The tokenizer of {checkpoint.ref} cannot be used: {str(error).splitlines()[0]}") from None
-    return cast("PreTrainedTokenizerBase", tokenizer)
-
-
-def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
-    """The model of a folder in a dtype of torch, for evaluation, on the CPU; nothing is fetched and no code of the folder is run."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # a bar of its own for each of two models tells nobody anything
-    # Fused experts multiply in groups, which torch does not do in fp64.
-    plain = {"experts_implementation": "eager"} if dtype == "float64" and checkpoint.info.architecture.is_moe else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, **plain
+def _warn_of_guessing(report: Report, found: Compared, vocab: int) -> None:
+    """A loss of log(vocabulary) is that of a model that gives every token the same probability."""
+    guess, old, new = math.log(vocab), found.metrics["loss_old"], found.metrics["loss_new"]
+    report.metrics["loss_of_guessing"] = guess
+    if new < GUESSING * guess:
+        return
+    if old >= GUESSING * guess:
+        report.warnings.append(f"The source itself knows next to nothing of this text: {old:.3g} nats a token, guessing {guess:.3g}.")
+        return
+    how = "worse than guessing" if new > guess else "hardly better than guessing"
+    report.warnings.append(
+        f"The grown model is {how} on this text: {new:.3g} nats a token, where the source has {old:.3g} and equal probabilities for all {vocab} "
+        f"tokens {guess:.3g}. Almost nothing of what the source knows shows until it is trained; another method may start better."
     )
-    untie_config(model)
-    return cast("PreTrainedModel", model.eval())
-
-
-def _logits(
-    checkpoint: Checkpoint, windows: list[torch.Tensor], dtype: str, vocab: int, *, shake: float = 0.0, routing: Routing | None = None
-) -> list[torch.Tensor]:
-    """Logits of every window; with `shake`, after moving every weight by up to that share of itself. `routing` is told of every router."""
-    import torch
-
-    model = load_model(checkpoint, dtype)
-    if shake:
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.mul_(1 + shake * (2 * torch.rand(p.shape, generator=generator) - 1).to(p.dtype))
-    keep = torch.float64 if dtype == "float64" else torch.float32
-    found = []
-    with torch.no_grad():
-        for window in windows:
-            output = model(window[None], use_cache=False, **({"output_router_logits": True} if routing else {}))
-            if routing:
-                routing.add(output.router_logits)
-            found.append(output.logits[0, :, :vocab].to(keep))
-    return found
-
-
-def _measure(windows: list[torch.Tensor], before: list[torch.Tensor], after: list[torch.Tensor]) -> dict[str, Any]:
-    import torch.nn.functional as F
-
-    count = predicted = 0
-    kl = loss_old = loss_new = agree = largest = spread = top = 0.0
-    for ids, a, b in zip(windows, before, after, strict=True):
-        log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
-        kl += float((log_a.exp() * (log_a - log_b)).sum().clamp(min=0))
-        loss_old += float(F.nll_loss(log_a[:-1], ids[1:], reduction="sum"))
-        loss_new += float(F.nll_loss(log_b[:-1], ids[1:], reduction="sum"))
-        both = a.isfinite().all(-1) & b.isfinite().all(-1)  # two broken models do not agree
-        agree += float(((a.argmax(-1) == b.argmax(-1)) & both).sum())
-        largest = max(largest, float((a - b).abs().max()))
-        spread += float((a - b).abs().mean(-1).sum())
-        top = max(top, float(a.abs().max()))
-        count += ids.numel()
-        predicted += ids.numel() - 1
-
-    def perplexity(loss: float) -> float:
-        return math.exp(min(loss / predicted, 700.0))
-
-    return {
-        "logit_difference_max": largest,
-        "logit_difference_mean": spread / count,
-        "logits_max": top,
-        "kl_nats_per_token": kl / count,
-        "loss_old": loss_old / predicted,
-        "loss_new": loss_new / predicted,
-        "perplexity_old": perplexity(loss_old),
-        "perplexity_new": perplexity(loss_new),
-        "greedy_agreement": agree / count,
-    }

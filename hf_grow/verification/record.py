@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_grow.verification.report import Report
 
-FUNCTION = ("logits", "lossless")
+FUNCTION = ("logits", "lossless", "rounding")
 """Checks that run the models."""
 TASKS = ("tasks", "task_settings")
 

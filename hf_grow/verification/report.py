@@ -25,6 +25,9 @@ class Report:
     metrics: dict[str, Any] = field(default_factory=dict)
     """Measured on a text: nats a token, perplexities, logit differences, what routers do; empty with structure only."""
 
+    warnings: list[str] = field(default_factory=list)
+    """What is no failure, and should be known before the model is used."""
+
     @property
     def ok(self) -> bool:
         return all(c.status != "fail" for c in self.checks)

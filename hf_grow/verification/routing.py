@@ -129,6 +129,32 @@ def agreement(plan: GrowthPlan | None, old: Routing, new: Routing) -> dict[str, 
     }
 
 
+def settled_tokens(lengths: Sequence[int], old: Routing, new: Routing, plan: GrowthPlan | None) -> tuple[Tensor, int] | None:
+    """Tokens [all windows] before the first of their window for which a router chose otherwise, and the number of windows that have such a token.
+
+    A choice between two experts that are nearly even is decided by rounding, and what follows from it is not. `plan` is None where both are one
+    model. None where the choices cannot be compared, or none differs.
+    """
+    import torch
+
+    if not old or not new:
+        return None
+    same = torch.ones(old.tokens, dtype=torch.bool)
+    for layer in new.layers:
+        origin = layer if plan is None else plan.growth.layers[layer].sources[0]
+        if plan is not None and (plan.growth.layers[layer].new or origin not in old.layers):
+            continue
+        of = torch.arange(new.experts, dtype=torch.int32)
+        if plan is not None:
+            experts = expert_origins(plan).get(layer, {})
+            of = torch.full((new.experts,), -1, dtype=torch.int32)
+            of[list(experts)] = torch.tensor(list(experts.values()), dtype=torch.int32)
+        same &= (of[new.chosen(layer).long()][:, :, None] == old.chosen(origin)[:, None, :]).any(-1).all(-1)
+    windows = [window.long().cumprod(0).bool() for window in torch.split(same, list(lengths))]
+    changed = sum(not bool(window.all()) for window in windows)
+    return (torch.cat(windows), changed) if changed else None
+
+
 def compare_routing(plan: GrowthPlan | None, old: Routing, new: Routing) -> dict[str, Any] | None:
     """What `verify` reports as `experts`: None where neither model has experts."""
     if not old and not new:

@@ -16,9 +16,10 @@ from pydantic import Field, model_validator
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.recipe import Options
-from hf_grow.verification.function import load_model, load_tokenizer
 from hf_grow.verification.harness import Harness
 from hf_grow.verification.report import Report
+from hf_grow.verification.running import load_model
+from hf_grow.verification.texts import load_tokenizer
 
 
 class TaskOptions(Options):

@@ -1,0 +1,65 @@
+"""What both models are compared on: a text as windows of token ids, or random ids where there is no tokenizer."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.errors import InputError
+from hf_grow.untrusted import read_text
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+WINDOW = 256
+RANDOM = "random token ids (the checkpoint has no tokenizer)"
+BUILTIN = "built-in text"
+
+
+def builtin_text() -> str:
+    """Prose, dialogue, mathematics, code, markup, tables and eight languages: about 10 kB, 3200 tokens of SmolLM2's tokenizer."""
+    return importlib.resources.files("hf_grow.verification").joinpath("text.txt").read_text(encoding="utf-8")
+
+
+def token_windows(old: Checkpoint, text: Path | None, tokens: int, vocab: int) -> tuple[list[torch.Tensor], str]:
+    """At most so many token ids below `vocab`, as windows, and what they are. Raises InputError."""
+    import torch
+
+    if has_tokenizer(old):
+        words = builtin_text() if text is None else read_text(text, error=InputError)
+        ids = load_tokenizer(old)(words)["input_ids"]
+        what = str(text) if text else BUILTIN
+        ids = [i for i in ids if i < vocab][:tokens]
+    elif text is not None:
+        raise InputError(
+            f"{old.ref} has no tokenizer, so --text cannot be read.", hint="Leave --text out: random token ids are compared then."
+        )
+    else:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocab, (min(tokens, 4 * WINDOW),), generator=generator).tolist()
+        what = RANDOM
+    if len(ids) < 2:
+        raise InputError(f"{what} is too short: {len(ids)} tokens.", hint="At least two are needed to predict one.")
+    length = min(WINDOW, old.config.get("max_position_embeddings") or WINDOW)
+    windows = [torch.tensor(ids[i : i + length]) for i in range(0, len(ids), length)]
+    return [w for w in windows if w.numel() > 1], what
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return checkpoint.folder is not None and any((checkpoint.folder / n).exists() for n in names)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. Raises InputError for one that does not load."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        tokenizer("a")
+    except Exception as error:  # tokenizers fail in many ways; each is a reason, none is ours
+        raise InputError(f"The tokenizer of {checkpoint.ref} cannot be used: {str(error).splitlines()[0]}") from None
+    return cast("PreTrainedTokenizerBase", tokenizer)
