@@ -22,7 +22,8 @@ from hf_grow.errors import PlanError, SourceError
 from hf_grow.families import DERIVED_BUFFERS
 from hf_grow.growth import Growth, Guarantee, LayerOrigin
 from hf_grow.methods.sizing import Size, beyond, measure
-from hf_grow.tensormap import Expr, Scope, Shape, Share, Source, from_json, to_json
+from hf_grow.tensormap import Expr, Scope, Shape, Share, Source
+from hf_grow.tensormap_json import from_json, to_json
 
 FORMAT = 1
 """Version of growth.json. Raised when an older reader would misunderstand a newer file."""

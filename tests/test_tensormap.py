@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_grow.axes import AxisMap, Run, identity, tile
-from hf_grow.tensormap import Concat, Expr, Fill, Noise, Replace, Scope, Shape, Source, Subset, Sum, Take, from_json, substitute, to_json
+from hf_grow.tensormap import Concat, Expr, Fill, Noise, Replace, Scope, Shape, Source, Subset, Sum, Take, substitute
+from hf_grow.tensormap_json import from_json, to_json
 
 # Sources and axis maps carry their sizes in their names, so that any generated expression can be evaluated.
 NAMES = ["a", "b", "model.layers.0.q", "", "op", "ü ::"]

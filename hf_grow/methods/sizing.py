@@ -23,7 +23,7 @@ TOLERANCE = 0.05
 LARGEST_STEP = 4.0
 """Growth of the active parameters at once that the papers of these methods tried (G_stack, arXiv 2405.15319; HyperCloning, arXiv 2409.12903)."""
 MANY_EXPERTS = 64
-"""Experts of the target beyond which no paper cited here upcycled (arXiv 2604.19835: 64)."""
+"""Experts of the target from which a growth is marked as far: more than in the mixtures that the cited papers made of dense models or smaller mixtures."""
 
 
 @dataclass(frozen=True)
