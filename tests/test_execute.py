@@ -149,6 +149,7 @@ def test_companions_come_along_and_weights_of_others_do_not(mistral: Path, tmp_p
     (source / "tokenizer.json").write_text("{}")
     (source / "LICENSE").write_text("free")
     (source / "modeling_own.py").write_text("x = 1")
+    (source / "zero_to_fp32.py").write_text("of DeepSpeed")
     (source / "README.md").write_text("the card of the source")
     (source / "pytorch_model.bin").write_bytes(b"pickle")
     api.grow(source, tmp_path / "out")

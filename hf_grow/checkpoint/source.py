@@ -63,8 +63,24 @@ COMPANIONS = (
 )
 """Files that come along with a grown checkpoint, whatever the case of their names. The model card does not: the grown model gets its own."""
 
-# Whatever they are called, weights and pickles are no companions.
-NEVER = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".npy")
+# Whatever they are called, weights and pickles are no companions; nor are the scripts that DeepSpeed lays beside its checkpoints.
+NEVER = (
+    "zero_to_fp32.py",
+    "zero_to_torch.py",
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".npz",
+    ".npy",
+)
 
 
 def open_source(
