@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,12 @@ from models import BY_NAME, make, save
 
 from hf_grow import suggest
 from hf_grow.cli import COMMANDS, main
+from hf_grow.cli.train import after_training
 from hf_grow.methods import METHODS
-from hf_grow.recipe import nested
+from hf_grow.planning import GrowthPlan
+from hf_grow.publish.card import render_card
+from hf_grow.publish.reproduce import OWN_COMMAND, command, size
+from hf_grow.recipe import nested, parse_size
 from hf_grow.training.recipe import FLAGS, TrainRecipe, argument_model, read
 
 
@@ -143,3 +148,48 @@ def test_an_interruption_is_json_too(source: Path, capsys: pytest.CaptureFixture
     assert main(["dus", str(source), "--json"]) == 1
     facts = json.loads(capsys.readouterr().out)
     assert (facts["status"], "--resume" in facts["error"]) == (1, True)
+
+
+def test_a_card_writes_the_command_as_it_is_typed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The growth's own command, sizes and ranges as the flags read them, quoted for a shell; the same command plans the same growth."""
+    monkeypatch.chdir(source.parent)
+    typed = [
+        f"hf-grow dus ./{source.name} --layers-to 6 --noise 0.01",
+        f"hf-grow depth ./{source.name} --method layers --layers 0-2,1-3",
+        f"hf-grow width ./{source.name} --method hypercloning --factor 2 --ffn copies",
+        f"hf-grow hybrid ./{source.name} --to 0.1M",
+        f"hf-grow experts ./{source.name} --experts 4 --top-k 2",
+    ]
+    for words in typed:
+        out = tmp_path / words.split()[1]
+        assert main([*shlex.split(words)[1:], "-o", str(out)]) == 0
+        plan = GrowthPlan.from_json(json.loads((out / "growth.json").read_text()))
+        said = command(plan, "its name")
+        assert said is not None
+        assert set(shlex.split(said)) == {*shlex.split(words.replace("--to 0.1M", "--to 100000")), "-o", "its name"}
+        assert said.startswith(shlex.join(shlex.split(words)[:3]))
+    assert {m for m in METHODS if m in COMMANDS} == OWN_COMMAND | {m.name for m in METHODS.values() if m.name == m.kind}
+
+
+def test_sizes_are_written_short_only_where_that_says_all_of_them() -> None:
+    for value in (10_700_000_000, 135_000_000, 10**12, 1_234_567, 134_515_008, 999, 10_000_000_001):
+        assert parse_size(size(value)) == value
+    assert (size(10_700_000_000), size(134_515_008), size(135_000_000)) == ("10.7B", "134515008", "135M")
+
+
+def test_a_card_tells_provenance_and_source_and_ranges(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["dus", str(source), "--layers-to", "6", "-o", str(out)]) == 0
+    assert main(["verify", str(source), str(out), "--structure-only"]) == 0
+    card = render_card(out)
+    assert f"| provenance | ok | dus from {source.name}: changes the function |" in card
+    assert f"| source | ok | {source.name} has the tensors the plan was made for |" in card
+    assert str(source.parent) not in card
+    assert "Layers 3-4 are further copies" in card
+
+
+def test_after_a_training_come_the_proof_and_the_card(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["dus", str(source), "--layers-to", "6", "-o", str(out)]) == 0
+    assert after_training(out) == [("verify", str(source), out), ("card", out)]
+    assert after_training(source) == [("inspect", source)]

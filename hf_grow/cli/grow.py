@@ -210,7 +210,7 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
         sink = StreamSink(to, title_of(plan.growth.method, plan.source.ref), render.note)
         for doubt in path_shown(plan.source.ref, change="a shorter one, or a Hub id, as the source changes that"):
             render.note(doubt)
-    with render.bytes_bar("growing", plan.nbytes, quiet=as_json or sink is not None) as progress:  # uploads draw bars of their own
+    with render.bytes_bar("growing", plan.nbytes, quiet=as_json) as progress:
         result = execute(
             plan,
             checkpoint,

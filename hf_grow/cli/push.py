@@ -76,12 +76,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def push_with_bar(folder: Path, to: Destination, *, quiet: bool) -> Pushed:
-    """The bar follows the reading; huggingface_hub draws its own for the sending."""
+    """One bar: it counts what is read, and moves while it is sent, which huggingface_hub does for all files at once."""
     cargo = survey(folder)
     if cargo.left_out:
         render.note(f"Left out: {', '.join(cargo.left_out)}.")
     try:
-        with render.bytes_bar("checking", cargo.weight_nbytes, quiet=quiet) as progress:
+        with render.bytes_bar("checking", cargo.weight_nbytes, quiet=quiet, then="sending") as progress:
             return push(folder, to, progress=progress, notify=render.note)
     except KeyboardInterrupt:
         raise ExecutionError("Interrupted while publishing.", hint=again(folder, to)) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from hf_grow.bars import bar, counting
 from hf_grow.checkpoint.writer import Progress
 from hf_grow.errors import shown
 from hf_grow.methods import starting
@@ -42,9 +42,6 @@ class Screen(Console):
 # No markup: names of folders, files and tensors may hold brackets and colons.
 console = Screen(highlight=False, soft_wrap=True, markup=False, emoji=False)
 notes = Screen(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
-
-EVERY = 30.0
-"""Seconds between two lines of progress in a file."""
 
 
 def note(message: str) -> None:
@@ -150,31 +147,22 @@ def show_candidates(arch: Architecture, found: Sequence[Candidate], options: Hyb
 
 
 @contextmanager
-def bytes_bar(label: str, total: int, *, quiet: bool) -> Iterator[Progress]:
-    """A progress bar on stderr with bytes a second and the time left; silent where stderr is no terminal."""
+def bytes_bar(label: str, total: int, *, quiet: bool, then: str = "") -> Iterator[Progress]:
+    """A progress bar on stderr with bytes a second and the time left; silent where stderr is no terminal. ``then``: what goes on after the last byte."""
     if quiet or not sys.stderr.isatty():
         yield lambda nbytes: None
         return
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=notes, transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda nbytes: bar.advance(task, nbytes)
+    with bar(notes, DownloadColumn, TransferSpeedColumn) as drawn:
+        task = drawn.add_task(label, total=total)
 
+        def progress(nbytes: int) -> None:
+            drawn.advance(task, nbytes)
+            if then and drawn.tasks[task].finished:
+                drawn.reset(task, description=then, total=None)
 
-def _lines(label: str, total: int) -> Progress:
-    done, told = 0, time.monotonic()
-
-    def progress(tokens: int) -> None:
-        nonlocal done, told
-        done += tokens
-        if time.monotonic() - told >= EVERY:
-            told = time.monotonic()
-            note(f"{label}: {done:,} of {total:,} tokens")
-
-    return progress
+        yield progress
 
 
 @contextmanager
@@ -183,13 +171,5 @@ def tokens_bar(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int
     if quiet:
         yield lambda tokens: None
         return
-    if not sys.stderr.isatty():
-        yield _lines(label, total)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
-    with Bar(*columns, console=notes, transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda tokens: bar.advance(task, tokens)
+    with counting(label, total, console=notes, note=note) as progress:
+        yield progress

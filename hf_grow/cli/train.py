@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_grow import yaml_text
+from hf_grow.checkpoint.reader import open_folder
 from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, enough_memory, print_json, show_next
 from hf_grow.errors import ExecutionError, InputError
@@ -208,6 +209,16 @@ def _show_plan(facts: dict[str, Any]) -> None:
     out.print(f"{'output':<12} {facts['output']} (nothing written: --dry-run)", markup=False)
 
 
+def after_training(output: Path) -> list[tuple[str | Path, ...]]:
+    """The next commands. Of a grown model: the proof of what can be proved, then its card. Of another: what it is."""
+    growth = open_folder(output).growth
+    source = growth.get("source") if growth else None
+    if not isinstance(source, dict):
+        return [("inspect", output)]
+    revision = ("--revision", source["revision"]) if source.get("revision") else ()
+    return [("verify", source["ref"], output, *revision), ("card", output)]
+
+
 def _show_result(result: TrainResult) -> None:
     out = render.console
     for name, loss in result.end.items():
@@ -221,4 +232,5 @@ def _show_result(result: TrainResult) -> None:
         f"trained      {result.output}: {result.steps:,} steps, {short(result.tokens)} tokens, {result.flops:.3g} FLOPs, {result.seconds:.0f} s{why}",
         markup=False,
     )
-    show_next("inspect", result.output)
+    for words in after_training(result.output):
+        show_next(*words)

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from hf_grow.planning import GrowthPlan
 from hf_grow.publish.markdown import plain, table
+from hf_grow.publish.reproduce import public_name
 
 MARKS = {"pass": "ok", "fail": "**failed**", "skip": "-"}
 PRIVATE = {"source", "provenance"}
-"""Checks whose details hold the path of a local source."""
+"""Checks whose details hold the path of a local source: the card has words of its own for them."""
 MOST_ROWS = 200
 
 
@@ -38,13 +40,19 @@ def number(value: Any) -> float | None:
     return float(value) if fits and math.isfinite(value) else None
 
 
-def checks_table(verification: Mapping[str, Any], only: Collection[str] | None = None) -> str:
+def checks_table(verification: Mapping[str, Any], plan: GrowthPlan, only: Collection[str] | None = None) -> str:
+    source = public_name(plan.source)
+    public = {
+        "provenance": f"{plan.growth.method} from {source}: {plan.guarantee.kind}",
+        "source": f"{source} has the tensors the plan was made for",
+    }
     rows = []
     checks = verification.get("checks")
     for check in checks[:MOST_ROWS] if isinstance(checks, list) else ():
         name, status = (str(check.get(key, "")) for key in ("name", "status")) if isinstance(check, Mapping) else ("", "")
         if status in MARKS and (only is None or name in only):
-            rows.append([plain(name, 80), MARKS[status], "" if name in PRIVATE else plain(check.get("detail", ""), 300)])
+            detail = check.get("detail", "") if name not in PRIVATE else public[name] if status == "pass" else ""
+            rows.append([plain(name, 80), MARKS[status], plain(detail, 300)])
     return "\n".join(["| check | | found |", "| --- | --- | --- |", *("| " + " | ".join(r) + " |" for r in rows)])
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_grow.checkpoint.hub import bars
+from hf_grow.checkpoint.hub import no_bars
 from hf_grow.checkpoint.hub_errors import page
 from hf_grow.checkpoint.reader import GROWTH, INDEX
 from hf_grow.checkpoint.writer import Progress
@@ -149,7 +149,7 @@ def send(to: Destination, additions: list[CommitOperationAdd], title: str, again
     from huggingface_hub import CommitOperationDelete, HfApi
 
     api = HfApi(library_name="hf-grow")
-    with explained(to.repo, again), bars():
+    with explained(to.repo, again), no_bars():  # the library draws several lines a file
         _refuse_token(additions)
         there = api.list_repo_files(to.repo, revision=to.revision)
         if ".gitignore" in there:

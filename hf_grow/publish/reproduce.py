@@ -13,7 +13,11 @@ from typing import Any
 from hf_grow import yaml_text
 from hf_grow.methods import METHODS
 from hf_grow.planning import GrowthPlan, SourceInfo
+from hf_grow.recipe import parse_size
 from hf_grow.tensormap import Expr, Noise
+
+OWN_COMMAND = {"dus"}
+"""Methods that are commands, besides those that are the only one of their kind."""
 
 
 def public_name(source: SourceInfo) -> str:
@@ -32,9 +36,10 @@ def command(plan: GrowthPlan, output: str) -> str | None:
     if method is None or not _known(growth.method, growth.options):
         return None
     source = plan.source
-    words = ["hf-grow", method.kind, source.ref if source.revision else f"./{folder_name(source.ref)}"]
+    own = method.name in OWN_COMMAND or method.name == method.kind
+    words = ["hf-grow", method.name if own else method.kind, source.ref if source.revision else f"./{folder_name(source.ref)}"]
     words += ["--revision", source.revision] if source.revision else []
-    words += ["--method", method.name] if method.kind in ("depth", "width") else []
+    words += [] if own else ["--method", method.name]
     try:
         words += [w for name, value in growth.options.items() for w in _flag(name, value, source.others)]
     except TypeError:
@@ -85,16 +90,32 @@ def _flag(name: str, value: Any, others: Mapping[str, SourceInfo]) -> list[str]:
     if isinstance(value, bool):
         return [flag] if value else []
     if isinstance(value, list) and value and all(type(v) is int for v in value):
-        return [flag, _ranges(value)]
+        return [flag, ranges(value)]
     if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         return [flag, ",".join(_public(v, others) for v in value)]
     if isinstance(value, list) and value and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
-        return [flag, ",".join(map(repr, value))]
+        return [flag, ",".join(map(_number, value))]
     if isinstance(value, str):
         return [flag, _public(value, others)]
+    if isinstance(value, int) and name == "to":
+        return [flag, size(value)]
     if isinstance(value, int | float):
-        return [flag, repr(value)]
+        return [flag, _number(value)]
     raise TypeError(name)
+
+
+def size(value: int) -> str:
+    """10_700_000_000 -> '10.7B', where that says all of it; else the number itself."""
+    for unit, worth in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
+        text = f"{value / worth:.5g}{unit}"
+        if value >= worth and "e" not in text and parse_size(text) == value:
+            return text
+    return str(value)
+
+
+def _number(value: float) -> str:
+    """2.0 -> '2': flags read both alike."""
+    return str(int(value)) if float(value).is_integer() and abs(value) < 2**53 else repr(value)
 
 
 def _public(value: str, others: Mapping[str, SourceInfo]) -> str:
@@ -103,7 +124,7 @@ def _public(value: str, others: Mapping[str, SourceInfo]) -> str:
     return f"./{folder_name(value)}" if local or value.startswith(("/", "~")) else value
 
 
-def _ranges(values: list[int]) -> str:
+def ranges(values: list[int]) -> str:
     """[0, 1, 2, 1, 2] -> '0-2,1-2': both ends count, as the flags read it."""
     parts: list[list[int]] = []
     for v in values:

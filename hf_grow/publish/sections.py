@@ -18,7 +18,7 @@ from hf_grow.publish.inherited import Inherited
 from hf_grow.publish.layermap import MEANING, layer_map, layer_ranges
 from hf_grow.publish.lineage import lineage
 from hf_grow.publish.markdown import block, code, hub_link, is_hub_id, line, plain, table
-from hf_grow.publish.reproduce import command, draws_numbers, public_name, recipe
+from hf_grow.publish.reproduce import command, draws_numbers, public_name, ranges, recipe
 from hf_grow.publish.trained import Stage, commands, headline, section, stages
 
 MOST_LISTED = 20
@@ -175,7 +175,7 @@ def _verified(plan: GrowthPlan, record: Mapping[str, Any], since: list[Stage]) -
     before = since[0].facts.get("verification_before") if since else None
     if isinstance(before, Mapping):
         yield f"The growth itself, before it was trained: {measured.state(before)}."
-        yield measured.checks_table(before, ("tensors", "SHA-256", "lossless"))
+        yield measured.checks_table(before, plan, ("tensors", "SHA-256", "lossless"))
     state = measured.state(verification)
     if state == "not verified" or not isinstance(verification, Mapping):
         yield (
@@ -188,7 +188,7 @@ def _verified(plan: GrowthPlan, record: Mapping[str, Any], since: list[Stage]) -
         return
     told = {"failed": "**Failed.**", "structure only": "**Verified in structure only:** no model was run.", "verified": "**Verified.**"}
     yield f"{told[state]} What `hf-grow verify` found{' of the trained model' if since else ''}:"
-    yield measured.checks_table(verification)
+    yield measured.checks_table(verification, plan)
     for found in (measured.function_table(verification, _called(since)), measured.routing_table(verification, _called(since))):
         if found:
             yield found
@@ -229,8 +229,9 @@ def _training(plan: GrowthPlan, name: str, since: list[Stage]) -> Iterator[str]:
 
 
 def _listed(layers: list[int]) -> str:
-    shown = ", ".join(map(str, layers[:40]))
-    return shown if len(layers) <= 40 else f"{shown} and {len(layers) - 40} more"
+    """'24-47': both ends count."""
+    runs = ranges(layers).split(",")
+    return ", ".join(runs[:40]) + (f" and {len(runs) - 40} more runs" if len(runs) > 40 else "")
 
 
 def _quoted(name: str) -> str:

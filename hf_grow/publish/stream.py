@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from hf_grow.checkpoint.hub import bars
+from hf_grow.checkpoint.hub import no_bars
 from hf_grow.checkpoint.hub_errors import page
 from hf_grow.checkpoint.partial import PartialFolder
 from hf_grow.checkpoint.sink import Sink
@@ -58,7 +58,7 @@ class StreamSink(Sink):
         path = folder.path / shard.file
         addition = CommitOperationAdd(shard.file, str(path))
         addition.upload_info.sha256 = bytes.fromhex(sha256)
-        with explained(self.to.repo, AGAIN), bars():
+        with explained(self.to.repo, AGAIN), no_bars():
             HfApi(library_name="hf-grow").preupload_lfs_files(
                 self.to.repo, [addition], revision=self.to.revision, create_pr=self.to.create_pr
             )

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
+
+from hf_grow.bars import EVERY, bar
 
 
 def scientific(flops: float) -> str:
@@ -27,23 +30,49 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.began, self.first = time.perf_counter(), 0
         self.bar: Any = None
         self.task: Any = None
+        self.evaluation: Any = None
+        self.batches, self.told, self.ended = 0, time.monotonic(), False
+
+    def _begin(self, state: Any) -> None:
+        """Draws the bar, if there is a terminal: at the first step, or at an evaluation before it."""
+        if self.bar is None and sys.stderr.isatty() and state.is_world_process_zero:
+            from rich.console import Console
+            from rich.progress import MofNCompleteColumn
+
+            self.bar = bar(Console(stderr=True), MofNCompleteColumn, facts=True)
+            self.task = self.bar.add_task("training", total=state.max_steps or None, completed=state.global_step, facts="")
+            self.bar.start()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began, self.first = time.perf_counter(), state.global_step
-        if not (sys.stderr.isatty() and state.is_world_process_zero) or self.bar is not None:
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+        self._begin(state)
 
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
-        self.bar = Bar(*columns, console=Console(stderr=True), transient=True)
-        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, facts="")
-        self.bar.start()
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
+        """A batch of an evaluation; large sets take minutes, the first of them before any training."""
+        if not state.is_world_process_zero:
+            return
+        self._begin(state)
+        self.batches += 1
+        total = len(eval_dataloader) if has_length(eval_dataloader) else None
+        if self.bar is not None:
+            if self.evaluation is None:
+                self.evaluation = self.bar.add_task("evaluating", total=total, facts="")
+            self.bar.update(self.evaluation, completed=self.batches, total=total)
+        elif time.monotonic() - self.told >= EVERY:
+            self.told = time.monotonic()
+            self.show(f"evaluating: batch {self.batches}" + (f" of {total}" if total else ""))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.batches = 0
+        if self.bar is not None and self.evaluation is not None:
+            self.bar.remove_task(self.evaluation)
+        self.evaluation = None
+        if self.ended:  # the last evaluation comes after the training
+            self._close()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=state.global_step)
+            self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or not state.is_world_process_zero or "loss" not in logs:
@@ -62,15 +91,23 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self.facts["KL"] = f"{metrics['eval_kl']:.4f}"
         if state.is_world_process_zero:
             self._tell(state)
+            if self.bar is not None and self.facts:  # stays above the bar
+                self.bar.console.print(self._line(state), markup=False, highlight=False)
+
+    def _line(self, state: Any) -> str:
+        return f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k} {v}" for k, v in self.facts.items())
 
     def _tell(self, state: Any) -> None:
-        line = "  ".join(f"{k} {v}" for k, v in self.facts.items())
         if self.bar is not None:
-            self.bar.update(self.task, facts=line)
+            self.bar.update(self.task, facts="  ".join(f"{k} {v}" for k, v in self.facts.items()))
         else:
-            self.show(f"step {state.global_step}/{state.max_steps}  {line}")
+            self.show(self._line(state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ended = True
+        self._close()
+
+    def _close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf_grow.bars import counting
 from hf_grow.checkpoint.reader import GROWTH
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError, SourceError
@@ -55,5 +56,6 @@ def sampled_from(options: SelfReplay, root: Path, *, seq_length: int, trained: s
             notify(f"Sampling {sampling.tokens:,} tokens from {ref}; they are kept in {folder}.")
             checkpoint = open_source(checkpoint.ref, revision=checkpoint.revision or None, weights=True, notify=notify)
             model, tokenizer = load(checkpoint, sampling.dtype)
-            sample_replay(model, tokenizer, folder, sampling, ref=ref)
+            with counting("sampling", sampling.tokens, note=notify) as progress:
+                sample_replay(model, tokenizer, folder, sampling, ref=ref, progress=progress)
     return folder
