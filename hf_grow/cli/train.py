@@ -96,11 +96,13 @@ def overrides(words: list[str]) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    path = find_recipe(arguments.recipe)
+    if int(os.environ.get("RANK", "0")) == 0 and not arguments.json:
+        render.note(f"Reading {path} ...")  # what comes next imports torch and transformers, which takes seconds
     from hf_grow.training import recipe
     from hf_grow.training.events import plain
     from hf_grow.training.run import dry_run, train
 
-    path = find_recipe(arguments.recipe)
     _quiet()
     read = recipe.load(path, overrides(arguments.overrides))
     settings = {"output": arguments.output, "resume": arguments.resume, "overwrite": arguments.overwrite}
@@ -183,7 +185,11 @@ def _show_plan(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     out = render.console
-    out.print(yaml_text.dumps(facts["recipe"]), markup=False)
+    for line in summary(facts):
+        out.print(line, markup=False)
+    if facts["differs"]:
+        out.print("not the defaults:")
+        out.print("\n".join(f"  {line}" for line in yaml_text.dumps(facts["differs"]).splitlines()), markup=False)
     groups = Table(title="parameters", title_justify="left", title_style="bold")
     for column in ("", "tensors", "parameters"):
         groups.add_column(column, justify="left" if not column else "right")
@@ -202,11 +208,25 @@ def _show_plan(facts: dict[str, Any]) -> None:
     for text in facts["texts"]:
         size = "size unknown" if text["tokens"] is None else f"about {short(text['tokens'])} tokens"
         out.print(f"{text['use']:<12} {text['label']}: {size}", markup=False)
+
+
+def summary(facts: dict[str, Any]) -> list[str]:
+    """What matters first: where to, how long, and whether it fits."""
+    trainable, parameters = facts["parameters"]
+    lines = [f"{'output':<12} {Path(facts['output']).absolute()} (nothing written: --dry-run)"]
+    lines.append(f"{'model':<12} {facts['model']}: {short(trainable)} of {short(parameters)} parameters train")
     if facts["tokens"]:
-        out.print(
-            f"{'training':<12} {facts['steps']:,} steps of {facts['tokens_a_step']:,} tokens: {short(facts['tokens'])} tokens, {facts['flops']:.3g} FLOPs"
-        )
-    out.print(f"{'output':<12} {facts['output']} (nothing written: --dry-run)", markup=False)
+        steps, each = facts["steps"], facts["tokens_a_step"]
+        lines.append(f"{'training':<12} {steps:,} steps of {each:,} tokens: {short(facts['tokens'])} tokens, {facts['flops']:.3g} FLOPs")
+    needs, free = facts["memory"]["total"], facts["free_memory"]
+    there = (
+        f"{render.gigabytes(free['bytes'])} free on {free['device']}"
+        if free["bytes"] is not None
+        else f"{free['device']} does not say how much is free"
+    )
+    tight = "; MORE THAN IS FREE" if free["bytes"] is not None and needs > free["bytes"] else ""
+    lines.append(f"{'memory':<12} about {render.gigabytes(needs)} {'a process' if facts['processes'] > 1 else 'needed'}; {there}{tight}")
+    return lines
 
 
 def after_training(output: Path) -> list[tuple[str | Path, ...]]:

@@ -91,7 +91,7 @@ class TrainRecipe(Options):
 OURS = {"output_dir": "output", "do_train": "", "do_eval": "", "do_predict": "", "local_rank": "", "remove_unused_columns": "", "train_sampling_strategy": "",
         "label_names": "", "ignore_data_skip": "", "push_to_hub": "hf-grow push OUTPUT afterwards"}  # fmt: skip
 """TrainingArguments that hf-grow sets itself, with the key to use instead, if there is one."""
-FLAGS = ("--resume", "--overwrite", "--dry-run", "--time", "--json", "--accelerate", "--processes")
+FLAGS = ("--resume", "--overwrite", "--dry-run", "--json", "--accelerate", "--processes")
 """What `hf-grow train` takes that is no key; only to be suggested."""
 DEFAULTS: Mapping[str, Any] = {
     "per_device_train_batch_size": 8, "num_train_epochs": 1.0, "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.05,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from hf_grow.checkpoint.source import open_source
@@ -14,7 +17,7 @@ from hf_grow.training.distill import Teacher
 from hf_grow.training.extras import need
 from hf_grow.training.launch import Launch, launched
 from hf_grow.training.prepare import blend_for, weights_dtype, who_trains, with_lora
-from hf_grow.training.recipe import Read
+from hf_grow.training.recipe import DEFAULTS, Read
 from hf_grow.training.regularizers import penalty_bytes
 from hf_grow.training.skeleton import skeleton
 
@@ -66,7 +69,11 @@ def dry_run(
     tokens = step * arguments.max_steps if arguments.max_steps > 0 else one_pass and round(one_pass * arguments.num_train_epochs)
     return {
         "output": str(checked.out),
+        "model": checked.checkpoint.ref,
         "recipe": resolved(checked),
+        "differs": differs(checked),
+        "parameters": [trainable, parameters],
+        "free_memory": free_memory(arguments),
         "texts": texts,
         "parameter_groups": groups,
         "processes": started.processes,
@@ -112,6 +119,35 @@ def _beside(checked: Checked, texts: Sequence[Mapping[str, Any]], tokens: int, o
         known = [(t["tokens"], most[t["use"]]) for t in texts if t["use"] in most]
         measured += sum(min(n for n in pair if n) for pair in known if any(pair))
     return total + (measured * once(Teacher()) if measured else 0.0)
+
+
+def free_memory(arguments: Any) -> dict[str, Any]:
+    """Bytes that are free on the device of this process, and its name; of main memory what the kernel and the group of processes allow."""
+    import torch
+
+    if arguments.device.type == "cuda":
+        return {"device": str(arguments.device), "bytes": torch.cuda.mem_get_info(arguments.device)[0]}
+    return {"device": "cpu" if arguments.device.type == "cpu" else str(arguments.device), "bytes": _main_memory()}
+
+
+def _main_memory() -> int | None:
+    """Available bytes by /proc/meminfo, and no more than the control group leaves; None where neither is told."""
+    found = []
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
+    with suppress(OSError, ValueError):  # where there is no limit it reads "max"
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, min(found)) if found else None
+
+
+def differs(checked: Checked) -> dict[str, Any]:
+    """What was asked for and is not the default, as JSON data; without the model and the output, which stand by themselves."""
+    own = checked.recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    standard = {**{f.name: f.default for f in fields(type(checked.arguments))}, **DEFAULTS}
+    given = {k: v for k, v in checked.read.arguments.items() if standard.get(k) != v}
+    return {k: v for k, v in {**own, **given}.items() if k not in ("model", "output")}
 
 
 def resolved(checked: Checked) -> dict[str, Any]:
