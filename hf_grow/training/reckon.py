@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from hf_grow.checkpoint.source import open_source
@@ -127,19 +125,7 @@ def free_memory(arguments: Any) -> dict[str, Any]:
 
     if arguments.device.type == "cuda":
         return {"device": str(arguments.device), "bytes": torch.cuda.mem_get_info(arguments.device)[0]}
-    return {"device": "cpu" if arguments.device.type == "cpu" else str(arguments.device), "bytes": _main_memory()}
-
-
-def _main_memory() -> int | None:
-    """Available bytes by /proc/meminfo, and no more than the control group leaves; None where neither is told."""
-    found = []
-    with suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
-    with suppress(OSError, ValueError):  # where there is no limit it reads "max"
-        group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, min(found)) if found else None
+    return {"device": "cpu" if arguments.device.type == "cpu" else str(arguments.device), "bytes": available_memory()}
 
 
 def differs(checked: Checked) -> dict[str, Any]:
