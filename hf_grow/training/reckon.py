@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from hf_grow.checkpoint.source import open_source
+from hf_grow.machine import available_memory
 from hf_grow.planning import DTYPE_BYTES
 from hf_grow.training import estimate, flops
 from hf_grow.training.check import Checked, Notify, check, resolve
