@@ -467,3 +467,14 @@ def test_self_replay_without_a_source(saved: Path, tokenizer, tmp_path: Path) ->
     shutil.rmtree(saved)
     with pytest.raises(InputError, match=r"(?s)cannot sample from .*Name the model"):
         build(wanted, tokenizer, cache=tmp_path / "cache", model=str(grown))
+
+
+def test_ends_that_are_no_tokens_end_nothing() -> None:
+    """generation_config.json may name anything; found by the fuzzer (an overflow in generate)."""
+    from types import SimpleNamespace
+
+    from hf_grow.training.sampling import _ends
+
+    for named, expected in ((2**70, {2}), ([2**70, -1, "x", True, None, 5], {2, 5}), ({"a": 1}, {2}), (None, {2})):
+        model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=named), config=SimpleNamespace(vocab_size=64))
+        assert _ends(model, SimpleNamespace(eos_token_id=2)) == expected  # type: ignore[arg-type]

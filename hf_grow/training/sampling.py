@@ -286,10 +286,11 @@ def _turns(tokenizer: PreTrainedTokenizerBase, share: float) -> Turns | None:
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens after which a text is over; a model may name several."""
+    """Tokens after which a text is over; a model may name several, and what is none of its vocabulary ends nothing."""
     own = getattr(model.generation_config, "eos_token_id", None)
     named = own if isinstance(own, (list, tuple)) else [own]
-    return {i for i in [tokenizer.eos_token_id, *named] if i is not None}
+    vocab = model.config.vocab_size
+    return {i for i in [tokenizer.eos_token_id, *named] if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab}
 
 
 def _middle(values: Sequence[float]) -> tuple[float, float]:
