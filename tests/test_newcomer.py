@@ -156,7 +156,7 @@ def test_a_card_writes_the_command_as_it_is_typed(source: Path, tmp_path: Path, 
     typed = [
         f"hf-grow dus ./{source.name} --layers-to 6 --noise 0.01",
         f"hf-grow depth ./{source.name} --method layers --layers 0-2,1-3",
-        f"hf-grow width ./{source.name} --method hypercloning --factor 2 --ffn copies",
+        f"hf-grow width ./{source.name} --method tile --factor 2",
         f"hf-grow hybrid ./{source.name} --to 0.1M",
         f"hf-grow experts ./{source.name} --experts 4 --top-k 2",
     ]
