@@ -358,6 +358,8 @@ def test_a_growth_that_changes_the_function_is_told_at_the_top(tmp_path: Path) -
         ({"ok": True, "metrics": {"kl_nats_per_token": 0.5}}, "**Verified.**"),
         ({"ok": 1, "metrics": {"kl_nats_per_token": 0.5}}, "**Failed.**"),
         ({"ok": True, "checks": 3, "metrics": []}, "**Verified in structure only:**"),
+        ({"ok": True, "warnings": ["worse than *guessing*"]}, r"- **Warning:** worse than \*guessing\*"),
+        ({"ok": True, "warnings": {"a": 1}}, "**Verified in structure only:**"),
     ],
 )
 def test_the_state_of_the_verification(verification: Any, said: str, tmp_path: Path) -> None:

@@ -19,11 +19,13 @@ from hf_grow.planning import EMBEDDING, HEAD, GrowthPlan
 def settled_by_ranges(checkpoint: Checkpoint) -> Checkpoint:
     """Compares the two of a checkpoint on the Hub, and of the further ones beside it: they are fetched, and kept nowhere. Raises SourceError."""
 
+    tags: dict[tuple[str, str], str] = {}
+
     def digest(name: str) -> bytes:
         stored, sha = checkpoint.tensors[name], hashlib.sha256()
         facts = checkpoint.files[stored.file]
         for piece in fetch_range(
-            checkpoint.ref, checkpoint.revision, stored.file, stored.start, stored.stop, facts["size"], facts.get("sha256")
+            checkpoint.ref, checkpoint.revision, stored.file, stored.start, stored.stop, facts["size"], facts.get("sha256"), tags
         ):
             sha.update(piece)
         return sha.digest()

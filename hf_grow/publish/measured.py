@@ -19,6 +19,7 @@ MARKS = {"pass": "ok", "fail": "**failed**", "skip": "-"}
 PRIVATE = {"source", "provenance"}
 """Checks whose details hold the path of a local source: the card has words of its own for them."""
 MOST_ROWS = 200
+MOST_WARNINGS = 10
 
 
 def state(verification: object) -> str:
@@ -79,6 +80,12 @@ def function_table(verification: Mapping[str, Any], called: str = "grown") -> st
         f"KL(source || {called}) is {kl:.3g} nats a token; logits differ by at most {shown('logit_difference_max', '.3g')}; "
         f"the likeliest next token is the same for {shown('greedy_agreement', '.2%')} of the tokens.",
     ])  # fmt: skip
+
+
+def warned(verification: Mapping[str, Any]) -> str:
+    """What the verification warned of, as a list; empty where it did not."""
+    found = verification.get("warnings")
+    return "\n".join(f"- **Warning:** {plain(w, 400)}" for w in (found[:MOST_WARNINGS] if isinstance(found, list) else ()))
 
 
 def beside_source(verification: object) -> str:

@@ -189,9 +189,8 @@ def _verified(plan: GrowthPlan, record: Mapping[str, Any], since: list[Stage]) -
     told = {"failed": "**Failed.**", "structure only": "**Verified in structure only:** no model was run.", "verified": "**Verified.**"}
     yield f"{told[state]} What `hf-grow verify` found{' of the trained model' if since else ''}:"
     yield measured.checks_table(verification, plan)
-    for found in (measured.function_table(verification, _called(since)), measured.routing_table(verification, _called(since))):
-        if found:
-            yield found
+    tables = measured.function_table(verification, _called(since)), measured.routing_table(verification, _called(since))
+    yield from filter(None, (measured.warned(verification), *tables))
 
 
 def _training(plan: GrowthPlan, name: str, since: list[Stage]) -> Iterator[str]:
