@@ -219,11 +219,11 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     assert lines == [
         "  experts.0.positive: is empty; at least one is needed",
         "  experts.1.positive: should be a valid list, got 'one'.",
-        "  experts.2.positive.0: should be a valid string, got 1.",
+        "  experts.2.positive.0: 1 is read as a number; put quotes around a word.",
         "  experts.2.positive.1: is empty",
-        "  experts.2.positive.2: should be a valid string, got True.",
+        "  experts.2.positive.2: True is read as yes or no; put quotes around a word.",
         "  experts.3.positive: is missing.",
-        "  experts.4.negativ: unknown key. Known: negative, positive.",
+        "  experts.4.negativ: unknown key. Did you mean negative? Known: negative, positive.",
         "  seed: unknown key. Known: experts.",
     ]
 

@@ -90,6 +90,7 @@ def test_plan_dry_run_and_json_tell_it(tmp_path: Path, capsys: pytest.CaptureFix
     assert "+4.9 nats" in said and "lossless" in said and "one model, guidance only" in said
 
 
+@pytest.mark.slow  # two processes that load torch and transformers
 def test_the_benchmark_measures_goes_on_and_writes_its_table(tmp_path: Path) -> None:
     """On a tiny model with a tokenizer: lossless is zero, what changes the function is not, and a second run computes nothing anew."""
     source = save(make(BY_NAME["llama"], vocab_size=300), tmp_path / "model")

@@ -406,7 +406,7 @@ def test_one_kv_head_grows_to_any_number_of_them(heads: tuple[int, int], exact_m
         ("hypercloning", {"hidden": 60}, "whole factors"),
         ("hypercloning", {"factor": 2, "head_dim": 16}, "head_dim"),
         ("tile", {"to": "1K"}, "no growth"),
-        ("tile", {"to": "90B"}, "by width"),
+        ("tile", {"to": "90B"}, "nearest reachable size is"),
     ],
 )
 def test_what_cannot_be_grown_is_refused_with_the_reason(method: str, options: Mapping[str, Any], words: str) -> None:
