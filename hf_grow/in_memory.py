@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from hf_grow.errors import SourceError
 from hf_grow.evaluate import Evaluator, HeldTensors
+from hf_grow.loading import loading
 from hf_grow.planning import DTYPE_NAMES, HEAD, GrowthPlan, SourceInfo, TensorInfo
 from hf_grow.tensormap import Source
 
@@ -106,8 +107,9 @@ def assemble(plan: GrowthPlan, state: Mapping[str, Tensor], dtype: torch.dtype, 
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     config = dict(plan.growth.config)
-    target = AutoConfig.for_model(config.pop("model_type"), **config)
-    made = MODEL_FOR_CAUSAL_LM_MAPPING[type(target)].from_pretrained(
-        None, config=target, state_dict=dict(state), dtype=dtype, **implementations
-    )
+    with loading("the grown model"):
+        target = AutoConfig.for_model(config.pop("model_type"), **config)
+        made = MODEL_FOR_CAUSAL_LM_MAPPING[type(target)].from_pretrained(
+            None, config=target, state_dict=dict(state), dtype=dtype, **implementations
+        )
     return cast("PreTrainedModel", made)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_grow.checkpoint.reader import Checkpoint
-from hf_grow.errors import SourceError
 from hf_grow.evaluate import BLOCK, Tensors
 from hf_grow.families import Dim
+from hf_grow.loading import loading
 
 
 def embeddings(checkpoint: Checkpoint, tensors: Tensors, ids: Sequence[int]) -> Tensor:
@@ -62,14 +62,11 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig, AutoModel
 
     settings = dict(checkpoint.config)
-    try:
+    with loading(f"the model of {checkpoint.ref}"):
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         with torch.device("meta"):
             model = AutoModel.from_config(config, dtype=torch.float32).eval()
         model.rotary_emb = type(model.rotary_emb)(config=config)
-    except Exception as error:  # the config class has rules of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SourceError(f"The installed transformers cannot build {checkpoint.ref}: {reason}") from None
     model.norm = _PassOn()
     return model
 

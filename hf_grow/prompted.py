@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import InputError, PlanError, SourceError
+from hf_grow.loading import TOKENIZER, load_tokenizer, loading
 from hf_grow.planning import check_source
 from hf_grow.prompts import PromptsFile
 
@@ -105,11 +106,9 @@ def _tokenized(checkpoint: Checkpoint, prompts: PromptsFile, notify: Callable[[s
         for side in ("positive", "negative")
         for j, text in enumerate(getattr(expert, side))
     }
-    try:
+    with loading(f"the tokenizer of {checkpoint.ref}", TOKENIZER):
         found = {text: [int(i) for i in tokenizer(text, verbose=False)["input_ids"]] for text in places}
         empty = [place for text, place in places.items() if not tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-    except Exception as error:  # tokenizers fail in many ways; each is a reason, none is ours
-        raise _no_use(checkpoint, error) from None
     if empty:
         raise InputError(f"The tokenizer of {checkpoint.ref} finds no token in {', '.join(empty)}.", hint="Write those prompts otherwise.")
     largest = max(max(ids) for ids in found.values())
@@ -133,17 +132,7 @@ def _tokenizer(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.ref} has no tokenizer, so prompts cannot be read.",
             hint="Put its tokenizer.json and tokenizer_config.json beside the weights, or choose a router without prompts (--router normal).",
         )
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise _no_use(checkpoint, error) from None
-
-
-def _no_use(checkpoint: Checkpoint, error: Exception) -> SourceError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return SourceError(f"The tokenizer of {checkpoint.ref} cannot be used: {reason}")
+    return load_tokenizer(checkpoint.folder, checkpoint.ref)
 
 
 # Hidden states to rows

@@ -62,6 +62,9 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 CLOSE = 0.6
 """Share of letters in common (difflib's ratio) from which a word counts as misspelt."""
 
+LONGEST = 100
+"""Letters of a word that are looked at: comparing takes the square of its length, and no name of ours is half as long."""
+
 
 def meant(word: str, known: Iterable[str]) -> str | None:
     """The one of ``known`` that ``word`` stands for, or None. Dashes, underscores and case make no difference; of a dotted key the last part counts too."""
@@ -82,7 +85,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _plain(word: str) -> str:
-    return word.strip().lstrip("-").replace("-", "_").lower()
+    return word[:LONGEST].strip().lstrip("-").replace("-", "_").lower()
 
 
 def _alike(a: str, b: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -298,6 +299,34 @@ def test_every_file_is_one_that_accelerate_reads() -> None:
     assert from_file(FILES / "ddp.yaml", 3) == Launch(3, "ddp")
     with pytest.raises(InputError, match="num_processes"):
         from_file(FILES / "ddp.yaml", -1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rest", "says"),
+    [
+        ("FSDP", {"fsdp_config": [1]}, "fsdp_config is \\[1\\]"),
+        ("FSDP", {"fsdp_config": "x"}, "fsdp_config is 'x'"),
+        ("FSDP", {"fsdp_config": {"fsdp_version": [2]}}, "there is no fsdp\\[2\\]"),
+        ("DEEPSPEED", {"deepspeed_config": 3}, "deepspeed_config is 3"),
+        ("DEEPSPEED", {"deepspeed_config": {"deepspeed_config_file": 3}}, "deepspeed_config_file is 3"),
+        ("DEEPSPEED", {"deepspeed_config": {"deepspeed_config_file": "."}}, "cannot be read"),
+        ("DEEPSPEED", {"deepspeed_config": {"zero_stage": {}}}, "there is no zero{}"),
+        (["FSDP"], {}, "distributed_type is"),
+        ("MULTI_GPU", {"num_processes": [8]}, "num_processes is"),
+    ],
+)
+def test_a_file_of_accelerate_with_parts_of_another_type(kind: object, rest: dict[str, object], says: str, tmp_path: Path) -> None:
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(json.dumps({"distributed_type": kind, "num_processes": 2, **rest}))
+    with pytest.raises(InputError, match=says):
+        from_file(path)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_parts_of_a_file_of_accelerate_may_be_left_out(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(json.dumps({"distributed_type": kind, "num_processes": 2}))
+    assert from_file(path).processes == 2
 
 
 def test_the_memory_of_solar_on_eight_gpus(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(hf_grow.__file__).parent
 
 # A module imports only from lower floors and, on its own floor, from what stands before it. A package stands for all of its modules.
 FLOORS = [
-    ["_version", "machine", "errors", "untrusted", "yaml_text", "suggest", "bars", "families", "foreign", "architecture", "portable", "tensormap", "tensormap_json"],
+    ["_version", "machine", "errors", "untrusted", "yaml_text", "suggest", "bars", "families", "foreign", "architecture", "portable", "loading", "tensormap", "tensormap_json"],
     ["axes", "recipe", "prompts", "growth"],
     ["methods.sizing", "methods.starting", "methods.spaces", "methods.shapes", "methods.widen", "methods.depth", "methods.width", "methods.expert_options", "methods.routers", "methods.upcycle",
      "methods.more_experts", "methods.experts", "methods.hybrid",

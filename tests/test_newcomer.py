@@ -193,3 +193,13 @@ def test_after_a_training_come_the_proof_and_the_card(source: Path, tmp_path: Pa
     assert main(["dus", str(source), "--layers-to", "6", "-o", str(out)]) == 0
     assert after_training(out) == [("verify", str(source), out), ("card", out)]
     assert after_training(source) == [("inspect", source)]
+
+
+def test_of_a_long_word_only_the_beginning_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing takes the square of the length, and keys of a recipe may have a million letters."""
+    compared: list[int] = []
+    alike = suggest._alike
+    monkeypatch.setattr(suggest, "_alike", lambda a, b: compared.append(len(a)) or alike(a, b))
+    assert suggest.meant("learning_rate" + "x" * 100_000, ["learning_rate", "seed"]) is None
+    assert compared and max(compared) <= suggest.LONGEST
+    assert suggest.meant("learnig_rate", ["learning_rate", "seed"]) == "learning_rate"

@@ -24,6 +24,7 @@ from hf_grow.checkpoint.writer import check_room
 from hf_grow.errors import InputError, SourceError
 from hf_grow.execute import explained, versions
 from hf_grow.growth import Growth
+from hf_grow.loading import loading
 from hf_grow.methods import METHODS
 from hf_grow.planning import GrowthPlan, check_source, make_plan
 from hf_grow.portable import portable_config
@@ -193,7 +194,8 @@ def _merged(base: Path, plan: GrowthPlan | None, adapter: Adapter, dtype: str) -
 
     from hf_grow.in_memory import grow_model
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False)
+    with loading(f"the model of {base}"):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False)
     if plan is not None:
         model = grow_model(model, plan)
     config = LoraConfig(**adapter.for_peft())

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_grow import loading
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError, OutputError
@@ -174,19 +175,11 @@ def _tokenizer(recipe: TrainRecipe, checkpoint: Checkpoint, found: list[str]) ->
 
 
 def load_tokenizer(place: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """Raises InputError if there is none; code of the repository is never run."""
-    from transformers import AutoTokenizer
-
+    """Raises InputError if there is none that can be used."""
     folder = Path(place).expanduser()
     if folder.is_dir() and not any((folder / n).is_file() for n in TOKENIZER_FILES):
         raise InputError(f"{place} has no tokenizer.", hint="Name one with `tokenizer`.")
-    try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder) if folder.is_dir() else place, revision=revision, trust_remote_code=False
-        )
-    except Exception as error:  # tokenizers fail in many ways; each is a reason, none is ours
-        raise InputError(f"The tokenizer of {place} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-    return loaded
+    return loading.load_tokenizer(folder if folder.is_dir() else place, place, revision)
 
 
 def _data(recipe: TrainRecipe, found: list[str], notify: Notify) -> None:

@@ -87,17 +87,31 @@ def from_file(path: Path, processes: int | None = None) -> Launch:
         raise InputError(f"{path}: num_processes is {count!r}.", hint="Give it there, or by --processes.")
     sharing, whole, once = known[kind], True, False
     if sharing == "fsdp":
-        section = data.get("fsdp_config") or {}
+        section = _section(path, data, "fsdp_config")
         sharing += str(section.get("fsdp_version", 1))
         whole = section.get("fsdp_state_dict_type") == "FULL_STATE_DICT"
         once = bool(section.get("fsdp_cpu_ram_efficient_loading", True))
     elif sharing == "zero":
-        section = data.get("deepspeed_config") or {}
-        stage = _stage(Path(section["deepspeed_config_file"])) if "deepspeed_config_file" in section else section.get("zero_stage", 2)
+        section = _section(path, data, "deepspeed_config")
+        file = section.get("deepspeed_config_file")
+        if not isinstance(file, str | None):
+            raise InputError(f"{path}: deepspeed_config.deepspeed_config_file is {file!r}, and the name of a file belongs there.")
+        stage = _stage(Path(file)) if file else section.get("zero_stage", 2)
         sharing = f"zero{stage}" if str(stage) != "0" else "ddp"
     if sharing not in CUT and sharing != "fsdp1":
         raise InputError(f"{path}: there is no {sharing}.", hint="FSDP has versions 1 and 2, ZeRO stages 0 to 3.")
     return Launch(count, sharing, whole, once)
+
+
+def _section(path: Path, data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A part of accelerate's file, empty where it is left out. Raises InputError for what holds no keys."""
+    section = data.get(key)
+    if not isinstance(section, dict | None):
+        raise InputError(
+            f"{path}: {key} is {section!r}, and `key: value` lines belong there.",
+            hint="Give a file of recipes/accelerate, or one that `accelerate config` made.",
+        )
+    return section or {}
 
 
 def _true(env: Mapping[str, str], name: str) -> bool:

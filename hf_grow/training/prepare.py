@@ -11,6 +11,7 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError, SourceError
 from hf_grow.in_memory import untie_config
+from hf_grow.loading import loading
 from hf_grow.planning import GrowthPlan
 from hf_grow.training import adapters, flops, newness
 from hf_grow.training.blocks import Blend
@@ -52,13 +53,11 @@ def load_model(ref: str, revision: str | None, dtype: str, attention: str | None
     held = open_source(ref, revision=revision, weights=True, notify=notify)
     assert held.folder is not None
     options = {} if attention is None else {"attn_implementation": attention}
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+    with loading(f"the model of {ref}"):
+        model, found = AutoModelForCausalLM.from_pretrained(
             held.folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
         )
-    except (ValueError, ImportError, OSError, RuntimeError) as error:
-        raise SourceError(f"{ref} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    missing = sorted(loading["missing_keys"])
+    missing = sorted(found["missing_keys"])
     if missing:
         raise SourceError(f"The weights of {ref} lack {missing[0]} ({len(missing)} tensors); they would be random.")
     loaded: PreTrainedModel = model

@@ -15,10 +15,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import InputError
+from hf_grow.loading import load_tokenizer
 from hf_grow.training.chat import PLAIN, Turns, begins_document, read_turns, special_ids
 from hf_grow.training.filters import Sample, fault
 from hf_grow.training.replay import ReplayOptions
 from hf_grow.verification.running import load_model
+from hf_grow.verification.texts import has_tokenizer
 
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _LENGTH, _AT_ONCE = 1024, 32_768
@@ -218,20 +220,14 @@ class Sampler:
 
 def load(checkpoint: Checkpoint, dtype: str, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a checkpoint on this machine, on its GPU if it has one. Raises InputError."""
-    from transformers import AutoTokenizer
-
     if dtype == "auto":
         dtype = _TORCH_NAMES[Counter(t.dtype for t in checkpoint.tensors.values()).most_common(1)[0][0]]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # tokenizers fail in many ways; each is a reason, none is ours
-        raise InputError(
-            f"{checkpoint.ref} has no tokenizer that can be used: {str(error).splitlines()[0]}",
-            hint="Copy the tokenizer's files beside config.json.",
-        ) from None
+    if checkpoint.folder is None or not has_tokenizer(checkpoint):
+        raise InputError(f"{checkpoint.ref} has no tokenizer that can be used.", hint="Copy the tokenizer's files beside config.json.")
+    tokenizer, model = load_tokenizer(checkpoint.folder, checkpoint.ref), load_model(checkpoint, dtype)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return load_model(checkpoint, dtype).to(where), tokenizer
+        return model.to(where), tokenizer
     except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without that device
         raise InputError(f"{checkpoint.ref} cannot be put on {where}: {str(error).splitlines()[0]}", hint="Use another --device.") from None
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hf_grow.loading import loading
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
 
 def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
-    """The model of a config.json on the meta device."""
+    """The model of a config.json on the meta device. Raises SourceError for values that transformers does not take."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     settings = dict(config)
-    made = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    with torch.device("meta"):
+    kind = settings.pop("model_type")
+    with loading(f"a model of these settings ({kind})"), torch.device("meta"):
+        made = AutoConfig.for_model(kind, **settings)
         # Not by from_config: under DeepSpeed that would cut the model into pieces, which have no shape.
         model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)](made)
     return model

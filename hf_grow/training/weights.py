@@ -12,6 +12,7 @@ from typing import Any
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.errors import InputError
 from hf_grow.in_memory import disk_tensors
+from hf_grow.loading import loading
 from hf_grow.training.skeleton import skeleton
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -51,7 +52,8 @@ def load_weights(model: Any, folder: Path) -> None:
 
     check_weights(model, folder)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
-    state = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype, trust_remote_code=False).state_dict()
+    with loading(f"the weights in {folder}"):
+        state = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype, trust_remote_code=False).state_dict()
     if any(isinstance(p, DTensor) for p in model.parameters()):
         set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=True))
         return

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from hf_grow.architecture import Architecture
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.in_memory import assemble, untie_config
+from hf_grow.loading import loading
 from hf_grow.machine import available_memory
 from hf_grow.methods.sizing import measure
 from hf_grow.planning import GrowthPlan, TensorInfo
@@ -52,14 +53,15 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar of its own for each of two models tells nobody anything
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder,
-        dtype=getattr(torch, dtype),
-        trust_remote_code=False,
-        local_files_only=True,
-        **_plain(dtype, checkpoint.info.architecture),
-    )
-    untie_config(model)
+    with loading(f"the model of {checkpoint.ref}"):
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            local_files_only=True,
+            **_plain(dtype, checkpoint.info.architecture),
+        )
+        untie_config(model)
     return cast("PreTrainedModel", model.eval())
 
 

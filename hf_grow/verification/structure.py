@@ -22,6 +22,7 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.record import recorded_files, told, total, trainings
 from hf_grow.checkpoint.transfer import pieces
 from hf_grow.errors import GrowError, SourceError
+from hf_grow.loading import one_line
 from hf_grow.planning import DTYPE_NAMES, HEAD, GrowthPlan, check_source
 from hf_grow.untrusted import open_regular
 from hf_grow.verification.report import Report
@@ -97,7 +98,7 @@ def check_builds(new: Checkpoint, report: Report) -> None:
         with torch.device("meta"):
             wanted = {n: tuple(t.shape) for n, t in disk_tensors(AutoModelForCausalLM.from_config(config)).items()}
     except Exception as error:  # whatever it raises: it does not build
-        report.add(name, False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        report.add(name, False, one_line(error))
         return
     stored = {n: t.shape for n, t in new.tensors.items()}
     differ = sorted(n for n in wanted.keys() | stored.keys() if wanted.get(n) != stored.get(n))

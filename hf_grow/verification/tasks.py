@@ -15,11 +15,11 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.loading import load_tokenizer
 from hf_grow.recipe import Options
 from hf_grow.verification.harness import Harness
 from hf_grow.verification.report import Report
 from hf_grow.verification.running import load_model
-from hf_grow.verification.texts import load_tokenizer
 
 
 class TaskOptions(Options):
@@ -63,10 +63,11 @@ def compare_tasks(
     for checkpoint in (old, new):
         notify(f"Running {harness.told} on {checkpoint.ref} ({len(found) + 1} of 2 models) ...")
         start = time.monotonic()
+        assert checkpoint.folder is not None
         model = load_model(checkpoint, dtype)
         if torch.cuda.is_available():
             model = model.to("cuda")  # tasks run a model thousands of times
-        found.append(harness.run(model, load_tokenizer(checkpoint), checkpoint.ref))
+        found.append(harness.run(model, load_tokenizer(checkpoint.folder, checkpoint.ref), checkpoint.ref))
         notify(f"... took {time.monotonic() - start:.0f} s.")
         del model
         gc.collect()  # the harness's wrapper and the model hold each other

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib.resources
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import InputError
+from hf_grow.loading import TOKENIZER, load_tokenizer, loading
 from hf_grow.untrusted import read_text
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 WINDOW = 256
 RANDOM = "random token ids (the checkpoint has no tokenizer)"
@@ -29,8 +29,11 @@ def token_windows(old: Checkpoint, text: Path | None, tokens: int, vocab: int) -
     import torch
 
     if has_tokenizer(old):
+        assert old.folder is not None
         words = builtin_text() if text is None else read_text(text, error=InputError)
-        ids = load_tokenizer(old)(words)["input_ids"]
+        tokenizer = load_tokenizer(old.folder, old.ref)
+        with loading(f"the tokenizer of {old.ref}", TOKENIZER):
+            ids = tokenizer(words)["input_ids"]
         what = str(text) if text else BUILTIN
         ids = [i for i in ids if i < vocab][:tokens]
     elif text is not None:
@@ -51,15 +54,3 @@ def token_windows(old: Checkpoint, text: Path | None, tokens: int, vocab: int) -
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     return checkpoint.folder is not None and any((checkpoint.folder / n).exists() for n in names)
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder. Raises InputError for one that does not load."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        tokenizer("a")
-    except Exception as error:  # tokenizers fail in many ways; each is a reason, none is ours
-        raise InputError(f"The tokenizer of {checkpoint.ref} cannot be used: {str(error).splitlines()[0]}") from None
-    return cast("PreTrainedTokenizerBase", tokenizer)
