@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -237,22 +238,27 @@ class Stop(Exception):
     pass
 
 
+def interrupted(model, tokenizer, out: Path, batches: int, **more: Any) -> None:
+    """Samples, and stops after so many batches."""
+    calls = 0
+
+    def progress(tokens: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > batches:  # the first call tells what is there already
+            raise Stop
+
+    with pytest.raises(Stop):
+        sample_replay(model, tokenizer, out, options(**more), progress=progress)
+
+
 @pytest.mark.parametrize("more", [{}, {"max_surprise": 2.0, "start": "random"}])
 def test_a_run_that_stopped_goes_on_to_the_same_texts(model, tokenizer, tmp_path: Path, more: dict[str, Any]) -> None:
     whole = sample_replay(model, tokenizer, tmp_path / "whole", options(**more))
     assert whole.record["batches"] > 2 and whole.record["complete"]
     for stop in range(1, whole.record["batches"]):
         out = tmp_path / f"stopped-{stop}"
-        calls = 0
-
-        def progress(tokens: int, stop: int = stop) -> None:
-            nonlocal calls
-            calls += 1
-            if calls > stop:  # the first call tells what is there already
-                raise Stop
-
-        with pytest.raises(Stop):
-            sample_replay(model, tokenizer, out, options(**more), progress=progress)
+        interrupted(model, tokenizer, out, stop, **more)
         assert read_record(out)["batches"] == stop
         assert read_record(out)["complete"] is False
         with (out / TEXTS).open("a") as file:  # a batch that was written when the process died, but not noted
@@ -303,6 +309,62 @@ def test_a_finished_run_is_not_repeated_and_can_be_made_longer(model, tokenizer,
     longer = sample_replay(model, tokenizer, tmp_path / "out", options(tokens=600))
     assert longer.record["counts"]["tokens"] >= 600
     assert texts(tmp_path / "out")[: len(before)] == before
+
+
+def test_what_is_enough_for_fewer_tokens_is_whole(model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for those who read the folder later; a batch that was written but not noted goes first."""
+    out = tmp_path / "out"
+    interrupted(model, tokenizer, out, 2, tokens=6000)
+    there = read_record(out)["counts"]["tokens"]
+    with pytest.raises(InputError, match="unfinished"):
+        build(data_options(tmp_path, path=str(out)), tokenizer, cache=tmp_path / "cache")
+    with (out / TEXTS).open("a") as file:
+        file.write('{"text": "half a li')
+    monkeypatch.setattr(Sampler, "draw", lambda *a, **k: pytest.fail("sampled again"))
+    sample_replay(model, tokenizer, out, options(tokens=there - 1))
+    assert (read_record(out)["tokens"], read_record(out)["complete"]) == (there - 1, True)
+    data = build(data_options(tmp_path, path=str(out), share=0.25), tokenizer, cache=tmp_path / "cache")
+    assert data.parts[0].documents == len(texts(out)) == read_record(out)["counts"]["texts"]
+
+
+def test_a_finished_run_that_is_being_made_longer_is_unfinished(model, tokenizer, tmp_path: Path) -> None:
+    """Before more is written: what stands half in the file when it is killed must not be read."""
+    out = tmp_path / "out"
+    sample_replay(model, tokenizer, out, options())
+    interrupted(model, tokenizer, out, 0, tokens=6000)
+    with pytest.raises(InputError, match="unfinished"):
+        build(data_options(tmp_path, path=str(out)), tokenizer, cache=tmp_path / "cache")
+
+
+def test_the_command_that_finishes_is_told_whole(saved: Path, model, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Copied from the message it goes on, with every setting, to what a run without a stop writes."""
+    (tmp_path / "prompts.txt").write_text("of the model and more of it " * 9)
+    out, whole = tmp_path / "it's old", tmp_path / "whole"
+    settings = {
+        "temperature": 0.9,
+        "top_k": 40,
+        "prompts": str(tmp_path / "prompts.txt"),
+        "prompt_tokens": 3,
+        "seed": 4,
+    }
+    interrupted(model, tokenizer, out, 1, **settings)
+    record = read_record(out)
+    (out / RECORD).write_text(json.dumps(record | {"model": str(saved)}))
+    with pytest.raises(InputError) as refused:
+        build(data_options(tmp_path, path=str(out)), tokenizer, cache=tmp_path / "cache")
+    name, *words = shlex.split(refused.value.hint.removeprefix("Finish it: "))
+    assert name == "hf-grow" and main(words) == 0, capsys.readouterr().err
+    sample_replay(model, tokenizer, whole, options(**settings))
+    assert texts(out) == texts(whole) and read_record(out)["complete"]
+
+
+@pytest.mark.parametrize("damage", [{"complete": "yes"}, {"tokens": None}, {"model": 3}, {"settings": []}])
+def test_a_damaged_record_is_one_message(model, tokenizer, tmp_path: Path, damage: dict[str, Any]) -> None:
+    out = tmp_path / "out"
+    sample_replay(model, tokenizer, out, options())
+    (out / RECORD).write_text(json.dumps(read_record(out) | damage))
+    with pytest.raises(InputError, match="damaged"):
+        build(data_options(tmp_path, path=str(out)), tokenizer, cache=tmp_path / "cache")
 
 
 def test_what_stands_in_the_way_of_the_output(model, tokenizer, tmp_path: Path) -> None:

@@ -51,7 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
     smaller = enough_memory("Take a smaller --batch-size, or --device cpu.")
     with smaller, render.tokens_bar("sampling", options.tokens, quiet=arguments.json) as progress:
         try:
-            replay = sample_replay(model, tokenizer, out, options, ref=checkpoint.ref, overwrite=how.overwrite, progress=progress)
+            replay = sample_replay(
+                model, tokenizer, out, options, ref=checkpoint.ref, revision=checkpoint.revision or "", overwrite=how.overwrite, progress=progress
+            )  # fmt: skip
         except KeyboardInterrupt:
             render.note("The batches that are finished are kept: the same command goes on with them.")
             raise

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -115,11 +116,25 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = read_json(path)
-        if record["format"] != FORMAT or not isinstance(record["counts"]["tokens"], int) or not isinstance(record["bytes"], int):
+        numbers = (record["tokens"], record["bytes"], record["counts"]["tokens"])
+        if record["format"] != FORMAT or not all(isinstance(n, int) for n in numbers) or not isinstance(record["complete"], bool):
+            raise ValueError
+        if not isinstance(record["model"], str) or not isinstance(record["settings"], dict):
             raise ValueError
     except (SourceError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} is damaged, or of another version of hf-grow.", hint="Sample again with --overwrite.") from None
     return dict(record)
+
+
+def command(record: Mapping[str, Any], folder: Path) -> str:
+    """The command that goes on with the samples of a folder: model, settings and number of tokens as its record has them."""
+    given = {name: record["settings"].get(name) for name in ReplayOptions.model_fields} | {"tokens": record["tokens"]}
+    words = ["hf-grow", "replay", record["model"] or "MODEL", *(("--revision", record["revision"]) if record.get("revision") else ())]
+    words += ["-o", folder]
+    for name, value in given.items():
+        if value is not None and value != ReplayOptions.model_fields[name].default:
+            words += [f"--{name.replace('_', '-')}", value]
+    return shlex.join(map(str, words))
 
 
 def estimate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ReplayOptions) -> Estimate:
@@ -144,13 +159,15 @@ def sample_replay(
     options: ReplayOptions,
     *,
     ref: str = "",
+    revision: str = "",
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Replay:
     """Samples into the folder `out` until it holds `options.tokens` tokens of text; goes on where an earlier run stopped.
 
-    `ref` is the name of the model for the record; `progress` is told how many tokens more are kept. Raises OutputError if `out` holds
-    something else, or samples of another model or other settings; ExecutionError if the filters leave nothing.
+    `ref` and `revision` name the model for the record; `progress` is told how many tokens more are kept. Samples that are enough for
+    `options.tokens` are whole, also where more was asked for before. Raises OutputError if `out` holds something else, or samples of another
+    model or other settings; ExecutionError if the filters leave nothing.
     """
     from hf_grow.training.sampling import Sampler, digest
 
@@ -160,17 +177,22 @@ def sample_replay(
     if sampler.chat_share and sampler.turns is not None:
         settings["template"] = sampler.turns.before + sampler.turns.between + sampler.turns.after
     record: dict[str, Any] = {"format": FORMAT, "model": ref, "digest": digest(model), "settings": settings, "made_by": __version__}
+    record |= {"revision": revision} if revision else {}
     record = _begin(out, record, overwrite)
+    found = dict(record)
     record |= {"tokens": options.tokens, "complete": record["counts"]["tokens"] >= options.tokens}
-    if record["complete"]:
+    if record["complete"] and record == found:
         return Replay(out, record, 0.0, 0)
     sampler.surprise = {kind: (median, spread) for kind, (median, spread) in record["surprise"].items()}
     began, before = time.perf_counter(), record["counts"]["sampled_tokens"]
-    progress(record["counts"]["tokens"])
     try:
         with (out / TEXTS).open("r+b") as file:
             file.seek(record["bytes"])
             file.truncate()  # a batch that was written, but not yet noted
+            _note(out, record)  # before more is written: what is being made longer is not whole, what is enough is
+            if record["complete"]:
+                return Replay(out, record, 0.0, 0)
+            progress(record["counts"]["tokens"])
             file.seek(0)
             seen = {sampler.same(json.loads(line)["text"]) for line in file}
             _sample(sampler, file, out, record, seen, options.tokens, progress)

@@ -19,7 +19,7 @@ from hf_grow.errors import GrowError, InputError, SourceError
 from hf_grow.training.data.options import TextOptions
 from hf_grow.training.data.readers import FORMATS, choose_field, format_of, read_documents
 from hf_grow.training.extras import need
-from hf_grow.training.replay import RECORD, read_record
+from hf_grow.training.replay import RECORD, command, read_record
 from hf_grow.untrusted import read_text
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _check_replay(folder: Path) -> None:
     if record is not None and not record["complete"]:
         raise InputError(
             f"The replay in {folder} is unfinished ({record['counts']['tokens']:,} of {record['tokens']:,} tokens).",
-            hint=f"Finish it: hf-grow replay {record['model']} -o {folder}",
+            hint=f"Finish it: {command(record, folder)}",
         )
 
 
