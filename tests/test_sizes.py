@@ -118,4 +118,4 @@ def test_plan_offers_no_growth_that_is_farther_from_the_target_than_the_source(f
 
 def test_a_dry_run_warns_of_what_is_far(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, said = run(capsys, "experts", folder, "--experts", 100, "-o", tmp_path / "out", "--dry-run")
-    assert "100 experts, where papers upcycled to 64 at most" in said
+    assert "100 experts; more than 64 count as untried here" in said

@@ -21,9 +21,9 @@ TOLERANCE = 0.05
 
 
 LARGEST_STEP = 4.0
-"""Growth of the active parameters at once that the papers of these methods tried (G_stack, arXiv 2405.15319; HyperCloning, arXiv 2409.12903)."""
+"""Growth of the active parameters at once from which a growth is marked as far: four times, the factor that G_stack (arXiv 2405.15319) recommends."""
 MANY_EXPERTS = 64
-"""Experts of the target from which a growth is marked as far: more than in the mixtures that the cited papers made of dense models or smaller mixtures."""
+"""Experts of the target from which a growth is marked as far. A rule of thumb of ours, not of a paper."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ def beyond(old: Architecture, new: Architecture) -> list[str]:
     times = measure(new).active / measure(old).active
     if times > LARGEST_STEP:
         out.append(
-            f"Far beyond what is known to work: {times:.1f} times the active parameters in one step, where papers grew up to {LARGEST_STEP:g} times. "
+            f"Far beyond what is known to work: {times:.1f} times the active parameters in one step; more than {LARGEST_STEP:g} times counts as untried here. "
             "Grow in steps, and train between them."
         )
     if (count := new.size("experts")) > max(MANY_EXPERTS, old.size("experts")):
-        out.append(f"Far beyond what is known to work: {count} experts, where papers upcycled to {MANY_EXPERTS} at most.")
+        out.append(f"Far beyond what is known to work: {count} experts; more than {MANY_EXPERTS} count as untried here.")
     return out
 
 
