@@ -87,7 +87,7 @@ LayerList = Annotated[tuple[int, ...], BeforeValidator(parse_layers)]
 
 @dataclass(frozen=True)
 class Needs:
-    """Metadata of a field that means something only where another is given: as one of ``values``, where there are some."""
+    """Metadata of a field that means something only where another is given, other than as 0, no or nothing: as one of ``values``, where there are some."""
 
     other: str
     values: tuple[Any, ...] = ()
@@ -137,7 +137,7 @@ def unmet(*options: BaseModel) -> list[str]:
                         found.append(f"{label}: means nothing beside {other}. Leave one of them out.")
                 elif rule.values and there not in rule.values:
                     found.append(f"{label}: belongs to {other} {' or '.join(map(str, rule.values))}, and {other} is {there}.")
-                elif not rule.values and (there is None or there is False):
+                elif not rule.values and not there:
                     found.append(f"{label}: means nothing without {other}. Give that too, or leave it out.")
             found += [f"{label}.{line}" for line in _unmet_inside(has[name])]
     return found

@@ -184,8 +184,9 @@ def test_what_is_here_already(served: HubServer, folder: Path, tmp_path: Path, c
     assert "nothing to fetch" in capsys.readouterr().err
     assert not [r for r in served.log if r.path.startswith("/cdn/") and r.sent > 10_000]
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
-    assert run("dus", folder, "--stream-source", "-o", tmp_path / "c") == 0
-    assert "nothing to fetch" in capsys.readouterr().err
+    for more in ([], ["--dry-run"]):
+        assert "Leave it out" in refused(capsys, "dus", folder, "--stream-source", "-o", tmp_path / "c", *more, status=2)
+    assert not (tmp_path / "c").exists()
 
 
 def test_several_sources_are_streamed_alike(served: HubServer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

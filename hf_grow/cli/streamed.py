@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 def streamed(plan: GrowthPlan, checkpoint: Checkpoint, shard_size: int, keep: int, *, quiet: bool) -> tuple[Checkpoint, Spool | None]:
     """The sources, from the cache where they are whole there, and what fetches the rest; None where there is no rest."""
+    if all(_given(c) for c in (checkpoint, *checkpoint.others.values())):
+        raise InputError("The source is a folder on this machine; --stream-source has nothing to fetch.", hint="Leave it out.")
     checkpoint = _from_cache(checkpoint)
     if not _remote(checkpoint):
         render.note("The source is on this machine; --stream-source has nothing to fetch.")
@@ -57,6 +59,11 @@ def fetch_small(spool: Spool, checkpoint: Checkpoint) -> None:
     spool.small = main.folder
     for other in checkpoint.others.values():
         check_same_tokenizer(main, other if other.folder else replace(other, folder=fetch_companions(other)), render.note)
+
+
+def _given(checkpoint: Checkpoint) -> bool:
+    """Whether it was named as a folder; one from the Hub has a revision, wherever it lies."""
+    return checkpoint.folder is not None and not checkpoint.revision
 
 
 def _remote(checkpoint: Checkpoint) -> bool:

@@ -28,7 +28,7 @@ class MonitorOptions(Options):
 
     on_instability: Action = "none"
     """Reaction to a spike: none (only told), lower_lr, longer_warmup (of new parameters), or rollback to the last checkpoint, past the batches since then, with a rate that is lower for a while."""
-    lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    lr_factor: Annotated[float, Field(gt=0, lt=1), Needs("on_instability", ("lower_lr", "rollback"))] = 0.5
     """What a reaction multiplies learning rates by."""
     restore_steps: Annotated[Count, Needs("on_instability", ("rollback",))] = 100
     """Steps after a rollback over which learning rates rise back. 0 leaves them lower."""

@@ -83,6 +83,8 @@ class ReplaySource(TextOptions):
     def _one_of_both(self_) -> Self:  # the key of the recipe has the usual name
         if bool(self_.path) == (self_.self is not None):
             raise ValueError("give either path (old text) or self (text sampled from the source model)")
+        if self_.self is not None and (idle := self_.model_fields_set & TextOptions.model_fields.keys() - {"path"}):
+            raise ValueError(f"{', '.join(sorted(idle))} would do nothing: self samples text, and these say how text is read")
         return self_
 
 
