@@ -16,7 +16,7 @@ import torch
 from models import BY_NAME, make, save
 
 from hf_grow import api
-from hf_grow.cli import fisher, grow, main, push, verify
+from hf_grow.cli import fisher, grow, main, push, train, verify
 from hf_grow.cli.grow import OutputOptions
 from hf_grow.cli.verify import CompareOptions
 from hf_grow.errors import GrowError
@@ -238,6 +238,9 @@ COMPARE: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
+TRAIN: dict[str, list[Any]] = {"processes": ["2"], "accelerate": ["there.yaml"]}
+
+
 def test_in_every_pair_of_verify_both_flags_are_heard_or_refused(
     sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +294,7 @@ def declared(*models: type[Options]) -> list[tuple[type[Options], str, Needs | U
         (["fisher", "{source}", "-o", "{tmp}/out"], [fisher.RunOptions, FisherOptions]),
         (["dus", "{source}"], [OutputOptions]),
         (["verify", "{source}", "{source}"], [CompareOptions]),
+        (["train", "llama_pro_domain"], [train.RunOptions]),
     ],
     ids=lambda v: v[0] if isinstance(v[0], str) else "",
 )
@@ -301,10 +305,9 @@ def test_what_a_flag_needs_is_asked_for(
     found = declared(*models)
     assert found
     for model, name, rule in found:
-        other = (
-            [] if isinstance(rule, Needs) else [f"--{rule.other.replace('_', '-')}", *([] if rule.other == "structure_only" else ["there"])]
-        )
-        flag = {**OUTPUT, **COMPARE}.get(name, [_sample(model, name)])[0]
+        value = [] if rule.other == "structure_only" else TRAIN.get(rule.other, ["there"])[:1]
+        other = [] if isinstance(rule, Needs) else [f"--{rule.other.replace('_', '-')}", *value]
+        flag = {**OUTPUT, **COMPARE, **TRAIN}.get(name, [_sample(model, name)])[0]
         status = main([w.format(source=sources["mistral"], tmp=tmp_path) for w in command] + words({name: flag}, tmp_path) + other)
         said = capsys.readouterr().err
         assert (status, f"{name}: " in said) == (2, True) or (rule.other == "optimizer_policy" and status == 2), (name, said)

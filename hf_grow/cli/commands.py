@@ -29,13 +29,17 @@ def add_json(parser: argparse._ActionsContainer) -> None:
 
 @contextmanager
 def enough_memory(hint: str) -> Iterator[None]:
-    """Turns an accelerator that is out of memory into one message."""
+    """Turns an accelerator or a machine that is out of memory into one message."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError:
         raise ExecutionError("The accelerator is out of memory.", hint=hint) from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # as torch's allocator for the CPU says it
+            raise
+        raise ExecutionError("This machine is out of memory.", hint=hint) from None
 
 
 def print_json(data: Any) -> None:

@@ -71,7 +71,9 @@ def _tell_estimate(found: Estimate, options: ReplayOptions, how: RunOptions, *, 
     render.console.print(
         f"speed      {found.tokens_per_second:,.0f} tokens/s sampled, of which {found.kept:.0%} pass the filters", markup=False
     )
-    render.console.print(f"estimate   {_duration(found.seconds)} for {options.tokens:,} tokens (nothing written: --dry-run)", markup=False)
+    render.console.print(
+        f"estimate   {render.duration(found.seconds)} for {options.tokens:,} tokens (nothing written: --dry-run)", markup=False
+    )
     return 0
 
 
@@ -79,13 +81,7 @@ def _show(replay: Replay, out: Path) -> None:
     counts, facts = replay.record["counts"], replay.to_json()
     dropped = ", ".join(f"{n} {reason}" for reason, n in counts["dropped"].items()) or "none"
     render.console.print(f"texts      {counts['texts']:,} of {counts['sampled_texts']:,} kept; dropped: {dropped}", markup=False)
-    render.console.print(f"wrote      {out}: {counts['tokens']:,} tokens, {_duration(replay.seconds)}", markup=False)
+    render.console.print(f"wrote      {out}: {counts['tokens']:,} tokens, {render.duration(replay.seconds)}", markup=False)
     if replay.sampled_tokens:
         render.console.print(f"speed      {facts['tokens_per_second']:,.0f} tokens/s sampled", markup=False)
     render.console.print(f"use it     replay: {{path: {out}, share: 0.05}} in the recipe of hf-grow train", markup=False)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

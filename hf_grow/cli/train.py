@@ -8,14 +8,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from hf_grow import yaml_text
 from hf_grow.checkpoint.reader import open_folder
-from hf_grow.cli import render
+from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, enough_memory, print_json, show_next
 from hf_grow.errors import ExecutionError, InputError
 from hf_grow.methods.sizing import short
+from hf_grow.recipe import Needs, Options, Unless, parse
 from hf_grow.suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -28,16 +31,31 @@ OVERRIDES = True
 """This command reads further --key value pairs itself."""
 
 
+class RunOptions(Options):
+    """Where a training goes, and what of it is only told."""
+
+    output: str | None = None
+    """Folder for the trained model, its checkpoints and events.jsonl."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in the output folder."""
+    overwrite: bool = False
+    """Replace an earlier training in the output folder."""
+    dry_run: bool = False
+    """Print recipe, parameter groups, memory, tokens and FLOPs, and stop."""
+    time: Annotated[bool, Needs("dry_run"), Unless("accelerate"), Unless("processes")] = False
+    """Let --dry-run load the model and time a few real steps, on made-up tokens."""
+    accelerate: Annotated[Path | None, Needs("dry_run")] = None
+    """--dry-run for the processes of this file of `accelerate launch`, which starts such a training."""
+    processes: Annotated[Annotated[int, Field(ge=1)] | None, Needs("dry_run")] = None
+    """--dry-run for so many processes (without --accelerate: DDP)."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _epilog()
     parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, or one of: {', '.join(RECIPES)}")
-    parser.add_argument("-o", "--output", metavar="DIR", help="folder for the trained model, its checkpoints and events.jsonl")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in the output folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier training in the output folder")
-    parser.add_argument("--dry-run", action="store_true", help="print recipe, parameter groups, memory, tokens and FLOPs, and stop")
-    parser.add_argument("--accelerate", type=Path, metavar="FILE", help="--dry-run for the processes of this file of `accelerate launch`")
-    parser.add_argument("--processes", type=int, metavar="N", help="--dry-run for so many processes (without --accelerate: DDP)")
+    flags.add_flags(parser, [RunOptions], short={"output": "-o"})
+    next(a for a in parser._actions if a.dest == "accelerate").metavar = "FILE"
     add_json(parser)
 
 
@@ -103,12 +121,14 @@ def run(arguments: argparse.Namespace) -> int:
     from hf_grow.training.events import plain
     from hf_grow.training.run import dry_run, train
 
+    how = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False)
     _quiet()
     read = recipe.load(path, overrides(arguments.overrides))
-    settings = {"output": arguments.output, "resume": arguments.resume, "overwrite": arguments.overwrite}
+    settings: dict[str, Any] = {"output": how.output, "resume": how.resume, "overwrite": how.overwrite}
     first = int(os.environ.get("RANK", "0")) == 0
-    if arguments.dry_run:
-        facts = dry_run(read, notify=render.note if first else _silent, started=_launch(arguments), **settings)
+    if how.dry_run:
+        with explained():
+            facts = dry_run(read, notify=render.note if first else _silent, started=_launch(how), timed=how.time, **settings)
         if not first:
             pass
         elif arguments.json:
@@ -116,11 +136,6 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             _show_plan(facts)
         return 0
-    if arguments.accelerate or arguments.processes:
-        raise InputError(
-            "--accelerate and --processes only tell --dry-run what to reckon with.",
-            hint="Start a training of several processes by: accelerate launch --config_file FILE -m hf_grow train RECIPE",
-        )
     with explained():
         result = train(read, notify=render.note if first else _silent, show=_silent if arguments.json or not first else _line, **settings)
     if not first:
@@ -132,16 +147,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _launch(arguments: argparse.Namespace) -> Launch | None:
+def _launch(how: RunOptions) -> Launch | None:
     """The processes that a dry run is told to reckon with; None leaves it to the launcher's environment."""
     from hf_grow.training.launch import Launch, from_file
 
-    count = arguments.processes
-    if count is not None and count < 1:
-        raise InputError(f"--processes {count}: there is at least one.")
-    if arguments.accelerate:
-        return from_file(arguments.accelerate, count)
-    return None if count is None else Launch(count, "ddp" if count > 1 else "one")
+    if how.accelerate is not None:
+        return from_file(how.accelerate, how.processes)
+    return None if how.processes is None else Launch(how.processes, "ddp" if how.processes > 1 else "one")
 
 
 @contextmanager
@@ -149,10 +161,11 @@ def explained() -> Iterator[None]:
     """Turns what memory and disk say while training into what the user can do."""
     from safetensors import SafetensorError
 
-    smaller = "Take a smaller per_device_train_batch_size and more gradient_accumulation_steps, or activation_checkpointing: true. --dry-run counts."
+    from hf_grow.training.reckon import SMALLER
+
     go_on = "Go on with --resume from the last checkpoint."
     try:
-        with enough_memory(smaller):
+        with enough_memory(SMALLER):
             yield
     except (OSError, RuntimeError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
@@ -218,6 +231,8 @@ def summary(facts: dict[str, Any]) -> list[str]:
     if facts["tokens"]:
         steps, each = facts["steps"], facts["tokens_a_step"]
         lines.append(f"{'training':<12} {steps:,} steps of {each:,} tokens: {short(facts['tokens'])} tokens, {facts['flops']:.3g} FLOPs")
+    if facts.get("time"):
+        lines.append(f"{'time':<12} {_time(facts['time'])}")
     needs, free = facts["memory"]["total"], facts["free_memory"]
     there = (
         f"{render.gigabytes(free['bytes'])} free on {free['device']}"
@@ -227,6 +242,16 @@ def summary(facts: dict[str, Any]) -> list[str]:
     tight = "; MORE THAN IS FREE" if free["bytes"] is not None and needs > free["bytes"] else ""
     lines.append(f"{'memory':<12} about {render.gigabytes(needs)} {'a process' if facts['processes'] > 1 else 'needed'}; {there}{tight}")
     return lines
+
+
+def _time(time: dict[str, Any]) -> str:
+    """What was timed, and what follows from it."""
+    count, without = len(time["timed_steps"]), ", ".join(time["leaves_out"])
+    rate = "" if time["tokens_a_second"] is None else f", {time['tokens_a_second']:,.0f} tokens/s"
+    measured = f"{time['seconds_a_step']:.3g} s a step{rate} (median of {count})"
+    if time["seconds"] is None:
+        return f"{measured}; how many steps there are is not known"
+    return f"{measured}: {render.duration(time['seconds'])} in all, without {without}"
 
 
 def after_training(output: Path) -> list[tuple[str | Path, ...]]:

@@ -58,9 +58,19 @@ class Checked:
 
 
 def check(
-    read: Read, *, output: str | None, resume: bool, overwrite: bool, notify: Notify, started: launch.Launch | None = None
+    read: Read,
+    *,
+    output: str | None,
+    resume: bool,
+    overwrite: bool,
+    notify: Notify,
+    started: launch.Launch | None = None,
+    texts: bool = True,
 ) -> Checked:
-    """Raises InputError that lists every mistake, one line each. ``started``: the processes; by default those that the launcher tells of."""
+    """Raises InputError that lists every mistake, one line each.
+
+    ``started``: the processes; by default those that the launcher tells of. ``texts``: whether the texts must be there.
+    """
     found = list(read.mistakes)
     started = started or launch.launched()
     recipe, name = read.recipe, read.given.get("model")
@@ -79,7 +89,8 @@ def check(
         if checkpoint is not None:
             tokenizer = _tokenizer(recipe, checkpoint, found)
             _positions(recipe, checkpoint, found)
-        _data(recipe, found, notify)
+        if texts:
+            _data(recipe, found, notify)
         for key, wanted in (("train", recipe.train), ("freeze", recipe.freeze), *(("phases.train", p.train) for p in recipe.phases)):
             known = (EVERYTHING, *newness.PARTS)
             found += [f"{key}: there is no part {part!r}. Parts: {', '.join(known)}." for part in wanted if part not in known]

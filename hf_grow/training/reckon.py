@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from hf_grow.checkpoint.source import open_source
+from hf_grow.errors import ExecutionError, GrowError
 from hf_grow.machine import available_memory
 from hf_grow.planning import DTYPE_BYTES
 from hf_grow.training import estimate, flops
@@ -20,6 +21,11 @@ from hf_grow.training.recipe import DEFAULTS, Read
 from hf_grow.training.regularizers import penalty_bytes
 from hf_grow.training.skeleton import skeleton
 
+SMALLER = (
+    "Take a smaller per_device_train_batch_size and more gradient_accumulation_steps, or activation_checkpointing: true. --dry-run counts."
+)
+"""What to do where a step does not fit."""
+
 
 def dry_run(
     read: Read,
@@ -29,16 +35,18 @@ def dry_run(
     overwrite: bool = False,
     notify: Notify = print,
     started: Launch | None = None,
+    timed: bool = False,
 ) -> dict[str, Any]:
     """What a training would do and need, as JSON data. Opens config, headers and the first documents of every text; loads no weights.
 
-    ``started``: the processes to reckon with; by default those that the launcher tells of.
+    ``started``: the processes to reckon with; by default those that the launcher tells of. ``timed``: also load the model and time some steps
+    (of this process's kind); the texts may be missing then. Raises ExecutionError where the steps to be timed need more main memory than is free.
     """
     need("accelerate", "datasets")
     started = started or launched()
-    checked = check(read, output=output, resume=resume, overwrite=overwrite, notify=notify, started=started)
+    checked = check(read, output=output, resume=resume, overwrite=overwrite, notify=notify, started=started, texts=not timed)
     recipe, arguments, info = checked.recipe, checked.arguments, checked.checkpoint.info
-    texts = survey(recipe.data, checked.tokenizer, notify=notify, vocab_size=checked.vocabulary)
+    texts = _texts(checked, notify, needed=not timed)
     model = skeleton(info.config)
     who = who_trains(model, checked.plan, recipe)
     blend_for(model, who, recipe)
@@ -66,7 +74,7 @@ def dry_run(
     known = [t["tokens"] for t in texts if t["use"] == "train"]
     one_pass = sum(known) if known and all(known) else None
     tokens = step * arguments.max_steps if arguments.max_steps > 0 else one_pass and round(one_pass * arguments.num_train_epochs)
-    return {
+    facts = {
         "output": str(checked.out),
         "model": checked.checkpoint.ref,
         "recipe": resolved(checked),
@@ -83,6 +91,30 @@ def dry_run(
         "steps": arguments.max_steps if arguments.max_steps > 0 else tokens and max(1, tokens // step),
         "flops": tokens and tokens * flops.training(counted, recipe.data.seq_length) + _beside(checked, texts, tokens, one_pass or tokens),
     }
+    if timed:
+        facts["time"] = _time(checked, facts, notify)
+    return facts
+
+
+def _texts(checked: Checked, notify: Notify, *, needed: bool) -> list[dict[str, Any]]:
+    try:
+        return survey(checked.recipe.data, checked.tokenizer, notify=notify, vocab_size=checked.vocabulary)
+    except GrowError as error:
+        if needed:
+            raise
+        notify(f"How much text there is cannot be told: {error}")
+        return []
+
+
+def _time(checked: Checked, facts: Mapping[str, Any], notify: Notify) -> dict[str, Any]:
+    needs, free = facts["memory"]["total"], facts["free_memory"]
+    if free["device"] == "cpu" and needs > free["bytes"]:  # the system would end the process; accelerators say that they are full
+        raise ExecutionError(
+            f"A step needs about {needs / 1e9:.2f} GB of memory, and {free['bytes'] / 1e9:.2f} GB are free: none is timed.", hint=SMALLER
+        )
+    from hf_grow.training.timing import leaves_out, time_steps
+
+    return time_steps(checked, notify).to_json(facts["steps"], leaves_out(checked))
 
 
 def _teachers(checked: Checked) -> tuple[int, int]:
