@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+\Z")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # by escapes; no file name holds them, and UTF-8 does not
 _TAG, _DATE = "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"
 MOST_DEPTH, MOST_NODES = 30, 50_000
 """Levels inside each other, and values (100 characters of text count as one) with every alias counted as what it stands for."""
@@ -37,6 +38,8 @@ def _classes() -> tuple[Any, Any, Any]:
             self.depth += 1
             node: Any = super().compose_node(parent, index)
             self.depth -= 1
+            if isinstance(node, yaml.ScalarNode) and _NO_TEXT.search(node.value):
+                raise yaml.YAMLError("a text in it holds half of a character, or a zero byte")
             if alias and node not in self.sizes:
                 raise yaml.YAMLError("an alias stands inside what it stands for")
             if not alias:

@@ -204,3 +204,20 @@ def test_a_growth_json_of_other_types_is_no_traceback(
     assert status in (0, 1, 2)
     assert status == 0 or "growth.json" in said.err + said.out
     assert len(said.err) < 4_000
+
+
+def test_what_a_library_prints_past_python_does_not_stand_before_the_json(source: Path) -> None:
+    """As tokenizers does: its warnings are written by Rust, to file descriptor 1."""
+    code = (
+        "import os, sys; from hf_grow import cli\n"
+        "run = cli._run\n"
+        "cli._run = lambda words: (os.write(1, b'a warning\\n'), run(words))[1]\n"
+        "status = cli.main(sys.argv[1:])\n"
+        "print('after')\n"
+        "sys.exit(status)"
+    )
+    for words, status in ((["inspect", str(source), "--json"], 0), (["inspect", str(source / "nowhere"), "--json"], 2)):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
+        assert done.returncode == status, done.stderr
+        assert done.stdout.endswith("after\n") and isinstance(json.loads(done.stdout.removesuffix("after\n")), dict)
+        assert "a warning" in done.stderr

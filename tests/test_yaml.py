@@ -82,6 +82,8 @@ BAD = {
     "a number without end": (f"a: {'9' * 50_000}\n", "not what its tag"),
     "a key that stands twice": ("noise: 0.1\nseed: 1\nnoise: 0.2\n", "'noise' stands twice"),
     "code": ("a: !!python/object/apply:os.system [true]\n", "could not determine a constructor"),
+    "half of a character": ('output: "\\ud800"\n', "half of a character"),
+    "a zero byte": ('output: "a\\0b"\n', "zero byte"),
     "a list as a key": ("? [a]\n: b\n", "unhashable"),
     "bytes that are no text": (b"a: \xff\xfe", "UTF-8"),
     "control characters": ("a: \x1b[2J", "not valid YAML"),

@@ -12,6 +12,7 @@ from io import TextIOWrapper
 
 from hf_grow._version import __version__
 from hf_grow.cli.parsing import GREETING, Parser, check_command, error_facts, refuse_rest
+from hf_grow.cli.streams import json_alone
 from hf_grow.errors import GrowError, InputError, shown
 
 # command -> (module of its arguments and run, one line of help)
@@ -53,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name must not end the work
+    with json_alone("--json" in arguments):
+        return _ended(arguments)
+
+
+def _ended(arguments: list[str]) -> int:
     try:
         status = _run(arguments)
         if sys.stdout is not None:
