@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import accelerate.utils
+import filelock
 import pytest
 from test_distributed import model, together
 from trained import recipe
 
 from hf_grow.errors import ExecutionError
 from hf_grow.training.ahead import one_ahead
+
+HANG = 600
+"""Seconds after which something waits that nobody will wake; whatever this machine is busy with."""
 
 
 @dataclass
@@ -27,7 +31,7 @@ class Place:
 @pytest.fixture
 def collectives(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Collectives of three threads, and how many threads are in one."""
-    state, guard, barrier, named = {"inside": 0}, threading.Lock(), threading.Barrier(3, timeout=20), []
+    state, guard, barrier, named = {"inside": 0}, threading.Lock(), threading.Barrier(3, timeout=HANG), []
 
     def collective() -> None:
         with guard:
@@ -52,19 +56,25 @@ def run(body: Any) -> None:
     for t in threads:
         t.start()
     for t in threads:
-        t.join(timeout=60)
+        t.join(timeout=HANG)
         assert not t.is_alive()
 
 
-def test_the_others_wait_in_no_collective(collectives: dict[str, int]) -> None:
+def test_the_others_wait_in_no_collective(collectives: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
-    released = threading.Event()
-    threading.Timer(1.0, released.set).start()
+    asked = threading.Semaphore(0)
+
+    class Told(filelock.FileLock):
+        def acquire(self, *positional: Any, **named: Any) -> Any:
+            asked.release()
+            return super().acquire(*positional, **named)
+
+    monkeypatch.setattr(filelock, "FileLock", Told)
 
     def process(rank: int) -> None:
         with one_ahead(Place(rank), "the texts"):  # type: ignore[arg-type]
             if rank == 0:
-                released.wait(20)
+                assert all(asked.acquire(timeout=HANG) for _ in range(3)), "its own, and both others are at the lock"
                 assert order == [] and collectives["inside"] == 0
             order.append(rank)
 
