@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from hf_grow.cli.render import console
 from hf_grow.errors import ExecutionError, InputError
-from hf_grow.untrusted import plain, to_json
+from hf_grow.untrusted import plain, reason, to_json
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,12 @@ def show_next(*words: str | Path) -> None:
 
 
 def existing_folder(text: str) -> Path:
+    """Raises InputError for what is none, or may not be read."""
     path = Path(text)
-    if not path.is_dir():
-        raise InputError(f"{text} is no folder.", hint="Give the folder that holds config.json and the weights.")
-    return path
+    try:
+        with os.scandir(path):
+            return path
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise InputError(f"{text} is no folder.", hint="Give the folder that holds config.json and the weights.") from None
+    except OSError as error:
+        raise InputError(f"Cannot read {text}: {reason(error)}.") from None

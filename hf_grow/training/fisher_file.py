@@ -113,6 +113,7 @@ def open_importance(path: Path) -> Importance:
 
     if not path.is_file():
         raise InputError(f"There is no file {path}.", hint="Make one: hf-grow fisher MODEL --text OLD_DATA -o fisher.safetensors")
+    open_regular(path, error=InputError).close()  # safetensors calls a file that may not be read a missing one
     try:
         file: Any = safe_open(path, framework="pt")
         metadata = file.metadata() or {}
