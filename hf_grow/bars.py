@@ -26,28 +26,57 @@ def bar(console: Any, *counts: Any, facts: bool = False) -> Any:
     return Progress(*columns, console=console, transient=True, expand=True)
 
 
+class Counter:
+    """Called with tokens that are done; `within` with how far the piece of work is that is under way. This one shows nothing."""
+
+    def __call__(self, tokens: int) -> None:
+        pass
+
+    def within(self, step: int, of: int) -> None:
+        pass
+
+
 @contextmanager
-def counting(label: str, total: int, *, console: Any = None, note: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr that counts tokens; where stderr is no terminal, a line by ``note`` now and then."""
+def counting(label: str, total: int, *, console: Any = None, note: Callable[[str], None]) -> Iterator[Counter]:
+    """A bar on stderr that counts tokens, and a second one for what is under way; where stderr is no terminal, a line by ``note`` now and then."""
     if not sys.stderr.isatty():
-        yield _lines(label, total, note)
+        yield _Lines(label, total, note)
         return
     from rich.console import Console
     from rich.progress import MofNCompleteColumn
 
     with bar(console or Console(stderr=True), MofNCompleteColumn) as drawn:
-        task = drawn.add_task(f"{label}, tokens", total=total)
-        yield lambda tokens: drawn.advance(task, tokens)
+        yield _Bars(drawn, label, total)
 
 
-def _lines(label: str, total: int, note: Callable[[str], None]) -> Callable[[int], None]:
-    done, told = 0, time.monotonic()
+class _Bars(Counter):
+    def __init__(self, drawn: Any, label: str, total: int) -> None:
+        self.drawn, self.whole, self.piece = drawn, drawn.add_task(f"{label}, tokens", total=total), None
 
-    def progress(tokens: int) -> None:
-        nonlocal done, told
-        done += tokens
-        if time.monotonic() - told >= EVERY:
-            told = time.monotonic()
-            note(f"{label}: {done:,} of {total:,} tokens")
+    def __call__(self, tokens: int) -> None:
+        self.drawn.advance(self.whole, tokens)
+        if self.piece is not None:
+            self.drawn.remove_task(self.piece)
+            self.piece = None
 
-    return progress
+    def within(self, step: int, of: int) -> None:
+        if self.piece is None:
+            self.piece = self.drawn.add_task("this batch", total=of)
+        self.drawn.update(self.piece, completed=step, total=of)
+
+
+class _Lines(Counter):
+    def __init__(self, label: str, total: int, note: Callable[[str], None]) -> None:
+        self.label, self.total, self.note, self.done, self.told = label, total, note, 0, time.monotonic()
+
+    def __call__(self, tokens: int) -> None:
+        self.done += tokens
+        self._tell("")
+
+    def within(self, step: int, of: int) -> None:
+        self._tell(f"; this batch: token {step:,} of at most {of:,}")
+
+    def _tell(self, more: str) -> None:
+        if time.monotonic() - self.told >= EVERY:
+            self.told = time.monotonic()
+            self.note(f"{self.label}: {self.done:,} of {self.total:,} tokens{more}")

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from rich.progress import DownloadColumn, MofNCompleteColumn, TransferSpeedColumn
 
+from hf_grow import bars
 from hf_grow.bars import bar
 from hf_grow.cli import render
 from hf_grow.training import progress as training
@@ -111,6 +112,29 @@ def test_sampling_is_seen_while_it_goes(monkeypatch: pytest.MonkeyPatch) -> None
     found = [line for line in lines(terminal) if "sampling, tokens" in line]
     assert any("500000/2000000" in line for line in found)
     assert all(len(line.rstrip()) <= 80 for line in found)
+
+
+def test_a_batch_that_takes_long_is_seen_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the tokens that are kept, until there are more of them."""
+    terminal = console()
+    monkeypatch.setattr("sys.stderr", terminal.file)
+    monkeypatch.setattr(render, "notes", terminal)
+    with bars.counting("sampling", 2_000_000, console=terminal, note=pytest.fail) as progress:
+        progress(0)
+        progress.within(300, 1024)
+        progress.drawn.refresh()
+        assert any("this batch" in line and "300/1024" in line for line in lines(terminal))
+        progress(20_000)
+        terminal.file.truncate(0)
+        progress.drawn.refresh()
+        assert not any("this batch" in line for line in lines(terminal))
+    said: list[str] = []
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    monkeypatch.setattr(bars, "EVERY", 0.0)
+    with bars.counting("sampling", 2_000_000, note=said.append) as progress:
+        progress(500)
+        progress.within(300, 1024)
+    assert said == ["sampling: 500 of 2,000,000 tokens", "sampling: 500 of 2,000,000 tokens; this batch: token 300 of at most 1,024"]
 
 
 def test_publishing_is_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:

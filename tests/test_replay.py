@@ -394,6 +394,16 @@ def test_what_stands_in_the_way_of_the_output(model, tokenizer, tmp_path: Path) 
     assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
 
 
+def test_every_token_of_a_batch_is_told_and_changes_nothing(model, tokenizer, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    sample_replay(model, tokenizer, tmp_path / "a", options(tokens=1), drawing=lambda token, most: told.append((token, most)))
+    sample_replay(model, tokenizer, tmp_path / "b", options(tokens=1))
+    assert texts(tmp_path / "a") == texts(tmp_path / "b")
+    batches, last = read_record(tmp_path / "a")["batches"], max(told)[0]
+    assert batches == 1 and told == [(n, 23) for n in range(1, last + 1)]  # one of the 24 is there before
+    assert last >= read_record(tmp_path / "a")["counts"]["tokens"] - 1
+
+
 def test_the_digest_is_of_the_weights(model, saved: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -441,7 +451,8 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
     assert main(command(saved, tmp_path / "out")) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sampling: ")]
     done = [int(line.split()[1].replace(",", "")) for line in lines]
-    assert done and done == sorted(done) and all(line.endswith("tokens") for line in lines)
+    assert "sampling: 0 of 400 tokens; this batch: token 1 of at most 23" in lines
+    assert done and done == sorted(done) and all(line.endswith("tokens") or "; this batch: token " in line for line in lines)
     assert main(command(saved, tmp_path / "more", "--json")) == 0
     assert not capsys.readouterr().err
 

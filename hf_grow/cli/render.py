@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from hf_grow.bars import bar, counting
+from hf_grow.bars import Counter, bar, counting
 from hf_grow.checkpoint.writer import Progress
 from hf_grow.errors import shown
 from hf_grow.methods import starting
@@ -172,10 +172,10 @@ def bytes_bar(label: str, total: int, *, quiet: bool, then: str = "") -> Iterato
 
 
 @contextmanager
-def tokens_bar(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+def tokens_bar(label: str, total: int, *, quiet: bool) -> Iterator[Counter]:
     """The same for tokens, whose number so far it shows; where stderr is no terminal, in a line now and then."""
     if quiet:
-        yield lambda tokens: None
+        yield Counter()
         return
     with counting(label, total, console=notes, note=note) as progress:
         yield progress

@@ -52,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     with smaller, render.tokens_bar("sampling", options.tokens, quiet=arguments.json) as progress:
         try:
             replay = sample_replay(
-                model, tokenizer, out, options, ref=checkpoint.ref, revision=checkpoint.revision or "", overwrite=how.overwrite, progress=progress
+                model, tokenizer, out, options, ref=checkpoint.ref, revision=checkpoint.revision or "", overwrite=how.overwrite, progress=progress,
+                drawing=progress.within,
             )  # fmt: skip
         except KeyboardInterrupt:
             render.note("The batches that are finished are kept: the same command goes on with them.")

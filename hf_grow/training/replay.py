@@ -162,16 +162,18 @@ def sample_replay(
     revision: str = "",
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda tokens: None,
+    drawing: Callable[[int, int], None] = lambda token, most: None,
 ) -> Replay:
     """Samples into the folder `out` until it holds `options.tokens` tokens of text; goes on where an earlier run stopped.
 
-    `ref` and `revision` name the model for the record; `progress` is told how many tokens more are kept. Samples that are enough for
+    `ref` and `revision` name the model for the record; `progress` is told how many tokens more are kept, `drawing` which token of
+    each text of the batch comes next, of how many at most. Samples that are enough for
     `options.tokens` are whole, also where more was asked for before. Raises OutputError if `out` holds something else, or samples of another
     model or other settings; ExecutionError if the filters leave nothing.
     """
     from hf_grow.training.sampling import Sampler, digest
 
-    sampler = Sampler(model, tokenizer, options)
+    sampler = Sampler(model, tokenizer, options, drawing)
     settings = sampler.options.model_dump(mode="json", exclude={"tokens"})
     settings |= {"prompts_identity": Sampler.prompts_identity(options)}
     if sampler.chat_share and sampler.turns is not None:

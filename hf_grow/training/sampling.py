@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import InputError
@@ -39,11 +39,28 @@ def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: 
     return options.model_copy(update={"max_length": length, "batch_size": size, "chat_share": share})
 
 
+class _Step(LogitsProcessor):  # type: ignore[misc]
+    """Tells which token comes next, and leaves the logits alone: the one thing that generate() calls at each of them without a copy to the CPU."""
+
+    def __init__(self, tell: Callable[[int, int], None], before: int, most: int) -> None:
+        self.tell, self.before, self.most = tell, before, most
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.tell(input_ids.shape[1] - self.before + 1, self.most)
+        return scores
+
+
 class Sampler:
     """Texts of one model. The same batch number, size and kind give the same texts."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ReplayOptions) -> None:
-        self.model = model.eval()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        options: ReplayOptions,
+        drawing: Callable[[int, int], None] = lambda token, most: None,
+    ) -> None:
+        self.model, self.drawing = model.eval(), drawing
         self.tokenizer = tokenizer
         self.options = options = settle(model, tokenizer, options)
         assert options.max_length is not None and options.batch_size is not None and options.chat_share is not None
@@ -134,8 +151,9 @@ class Sampler:
             use_cache=True,
         )
         mask = torch.ones_like(starts) if there is None else there
+        steps = LogitsProcessorList([_Step(self.drawing, starts.shape[1], new)])
         with torch.inference_mode(), _without_own_settings(self.model):
-            out = self.model.generate(starts, attention_mask=mask, generation_config=config)
+            out = self.model.generate(starts, attention_mask=mask, generation_config=config, logits_processor=steps)
         drawn: list[list[int]] = out[:, starts.shape[1] :].tolist()
         return [row[: next((n for n, i in enumerate(row) if i in self.ends), len(row) - 1) + 1] for row in drawn]
 

@@ -57,5 +57,7 @@ def sampled_from(options: SelfReplay, root: Path, *, seq_length: int, trained: s
             checkpoint = open_source(checkpoint.ref, revision=checkpoint.revision or None, weights=True, notify=notify)
             model, tokenizer = load(checkpoint, sampling.dtype)
             with counting("sampling", sampling.tokens, note=notify) as progress:
-                sample_replay(model, tokenizer, folder, sampling, ref=ref, revision=revision or "", progress=progress)
+                sample_replay(
+                    model, tokenizer, folder, sampling, ref=ref, revision=revision or "", progress=progress, drawing=progress.within
+                )
     return folder
