@@ -103,6 +103,52 @@ def test_without_a_terminal_an_evaluation_says_where_it_is(monkeypatch: pytest.M
     assert said == ["evaluating: batch 1 of 3", "evaluating: batch 2 of 3"]
 
 
+def test_a_log_repeats_no_evaluation_as_if_it_were_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines say what is new; the bar also what the last evaluation found, and at which step."""
+    said: list[str] = []
+    shown = training.Progress(1024, said.append)
+    shown.evaluated(state(), {"eval_old_loss": 3.25, "eval_forgetting": 0.0})
+    shown.on_log(None, state(10), None, {"loss": 2.5})
+    assert said[0] == "step 0/2000  old 3.25  forgetting +0.0000"
+    assert said[1].startswith("step 10/2000  loss 2.5  tok/s ")
+    assert "old" not in said[1]
+    terminal = on_a_terminal(monkeypatch)
+    shown = training.Progress(1024, said.append)
+    drawn: list[str] = []
+    shown.on_train_begin(None, state(), None)
+    monkeypatch.setattr(shown.bar, "update", lambda task, facts="", **more: drawn.append(facts))
+    shown.evaluated(state(), {"eval_old_loss": 3.25})
+    shown.on_log(None, state(10), None, {"loss": 2.5})
+    shown.on_train_end(None, state(10), None)
+    assert drawn[0] == "old 3.25"
+    assert drawn[1].startswith("loss 2.5") and drawn[1].endswith("  at step 0: old 3.25")
+    assert not any("step 10/2000" in line for line in lines(terminal))
+
+
+def test_tokens_a_second_are_of_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither evaluations nor checkpoints, before, between or after steps, count as time."""
+    now = [0.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    said: list[str] = []
+    shown = training.Progress(1000, said.append)
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    shown.on_train_begin(None, state(), None)
+    passes(100)
+    shown.on_evaluate(None, state(), None)
+    passes(5)
+    shown.evaluated(state(), {})
+    for step in (1, 2):
+        passes(2)
+        shown.on_step_end(None, state(step), None)
+        passes(50)
+        shown.on_save(None, state(step), None)
+    shown.on_log(None, state(2), None, {"loss": 2.5})
+    assert "tok/s 500 " in said[-1]
+
+
 def test_sampling_is_seen_while_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = console()
     monkeypatch.setattr("sys.stderr", terminal.file)

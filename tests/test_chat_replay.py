@@ -12,6 +12,7 @@ import torch
 from models import BY_NAME, make
 from test_replay import DOCS, Stop, options
 
+from hf_grow.cli import main
 from hf_grow.errors import InputError
 from hf_grow.recipe import parse
 from hf_grow.training.chat import read_turns
@@ -223,6 +224,16 @@ def test_texts_are_as_long_as_the_sequences_of_the_training(model, tokenizer, tm
     record = json.loads((Path(data.parts[0].label) / RECORD).read_text())
     assert record["settings"]["max_length"] == 56
     assert settle(model, tokenizer, options(max_length=10**6)).max_length == model.config.max_position_embeddings
+
+
+def test_the_command_tells_how_much_of_it_are_conversations(model, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ["--tokens", "300", "--max-length", "48", "--batch-size", "4", "--chat-share", "0.5", "--device", "cpu"]
+    assert main(["replay", str(tmp_path / "model"), "-o", str(tmp_path / "out"), *words]) == 0
+    counts = json.loads((tmp_path / "out" / RECORD).read_text())["counts"]
+    assert counts["chat_tokens"]
+    assert f"chats      {counts['chat_tokens']} of {counts['tokens']} tokens are conversations" in capsys.readouterr().out
 
 
 def test_the_template_is_taken_apart(tokenizer) -> None:

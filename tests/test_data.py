@@ -200,6 +200,13 @@ def test_a_survey_tells_sizes_and_estimates_tokens_without_a_cache(tokenizer, fo
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_survey_counts_of_a_named_set_what_is_measured_on(tokenizer, folder: Path) -> None:
+    path, length = str(folder), options(train=str(folder)).seq_length
+    found = survey_of(tokenizer, train=path, eval={"few": {"path": path, "sequences": 2}, "all": {"path": path, "sequences": None}})
+    few, every = (f["tokens"] for f in found[1:])
+    assert few == 2 * length < every == found[0]["tokens"]
+
+
 # ---- the cache -----------------------------------------------------------------------------------------------------------------------
 
 

@@ -441,7 +441,9 @@ def test_the_command_writes_what_the_function_does(
     assert record["model"] == str(saved) and told["tokens_per_second"] > 0
     assert record["counts"]["texts"] == len(texts(tmp_path / "out"))
     assert main(command(saved, tmp_path / "out")) == 0
-    assert "kept" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "kept" in said and f"cut        {record['counts']['cut']} texts, at 24 tokens" in said
+    assert "chats" not in said, "there are none"
 
 
 def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(

@@ -201,6 +201,7 @@ def test_the_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.Cap
     assert main(["train", str(path), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "activations (estimated)" in said and "kind: l2sp" in said
+    assert "│ teachers" not in said, "what takes nothing is left out"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -170,6 +170,15 @@ def test_numbers_at_the_edge_and_words_that_yaml_takes_for_false() -> None:
     assert made.save_strategy == made.logging_strategy == "no"
 
 
+def test_memory_is_pinned_where_that_is_possible_and_nobody_says_otherwise() -> None:
+    """torch warns on a CPU, at every evaluation."""
+    plain = TrainRecipe.model_validate({"model": "m", "data": {"train": "t"}})
+    made = arguments_for(plain, {}, Path("out"))
+    assert made.dataloader_pin_memory is (made.device.type not in ("cpu", "mps"))
+    for said in (True, False):
+        assert arguments_for(plain, {"dataloader_pin_memory": said}, Path("out")).dataloader_pin_memory is said
+
+
 @pytest.mark.parametrize("wrong", ["lambda", "list", "inside", "whole", "model"])
 def test_wrong_keys_hide_nothing_beside_them(wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is wrong with files is told also where keys of the same section are wrong."""

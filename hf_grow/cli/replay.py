@@ -82,6 +82,13 @@ def _show(replay: Replay, out: Path) -> None:
     counts, facts = replay.record["counts"], replay.to_json()
     dropped = ", ".join(f"{n} {reason}" for reason, n in counts["dropped"].items()) or "none"
     render.console.print(f"texts      {counts['texts']:,} of {counts['sampled_texts']:,} kept; dropped: {dropped}", markup=False)
+    if replay.record["settings"]["chat_share"]:
+        render.console.print(f"chats      {counts['chat_tokens']:,} of {counts['tokens']:,} tokens are conversations", markup=False)
+    if counts["cut"]:
+        length = replay.record["settings"]["max_length"]
+        render.console.print(
+            f"cut        {counts['cut']:,} texts, at {length:,} tokens: no end is put after them (--max-length)", markup=False
+        )
     render.console.print(f"wrote      {out}: {counts['tokens']:,} tokens, {render.duration(replay.seconds)}", markup=False)
     if replay.sampled_tokens:
         render.console.print(f"speed      {facts['tokens_per_second']:,.0f} tokens/s sampled", markup=False)

@@ -215,7 +215,7 @@ def _show_plan(facts: dict[str, Any]) -> None:
     memory.add_column("")
     memory.add_column("", justify="right")
     for purpose, nbytes in facts["memory"].items():
-        if nbytes or purpose != "gathered":
+        if nbytes:
             memory.add_row(f"{purpose} (estimated)" if purpose in ("activations", "gathered") else purpose, render.gigabytes(nbytes))
     out.print(memory)
     for text in facts["texts"]:

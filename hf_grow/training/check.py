@@ -296,6 +296,8 @@ def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> T
             raise InputError(f"optim {settings.get('optim', 'default')}: {' '.join(str(error).split())}") from None
     if made.use_liger_kernel and not is_liger_kernel_available():
         raise InputError("use_liger_kernel: liger-kernel is not installed.", hint="Run pip install liger-kernel, or leave it out.")
+    if "dataloader_pin_memory" not in given and made.device.type in ("cpu", "mps"):
+        made.dataloader_pin_memory = False  # torch cannot there, and would warn at every evaluation
     missing = sorted(set(made.report_to) - set(get_available_reporting_integrations()))
     if missing:
         raise InputError(f"report_to names {', '.join(missing)}, which is not installed or not known.")

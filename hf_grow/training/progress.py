@@ -21,13 +21,21 @@ def scientific(flops: float) -> str:
     return f"{flops / 1e6:.3g} MFLOP"
 
 
+def _pairs(facts: dict[str, str]) -> str:
+    return "  ".join(f"{name} {value}" for name, value in facts.items())
+
+
 class Progress(TrainerCallback):  # type: ignore[misc]
     """Shows what the trainer tells; `tokens_a_step` over all processes, `show` prints a line where there is no terminal."""
 
     def __init__(self, tokens_a_step: int, show: Callable[[str], None]) -> None:
         self.tokens_a_step, self.show = tokens_a_step, show
         self.facts: dict[str, str] = {}
-        self.began, self.first = time.perf_counter(), 0
+        self.measured: dict[str, str] = {}
+        """What the last evaluation found, at step `self.measured_at`."""
+        self.measured_at = 0
+        self.trained, self.mark, self.first = 0.0, time.perf_counter(), 0
+        """Seconds of training, since when more count, and the step that they began at."""
         self.bar: Any = None
         self.task: Any = None
         self.evaluation: Any = None
@@ -44,7 +52,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self.bar.start()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began, self.first = time.perf_counter(), state.global_step
+        self.trained, self.mark, self.first = 0.0, time.perf_counter(), state.global_step
         self._begin(state)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
@@ -66,42 +74,51 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.batches = 0
         if self.bar is not None and self.evaluation is not None:
             self.bar.remove_task(self.evaluation)
-        self.evaluation = None
+        self.evaluation, self.mark = None, time.perf_counter()
         if self.ended:  # the last evaluation comes after the training
             self._close()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trained, self.mark = self.trained + time.perf_counter() - self.mark, time.perf_counter()
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.mark = time.perf_counter()  # neither checkpoints nor evaluations count as time of training
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or not state.is_world_process_zero or "loss" not in logs:
             return
         done = (state.global_step - self.first) * self.tokens_a_step
-        speed = done / max(time.perf_counter() - self.began, 1e-9)
-        self.facts |= {"loss": f"{logs['loss']:.4g}", "tok/s": f"{speed:,.0f}", "spent": scientific(state.total_flos)}
-        self._tell(state)
+        speed = done / max(self.trained, 1e-9)
+        self.facts = {"loss": f"{logs['loss']:.4g}", "tok/s": f"{speed:,.0f}", "spent": scientific(state.total_flos)}
+        if self.bar is None:
+            self.show(self._line(state, self.facts))
+        else:
+            self._draw(state)
 
     def evaluated(self, state: Any, metrics: dict[str, float]) -> None:
         """After all named sets; called by the trainer, because callbacks hear of one set at a time."""
-        self.facts |= {k.removeprefix("eval_").removesuffix("_loss"): f"{v:.4g}" for k, v in metrics.items() if k.endswith("_loss")}
+        found = {k.removeprefix("eval_").removesuffix("_loss"): f"{v:.4g}" for k, v in metrics.items() if k.endswith("_loss")}
         if "eval_forgetting" in metrics:
-            self.facts["forgetting"] = f"{metrics['eval_forgetting']:+.4f}"
+            found["forgetting"] = f"{metrics['eval_forgetting']:+.4f}"
         if "eval_kl" in metrics:
-            self.facts["KL"] = f"{metrics['eval_kl']:.4f}"
-        if state.is_world_process_zero:
-            self._tell(state)
-            if self.bar is not None and self.facts:  # stays above the bar
-                self.bar.console.print(self._line(state), markup=False, highlight=False)
+            found["KL"] = f"{metrics['eval_kl']:.4f}"
+        self.measured, self.measured_at, self.mark = found, state.global_step, time.perf_counter()
+        if state.is_world_process_zero and found:
+            if self.bar is None:
+                self.show(self._line(state, found))
+            else:
+                self._draw(state)
+                self.bar.console.print(self._line(state, found), markup=False, highlight=False)  # stays above the bar
 
-    def _line(self, state: Any) -> str:
-        return f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k} {v}" for k, v in self.facts.items())
+    def _line(self, state: Any, facts: dict[str, str]) -> str:
+        return f"step {state.global_step}/{state.max_steps}  {_pairs(facts)}"
 
-    def _tell(self, state: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, facts="  ".join(f"{k} {v}" for k, v in self.facts.items()))
-        else:
-            self.show(self._line(state))
+    def _draw(self, state: Any) -> None:
+        """The bar has what the last evaluation found too: on the way to the next one, with its step."""
+        old = f"at step {self.measured_at}: " if self.measured and self.measured_at != state.global_step else ""
+        self.bar.update(self.task, facts="  ".join(filter(None, [_pairs(self.facts), old + _pairs(self.measured)])))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.ended = True

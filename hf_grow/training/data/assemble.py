@@ -125,7 +125,8 @@ def survey(
 ) -> list[dict[str, Any]]:
     """What `build` would find, for a dry run: every source is opened and its first documents are tokenised, no more.
 
-    `tokens` is an estimate from the size of the files, None on the Hub. Self-replay is told, not sampled. Raises as `build` does.
+    `tokens` is an estimate from the size of the files, None on the Hub; of a named set at most what is measured on. Self-replay is told, not
+    sampled. Raises as `build` does.
     """
     need("datasets")
     encoding = Encoding(tokenizer, options.bos)
@@ -144,7 +145,11 @@ def survey(
         ids = encoding(batch)
         packing.check_ids(max(max(i) for i in ids), vocab_size, source.label)
         rate = sum(map(len, ids)) / sum(len(d.text.encode()) for d in batch)
-        found.append({"use": use, "label": source.label, "bytes": source.nbytes, "tokens": source.nbytes and round(rate * source.nbytes)})
+        tokens = source.nbytes and round(rate * source.nbytes)
+        if isinstance(text, EvalSource) and text.sequences:
+            most = text.sequences * options.seq_length
+            tokens = min(tokens or most, most)
+        found.append({"use": use, "label": source.label, "bytes": source.nbytes, "tokens": tokens})
     return found
 
 
