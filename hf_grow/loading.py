@@ -21,16 +21,18 @@ TOKENIZER = "Copy the files of the tokenizer, and config.json, from the original
 
 
 @contextmanager
-def loading(what: str, hint: str = CONFIG) -> Iterator[None]:
+def loading(what: str, hint: str = CONFIG, *, does: str = "load") -> Iterator[None]:
     """Raises SourceError for whatever is raised inside, except errors of ours, a lack of memory and an interruption."""
     try:
         yield
     except (GrowError, MemoryError):
         raise
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, of the accelerator and the CPU
+            raise
         import transformers
 
-        raise SourceError(f"transformers {transformers.__version__} cannot load {what}: {one_line(error)}.", hint=hint) from error
+        raise SourceError(f"transformers {transformers.__version__} cannot {does} {what}: {one_line(error)}.", hint=hint) from error
 
 
 def one_line(error: Exception) -> str:

@@ -40,6 +40,14 @@ def test_forward_and_everything_trained(case: str) -> None:
     assert flops.training(skeleton(config.to_dict()), LENGTH) == 3 * once
 
 
+def test_rotary_frequencies_that_follow_the_length_are_no_more_work() -> None:
+    """Which are in force is asked of the positions' numbers, and the model on the meta device has none."""
+    config = real_config(BY_NAME["llama"]).to_dict()
+    dynamic = {**config, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    assert flops.forward(dynamic, LENGTH) == flops.forward(config, LENGTH)
+    assert flops.training(skeleton(dynamic), LENGTH) == 3 * flops.forward(config, LENGTH)
+
+
 def test_of_a_mixture_the_experts_of_a_token_count() -> None:
     config = real_config(BY_NAME["mixtral"])
     p = parts(config)

@@ -79,7 +79,33 @@ def test_an_odd_config_is_one_message(
     assert not any((tmp_path / name).exists() for name in ("out", "out.partial", "texts", "f.safetensors"))
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), InputError("ours")])
+@pytest.mark.parametrize(
+    ("command", "config", "says"),
+    [
+        ("train", {"attention_dropout": -1.0}, "cannot run the model: ValueError: dropout probability has to be between 0 and 1"),
+        ("replay", {"sliding_window": 0}, "cannot sample from the model: RuntimeError"),
+        ("fisher", {"rope_parameters": {"rope_type": "dynamic", "factor": 0.0, "rope_theta": 0.0}}, "values that are not finite"),
+    ],
+)
+def test_a_config_that_loads_and_does_not_run(
+    command: str,
+    config: dict[str, Any],
+    says: str,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(corpus, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    monkeypatch.chdir(tmp_path)
+    assert main(COMMANDS[command].split()) in (1, 2)
+    assert says in capsys.readouterr().err
+    assert not any((tmp_path / name).exists() for name in ("out/config.json", "f.safetensors"))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), InputError("ours"), torch.OutOfMemoryError("of the GPU")])
 def test_what_says_nothing_of_the_file_passes(error: BaseException) -> None:
     with pytest.raises(type(error)) as found, loading("it"):
         raise error

@@ -146,7 +146,15 @@ def _drawn(logits: Tensor, generator: Any) -> Tensor:
     """A token at every place, from the model's own distribution; one sequence at a time, for memory."""
     import torch
 
-    return torch.stack([torch.multinomial(row.float().softmax(-1), 1, generator=generator).squeeze(-1) for row in logits])
+    drawn = []
+    for row in logits:
+        share = row.float().softmax(-1)
+        if not bool(torch.isfinite(share).all()):
+            raise ExecutionError(
+                "The model computes values that are not finite.", hint="Compute with --dtype float32; are its weights sound?"
+            )
+        drawn.append(torch.multinomial(share, 1, generator=generator).squeeze(-1))
+    return torch.stack(drawn)
 
 
 def _wide(p: Tensor) -> Any:

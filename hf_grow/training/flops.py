@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hf_grow.loading import loading
 from hf_grow.training.skeleton import skeleton
 
 if TYPE_CHECKING:
@@ -37,10 +38,13 @@ def _count(model: Any, length: int, backward: bool = False) -> float:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.set_attn_implementation("eager")  # every product by itself; fused kernels are counted with what they compute twice
     base.set_experts_implementation("batched_mm")  # experts of a token, without asking which
+    for module in base.modules():
+        if isinstance(getattr(module, "rope_type", None), str):
+            module.rope_type = "default"  # dynamic ones look at the numbers of the positions; the products are the same
     ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
     # A mask of its own: transformers would look at numbers to make one.
     mask = torch.zeros(1, 1, length, length, device="meta")
-    with FlopCounterMode(display=False) as counter:
+    with loading("the model", does="run"), FlopCounterMode(display=False) as counter:
         logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         if backward:
             logits.backward(torch.empty_like(logits))  # type: ignore[no-untyped-call]
