@@ -57,6 +57,8 @@ class Architecture:
         for axis in AXES:
             self.size(axis)
         self._check_layers()
+        if config.get("max_position_embeddings") is not None:
+            self._positive("max_position_embeddings", config["max_position_embeddings"])
         if self.size("head_dim") % 2:
             raise SourceError(f"head_dim is {self.size('head_dim')}; rotary position embeddings need an even one.")
         if self.family.heads_divide_hidden and self.size("hidden") % self.heads:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import BY_NAME, make, save
+from models import BY_NAME, make, real_config, save
 from trained import FAST, text, tokenizer
 
+from hf_grow.architecture import Architecture
 from hf_grow.cli import main
 from hf_grow.errors import InputError, SourceError
 from hf_grow.loading import load_tokenizer, loading
@@ -103,6 +104,14 @@ def test_a_config_that_loads_and_does_not_run(
     assert main(COMMANDS[command].split()) in (1, 2)
     assert says in capsys.readouterr().err
     assert not any((tmp_path / name).exists() for name in ("out/config.json", "f.safetensors"))
+
+
+@pytest.mark.parametrize("length", [-1, 0, True, "x", 5.0, [1]])
+def test_a_model_has_a_whole_number_of_positions(length: Any) -> None:
+    config = real_config(BY_NAME["mistral"]).to_dict()
+    assert Architecture(config).layers == 4
+    with pytest.raises(SourceError, match="max_position_embeddings must be a positive integer"):
+        Architecture({**config, "max_position_embeddings": length})
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), InputError("ours"), torch.OutOfMemoryError("of the GPU")])
