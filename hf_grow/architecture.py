@@ -12,6 +12,9 @@ from hf_grow.errors import SourceError
 from hf_grow.families import AXES, FAMILIES, MAX_LAYERS, MAX_TENSORS, PREDICATES, Config, Dim, TensorSpec
 from hf_grow.foreign import why_not
 
+OUTPUT_SWITCHES = ("return_dict", "output_attentions", "output_hidden_states")
+"""Keys of every family that say what a model returns."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -91,6 +94,9 @@ class Architecture:
 
         for key, default in self.family.defaults.items():
             if isinstance(default, bool) and not isinstance(self.get(key), bool):
+                refuse(key, "true or false")
+        for key in OUTPUT_SWITCHES:
+            if not isinstance(self.get(key), bool | None):
                 refuse(key, "true or false")
         if self.top_k > self.size("experts"):
             refuse("num_experts_per_tok", f"at most the number of experts, {self.size('experts')}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.evaluate import BLOCK, Tensors
 from hf_grow.families import Dim
-from hf_grow.loading import loading
+from hf_grow.loading import loading, plain_outputs
 
 
 def embeddings(checkpoint: Checkpoint, tensors: Tensors, ids: Sequence[int]) -> Tensor:
@@ -64,6 +64,7 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
     settings = dict(checkpoint.config)
     with loading(f"the model of {checkpoint.ref}"):
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        plain_outputs(config)
         with torch.device("meta"):
             model = AutoModel.from_config(config, dtype=torch.float32).eval()
         model.rotary_emb = type(model.rotary_emb)(config=config)

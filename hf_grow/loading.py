@@ -6,15 +6,16 @@ says something about the file. The message names the library's error, so that a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from hf_grow.architecture import OUTPUT_SWITCHES
 from hf_grow.errors import GrowError, SourceError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 CONFIG = "Compare its config.json with the one of a model of the same family that works."
 TOKENIZER = "Copy the files of the tokenizer, and config.json, from the original model again."
@@ -33,6 +34,16 @@ def loading(what: str, hint: str = CONFIG, *, does: str = "load") -> Iterator[No
         import transformers
 
         raise SourceError(f"transformers {transformers.__version__} cannot {does} {what}: {one_line(error)}.", hint=hint) from error
+
+
+def plain_outputs(config: PreTrainedConfig) -> None:
+    """Has a model return an object with logits or a loss, and nothing else, whatever its config.json says."""
+    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
+
+
+def told_outputs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `plain_outputs` overrode, as a config.json says it: it goes back into the one that is written."""
+    return {k: config[k] for k in OUTPUT_SWITCHES if k in config}
 
 
 def one_line(error: Exception) -> str:

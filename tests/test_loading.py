@@ -106,6 +106,29 @@ def test_a_config_that_loads_and_does_not_run(
     assert not any((tmp_path / name).exists() for name in ("out/config.json", "f.safetensors"))
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_config_json_says_of_outputs_changes_nothing(
+    command: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(corpus, tmp_path, dirs_exist_ok=True)
+    odd = {"return_dict": False, "output_hidden_states": True, "output_attentions": True}
+    for path in (tmp_path / "source" / "config.json", tmp_path / "grown" / "config.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **odd}))
+    monkeypatch.chdir(tmp_path)
+    status, said = main(COMMANDS[command].split()), capsys.readouterr().err
+    # verify: config.json is not as planned; a model that knows nothing writes nothing that is kept.
+    assert status == 0 or (command == "verify" and not said) or (command == "replay" and "was kept" in said), said
+    if (tmp_path / "out" / "config.json").is_file():
+        written = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert {k: written[k] for k in odd} == odd
+
+
+@pytest.mark.parametrize("key", ["return_dict", "output_hidden_states", "output_attentions"])
+def test_a_switch_is_true_or_false(key: str) -> None:
+    with pytest.raises(SourceError, match=f"{key} must be true or false"):
+        Architecture({**real_config(BY_NAME["mistral"]).to_dict(), key: 5.0}).layers  # noqa: B018 (a property that checks)
+
+
 @pytest.mark.parametrize("length", [-1, 0, True, "x", 5.0, [1]])
 def test_a_model_has_a_whole_number_of_positions(length: Any) -> None:
     config = real_config(BY_NAME["mistral"]).to_dict()

@@ -24,7 +24,7 @@ from hf_grow.checkpoint.writer import check_room
 from hf_grow.errors import InputError, SourceError
 from hf_grow.execute import explained, versions
 from hf_grow.growth import Growth
-from hf_grow.loading import loading
+from hf_grow.loading import loading, plain_outputs, told_outputs
 from hf_grow.methods import METHODS
 from hf_grow.planning import GrowthPlan, check_source, make_plan
 from hf_grow.portable import portable_config
@@ -174,7 +174,7 @@ def merge_adapter(
         explained(folder),
     ):
         merged.save_pretrained(folder.path)
-        folder.write_json("config.json", portable_config(read_json(folder.path / "config.json")))
+        folder.write_json("config.json", portable_config(read_json(folder.path / "config.json") | told_outputs(source.config)))
         for relative in companions(source.folder):
             folder.copy_in(source.folder, relative)
         facts = {"adapter": found.told(), "merged_into": ref}
@@ -198,6 +198,7 @@ def _merged(base: Path, plan: GrowthPlan | None, adapter: Adapter, dtype: str) -
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False)
     if plan is not None:
         model = grow_model(model, plan)
+    plain_outputs(model.config)
     config = LoraConfig(**adapter.for_peft())
     try:
         with _calm():

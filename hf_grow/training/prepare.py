@@ -11,7 +11,7 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError, SourceError
 from hf_grow.in_memory import untie_config
-from hf_grow.loading import loading
+from hf_grow.loading import loading, plain_outputs
 from hf_grow.planning import GrowthPlan
 from hf_grow.training import adapters, flops, newness
 from hf_grow.training.blocks import Blend
@@ -62,6 +62,7 @@ def load_model(ref: str, revision: str | None, dtype: str, attention: str | None
         raise SourceError(f"The weights of {ref} lack {missing[0]} ({len(missing)} tensors); they would be random.")
     loaded: PreTrainedModel = model
     untie_config(loaded)
+    plain_outputs(loaded.config)
     return loaded
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.errors import OutputError, SourceError
 from hf_grow.execute import versions
+from hf_grow.loading import told_outputs
 from hf_grow.portable import portable_config
 from hf_grow.training import storing
 from hf_grow.training.assembly import bring_companions, facts, make_trainer, prepare, tokens_of
@@ -135,7 +136,8 @@ def _finish(trainer: GrowTrainer, checked: Checked, data: TrainData, found: Any,
     trainer.save_model(str(out))
     if checked.arguments.should_save:
         config = read_json(out / "config.json")
-        # Trainer turns the cache off, for training.
+        # Trainer turns the cache off, for training, and what a model returns was set to what is read here.
+        config |= told_outputs(checked.checkpoint.config)
         config |= {"use_cache": checked.checkpoint.config.get("use_cache", True), "dtype": storing.dtype_of(out)}
         write_json(out / "config.json", portable_config(config))
         note_files(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.loading import loading
+from hf_grow.loading import loading, plain_outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,7 @@ def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
     kind = settings.pop("model_type")
     with loading(f"a model of these settings ({kind})"), torch.device("meta"):
         made = AutoConfig.for_model(kind, **settings)
+        plain_outputs(made)
         # Not by from_config: under DeepSpeed that would cut the model into pieces, which have no shape.
         model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)](made)
     return model

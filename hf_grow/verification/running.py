@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from hf_grow.architecture import Architecture
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.in_memory import assemble, untie_config
-from hf_grow.loading import loading
+from hf_grow.loading import loading, plain_outputs
 from hf_grow.machine import available_memory
 from hf_grow.methods.sizing import measure
 from hf_grow.planning import GrowthPlan, TensorInfo
@@ -62,6 +62,7 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
             **_plain(dtype, checkpoint.info.architecture),
         )
         untie_config(model)
+        plain_outputs(model.config)
     return cast("PreTrainedModel", model.eval())
 
 
@@ -84,7 +85,9 @@ def mapped_model(plan: GrowthPlan, old: Checkpoint, dtype: str) -> PreTrainedMod
         state = {n: evaluator.whole(e, TensorInfo(wide, plan.targets[n].shape)) for n, e in plan.growth.tensors.items()}
     finally:
         stored.close()
-    return assemble(plan, state, getattr(torch, dtype), **_plain(dtype, plan.architecture)).eval()
+    model = assemble(plan, state, getattr(torch, dtype), **_plain(dtype, plan.architecture)).eval()
+    plain_outputs(model.config)
+    return model
 
 
 def rounded_once_more(model: PreTrainedModel, share: float) -> PreTrainedModel:
