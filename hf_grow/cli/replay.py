@@ -92,4 +92,4 @@ def _show(replay: Replay, out: Path) -> None:
     render.console.print(f"wrote      {out}: {counts['tokens']:,} tokens, {render.duration(replay.seconds)}", markup=False)
     if replay.sampled_tokens:
         render.console.print(f"speed      {facts['tokens_per_second']:,.0f} tokens/s sampled", markup=False)
-    render.console.print(f"use it     replay: {{path: {out}, share: 0.05}} in the recipe of hf-grow train", markup=False)
+    render.console.print(f"use it     replay: {{path: {out}, share: 0.25}} in the recipe of hf-grow train", markup=False)
