@@ -6,20 +6,19 @@ import argparse
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.checkpoint.writer import check_room
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, add_source, enough_memory, print_json
+from hf_grow.cli.fisher_options import RunOptions
 from hf_grow.cli.trials import MEASURED, Trials, calibrated, trials_for
 from hf_grow.errors import InputError, OutputError
 from hf_grow.methods.sizing import measure, short
 from hf_grow.planning import GrowthPlan, check_source
-from hf_grow.recipe import Needs, Options, Unless, parse, unmet
+from hf_grow.recipe import parse, unmet
 from hf_grow.training.advice import RECOVER, damaged
 from hf_grow.training.data.options import TextOptions
 from hf_grow.training.events import plain
@@ -27,39 +26,6 @@ from hf_grow.training.extras import need
 from hf_grow.training.fisher import FisherOptions, memory
 from hf_grow.training.fisher_file import open_importance
 from hf_grow.untrusted import to_json
-
-
-class RunOptions(Options):
-    """What the command reads and writes."""
-
-    output: str
-    """File to write (also -o), such as fisher.safetensors."""
-    text: str | None = None
-    """Text of the old domain: a folder, a file (txt, jsonl, json, parquet), a glob, or the id of a data set on the Hub."""
-    from_growth: Path | None = None
-    """Instead of text: the Fisher of the source, mapped through MODEL's growth.json so that it punishes as much as before."""
-    merge: Path | None = None
-    """Fisher of earlier tasks, for the same tensors; the file holds decay * merge + this one (online EWC)."""
-    decay: Annotated[float, Field(ge=0, le=1), Needs("merge")] = 1.0
-    """What --merge counts (gamma)."""
-    utility: Path | None = None
-    """Write the squared gradients of every expert of a mixture into this JSON file, for hf-grow experts --utility."""
-    calibrate: Annotated[float, Field(gt=0)] | None = None
-    """Find the lambda with which short trainings on --on raise the old loss by no more than this many nats a token."""
-    on: str | None = None
-    """New text for --calibrate; like --text."""
-    calibrate_steps: Annotated[int, Field(ge=1), Needs("calibrate")] = 60
-    """Steps of each training."""
-    calibrate_lr: Annotated[Annotated[float, Field(gt=0)] | None, Needs("calibrate"), Unless("recipe")] = None
-    """Learning rate of each training, where no recipe is given. Default: 1e-4."""
-    recipe: Annotated[str | None, Needs("calibrate")] = None
-    """For --calibrate: the training recipe that lambda is for. Its learning rate, decay, schedule, batch, sequence length and penalty are taken."""
-    device: Annotated[str | None, Unless("from_growth")] = None
-    """Where the model runs: cpu, cuda, cuda:1. Default: the first GPU, else the CPU."""
-    overwrite: bool = False
-    """Replace a file that is there."""
-    dry_run: bool = False
-    """Say what it would take, and stop."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

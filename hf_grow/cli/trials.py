@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.cli import render
+from hf_grow.cli.fisher_options import RunOptions
 from hf_grow.errors import InputError
 from hf_grow.planning import GrowthPlan
 from hf_grow.training.extras import need
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, TrainingArguments
 
-    from hf_grow.cli.fisher import RunOptions
     from hf_grow.training.calibrate import Calibration
 
 MEASURED = 32
