@@ -23,9 +23,9 @@ from report import Row, markdown, show
 
 from hf_grow.api import plan
 from hf_grow.checkpoint.writer import check_room
-from hf_grow.execute import versions
+from hf_grow.convert.execute import versions
+from hf_grow.growth.plan import GrowthPlan
 from hf_grow.methods import METHODS
-from hf_grow.planning import GrowthPlan
 
 HERE = Path(__file__).parent
 OFFLINE = {"HF_HUB_OFFLINE": "1"}

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import transformers
 
-from hf_grow.training.fisher import FisherOptions, estimate, on_disk
-from hf_grow.training.fisher_file import samples, write_importance
 from hf_grow.training.regularizers import Penalty, PenaltyOptions, Quadratic, make_penalty
+from hf_grow.training.regularizers.fisher import FisherOptions, estimate, on_disk
+from hf_grow.training.regularizers.fisher_file import samples, write_importance
 
 SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from hf_grow.architecture import Architecture
 from hf_grow.checkpoint.reader import INDEX
 from hf_grow.checkpoint.transfer import write_all
 from hf_grow.checkpoint.writer import Shard, check_room, index_of, layout
-from hf_grow.planning import TensorInfo
+from hf_grow.growth.plan import TensorInfo
+from hf_grow.model.architecture import Architecture
 
 STD = 0.02
 VALUES = 1 << 23  # 16 MiB of bfloat16

@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_grow import api
-from hf_grow.axes import AxisMap, Run, joined, select
 from hf_grow.checkpoint.reader import Checkpoint, open_folder
-from hf_grow.planning import GrowthPlan
-from hf_grow.tensormap import Expr, Source, Sum, Take
-from hf_grow.verification.differences import Difference
+from hf_grow.growth.axes import AxisMap, Run, joined, select
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.growth.tensormap import Expr, Source, Sum, Take
+from hf_grow.verification.eval_text import token_windows
 from hf_grow.verification.function import COMPUTED, Runs
+from hf_grow.verification.logit_differences import Difference
+from hf_grow.verification.models import load_model, logits, mapped_model
 from hf_grow.verification.routing import Routing
-from hf_grow.verification.running import load_model, logits, mapped_model
-from hf_grow.verification.texts import token_windows
 
 
 @dataclass(frozen=True)

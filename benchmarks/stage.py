@@ -109,11 +109,11 @@ def _pretrain(stage: Stage, found: domains.Domains) -> None:
     import torch
     from transformers import TrainingArguments
 
-    from hf_grow.training.fisher import on_disk
-    from hf_grow.training.fisher_file import samples, write_importance
     from hf_grow.training.regularizers import PenaltyOptions, make_penalty
+    from hf_grow.training.regularizers.fisher import on_disk
+    from hf_grow.training.regularizers.fisher_file import samples, write_importance
     from hf_grow.training.regularizers.si import SynapticIntelligence
-    from hf_grow.training.trainer import Growing, GrowTrainer
+    from hf_grow.training.trainer.trainer import Growing, GrowTrainer
 
     s = stage.settings
     old, new = found.documents["old"], found.documents["new"]

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_grow import plan
-from hf_grow.in_memory import grow_model
+from hf_grow.convert.in_memory import grow_model
 
 RESULTS = Path(__file__).parent / "results"
 DOMAINS = {"prose": "old", "code": "new"}

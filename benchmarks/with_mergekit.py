@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_grow.growth import LayerOrigin
+from hf_grow.growth.growth import LayerOrigin
 
 # torch first and alone: where a wheel for CPU only is at hand, it is taken, instead of gigabytes of CUDA that a later resolution would bring.
 PACKAGES = ("torch==2.13.0", "mergekit==0.1.5")

@@ -19,12 +19,12 @@ from hf_grow._version import __version__
 
 if TYPE_CHECKING:
     from hf_grow.api import grow, plan, push, train, verify
+    from hf_grow.convert.execute import Result
+    from hf_grow.convert.in_memory import grow_model
     from hf_grow.errors import ExecutionError, GrowError, InputError, OutputError, PlanError, SourceError, VerificationError
-    from hf_grow.execute import Result
-    from hf_grow.growth import Guarantee
-    from hf_grow.in_memory import grow_model
+    from hf_grow.growth.growth import Guarantee
+    from hf_grow.growth.plan import GrowthPlan
     from hf_grow.methods import METHODS
-    from hf_grow.planning import GrowthPlan
     from hf_grow.verification import Report
 
 _HOMES = {
@@ -32,11 +32,11 @@ _HOMES = {
     **dict.fromkeys(
         ("ExecutionError", "GrowError", "InputError", "OutputError", "PlanError", "SourceError", "VerificationError"), "hf_grow.errors"
     ),
-    "Result": "hf_grow.execute",
-    "Guarantee": "hf_grow.growth",
-    "grow_model": "hf_grow.in_memory",
+    "Result": "hf_grow.convert.execute",
+    "Guarantee": "hf_grow.growth.growth",
+    "grow_model": "hf_grow.convert.in_memory",
     "METHODS": "hf_grow.methods",
-    "GrowthPlan": "hf_grow.planning",
+    "GrowthPlan": "hf_grow.growth.plan",
     "Report": "hf_grow.verification",
 }
 

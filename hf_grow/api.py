@@ -7,27 +7,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.checkpoint.names import ALIASES
+from hf_grow.checkpoint.donors import named, with_others
+from hf_grow.checkpoint.model_ids import ALIASES
 from hf_grow.checkpoint.reader import Checkpoint, open_folder
-from hf_grow.checkpoint.several import named, with_others
 from hf_grow.checkpoint.source import open_source
 from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, Progress
+from hf_grow.common.suggest import did_you_mean
 from hf_grow.errors import InputError, PlanError
-from hf_grow.growth import Method
+from hf_grow.growth.growth import Method
+from hf_grow.growth.plan import GrowthPlan, SourceInfo, check_source, make_plan
 from hf_grow.methods import METHODS
-from hf_grow.methods.expert_options import ExpertsOptions
-from hf_grow.methods.idle import refuse_idle
+from hf_grow.methods.experts.expert_options import ExpertsOptions
+from hf_grow.methods.no_effect import refuse_idle
 from hf_grow.methods.pipeline import PIPELINE, PipelineOptions
-from hf_grow.planning import GrowthPlan, SourceInfo, check_source, make_plan
-from hf_grow.recipe import Options, parse
-from hf_grow.suggest import did_you_mean
+from hf_grow.options import Options, parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_grow.execute import Result
+    from hf_grow.convert.execute import Result
     from hf_grow.publish.push import Pushed
-    from hf_grow.training.run import TrainResult
+    from hf_grow.training.trainer.run import TrainResult
     from hf_grow.verification import Report
 
 Notify = Callable[[str], None]
@@ -74,7 +74,7 @@ def measured(plan: GrowthPlan, checkpoint: Checkpoint, options: Options, *, noti
         options = options.steps[0].options
     import base64
 
-    from hf_grow.prompted import router_rows
+    from hf_grow.convert.router_init import router_rows
 
     assert isinstance(options, ExpertsOptions) and options.prompts is not None and options.router in ("prompts", "cheap-embed")
     rows = router_rows(checkpoint, options.prompts, kind=options.router, pooling=options.prompt_pooling, notify=notify)
@@ -99,7 +99,7 @@ def plan(
     if isinstance(source, str | Path):
         info = open_sources(str(source), parsed, revision=revision, weights=False, notify=notify).info
     else:
-        from hf_grow.in_memory import describe
+        from hf_grow.convert.in_memory import describe
 
         others = {label: open_source(ref, revision=r, weights=False, notify=notify).info for label, ref, r in named(parsed.further())}
         info = replace(describe(source), others=others)
@@ -124,9 +124,9 @@ def grow(
 ) -> Result:
     """Grows a checkpoint (folder or Hub id) into the folder `out`.
 
-    Raises InputError before a byte is written, ExecutionError if writing fails; see `hf_grow.execute.execute`.
+    Raises InputError before a byte is written, ExecutionError if writing fails; see `hf_grow.convert.execute.execute`.
     """
-    from hf_grow.execute import execute
+    from hf_grow.convert.execute import execute
 
     found = find_method(method)
     parsed = parse(found.options, options, where=f"method {method}", strict=False)
@@ -221,8 +221,8 @@ def train(
 
     Raises InputError, with every mistake, before anything is written.
     """
-    from hf_grow.training import recipe as recipes
-    from hf_grow.training import run
+    from hf_grow.training.config import train_config as recipes
+    from hf_grow.training.trainer import run
 
     read = recipes.read({**recipe, **changes}) if isinstance(recipe, Mapping) else recipes.load(Path(recipe), changes)
     return run.train(read, output=None if output is None else str(output), resume=resume, overwrite=overwrite, notify=notify)

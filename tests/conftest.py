@@ -23,7 +23,7 @@ torch.set_warn_always(True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--perturb", type=int, metavar="SEED", help="other last bits in torch's arithmetic: tests/perturbed.py")
+    parser.addoption("--perturb", type=int, metavar="SEED", help="other last bits in torch's arithmetic: tests/support/perturbed.py")
     parser.addoption("--perturb-by", type=float, default=1.0, metavar="UNITS", help="how far, in units in the last place")
 
 

@@ -4,7 +4,7 @@
     python tests/portable.py default-1 avx2-2  these
     python tests/portable.py --seed 7 --again  all, in the order that seed 7 makes
 
-A leg is INSTRUCTIONS-THREADS. `perturbed-1` runs with `--perturb SEED` (tests/perturbed.py). A leg whose instructions this processor lacks is
+A leg is INSTRUCTIONS-THREADS. `perturbed-1` runs with `--perturb SEED` (tests/support/perturbed.py). A leg whose instructions this processor lacks is
 skipped, and so is one that has passed (build/portable/ remembers which, and keeps the output of each). Exit status 1 where a leg failed.
 """
 

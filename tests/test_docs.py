@@ -13,10 +13,10 @@ from models import BY_NAME, make
 import hf_grow
 from hf_grow import api, errors
 from hf_grow.cli import COMMANDS, main
-from hf_grow.families import FAMILIES
-from hf_grow.growth import Method
+from hf_grow.growth.growth import Method
+from hf_grow.growth.tensormap import Expr
 from hf_grow.methods import METHODS
-from hf_grow.tensormap import Expr
+from hf_grow.model.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 USER = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import hf_grow
-from hf_grow.families import FAMILIES, PREDICATES, Dim, Family, TensorSpec
+from hf_grow.model.families import FAMILIES, PREDICATES, Dim, Family, TensorSpec
 
 ROOT = Path(hf_grow.__file__).parent
 
@@ -97,8 +97,8 @@ def test_the_floor_test_sees_imports():
 
 
 LIGHT = [
-    "hf_grow", "hf_grow.families", "hf_grow.tensormap", "hf_grow.axes", "hf_grow.recipe", "hf_grow.growth", "hf_grow.methods",
-    "hf_grow.planning", "hf_grow.checkpoint.reader", "hf_grow.checkpoint.source", "hf_grow.checkpoint.writer", "hf_grow.prompted", "hf_grow.cli",
+    "hf_grow", "hf_grow.model.families", "hf_grow.growth.tensormap", "hf_grow.growth.axes", "hf_grow.options", "hf_grow.growth.growth", "hf_grow.methods",
+    "hf_grow.growth.plan", "hf_grow.checkpoint.reader", "hf_grow.checkpoint.source", "hf_grow.checkpoint.writer", "hf_grow.convert.router_init", "hf_grow.cli",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft")
 

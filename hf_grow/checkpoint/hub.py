@@ -17,14 +17,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_grow.checkpoint.header import Stored, header_length, read_header
+from hf_grow.checkpoint.byte_ranges import opened, span
 from hf_grow.checkpoint.hub_errors import Unreachable as Unreachable
 from hf_grow.checkpoint.hub_errors import cache_folder as cache_folder
 from hf_grow.checkpoint.hub_errors import example, http_error, page
 from hf_grow.checkpoint.hub_errors import explained as explained
-from hf_grow.checkpoint.ranges import opened, span
+from hf_grow.checkpoint.safetensors_header import Stored, header_length, read_header
+from hf_grow.common.safe_files import MAX_FILE, open_regular, read_bytes
 from hf_grow.errors import SourceError
-from hf_grow.untrusted import MAX_FILE, open_regular, read_bytes
 
 LOOK_UP_TIMEOUT = 15  # seconds without an answer
 TRIES = 3  # for a header whose connection breaks off

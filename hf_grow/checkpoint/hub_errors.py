@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hf_grow.checkpoint.names import near
+from hf_grow.checkpoint.model_ids import near
 from hf_grow.errors import SourceError
 
 

@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_grow.checkpoint.fused import unfused
-from hf_grow.checkpoint.header import Stored, check_name, read_file_header
-from hf_grow.checkpoint.record import history_of
+from hf_grow.checkpoint.fused_experts import unfused
+from hf_grow.checkpoint.provenance import history_of
+from hf_grow.checkpoint.safetensors_header import Stored, check_name, read_file_header
+from hf_grow.common.safe_files import check_kinds, open_regular, read_json, reason
 from hf_grow.errors import SourceError
-from hf_grow.planning import EMBEDDING, HEAD, SourceInfo
-from hf_grow.untrusted import check_kinds, open_regular, read_json, reason
+from hf_grow.growth.plan import EMBEDDING, HEAD, SourceInfo
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -14,10 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from hf_grow.checkpoint import hub
-from hf_grow.checkpoint.fused import unfused
-from hf_grow.checkpoint.header import Stored
+from hf_grow.checkpoint.fused_experts import unfused
 from hf_grow.checkpoint.hub_errors import Unreachable, cache_folder
-from hf_grow.checkpoint.names import ALIASES, MODELS, near, path_because
+from hf_grow.checkpoint.model_ids import ALIASES, MODELS, near, path_because
 from hf_grow.checkpoint.reader import (
     GROWTH,
     INDEX,
@@ -30,9 +29,10 @@ from hf_grow.checkpoint.reader import (
     open_folder,
     parse_index,
 )
+from hf_grow.checkpoint.safetensors_header import Stored
+from hf_grow.common.safe_files import read_bytes, read_json, to_json
 from hf_grow.errors import InputError, SourceError
-from hf_grow.portable import portable_tokenizer_config
-from hf_grow.untrusted import read_bytes, read_json, to_json
+from hf_grow.model.config_compat import portable_tokenizer_config
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from hf_grow.common.safe_files import open_regular
 from hf_grow.errors import ExecutionError
-from hf_grow.untrusted import open_regular
 
 READ = 1 << 18  # fits the second-level cache: larger pieces were slower
 COPY = 1 << 25

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, existing_folder, print_json
+from hf_grow.options import parse
 from hf_grow.publish.card import CardOptions, make_card, write_card
-from hf_grow.recipe import parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

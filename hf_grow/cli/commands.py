@@ -15,8 +15,8 @@ from typing import Any
 from rich.text import Text
 
 from hf_grow.cli.render import console
+from hf_grow.common.safe_files import plain, reason, to_json
 from hf_grow.errors import ExecutionError, InputError
-from hf_grow.untrusted import plain, reason, to_json
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

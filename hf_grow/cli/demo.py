@@ -7,7 +7,7 @@ import argparse
 from hf_grow.cli import flags
 from hf_grow.demo.run import DemoOptions
 from hf_grow.demo.run import run as run_demo
-from hf_grow.recipe import parse
+from hf_grow.options import parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,17 +15,17 @@ from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, add_source, enough_memory, print_json
 from hf_grow.cli.fisher_options import RunOptions
 from hf_grow.cli.trials import MEASURED, Trials, calibrated, trials_for
+from hf_grow.common.extras import need
+from hf_grow.common.safe_files import to_json
 from hf_grow.errors import InputError, OutputError
-from hf_grow.methods.sizing import measure, short
-from hf_grow.planning import GrowthPlan, check_source
-from hf_grow.recipe import parse, unmet
-from hf_grow.training.advice import RECOVER, damaged
-from hf_grow.training.data.options import TextOptions
-from hf_grow.training.events import plain
-from hf_grow.training.extras import need
-from hf_grow.training.fisher import FisherOptions, memory
-from hf_grow.training.fisher_file import open_importance
-from hf_grow.untrusted import to_json
+from hf_grow.growth.plan import GrowthPlan, check_source
+from hf_grow.model.param_count import measure, short
+from hf_grow.options import parse, unmet
+from hf_grow.training.config.data_options import TextOptions
+from hf_grow.training.config.warnings import RECOVER, damaged
+from hf_grow.training.regularizers.fisher import FisherOptions, memory
+from hf_grow.training.regularizers.fisher_file import open_importance
+from hf_grow.training.trainer.events import plain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,8 +85,8 @@ def _check(how: RunOptions, options: FisherOptions, out: Path) -> None:
         wrong += [f"--{n} needs --text" for n in ("merge", "utility", "calibrate") if getattr(how, n) is not None]
     if (how.calibrate is None) != (how.on is None):
         wrong.append("--calibrate NATS and --on NEW_DATA go together")
+    from hf_grow.training.config.train_config import collect, complain
     from hf_grow.training.data.sources import find
-    from hf_grow.training.recipe import collect, complain
 
     wrong = [*(f"{w}." for w in wrong), *unmet(how, options)]
     for key, path in (("output", out), ("utility", how.utility)):
@@ -120,8 +120,8 @@ def _dry(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) -> dic
     stored = total * (4 if options.storage == "fp32" else 2)
     if mapped:
         return {"dry_run": True, "parameters": total, "file_bytes": stored, "note": "mapped tensor by tensor; no model is loaded"}
-    from hf_grow.training import flops
-    from hf_grow.training.skeleton import skeleton
+    from hf_grow.model import flops
+    from hf_grow.model.meta_model import skeleton
 
     length = min(options.seq_length, checkpoint.config.get("max_position_embeddings") or options.seq_length)
     needs = memory(total, {"bfloat16": 2, "float64": 8}.get(options.dtype, 4))
@@ -133,9 +133,9 @@ def _dry(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) -> dic
 
 
 def _mapped(checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, out: Path) -> dict[str, Any]:
-    from hf_grow.training.fisher_file import samples_on_disk, write_importance
-    from hf_grow.training.fisher_growth import check_of_source, grow_importance
-    from hf_grow.training.newness import check_fits
+    from hf_grow.training.param_updates.param_provenance import check_fits
+    from hf_grow.training.regularizers.fisher_file import samples_on_disk, write_importance
+    from hf_grow.training.regularizers.fisher_growth import check_of_source, grow_importance
 
     assert how.from_growth is not None
     if checkpoint.growth is None:
@@ -158,9 +158,9 @@ def _estimated(
     checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, out: Path, trials: Trials | None, *, quiet: bool
 ) -> dict[str, Any]:
     need("datasets")
-    from hf_grow.training.fisher import estimate, merged, on_disk, sequences, utility
-    from hf_grow.training.fisher_file import Importance, check_model, samples, write_importance
-    from hf_grow.training.sampling import load
+    from hf_grow.training.data.sampling import load
+    from hf_grow.training.regularizers.fisher import estimate, merged, on_disk, sequences, utility
+    from hf_grow.training.regularizers.fisher_file import Importance, check_model, samples, write_importance
 
     old: Importance | None = None
     shapes = {n: t.shape for n, t in checkpoint.info.tensors.items() if n in checkpoint.info.architecture.tensors}

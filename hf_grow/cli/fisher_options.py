@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from hf_grow.recipe import Needs, Options, Unless
+from hf_grow.options import Needs, Options, Unless
 
 
 class RunOptions(Options):

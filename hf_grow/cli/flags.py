@@ -11,8 +11,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from hf_grow.errors import InputError
-from hf_grow.growth import Method
-from hf_grow.recipe import Options
+from hf_grow.growth.growth import Method
+from hf_grow.options import Options
 
 SKIP = "\0absent"
 _NO_SHORT: Mapping[str, str] = types.MappingProxyType({})

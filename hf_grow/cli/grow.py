@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from hf_grow.api import find_method, measured, open_sources, plan_for
-from hf_grow.checkpoint.partial import PartialFolder
-from hf_grow.checkpoint.sink import local_bytes
+from hf_grow.checkpoint.partial_folder import PartialFolder
+from hf_grow.checkpoint.shard_sink import local_bytes
 from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, DEFAULT_SOURCE_CACHE, WORKERS, check_room, layout
 from hf_grow.cli import flags, render
 from hf_grow.cli.allocator import keep_freed_memory
@@ -20,25 +20,25 @@ from hf_grow.cli.commands import add_json, add_source, print_json, show_next
 from hf_grow.cli.parsing import one_of
 from hf_grow.cli.push import PublishOptions, push_with_bar, pushed_facts, show_pushed
 from hf_grow.cli.streamed import fetch_small, heads_compared, streamed
+from hf_grow.common.suggest import did_you_mean
 from hf_grow.errors import InputError
-from hf_grow.growth import Method
+from hf_grow.growth.growth import Method
+from hf_grow.growth.plan import GrowthPlan
 from hf_grow.methods import METHODS
 from hf_grow.methods.hybrid import HybridOptions, candidates
-from hf_grow.methods.sizing import short
-from hf_grow.planning import GrowthPlan
+from hf_grow.model.param_count import short
+from hf_grow.options import Bytes, Needs, Options, load_yaml, parse, refuse, unmet
 from hf_grow.publish.card import forewarn
-from hf_grow.publish.cargo import path_shown, title_of
+from hf_grow.publish.manifest import path_shown, title_of
 from hf_grow.publish.push import Destination, Pushed, check_destination, prepare
 from hf_grow.publish.stream import SHARD_SIZE as STREAM_SHARD_SIZE
 from hf_grow.publish.stream import StreamSink
-from hf_grow.recipe import Bytes, Needs, Options, load_yaml, parse, refuse, unmet
-from hf_grow.suggest import did_you_mean
-from hf_grow.training.carry import check_trainer_checkpoint, grow_checkpoint_state
-from hf_grow.training.settled import warn_unsettled
+from hf_grow.training.growth_state.grow_optimizer import check_trainer_checkpoint, grow_checkpoint_state
+from hf_grow.training.trainer.checkpointing import warn_unsettled
 
 if TYPE_CHECKING:
     from hf_grow.checkpoint.reader import Checkpoint
-    from hf_grow.execute import Result
+    from hf_grow.convert.execute import Result
 
 KINDS = {kind: {m.name: m for m in METHODS.values() if m.kind == kind} for kind in ("depth", "width")}
 """Commands that choose among several methods by --method."""
@@ -76,7 +76,7 @@ class OutputOptions(PublishOptions):
     optimizer_policy: Annotated[Literal["map", "keep-and-zero", "reset"], Needs("with_optimizer")] = "map"
     """What new entries start with: the mapped state (map), zero (keep-and-zero), or no moments for any parameter (reset)."""
     exact_steps: Annotated[bool, Needs("with_optimizer"), Needs("optimizer_policy", ("map", "keep-and-zero"))] = False
-    """Write optimizer groups with which AdamW repeats the small model's steps exactly; for an optimizer made from hf_grow.training.trajectory.groups."""
+    """Write optimizer groups with which AdamW repeats the small model's steps exactly; for an optimizer made from hf_grow.training.growth_state.trajectory.groups."""
 
     @property
     def shard_size(self) -> int:
@@ -202,7 +202,7 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
     plan = measured(plan, checkpoint, options, notify=render.note)
     if to:
         to = prepare(to)  # before the work: a token that may not write is told now
-    from hf_grow.execute import execute
+    from hf_grow.convert.execute import execute
 
     keep_freed_memory()
     sink = None

@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from hf_grow.architecture import Entry
-from hf_grow.checkpoint.record import told, total, trainings
+from hf_grow.checkpoint.provenance import told, total, trainings
 from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, add_source, print_json
 from hf_grow.cli.pictures import show_layer_map, show_lineage
 from hf_grow.errors import InputError, SourceError
-from hf_grow.families import AXES
-from hf_grow.methods.sizing import measure, short
-from hf_grow.planning import HEAD, GrowthPlan, check_source
-from hf_grow.publish.layermap import layer_map
+from hf_grow.growth.plan import HEAD, GrowthPlan, check_source
+from hf_grow.model.architecture import Entry
+from hf_grow.model.families import AXES
+from hf_grow.model.param_count import measure, short
+from hf_grow.publish.layer_map import layer_map
 from hf_grow.publish.lineage import lineage
 from hf_grow.publish.picture import save_picture
 from hf_grow.publish.reproduce import folder_name, public_name
 
 if TYPE_CHECKING:
     from hf_grow.checkpoint.reader import Checkpoint
-    from hf_grow.publish.layermap import LayerMap
+    from hf_grow.publish.layer_map import LayerMap
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

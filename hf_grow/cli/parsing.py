@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
+from hf_grow.common.suggest import did_you_mean, meant
 from hf_grow.errors import InputError
-from hf_grow.suggest import did_you_mean, meant
 
 GREETING = """\
 hf-grow grows a trained checkpoint into a larger one, and goes on training it.

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from hf_grow.publish.layermap import MEANING, Kind, LayerMap
+from hf_grow.publish.layer_map import MEANING, Kind, LayerMap
 from hf_grow.publish.lineage import Node
 
 GLYPHS: dict[Kind, tuple[str, str, str]] = {

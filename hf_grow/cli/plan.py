@@ -16,10 +16,11 @@ from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import COMMANDS, render
 from hf_grow.cli.commands import add_json, add_source, print_json
 from hf_grow.errors import InputError
-from hf_grow.methods import METHODS, starting
-from hf_grow.methods.sizing import LARGEST_STEP, TOLERANCE, beyond, measure, short
-from hf_grow.planning import GrowthPlan, check_source
-from hf_grow.recipe import parse_size
+from hf_grow.growth.plan import GrowthPlan, check_source
+from hf_grow.methods import METHODS
+from hf_grow.methods import starting_loss as starting
+from hf_grow.model.param_count import LARGEST_STEP, TOLERANCE, beyond, measure, short
+from hf_grow.options import parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

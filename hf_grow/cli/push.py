@@ -11,9 +11,9 @@ from rich.table import Table
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, existing_folder, print_json
 from hf_grow.errors import ExecutionError
-from hf_grow.publish.cargo import Cargo, survey
+from hf_grow.options import Needs, Options, parse
+from hf_grow.publish.manifest import Cargo, survey
 from hf_grow.publish.push import Destination, Pushed, again, card, on_the_hub, push
-from hf_grow.recipe import Needs, Options, parse
 
 
 class PushOptions(Options):

@@ -14,18 +14,18 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from hf_grow.bars import Counter, bar, counting
 from hf_grow.checkpoint.writer import Progress
+from hf_grow.common.progress_bars import Counter, bar, counting
 from hf_grow.errors import shown
-from hf_grow.methods import starting
+from hf_grow.methods import starting_loss as starting
 from hf_grow.methods.hybrid import ffn_axis
-from hf_grow.methods.sizing import measure, short
-from hf_grow.publish.layermap import layer_ranges
+from hf_grow.model.param_count import measure, short
+from hf_grow.publish.layer_map import layer_ranges
 
 if TYPE_CHECKING:
-    from hf_grow.architecture import Architecture
+    from hf_grow.growth.plan import GrowthPlan
     from hf_grow.methods.hybrid import Candidate, HybridOptions
-    from hf_grow.planning import GrowthPlan
+    from hf_grow.model.architecture import Architecture
 
 MOST_COLUMNS = 4_000
 """The longest piece of a line on the terminal: a list of all layers of a large model fits."""

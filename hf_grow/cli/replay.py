@@ -8,9 +8,9 @@ from pathlib import Path
 from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, add_source, enough_memory, print_json
-from hf_grow.recipe import Options, parse
-from hf_grow.training.extras import need
-from hf_grow.training.replay import Estimate, Replay, ReplayOptions, check_output, estimate, sample_replay
+from hf_grow.common.extras import need
+from hf_grow.options import Options, parse
+from hf_grow.training.data.replay import Estimate, Replay, ReplayOptions, check_output, estimate, sample_replay
 
 
 class RunOptions(Options):
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not how.dry_run:
         check_output(out, overwrite=how.overwrite)
     checkpoint = open_source(arguments.source, revision=arguments.revision, weights=True, notify=render.note)
-    from hf_grow.training.sampling import load
+    from hf_grow.training.data.sampling import load
 
     model, tokenizer = load(checkpoint, options.dtype, how.device)
     if how.dry_run:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hf_grow.checkpoint.heads import settled_by_ranges
+from hf_grow.checkpoint.donors import check_same_tokenizer
 from hf_grow.checkpoint.reader import Checkpoint
-from hf_grow.checkpoint.several import check_same_tokenizer
 from hf_grow.checkpoint.source import fetch_companions, if_cached
+from hf_grow.checkpoint.tied_heads import settled_by_ranges
 from hf_grow.checkpoint.writer import WORKERS, layout
 from hf_grow.cli import render
 from hf_grow.errors import InputError
-from hf_grow.planning import GrowthPlan
+from hf_grow.growth.plan import GrowthPlan
 
 if TYPE_CHECKING:
-    from hf_grow.checkpoint.spool import Spool
+    from hf_grow.checkpoint.tensor_cache import Spool
 
 
 def streamed(plan: GrowthPlan, checkpoint: Checkpoint, shard_size: int, keep: int, *, quiet: bool) -> tuple[Checkpoint, Spool | None]:
@@ -30,7 +30,7 @@ def streamed(plan: GrowthPlan, checkpoint: Checkpoint, shard_size: int, keep: in
         raise InputError(
             "Routers from prompts run the source, so its weights must be here.", hint="Leave --stream-source out, or take --router normal."
         )
-    from hf_grow.checkpoint.spool import Spool
+    from hf_grow.checkpoint.tensor_cache import Spool
 
     order = [slot.name for shard in layout(plan.targets, shard_size) for slot in shard.slots]
     spool = Spool(plan, checkpoint, order, keep=keep)

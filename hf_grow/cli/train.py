@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from hf_grow import yaml_text
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, enough_memory, print_json, show_next
+from hf_grow.common import yaml_io as yaml_text
+from hf_grow.common.suggest import did_you_mean
 from hf_grow.errors import ExecutionError, InputError
-from hf_grow.methods.sizing import short
-from hf_grow.recipe import Needs, Options, Unless, parse
-from hf_grow.suggest import did_you_mean
+from hf_grow.model.param_count import short
+from hf_grow.options import Needs, Options, Unless, parse
 
 if TYPE_CHECKING:
-    from hf_grow.training.launch import Launch
-    from hf_grow.training.run import TrainResult
+    from hf_grow.training.distributed.launch import Launch
+    from hf_grow.training.trainer.run import TrainResult
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "_recipes" / "train").glob("*.yaml"))}
 """The training recipes that come with hf-grow; in the repository they lie in recipes/train/."""
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _epilog() -> str:
     """Every key of hf-grow's own, with the first sentence of what it says of itself."""
-    from hf_grow.training.recipe import TrainRecipe
+    from hf_grow.training.config.train_config import TrainRecipe
 
     lines = ["any key of the recipe, with dots for nested ones, as --KEY VALUE: --learning_rate 1e-4 --data.seq_length 512", "", "keys:"]
     for name, field in TrainRecipe.model_fields.items():
@@ -117,9 +117,9 @@ def run(arguments: argparse.Namespace) -> int:
     path = find_recipe(arguments.recipe)
     if int(os.environ.get("RANK", "0")) == 0 and not arguments.json:
         render.note(f"Reading {path} ...")  # what comes next imports torch and transformers, which takes seconds
-    from hf_grow.training import recipe
-    from hf_grow.training.events import plain
-    from hf_grow.training.run import dry_run, train
+    from hf_grow.training.config import train_config as recipe
+    from hf_grow.training.trainer.events import plain
+    from hf_grow.training.trainer.run import dry_run, train
 
     how = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False)
     _quiet()
@@ -149,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _launch(how: RunOptions) -> Launch | None:
     """The processes that a dry run is told to reckon with; None leaves it to the launcher's environment."""
-    from hf_grow.training.launch import Launch, from_file
+    from hf_grow.training.distributed.launch import Launch, from_file
 
     if how.accelerate is not None:
         return from_file(how.accelerate, how.processes)
@@ -161,7 +161,7 @@ def explained() -> Iterator[None]:
     """Turns what memory and disk say while training into what the user can do."""
     from safetensors import SafetensorError
 
-    from hf_grow.training.reckon import SMALLER
+    from hf_grow.training.dry_run.dry_run import SMALLER
 
     go_on = "Go on with --resume from the last checkpoint."
     try:

@@ -10,16 +10,16 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from hf_grow.api import verify
+from hf_grow.checkpoint.provenance import record_text
 from hf_grow.checkpoint.reader import GROWTH, Checkpoint, open_folder
-from hf_grow.checkpoint.record import record_text
 from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, existing_folder, print_json
 from hf_grow.cli.flags import add_flags, given
 from hf_grow.cli.report import show_report
 from hf_grow.errors import InputError
-from hf_grow.recipe import Unless, parse
+from hf_grow.options import Unless, parse
 from hf_grow.verification import Report, TaskOptions
-from hf_grow.verification.record import kept
+from hf_grow.verification.stored_report import kept
 
 
 class CompareOptions(TaskOptions):

@@ -21,7 +21,7 @@ from hf_grow.demo import show
 from hf_grow.demo import text as texts
 from hf_grow.demo.settings import Settings, full, quick
 from hf_grow.errors import InputError, OutputError
-from hf_grow.recipe import Options
+from hf_grow.options import Options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

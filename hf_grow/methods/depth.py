@@ -20,13 +20,13 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from hf_grow.architecture import Architecture, Entry
 from hf_grow.errors import PlanError
-from hf_grow.growth import Growth, Guarantee, LayerOrigin, Method
-from hf_grow.methods.sizing import block_parameters, check_target, measure, short
-from hf_grow.portable import portable_config
-from hf_grow.recipe import LayerList, Options, Size
-from hf_grow.tensormap import Expr, Fill, Noise, Source, Sum
+from hf_grow.growth.growth import Growth, Guarantee, LayerOrigin, Method
+from hf_grow.growth.tensormap import Expr, Fill, Noise, Source, Sum
+from hf_grow.model.architecture import Architecture, Entry
+from hf_grow.model.config_compat import portable_config
+from hf_grow.model.param_count import block_parameters, check_target, measure, short
+from hf_grow.options import LayerList, Options, Size
 
 MAX_FACTOR = 8  # growing further in one hop has no precedent in the literature
 

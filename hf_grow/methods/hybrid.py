@@ -14,15 +14,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hf_grow.architecture import Architecture
 from hf_grow.errors import GrowError, PlanError
-from hf_grow.families import MAX_LAYERS
-from hf_grow.growth import Growth, Method, compose
+from hf_grow.growth.growth import Growth, Method, compose
 from hf_grow.methods.depth import DEPTH_METHODS
-from hf_grow.methods.shapes import Shape, shape_of, widths, with_shape
-from hf_grow.methods.sizing import TOLERANCE, block_parameters, check_target, measure, short
-from hf_grow.methods.width import WIDTH_METHODS, explicit_sizes
-from hf_grow.recipe import Options, Size
+from hf_grow.methods.width.width_methods import WIDTH_METHODS, explicit_sizes
+from hf_grow.methods.width.width_search import Shape, shape_of, widths, with_shape
+from hf_grow.model.architecture import Architecture
+from hf_grow.model.families import MAX_LAYERS
+from hf_grow.model.param_count import TOLERANCE, block_parameters, check_target, measure, short
+from hf_grow.options import Options, Size
 
 ASPECT = (80.0, 140.0)
 """hidden_size / layers of well-known dense models from 1B to 70B: Llama 2 and 3, Mistral, Qwen 2.5 lie between."""

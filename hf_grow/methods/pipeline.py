@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from hf_grow.architecture import Architecture
 from hf_grow.errors import InputError, PlanError
-from hf_grow.growth import Growth, Method, compose
+from hf_grow.growth.growth import Growth, Method, compose
 from hf_grow.methods import METHODS
-from hf_grow.methods.idle import refuse_idle
-from hf_grow.recipe import Options, parse
+from hf_grow.methods.no_effect import refuse_idle
+from hf_grow.model.architecture import Architecture
+from hf_grow.options import Options, parse
 
 
 def _step(value: Any) -> Any:

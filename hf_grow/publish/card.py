@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from hf_grow.checkpoint.reader import GROWTH
+from hf_grow.common.safe_files import read_json, read_text
 from hf_grow.errors import InputError, OutputError, SourceError
-from hf_grow.planning import GrowthPlan
-from hf_grow.publish import licences, sections
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.options import Options
+from hf_grow.publish import licenses as licences
+from hf_grow.publish import sections
+from hf_grow.publish.eval_section import tasks
 from hf_grow.publish.inherited import Inherited, inherit
-from hf_grow.publish.layermap import layer_map
+from hf_grow.publish.layer_map import layer_map
 from hf_grow.publish.markdown import is_hub_id
-from hf_grow.publish.measured import tasks
 from hf_grow.publish.picture import draw, to_svg
 from hf_grow.publish.reproduce import public_name
-from hf_grow.recipe import Options
-from hf_grow.untrusted import read_json, read_text
 
 README, PICTURE, NOTICE = "README.md", "layer-map.svg", "NOTICE"
 _MARK = re.compile(r"<!-- written by hf-grow, sha256 ([0-9a-f]{64}) -->\n\Z")

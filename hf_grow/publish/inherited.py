@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_grow.errors import InputError
-from hf_grow.planning import GrowthPlan, SourceInfo
-from hf_grow.publish import licences
-from hf_grow.publish.licences import Licence
+from hf_grow.growth.plan import GrowthPlan, SourceInfo
+from hf_grow.publish import licenses as licences
+from hf_grow.publish.licenses import Licence
 from hf_grow.publish.lineage import hub_ancestors
 from hf_grow.publish.markdown import is_hub_id
 from hf_grow.publish.reproduce import public_name

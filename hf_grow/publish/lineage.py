@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_grow.checkpoint.record import told
-from hf_grow.planning import SourceInfo
+from hf_grow.checkpoint.provenance import told
+from hf_grow.growth.plan import SourceInfo
 from hf_grow.publish.markdown import line
 from hf_grow.publish.reproduce import folder_name
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
+from hf_grow.common.safe_files import open_regular
 from hf_grow.errors import InputError, OutputError
-from hf_grow.publish.layermap import MEANING, Kind, LayerMap, facts
+from hf_grow.publish.layer_map import MEANING, Kind, LayerMap, facts
 from hf_grow.publish.markdown import line
-from hf_grow.untrusted import open_regular
 
 WIDTH = 640.0
 COLUMNS = (170.0, 450.0)

@@ -18,7 +18,7 @@ from hf_grow.checkpoint.hub_errors import page
 from hf_grow.checkpoint.reader import GROWTH, INDEX
 from hf_grow.checkpoint.writer import Progress
 from hf_grow.errors import InputError, OutputError
-from hf_grow.publish.cargo import CARD, Cargo, check_content, survey
+from hf_grow.publish.manifest import CARD, Cargo, check_content, survey
 from hf_grow.publish.refusals import check_login, check_repo_id, explained
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from hf_grow import yaml_text
+from hf_grow.common import yaml_io as yaml_text
+from hf_grow.growth.plan import GrowthPlan, SourceInfo
+from hf_grow.growth.tensormap import Expr, Noise
 from hf_grow.methods import METHODS
-from hf_grow.planning import GrowthPlan, SourceInfo
-from hf_grow.recipe import parse_size
-from hf_grow.tensormap import Expr, Noise
+from hf_grow.options import parse_size
 
 OWN_COMMAND = {"dus"}
 """Methods that are commands, besides those that are the only one of their kind."""

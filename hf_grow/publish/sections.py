@@ -8,18 +8,20 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_grow.architecture import Architecture
-from hf_grow.checkpoint.record import history_of, recorded_files
-from hf_grow.methods import METHODS, starting
-from hf_grow.methods.sizing import short
-from hf_grow.planning import GrowthPlan, SourceInfo
-from hf_grow.publish import licences, measured
+from hf_grow.checkpoint.provenance import history_of, recorded_files
+from hf_grow.growth.plan import GrowthPlan, SourceInfo
+from hf_grow.methods import METHODS
+from hf_grow.methods import starting_loss as starting
+from hf_grow.model.architecture import Architecture
+from hf_grow.model.param_count import short
+from hf_grow.publish import eval_section as measured
+from hf_grow.publish import licenses as licences
 from hf_grow.publish.inherited import Inherited
-from hf_grow.publish.layermap import MEANING, layer_map, layer_ranges
+from hf_grow.publish.layer_map import MEANING, layer_map, layer_ranges
 from hf_grow.publish.lineage import lineage
 from hf_grow.publish.markdown import block, code, hub_link, is_hub_id, line, plain, table
 from hf_grow.publish.reproduce import command, draws_numbers, public_name, ranges, recipe
-from hf_grow.publish.trained import Stage, commands, headline, section, stages
+from hf_grow.publish.training_section import Stage, commands, headline, section, stages
 
 MOST_LISTED = 20
 

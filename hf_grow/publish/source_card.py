@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_grow.checkpoint import hub
+from hf_grow.common.safe_files import open_regular, read_json
 from hf_grow.errors import GrowError, SourceError
 from hf_grow.publish.markdown import is_hub_id
-from hf_grow.untrusted import open_regular, read_json
 
 README = "README.md"
 MAX_METADATA = 256_000

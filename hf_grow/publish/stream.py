@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from hf_grow.checkpoint.hub import no_bars
 from hf_grow.checkpoint.hub_errors import page
-from hf_grow.checkpoint.partial import PartialFolder
-from hf_grow.checkpoint.sink import Sink
+from hf_grow.checkpoint.partial_folder import PartialFolder
+from hf_grow.checkpoint.shard_sink import Sink
 from hf_grow.checkpoint.writer import Shard
 from hf_grow.errors import OutputError
 from hf_grow.publish.push import Destination, Pushed, card, send

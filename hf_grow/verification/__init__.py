@@ -29,7 +29,9 @@ def verify_checkpoints(
 
     Raises InputError, before anything else is done, for tasks that cannot be run.
     """
-    from hf_grow.verification import function, running, structure, texts
+    from hf_grow.verification import eval_text as texts
+    from hf_grow.verification import function, structure
+    from hf_grow.verification import models as running
 
     harness = None
     if tasks is not None and tasks.tasks is not None:

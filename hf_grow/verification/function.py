@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_grow.checkpoint.reader import Checkpoint
-from hf_grow.planning import GrowthPlan
-from hf_grow.tensormap import Fill
-from hf_grow.verification.differences import LEAST, Compared, Difference, compare_logits
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.growth.tensormap import Fill
+from hf_grow.verification.eval_text import RANDOM, WINDOW, token_windows
+from hf_grow.verification.logit_differences import LEAST, Compared, Difference, compare_logits
+from hf_grow.verification.models import LOGITS_BYTES, fits, load_model, logits, mapped_model, rounded_once_more
 from hf_grow.verification.report import Report
 from hf_grow.verification.routing import Routing, compare_routing, settled_tokens
-from hf_grow.verification.running import LOGITS_BYTES, fits, load_model, logits, mapped_model, rounded_once_more
-from hf_grow.verification.texts import RANDOM, WINDOW, token_windows
 
 if TYPE_CHECKING:
     from torch import Tensor

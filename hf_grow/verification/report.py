@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from hf_grow.untrusted import plain
+from hf_grow.common.safe_files import plain
 
 Status = Literal["pass", "fail", "skip"]
 

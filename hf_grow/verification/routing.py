@@ -14,8 +14,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.architecture import Architecture
-from hf_grow.planning import GrowthPlan
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.model.architecture import Architecture
 
 if TYPE_CHECKING:
     from torch import Tensor

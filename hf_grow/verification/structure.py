@@ -16,19 +16,19 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.architecture import Architecture
-from hf_grow.checkpoint.header import Stored
+from hf_grow.checkpoint.provenance import recorded_files, told, total, trainings
 from hf_grow.checkpoint.reader import Checkpoint
-from hf_grow.checkpoint.record import recorded_files, told, total, trainings
+from hf_grow.checkpoint.safetensors_header import Stored
 from hf_grow.checkpoint.transfer import pieces
+from hf_grow.common.safe_files import open_regular
 from hf_grow.errors import GrowError, SourceError
-from hf_grow.loading import one_line
-from hf_grow.planning import DTYPE_NAMES, HEAD, GrowthPlan, check_source
-from hf_grow.untrusted import open_regular
+from hf_grow.growth.plan import DTYPE_NAMES, HEAD, GrowthPlan, check_source
+from hf_grow.model.architecture import Architecture
+from hf_grow.model.loading import one_line
 from hf_grow.verification.report import Report
 
 if TYPE_CHECKING:
-    from hf_grow.evaluate import Evaluator
+    from hf_grow.growth.evaluate import Evaluator
 
 MEMORY = 256 << 20
 FREE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
@@ -90,7 +90,7 @@ def check_builds(new: Checkpoint, report: Report) -> None:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from hf_grow.in_memory import disk_tensors
+    from hf_grow.convert.in_memory import disk_tensors
 
     name = f"builds in transformers {transformers.__version__}"
     try:
@@ -198,7 +198,7 @@ class _Rederivation:
     def _computed(self, name: str, stored: Stored, handle: int, sha: Any) -> bool:
         import torch
 
-        from hf_grow.evaluate import Evaluator, StoredTensors, raw_bytes
+        from hf_grow.growth.evaluate import Evaluator, StoredTensors, raw_bytes
 
         with self.lock:
             if self.evaluator is None:

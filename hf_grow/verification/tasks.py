@@ -15,11 +15,11 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from hf_grow.checkpoint.reader import Checkpoint
-from hf_grow.loading import load_tokenizer
-from hf_grow.recipe import Options
-from hf_grow.verification.harness import Harness
+from hf_grow.model.loading import load_tokenizer
+from hf_grow.options import Options
+from hf_grow.verification.lm_eval import Harness
+from hf_grow.verification.models import load_model
 from hf_grow.verification.report import Report
-from hf_grow.verification.running import load_model
 
 
 class TaskOptions(Options):

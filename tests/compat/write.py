@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from exact import logits
 from models import BY_NAME, CASES, Case, make, save, tokens
 
 from hf_grow import api
-from hf_grow.architecture import Architecture
-from hf_grow.methods.sizing import measure
+from hf_grow.model.architecture import Architecture
+from hf_grow.model.param_count import measure
 
 LENGTH = 48  # many times the sliding windows, and far enough for the rotary settings to matter
 ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}

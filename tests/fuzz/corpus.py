@@ -52,7 +52,7 @@ def _adapter(base: Path, folder: Path) -> None:
 
 def _half(source: Path, root: Path) -> None:
     """A growth as an interruption leaves it: nothing is finished but what its journal says."""
-    from hf_grow import execute
+    from hf_grow.convert import execute
 
     def interrupted(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt

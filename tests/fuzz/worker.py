@@ -23,7 +23,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
 HOME = Path(tempfile.mkdtemp(prefix="hf-grow-fuzz-home-"))
 HOME.chmod(0o777)
 atexit.register(shutil.rmtree, HOME, ignore_errors=True)  # a child leaves by os._exit, which runs none of this
@@ -61,8 +61,7 @@ def warm() -> None:
     import torch
     import transformers  # noqa: F401
 
-    from hf_grow.training import run  # noqa: F401
-    from hf_grow.training.recipe import argument_model
+    from hf_grow.training.config.train_config import argument_model
 
     torch.set_num_threads(1)
     argument_model()

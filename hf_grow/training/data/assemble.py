@@ -9,12 +9,12 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from hf_grow.common.extras import need
+from hf_grow.training.config.data_options import DataOptions, EvalSource, TextOptions
 from hf_grow.training.data import cache, packing
 from hf_grow.training.data.mixing import Pattern, rows_of
-from hf_grow.training.data.options import DataOptions, EvalSource, TextOptions
 from hf_grow.training.data.packing import IGNORED, Encoding, Facts
 from hf_grow.training.data.sources import Notify, Source, find
-from hf_grow.training.extras import need
 
 if TYPE_CHECKING:
     import torch

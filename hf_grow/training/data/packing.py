@@ -17,10 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from hf_grow.common.safe_files import read_json, to_json
 from hf_grow.errors import InputError
 from hf_grow.training.data import cache
 from hf_grow.training.data.sources import Notify, Source, readable
-from hf_grow.untrusted import read_json, to_json
 
 if TYPE_CHECKING:
     import numpy as np

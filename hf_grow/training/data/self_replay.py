@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_grow.bars import counting
 from hf_grow.checkpoint.reader import GROWTH
 from hf_grow.checkpoint.source import open_source
+from hf_grow.common.progress_bars import counting
+from hf_grow.common.safe_files import read_json
 from hf_grow.errors import InputError, SourceError
+from hf_grow.training.config.data_options import SelfReplay
 from hf_grow.training.data import cache
-from hf_grow.training.data.options import SelfReplay
+from hf_grow.training.data.replay import FORMAT, ReplayOptions, read_record, sample_replay
 from hf_grow.training.data.sources import Notify
-from hf_grow.training.replay import FORMAT, ReplayOptions, read_record, sample_replay
-from hf_grow.untrusted import read_json
 
 
 def source_of(options: SelfReplay, trained: str | None) -> tuple[str, str | None]:
@@ -36,7 +36,7 @@ def sampled_from(options: SelfReplay, root: Path, *, seq_length: int, trained: s
 
     ``seq_length``: of the training, which is how long a text may be where the options do not say.
     """
-    from hf_grow.training.sampling import load
+    from hf_grow.training.data.sampling import load
 
     ref, revision = source_of(options, trained)
     try:

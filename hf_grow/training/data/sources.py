@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint import hub
-from hf_grow.checkpoint.names import path_because
+from hf_grow.checkpoint.model_ids import path_because
+from hf_grow.common.extras import need
+from hf_grow.common.safe_files import read_text
 from hf_grow.errors import GrowError, InputError, SourceError
-from hf_grow.training.data.options import TextOptions
+from hf_grow.training.config.data_options import TextOptions
 from hf_grow.training.data.readers import FORMATS, choose_field, format_of, read_documents
-from hf_grow.training.extras import need
-from hf_grow.training.replay import RECORD, command, read_record
-from hf_grow.untrusted import read_text
+from hf_grow.training.data.replay import RECORD, command, read_record
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.training.regularizers.options import PenaltyOptions
+from hf_grow.training.config.regularizer_options import PenaltyOptions
 
 if TYPE_CHECKING:
-    from hf_grow.training.regularizers.make import make_penalty, penalty_bytes
+    from hf_grow.training.regularizers.build import make_penalty, penalty_bytes
     from hf_grow.training.regularizers.penalty import Penalty, Quadratic
     from hf_grow.training.regularizers.si import SynapticIntelligence
 

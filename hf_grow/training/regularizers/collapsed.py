@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_grow.errors import InputError
-from hf_grow.evaluate import Evaluator, HeldTensors
-from hf_grow.planning import GrowthPlan
-from hf_grow.training.fisher_file import Importance
-from hf_grow.training.places import Place, parameters
+from hf_grow.growth.entry_provenance import Piece, collect, pick, trace
+from hf_grow.growth.evaluate import Evaluator, HeldTensors
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.training.param_updates.parameter_map import Place, parameters
+from hf_grow.training.regularizers.fisher_file import Importance
 from hf_grow.training.regularizers.penalty import Anchored
-from hf_grow.training.tracing import Piece, collect, pick, trace
 
 
 @dataclass

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_grow.errors import InputError
-from hf_grow.training.fisher_file import full
-from hf_grow.training.places import parameters
+from hf_grow.training.param_updates.parameter_map import parameters
+from hf_grow.training.regularizers.fisher_file import full
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,7 +121,7 @@ class Anchored(Penalty):
     """w*, whole tensors by name."""
 
     def state_dict(self) -> dict[str, Any]:
-        from hf_grow.training.fisher_file import encode, sample
+        from hf_grow.training.regularizers.fisher_file import encode, sample
 
         # Anchors are the weights that training starts from, which a resumed run loads first as well; this tells whether they are the same.
         return super().state_dict() | {"anchors": encode({n: sample(a) for n, a in self.anchors.items()})}

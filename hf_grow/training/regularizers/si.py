@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_grow.training.fisher import on_disk
-from hf_grow.training.fisher_file import full, samples, write_importance
+from hf_grow.training.regularizers.fisher import on_disk
+from hf_grow.training.regularizers.fisher_file import full, samples, write_importance
 from hf_grow.training.regularizers.penalty import Penalty, Quadratic, Rate, chunks, local, placed_like
 
 if TYPE_CHECKING:

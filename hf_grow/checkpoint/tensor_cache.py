@@ -1,0 +1,224 @@
+"""Growing from a source that is not here: each tensor is fetched when it is needed, by byte ranges, and removed after its last use.
+
+Which tensors stay between two uses is decided beforehand, from the plan alone: those that are needed soonest, within a bound (Belady's rule). So the
+number of bytes to fetch is known before the first one; it gets smaller where two threads need a tensor at the same time.
+
+Integrity: a range is asked of one commit; its length, the file's size and the SHA-256 that the Hub names for the whole file must be those that were
+listed, and the file's ETag the same in every answer. The hash itself needs the whole file, which never is here: a server that sends other bytes under
+the same headers is found out by `verify` against the downloaded source only. A tensor that is fetched twice must be the same twice, and what is
+fetched whole (config, index, tokenizer, licences) must have the hash that was listed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import xxhash
+
+from hf_grow.checkpoint.byte_ranges import fetch_range
+from hf_grow.checkpoint.hub_errors import Unreachable
+from hf_grow.checkpoint.partial_folder import SPOOL
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.checkpoint.safetensors_header import Stored
+from hf_grow.checkpoint.transfer import Stop, write_all
+from hf_grow.checkpoint.writer import DEFAULT_SOURCE_CACHE
+from hf_grow.errors import ExecutionError
+from hf_grow.growth.plan import GrowthPlan
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What is fetched for which target tensor, and what stays for which."""
+
+    needs: Mapping[str, tuple[str, ...]]
+    """Target -> source tensors that are not here, by `Source.key`."""
+    stays: Mapping[tuple[str, str], str]
+    """(target, source tensor) -> the later target that finds it still there."""
+    fetched: int
+    """Bytes to fetch in all."""
+    once: int
+    """Bytes of all source tensors that are fetched."""
+    waiting: int
+    """The most bytes that wait for another use at a time."""
+    largest: int
+    """The most bytes that one target needs."""
+
+
+def schedule(plan: GrowthPlan, order: Sequence[str], remote: frozenset[str], keep: int) -> Schedule:
+    """For targets made in this order, with `keep` bytes for what is used again. ``remote`` are the source tensors that are not here."""
+    sizes = {key: plan.source.by_key[key].nbytes for key in remote}
+    needs = {t: tuple(dict.fromkeys(s.key for s in plan.growth.tensors[t].sources() if s.key in remote)) for t in order}
+    uses: dict[str, list[int]] = {}
+    for at, target in enumerate(order):
+        for key in needs[target]:
+            uses.setdefault(key, []).append(at)
+    later = {key: iter(positions[1:]) for key, positions in uses.items()}
+    waits: dict[str, tuple[int, str]] = {}  # source tensor -> its next use, and the target that left it
+    stays: dict[tuple[str, str], str] = {}
+    fetched = waiting = held = 0
+    for target in order:
+        for key in needs[target]:
+            if key in waits:
+                stays[waits.pop(key)[1], key] = target
+                held -= sizes[key]
+            else:
+                fetched += sizes[key]
+        for key in needs[target]:
+            following = next(later[key], None)
+            if following is not None:
+                waits[key] = following, target
+                held += sizes[key]
+        while held > keep:
+            furthest = max(waits, key=lambda key: waits[key])
+            del waits[furthest]
+            held -= sizes[furthest]
+        waiting = max(waiting, held)
+    largest = max((sum(sizes[key] for key in keys) for keys in needs.values()), default=0)
+    return Schedule(needs, stays, fetched, sum(sizes[key] for key in uses), waiting, largest)
+
+
+@dataclass
+class _Tensor:
+    """One source tensor's life on the disk."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    here: bool = False
+    users: int = 0
+    awaited: set[str] = field(default_factory=set)
+    """Targets that are to find it here."""
+    digest: str = ""
+
+
+class Spool:
+    """Source tensors of a plan in files of their own, as long as they are needed. Threads may share it.
+
+    `begin` says where the files go, and gives the source as it then reads.
+    """
+
+    small: Path | None = None
+    """Folder of the source's companions, where the source itself is not here."""
+
+    def __init__(self, plan: GrowthPlan, source: Checkpoint, order: Sequence[str], *, keep: int = DEFAULT_SOURCE_CACHE) -> None:
+        self._origin: dict[str, tuple[Checkpoint, Stored]] = {}
+        for label, part in [("", source), *source.others.items()]:
+            if part.folder is None:
+                self._origin |= {f"{label}::{name}" if label else name: (part, stored) for name, stored in part.tensors.items()}
+        self.schedule = schedule(plan, order, frozenset(self._origin), keep)
+        self.forget: Callable[[Path], None] = lambda path: None
+        """Called before a file goes, for whoever holds it open."""
+        self.fetched = 0
+        """Bytes fetched so far."""
+        self._source = source
+        self._places = {
+            key: Stored(f"{stored.file}.{number}", stored.dtype, stored.shape, 0, stored.stop - stored.start)
+            for number, (key, (_, stored)) in enumerate(self._origin.items())
+        }
+        self._tensors = {key: _Tensor() for key in self._origin}
+        self._seen: set[str] = set()
+        self._tags: dict[str, dict[tuple[str, str], str]] = {part.ref: {} for part, _ in self._origin.values()}
+        self._lock = threading.Lock()
+
+    def most(self, workers: int) -> int:
+        """Bytes on the disk at a time, at most, with so many targets in work."""
+        return min(self.schedule.waiting + workers * self.schedule.largest, self.schedule.once)
+
+    @contextmanager
+    def begin(self, folder: Path) -> Iterator[Checkpoint]:
+        """The source as it reads while the growth goes on, from files under `folder`; what an interrupted run left there goes first and last."""
+        self._folder = folder / SPOOL
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir()
+        try:
+            yield self._view(self._source, "")
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _view(self, part: Checkpoint, label: str) -> Checkpoint:
+        others = {name: self._view(other, name) for name, other in part.others.items()}
+        if part.folder is not None:
+            return replace(part, others=others)
+        tensors = {name: self._places[f"{label}::{name}" if label else name] for name in part.tensors}
+        return replace(part, tensors=tensors, folder=self._folder, others=others)
+
+    @contextmanager
+    def needed(self, target: str, stop: Stop) -> Iterator[None]:
+        """Inside, the source tensors of one target are there. Raises ExecutionError, SourceError."""
+        keys = self.schedule.needs.get(target, ())
+        with self._lock:
+            self._seen.add(target)
+            for key in keys:
+                self._tensors[key].users += 1
+                self._tensors[key].awaited.discard(target)
+        try:
+            for key in keys:
+                self._fetch(key, stop)
+            yield
+        finally:
+            with self._lock:
+                for key in keys:
+                    following = self.schedule.stays.get((target, key))
+                    if following is not None and following not in self._seen:
+                        self._tensors[key].awaited.add(following)
+                    self._tensors[key].users -= 1
+                    self._drop_unused(key)
+
+    def passed(self, target: str) -> None:
+        """A target that an earlier run wrote: nothing waits for it."""
+        with self._lock:
+            self._seen.add(target)
+            for key in self.schedule.needs.get(target, ()):
+                self._tensors[key].awaited.discard(target)
+                self._drop_unused(key)
+
+    def _drop_unused(self, key: str) -> None:
+        tensor = self._tensors[key]
+        if tensor.here and not tensor.users and not tensor.awaited:
+            path = self._folder / self._places[key].file
+            self.forget(path)
+            path.unlink(missing_ok=True)
+            tensor.here = False
+
+    def _fetch(self, key: str, stop: Stop) -> None:
+        tensor, (part, stored) = self._tensors[key], self._origin[key]
+        with tensor.lock:
+            if tensor.here:
+                return
+            facts = part.files[stored.file]
+            path = self._folder / self._places[key].file
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            at, hasher = 0, xxhash.xxh3_128()
+            try:
+                for piece in fetch_range(
+                    part.ref,
+                    part.revision,
+                    stored.file,
+                    stored.start,
+                    stored.stop,
+                    facts["size"],
+                    facts.get("sha256"),
+                    self._tags[part.ref],
+                ):
+                    stop()
+                    write_all(handle, piece, at)
+                    hasher.update(piece)
+                    at += len(piece)
+            except Unreachable as error:
+                raise ExecutionError(
+                    error.message, hint="Check the network and repeat the command with --resume; what is written is not fetched again."
+                ) from None
+            finally:
+                os.close(handle)
+            if tensor.digest not in ("", hasher.hexdigest()):
+                raise ExecutionError(
+                    f"{key} was fetched twice, and differs.", hint="The connection or the Hub is at fault: repeat with --overwrite."
+                )
+            tensor.digest = hasher.hexdigest()
+            with self._lock:
+                tensor.here = True
+                self.fetched += at

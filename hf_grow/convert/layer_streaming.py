@@ -1,0 +1,86 @@
+"""A dense decoder run layer by layer, from the files: one layer is in memory at a time.
+
+Every sequence passes through a layer on its own, so nothing is padded; then the layer is let go and the next one read. What runs is the forward
+of transformers, with the masks and rotary angles that it makes for that layer: all other layers only pass on what they get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.growth.evaluate import BLOCK, Tensors
+from hf_grow.model.families import Dim
+from hf_grow.model.loading import loading, plain_outputs
+
+
+def embeddings(checkpoint: Checkpoint, tensors: Tensors, ids: Sequence[int]) -> Tensor:
+    """The input embeddings of some tokens, float32 [tokens, hidden]; only their rows are read."""
+    table = next(n for n, e in checkpoint.info.architecture.tensors.items() if e.spec.dims[0] == Dim("in", ("vocab",)))
+    rows = {i: tensors.rows(table, i, i + 1).to(torch.float32) for i in set(ids)}
+    return torch.cat([rows[i] for i in ids])
+
+
+def mlp_inputs(
+    checkpoint: Checkpoint,
+    tensors: Tensors,
+    embedded: Mapping[str, Tensor],
+    pool: Callable[[Tensor], Tensor],
+    progress: Callable[[int], None],
+) -> Iterator[dict[str, Tensor]]:
+    """Layer by layer: for every sequence, `pool` of the input of its MLP, float32 [tokens, hidden], in fp32 whatever the weights are.
+
+    `embedded` holds the sequences' input embeddings, [tokens, hidden]; `progress` gets the bytes of weights read. Raises SourceError if the installed
+    transformers cannot build the model.
+    """
+    model = _skeleton(checkpoint)
+    stream = {name: rows[None] for name, rows in embedded.items()}
+    memory: dict[str, Tensor] = {}
+    for index, layer in enumerate(list(model.layers)):
+        model.layers = nn.ModuleList(layer if i == index else _PassOn() for i in range(len(model.layers)))
+        _read_layer(memory, index, checkpoint, tensors, progress)
+        layer.load_state_dict(memory, assign=True)
+        seen: list[Tensor] = []
+        layer.mlp.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(pool(args[0][0])))
+        with torch.inference_mode():
+            for name, states in stream.items():
+                stream[name] = model(inputs_embeds=states, use_cache=False).last_hidden_state
+        yield dict(zip(stream, seen, strict=True))
+
+
+class _PassOn(nn.Module):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+def _skeleton(checkpoint: Checkpoint) -> Any:
+    """The source's decoder without weights and without its last norm. What is computed from the config, the rotary frequencies, is real."""
+    from transformers import AutoConfig, AutoModel
+
+    settings = dict(checkpoint.config)
+    with loading(f"the model of {checkpoint.ref}"):
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        plain_outputs(config)
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, dtype=torch.float32).eval()
+        model.rotary_emb = type(model.rotary_emb)(config=config)
+    model.norm = _PassOn()
+    return model
+
+
+def _read_layer(memory: dict[str, Tensor], index: int, checkpoint: Checkpoint, tensors: Tensors, progress: Callable[[int], None]) -> None:
+    """One layer's weights in fp32, by their names within it, in the memory that held those of the layer before: what is freed and asked for again
+    does not always fit. They are read in blocks, so that no tensor is there twice."""
+    for name, entry in checkpoint.info.architecture.tensors.items():
+        if entry.layer != index:
+            continue
+        whole = memory.setdefault(name.removeprefix(f"model.layers.{index}."), torch.empty(entry.shape))
+        step = max(1, BLOCK // whole[0].nbytes)
+        for start in range(0, entry.shape[0], step):
+            stop = min(start + step, entry.shape[0])
+            whole[start:stop] = tensors.rows(name, start, stop)
+        progress(checkpoint.info.tensors[name].nbytes)

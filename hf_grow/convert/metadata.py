@@ -1,0 +1,46 @@
+"""What a grown folder holds besides its weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+from hf_grow._version import __version__
+from hf_grow.checkpoint.partial_folder import PartialFolder
+from hf_grow.checkpoint.provenance import record_text
+from hf_grow.checkpoint.reader import GROWTH, INDEX
+from hf_grow.checkpoint.source import companions
+from hf_grow.checkpoint.writer import Shard, index_of
+from hf_grow.growth.plan import GrowthPlan, training_lists
+
+
+def write_rest(plan: GrowthPlan, beside: Path, folder: PartialFolder, shards: list[Shard], hashes: Mapping[str, str]) -> set[str]:
+    """Config, index, provenance, and the files that come along from `beside`. Returns the names of all files of the folder."""
+    files = {s.file for s in shards} | {"config.json", GROWTH}
+    for relative in companions(beside):
+        folder.copy_in(beside, relative)
+        files.add(relative.parts[0])
+    folder.write_json("config.json", plan.growth.config)
+    index = index_of(shards)
+    if index:
+        folder.write_json(INDEX, index)
+        files.add(INDEX)
+    record = plan.to_json()
+    record["target"]["files"] = {s.file: {"size": s.size, "sha256": hashes[s.file]} for s in shards}
+    record["growth"]["training"] = training_lists(plan)
+    record["made_by"] = versions()  # and no time: the same plan gives the same bytes
+    folder.write_file(GROWTH, record_text(record).encode())
+    return files
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a checkpoint, without importing any of it."""
+    out = {"hf_grow": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "safetensors", "numpy"):
+        try:
+            out[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out

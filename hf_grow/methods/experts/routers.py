@@ -1,0 +1,44 @@
+"""Rows of a router that were not there before."""
+
+from __future__ import annotations
+
+import math
+
+from hf_grow.errors import PlanError
+from hf_grow.growth.tensormap import Expr, Fill, Noise, Orthogonal, Sum, Values
+from hf_grow.methods.experts.expert_options import ExpertsOptions
+from hf_grow.model.architecture import Entry
+
+MEASURED = ("prompts", "cheap-embed")
+"""Routers whose rows are measured on the source before the plan is carried out."""
+
+
+def check_router(options: ExpertsOptions, rows: int) -> None:
+    """Raises PlanError where prompts and router do not go together, or are not as many as the new rows."""
+    if options.router not in MEASURED:
+        if options.prompts is not None:
+            raise PlanError(f"--prompts means nothing to --router {options.router}.", hint="Use --router prompts or cheap-embed.")
+        return
+    if options.prompts is None:
+        raise PlanError(
+            f"--router {options.router} needs --prompts.", hint="A YAML file: experts: [{positive: [...], negative: [...]}, ...]."
+        )
+    if len(options.prompts.experts) != rows:
+        raise PlanError(f"The prompts are for {len(options.prompts.experts)} experts; {rows} get new router rows.")
+
+
+def new_rows(entry: Entry, rows: int, options: ExpertsOptions) -> Expr:
+    """``rows`` new rows [rows, hidden_size] for the router `entry` of one layer."""
+    size = (rows, entry.shape[1])
+    match options.router:
+        case "zeros":
+            return Fill(size, 0.0)
+        case "normal":
+            return Noise(size, options.router_std, entry.name)
+        case "orthogonal":
+            if rows > size[1]:
+                raise PlanError(f"{rows} router rows of {size[1]} numbers cannot all be at right angles.", hint="Use --router normal.")
+            return Orthogonal(size, options.router_std, entry.name)
+        case _:  # measured rows have length one; cheap ones are the same in every layer
+            key = "router" if options.router == "cheap-embed" else f"router.{entry.layer}"
+            return Sum((Values(size, key),), (options.router_std * math.sqrt(size[1]),))

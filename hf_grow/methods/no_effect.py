@@ -1,0 +1,96 @@
+"""Options that do nothing: whoever gives one expects something of it, so it is refused, not passed over.
+
+No table says which option belongs to which case. An option that was given matters if some other value of it gives another growth, or is refused;
+growths are pure functions and cheap, so this is simply tried.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from hf_grow.errors import GrowError, PlanError
+from hf_grow.growth.growth import Growth, Method
+from hf_grow.growth.tensormap import Expr, Noise, Orthogonal
+from hf_grow.model.architecture import Architecture
+from hf_grow.options import Options
+
+
+def refuse_idle(method: Method, arch: Architecture, options: Options, others: Sequence[Architecture] = ()) -> None:
+    """Raises PlanError for options that differ from their defaults and change nothing here, whatever they say."""
+    fields = {name: f.get_default(call_default_factory=True) for name, f in type(options).model_fields.items()}
+    # Further checkpoints are read, and the options that name them go with `others`.
+    given = [name for name, default in fields.items() if getattr(options, name) not in (default, options.further())]
+    if not given:
+        return
+    arch, growth = _probe(method, arch, options, others)
+    idle = [name for name in given if not any(_differs(method, arch, o, others, growth) for o in _otherwise(options, name))]
+    if idle:
+        names = ", ".join("--" + name.replace("_", "-") for name in idle)
+        raise PlanError(
+            f"{names} would change nothing here: {method.name} of this source with the other options gives the same model whatever "
+            f"{'they say' if len(idle) > 1 else 'it says'}.",
+            hint="Leave it out." if len(idle) == 1 else "Leave them out.",
+        )
+
+
+def _probe(method: Method, arch: Architecture, options: Options, others: Sequence[Architecture]) -> tuple[Architecture, Growth]:
+    """The source, or one layer of it where layers are alike to the method, and the growth of that."""
+    if method.kind == "experts" and not others:
+        one: dict[str, Any] = {"num_hidden_layers": 1, "layer_types": None, "mlp_only_layers": [], "decoder_sparse_step": 1}
+        try:
+            small = Architecture({**arch.config, **{k: v for k, v in one.items() if k in arch.config}})
+            return small, _build(method, small, options, others)
+        except GrowError:
+            pass  # an option that speaks of all layers
+    return arch, _build(method, arch, options, others)
+
+
+def _build(method: Method, arch: Architecture, options: Options, others: Sequence[Architecture]) -> Growth:
+    growth: Growth = method.build(arch, options, others) if others else method.build(arch, options)
+    return growth
+
+
+def _differs(method: Method, arch: Architecture, options: Options, others: Sequence[Architecture], growth: Growth) -> bool:
+    try:
+        other = _build(method, arch, options, others)
+    except GrowError:
+        return True
+    if (growth.config, growth.tensors, growth.axes) != (other.config, other.tensors, other.axes):
+        return True
+    return growth.seed != other.seed and any(map(_random, growth.tensors.values()))
+
+
+def _random(expr: Expr) -> bool:
+    return isinstance(expr, Noise | Orthogonal) or any(map(_random, expr.children()))
+
+
+def _otherwise(options: Options, name: str) -> Iterator[Options]:
+    """The same options with other values of one of them, as far as it may have those."""
+    field = type(options).model_fields[name]
+    values = options.model_dump()
+    for value in (*_near(getattr(options, name)), *_choices(field.annotation), field.get_default(call_default_factory=True)):
+        if value != getattr(options, name):
+            try:
+                yield type(options).model_validate({**values, name: value})
+            except ValidationError:
+                continue
+
+
+def _near(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, bool):
+        return (not value,)
+    if isinstance(value, int):
+        return value + 1, value - 1, 2 * value, 1
+    if isinstance(value, float):
+        return value / 2, 2 * value
+    return (value[:-1], value[1:], value[::-1]) if isinstance(value, tuple) else ()
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) is typing.Literal:
+        return typing.get_args(annotation)
+    return tuple(c for part in typing.get_args(annotation) for c in _choices(part))

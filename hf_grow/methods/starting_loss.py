@@ -1,0 +1,86 @@
+"""How much worse than its source a model is right after a growth that changes the function: measured on one model, so guidance and no promise.
+
+The figures are those of benchmarks/results/starting-loss.md, in nats a token; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_grow.growth.growth import Growth
+from hf_grow.model.architecture import Architecture
+
+MODEL = "SmolLM2-135M"
+SOURCE_LOSS = 3.04
+"""Of that model on the prose; its loss would be log(VOCABULARY) if it knew nothing."""
+VOCABULARY = 49152
+
+
+@dataclass(frozen=True)
+class Start:
+    """One measurement. ``kind`` and ``amount``: what grew and by how much, such as layers by 1.5 (see `of`)."""
+
+    kind: str
+    amount: float
+    how: str
+    """Command and flags."""
+    prose: float
+    code: float
+    """Rise of the loss over the source's."""
+
+    @property
+    def knows_nothing(self) -> bool:
+        """Whether the loss is within 10 % of that of a model that knows nothing, or above."""
+        return SOURCE_LOSS + self.prose > 0.9 * math.log(VOCABULARY)
+
+    def __str__(self) -> str:
+        worth = ", about the loss of a model that knows nothing" if self.knows_nothing else ""
+        rise = f"{self.prose:+.2f} nats a token on prose, {self.code:+.2f} on code"
+        return f"{MODEL} (30 layers of 576) began {rise} after {self.how}{worth}"
+
+
+STARTS = (
+    Start("dus", 32 / 30, "dus --layers-to 32", 0.10, 0.13),
+    Start("dus", 38 / 30, "dus --layers-to 38", 0.14, 0.31),
+    Start("dus", 44 / 30, "dus --layers-to 44", 0.32, 0.52),
+    Start("interleave", 32 / 30, "interleave --layers-to 32", 2.51, 2.55),
+    Start("interleave", 38 / 30, "interleave --layers-to 38", 2.94, 2.79),
+    Start("interleave", 44 / 30, "interleave --layers-to 44", 3.26, 3.09),
+    Start("interleave", 2.0, "interleave --layers-to 60", 5.14, 5.65),
+    Start("stack", 2.0, "stack", 4.92, 4.60),
+    Start("fpi", 4 / 3, "fpi --hidden 768 --heads 12 --kv-heads 3", 0.26, 0.27),
+    Start("net2net", 4 / 3, "net2net --hidden 768 --heads 12 --kv-heads 3", 0.08, 0.06),
+    Start("aki", 1.0, "aki --intermediate 3072", 7.60, 7.79),
+    Start("aki", 4 / 3, "aki --hidden 768 --heads 12 --kv-heads 3", 3.38, 3.83),
+    Start("aki", 2.0, "aki --factor 2", 8.53, 10.84),
+    Start("experts noise", 0.01, "experts --experts 8 --init noise --noise 0.01", 0.00, 0.00),
+    Start("experts noise", 0.1, "experts --experts 8 --init noise --noise 0.1", 0.08, 0.15),
+    Start("experts noise", 0.3, "experts --experts 8 --init noise --noise 0.3", 1.06, 1.53),
+    Start("experts drop", 0.1, "experts --experts 8 --init drop --drop 0.1", 0.59, 0.91),
+    Start("experts drop", 0.25, "experts --experts 8 --init drop --drop 0.25", 3.78, 3.94),
+    Start("experts drop", 0.5, "experts --experts 8 --init drop --drop 0.5", 8.44, 10.21),
+    Start("experts drop", 1.0, "experts --experts 8 --init drop --drop 1.0", 18.97, 21.25),
+)
+
+
+def of(growth: Growth, source: Architecture) -> Start | None:
+    """The measurement nearest to a growth, or None for one that is lossless or unlike all that was measured (by 15 % and more)."""
+    if growth.guarantee.lossless:
+        return None
+    kind, amount = _kind(growth.method, growth.options, source, Architecture(growth.config))
+    alike = [s for s in STARTS if s.kind == kind and abs(s.amount - amount) <= 0.15 * amount]
+    return min(alike, key=lambda s: abs(s.amount - amount), default=None)
+
+
+def _kind(method: str, options: Mapping[str, Any], old: Architecture, new: Architecture) -> tuple[str, float]:
+    """Depth by the ratio of layers, width by that of hidden_size, experts of a dense model by how much of them is noise or drawn anew."""
+    if method == "experts":
+        init = str(options.get("init", "copy"))
+        kind = f"experts {init}" if not old.is_moe and not options.get("experts_from") else ""
+        return kind, float(options.get(init) or {"noise": 0.01, "drop": 0.5}.get(init, 0.0))
+    if method == "dus" and new.layers == 2 * old.layers:  # nothing is dropped
+        return "stack", 2.0
+    return method, new.layers / old.layers if new.layers != old.layers else new.size("hidden") / old.size("hidden")

@@ -1,0 +1,348 @@
+"""Width growth: every dimension of every tensor mapped by the space it stands in (see spaces).
+
+tile          copies of the hidden state, then zeros; whole heads and units copied or null. Lossless for every size. (LEMON's form, arXiv 2310.07999)
+pad           the hidden state padded with zeros only. Lossless.
+lemon         tile with scaled rms_norm_eps and copies told apart by an elementwise split (LEMON, Wang et al. 2024, section 4). Lossless.
+fpi           bert2BERT function-preserving initialisation (Chen et al. 2022, ACL long 151, section 3.2): coordinates copied in turn, columns
+              divided by the number of copies. Under RMSNorm exact only where all are copied equally often.
+aki           bert2BERT advanced knowledge initialisation (section 3.3): what is added comes from the next layer. Changes the function so much that
+              the loss starts where a model that knows nothing has it (docs/methods.md). With --lossless (derived here): tile, whose null heads and
+              FFN units read what those of the next layer read.
+net2net       Net2WiderNet (Chen et al. 2016, section 3.2): random duplication. Under RMSNorm as fpi.
+hypercloning  whole tiles by an integer factor (Samragh et al. 2024, arXiv 2409.12903). Lossless; noise in dB, of opposite sign in the copies.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from hf_grow.errors import PlanError, SourceError
+from hf_grow.growth.axes import AxisMap
+from hf_grow.growth.growth import Growth, Guarantee, LayerOrigin, Method
+from hf_grow.methods.width.activation_maps import Hidden
+from hf_grow.methods.width.width_maps import Symmetry, Widening
+from hf_grow.methods.width import activation_maps as spaces
+from hf_grow.methods.width.width_search import Shape, check_shape, nearest_shape, shape_of, shape_warnings
+from hf_grow.model.architecture import Architecture
+from hf_grow.model.config_compat import portable_config
+from hf_grow.model.families import FFN_AXES
+from hf_grow.options import Options, Size
+
+Positive = Annotated[int, Field(ge=1, le=2**20)]
+"""A size: many times that of any model, and few enough to be counted through."""
+
+
+class WidthOptions(Options):
+    """What every width method takes."""
+
+    to: Size | None = None
+    """Number of parameters to grow to, such as 13B: all widths by one factor, as near as they get."""
+    factor: Annotated[float, Field(ge=1, le=64)] | None = None
+    """Grow hidden, FFN and heads by this factor."""
+    hidden: Positive | None = None
+    """New hidden_size."""
+    intermediate: Positive | None = None
+    """New intermediate_size (Mixtral: that of each expert)."""
+    expert_intermediate: Positive | None = None
+    """New moe_intermediate_size, for families that have both."""
+    shared_intermediate: Positive | None = None
+    """New shared_expert_intermediate_size, for families with a shared expert."""
+    heads: Positive | None = None
+    """New number of query heads."""
+    kv_heads: Positive | None = None
+    """New number of key/value heads."""
+    head_dim: Positive | None = None
+    """New size of a head. Default: kept."""
+    ffn: Literal["auto", "null", "copies"] = "auto"
+    """New FFN units: null (random in, zero out) or copies. Default: null below 2x, copies from there on."""
+    new_heads: Literal["split", "null"] = "split"
+    """Spare query heads: copies that share o_proj (split), or null heads with zero o_proj columns."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of everything random."""
+
+
+class ExactOptions(WidthOptions):
+    rms_mode: Literal["scale", "eps"] = "scale"
+    """Where sizes are no whole factor: scale what writes the residual stream, or rms_norm_eps."""
+    symmetry: Symmetry = "split"
+    """How copies are told apart, without changing the function: an elementwise-random split, noise that adds up to zero, or none (locked for good)."""
+    strength: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Size of that split (as a share of each weight) or noise (in standard deviations); 0.1 where optimizer state is carried along."""
+
+
+class LemonOptions(ExactOptions):
+    rms_mode: Literal["scale", "eps"] = "eps"
+    """Where sizes are no whole factor: scale what writes the residual stream, or rms_norm_eps."""
+
+
+class HyperCloningOptions(WidthOptions):
+    noise_db: Annotated[float, Field(ge=0, le=120)] | None = None
+    """Signal to noise ratio of noise with opposite signs in the copies, such as 10. Default: no noise, as the paper's symmetric cloning."""
+
+
+class CopyOptions(WidthOptions):
+    ffn: Literal["auto", "null", "copies"] = "copies"
+    """New FFN units: copies, as the paper, or null."""
+
+
+class AkiOptions(CopyOptions):
+    fixed_kv: bool = False
+    """AKI-Pro (AquilaMoE, arXiv 2408.06567): keep the number of kv heads and grow query heads inside their groups."""
+    lossless: bool = False
+    """Not as published: only what new heads and FFN units read comes from the next layer, and nothing reads them yet; the hidden state as in tile."""
+
+
+def _asked(arch: Architecture, options: WidthOptions) -> Shape:
+    """The shape asked for. Raises PlanError for contradictions and for what the family has not."""
+    explicit = {
+        "hidden": options.hidden,
+        "inter": options.intermediate,
+        "expert_inter": options.expert_intermediate,
+        "shared_inter": options.shared_intermediate,
+        "heads": options.heads,
+        "kv": options.kv_heads,
+        "head_dim": options.head_dim,
+    }
+    if options.intermediate and not arch.size("inter"):  # Mixtral's only FFN is that of its experts
+        if options.expert_intermediate:
+            raise PlanError(
+                f"{arch.family.architecture} has one FFN, that of its experts: --intermediate and --expert-intermediate are the same; give one."
+            )
+        explicit["expert_inter"], explicit["inter"] = options.intermediate, None
+    if options.expert_intermediate and not arch.size("expert_inter"):
+        raise PlanError(f"{arch.family.architecture} has no experts; --expert-intermediate means nothing here.")
+    if options.shared_intermediate and not arch.size("shared_inter"):
+        raise PlanError(f"{arch.family.architecture} has no shared expert; --shared-intermediate means nothing here.")
+    given = {k: v for k, v in explicit.items() if v is not None}
+    if sum(x is not None for x in (options.to, options.factor)) + bool(set(given) - {"head_dim"}) > 1 and (options.to or given):
+        raise PlanError("--to, --factor and explicit sizes each set the widths; give one kind.")
+    old = shape_of(arch)
+    if options.to is not None:
+        return nearest_shape(arch, options.to, head_dim=options.head_dim)
+    if options.factor is not None:
+        return old.scaled(options.factor, options.head_dim)
+    if not given:
+        raise PlanError("Nothing to grow.", hint="Say how far: --factor 2, --to 13B, or sizes such as --hidden 5120 --intermediate 16384.")
+    return old.changed(**given)
+
+
+def _build(
+    arch: Architecture, method: str, options: WidthOptions, shape: Shape, hidden: Hidden, symmetry: Symmetry, strength: float, kind: str
+) -> Growth:
+    old = shape_of(arch)
+    head_dim = spaces.head_dim_space(old.head_dim, shape.head_dim, normed=arch.has_norm_over("head_dim"))
+    above = kind == "silent aki"
+    null = {
+        axis: above or options.ffn == "null" or (options.ffn == "auto" and getattr(shape, axis) < 2 * getattr(old, axis))
+        for axis in FFN_AXES
+    }
+    heads = spaces.head_spaces(old.heads, old.kv, shape.heads, shape.kv, head_dim, null=above or options.new_heads == "null", above=above)
+    check_shape(arch, shape)
+    if shape.head_dim != old.head_dim:
+        _check_rope(arch)
+    config = _config(arch, shape, hidden.eps, head_dim.theta)
+    width = Widening(
+        arch=arch,
+        hidden=hidden,
+        heads=heads,
+        head_dim=head_dim,
+        ffn={
+            axis: spaces.ffn_space(axis, arch.size(axis), getattr(shape, axis), null=null[axis], above=above)
+            for axis in FFN_AXES
+            if arch.size(axis)
+        },
+        symmetry=symmetry,
+        strength=strength,
+        next_layer=kind == "aki",
+    )
+    axes: dict[str, AxisMap] = {}
+    tensors = {name: width.tensor(entry, axes) for name, entry in arch.tensors.items()}
+    return Growth(
+        method=method,
+        options=options.given(),
+        config=config,
+        tensors=tensors,
+        guarantee=_guarantee(arch, shape, hidden, kind),
+        layers=tuple(LayerOrigin((i,)) for i in range(arch.layers)),
+        axes=axes,
+        warnings=tuple(shape_warnings(arch, shape)),
+        seed=options.seed,
+    )
+
+
+def _config(arch: Architecture, shape: Shape, eps: float, theta: float) -> dict[str, Any]:
+    changes: dict[str, Any] = {"hidden_size": shape.hidden, "num_attention_heads": shape.heads}
+    for axis in ("kv", "head_dim", *FFN_AXES):
+        if arch.size(axis):
+            changes[arch.family.size_key(axis)] = getattr(shape, axis)
+    config: dict[str, Any] = {**arch.config, **changes}
+    if eps != 1.0:
+        config["rms_norm_eps"] = arch.get("rms_norm_eps") * eps
+    try:
+        config = portable_config(config)
+    except SourceError as error:
+        raise PlanError(f"The target config cannot be built: {error.message}", hint=error.hint) from None
+    if theta != 1.0:  # rope_theta^(d'/d) keeps the frequencies of the old pairs in the front slots
+        raised = float(config["rope_theta"]) ** theta
+        config |= {"rope_theta": raised, "rope_parameters": {**config["rope_parameters"], "rope_theta": raised}}
+    return config
+
+
+def _check_rope(arch: Architecture) -> None:
+    """Raises PlanError for rotary scaling that looks at a pair's place and not only at its frequency, which growth keeps."""
+    rope = arch.get("rope_scaling") or arch.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise PlanError(
+            f"head_dim cannot grow exactly under {kind} rotary scaling.", hint="Leave out --head-dim and grow the number of heads."
+        )
+
+
+def _guarantee(arch: Architecture, shape: Shape, hidden: Hidden, kind: str) -> Guarantee:
+    old = shape_of(arch)
+    if kind == "aki" and shape != old:
+        why = "AKI takes what it adds from the next layer, also in what writes the residual stream; --lossless keeps the function"
+        return Guarantee("changes the function", why)
+    if not hidden.lossless:
+        whole = max(2, round(shape.hidden / old.hidden)) * old.hidden
+        instead = "the method tile at any size" if kind == "net2net" else f"--hidden {whole}, or the method tile at any size"
+        why = (
+            f"hidden_size {old.hidden} -> {shape.hidden} copies some coordinates more often than others, which RMSNorm does not forgive; "
+            f"lossless would be {instead}"
+        )
+        return Guarantee("changes the function", why)
+    if shape == old:
+        return Guarantee("lossless", "nothing changes")
+    said = []
+    if shape.hidden != old.hidden:
+        copies, pad = divmod(shape.hidden, old.hidden)
+        said.append(f"hidden is {copies} x {old.hidden}" + (f" and {pad} zeros, with the RMSNorm rule" if pad else ""))
+    if (shape.heads, shape.kv) != (old.heads, old.kv):
+        said.append(
+            f"heads {old.heads}/{old.kv} -> {shape.heads}/{shape.kv} keep their kv heads"
+            + (", new ones read as the next layer's and add zero" if kind == "silent aki" else "")
+        )
+    if any(getattr(shape, axis) != getattr(old, axis) for axis in FFN_AXES):
+        said.append(
+            "new FFN units read as the next layer's and add zero"
+            if kind == "silent aki"
+            else "FFN units are copies that share, or add zero"
+        )
+    if shape.head_dim != old.head_dim:
+        said.append("head_dim keeps every old rotary pair at its frequency")
+    return Guarantee("lossless", "; ".join(said))
+
+
+def build_exact(method: str) -> Any:
+    def build(arch: Architecture, options: ExactOptions) -> Growth:
+        shape, old = _asked(arch, options), arch.size("hidden")
+        copies = 1 if method == "pad" else max(1, shape.hidden // old)
+        if options.rms_mode == "eps" and shape.hidden != copies * old and arch.has_norm_over("head_dim"):
+            raise PlanError(
+                "--rms-mode eps changes rms_norm_eps, which the q and k norms of this family share: not exact.",
+                hint="Use --rms-mode scale.",
+            )
+        _no_smaller(shape.hidden, old)
+        hidden = spaces.tiled_hidden(old, shape.hidden, copies, mode=options.rms_mode)
+        return _build(arch, method, options, shape, hidden, options.symmetry, options.strength, "exact")
+
+    return build
+
+
+def build_hypercloning(arch: Architecture, options: HyperCloningOptions) -> Growth:
+    shape, old = _asked(arch, options), shape_of(arch)
+    if old.kv == 1 and options.kv_heads is None:  # as the paper's code: multi-query attention stays what it is
+        shape = shape.changed(kv=1)
+    uneven = [a for a in ("hidden", *FFN_AXES, "heads", "kv") if getattr(shape, a) % max(1, getattr(old, a))]
+    if uneven or shape.head_dim != old.head_dim:
+        raise PlanError(
+            f"HyperCloning grows by whole factors and keeps head_dim; {', '.join(uneven) or 'head_dim'} would not.",
+            hint="Use --method tile.",
+        )
+    hidden = spaces.tiled_hidden(old.hidden, shape.hidden, shape.hidden // old.hidden, mode="scale")
+    copies = options.model_copy(update={"ffn": "copies"})
+    strength = 0.0 if options.noise_db is None else 10 ** (-options.noise_db / 20)
+    growth = _build(arch, "hypercloning", copies, shape, hidden, "noise" if strength else "none", strength, "exact")
+    return replace(growth, options=options.given())
+
+
+def build_copies(method: str) -> Any:
+    def build(arch: Architecture, options: CopyOptions) -> Growth:
+        shape, old = _asked(arch, options), arch.size("hidden")
+        if isinstance(options, AkiOptions) and options.fixed_kv:
+            shape = shape.changed(kv=arch.size("kv"))
+        _no_smaller(shape.hidden, old)
+        if isinstance(options, AkiOptions) and options.lossless:
+            for name in ("ffn", "new_heads"):
+                if name in options.model_fields_set:
+                    raise PlanError(
+                        f"--{name.replace('_', '-')} means nothing with --lossless: what is new comes from the next layer and adds zero."
+                    )
+            exact = ExactOptions.model_fields
+            hidden = spaces.tiled_hidden(old, shape.hidden, max(1, shape.hidden // old), mode="scale")
+            return _build(arch, method, options, shape, hidden, exact["symmetry"].default, exact["strength"].default, "silent aki")
+        if method == "net2net":
+            draw = random.Random(f"{options.seed}/net2net/hidden")
+            sources = [*range(old), *(draw.randrange(old) for _ in range(shape.hidden - old))]
+        else:
+            sources = [i % old for i in range(shape.hidden)]
+        return _build(arch, method, options, shape, spaces.duplicated_hidden(old, sources), "none", 0.0, method)
+
+    return build
+
+
+def _no_smaller(new: int, old: int) -> None:
+    if new < old:
+        raise PlanError(f"hidden_size cannot shrink: {old} -> {new}.")
+
+
+def explicit_sizes(arch: Architecture, shape: Shape) -> dict[str, int]:
+    """The options that ask for `shape`, only those that change something."""
+    names = {
+        "hidden": "hidden",
+        "inter": "intermediate",
+        "expert_inter": "expert_intermediate",
+        "shared_inter": "shared_intermediate",
+        "heads": "heads",
+        "kv": "kv_heads",
+    }
+    old = shape_of(arch)
+    changed = {n: getattr(shape, a) for a, n in names.items() if getattr(shape, a) != getattr(old, a)}
+    if "expert_intermediate" in changed and not old.inter:
+        changed["intermediate"] = changed.pop("expert_intermediate")
+    return changed
+
+
+def _for_size(options: type[WidthOptions], *, whole: bool) -> Any:
+    def nearest(arch: Architecture, target: int) -> Options | None:
+        try:
+            shape = nearest_shape(arch, target, whole=whole, strict=False)
+        except PlanError:
+            return None
+        changed = explicit_sizes(arch, shape)
+        return options(**changed) if changed else None
+
+    return nearest
+
+
+def _method(
+    name: str, summary: str, paper: str, guarantee: str, options: type[WidthOptions], build: Any, *, listed: bool = False
+) -> Method:
+    """``listed``: stands in the table of `hf-grow plan`; the others reach the same sizes."""
+    search = _for_size(options, whole=name == "hypercloning") if listed else lambda arch, target: None
+    return Method(name, "width", summary, paper, guarantee, options, build, search)
+
+
+WIDTH_METHODS = (
+    _method("tile", "copies, then zeros; any size", "LEMON, arXiv 2310.07999", "lossless", ExactOptions, build_exact("tile"), listed=True),
+    _method("pad", "zeros only; any size", "", "lossless", ExactOptions, build_exact("pad")),
+    _method("lemon", "tile with scaled eps and an uneven split", "LEMON, arXiv 2310.07999", "lossless", LemonOptions, build_exact("lemon")),
+    _method("fpi", "copied in turn", "bert2BERT, ACL 2022 long 151", "lossless at whole factors", CopyOptions, build_copies("fpi")),
+    _method("aki", "added from the next layer", "bert2BERT, ACL 2022 long 151", "changes the function; not with --lossless", AkiOptions, build_copies("aki"), listed=True),
+    _method("net2net", "random duplication", "Net2Net, arXiv 1511.05641", "FFN and heads only", CopyOptions, build_copies("net2net")),
+    _method("hypercloning", "whole tiles, noise in dB", "HyperCloning, arXiv 2409.12903", "lossless", HyperCloningOptions, build_hypercloning, listed=True),
+)  # fmt: skip

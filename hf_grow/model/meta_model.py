@@ -1,0 +1,47 @@
+"""The parameters of a model by name, without its weights: all of them, in Trainer's groups, and tensors under those names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hf_grow.model.loading import loading, plain_outputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
+    """The model of a config.json on the meta device. Raises SourceError for values that transformers does not take."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    settings = dict(config)
+    kind = settings.pop("model_type")
+    with loading(f"a model of these settings ({kind})"), torch.device("meta"):
+        made = AutoConfig.for_model(kind, **settings)
+        plain_outputs(made)
+        # Not by from_config: under DeepSpeed that would cut the model into pieces, which have no shape.
+        model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)](made)
+    return model
+
+
+def memory_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under names on disk -> under the model's names in memory (experts fused): they are loaded as if they were its weights."""
+    import torch
+
+    own = {n for n, _ in model.named_parameters()}
+    if own <= tensors.keys():
+        return {n: tensors[n] for n in own}
+    loaded = type(model).from_pretrained(None, config=model.config, state_dict=tensors, dtype=torch.float32)
+    return {n: p.detach() for n, p in loaded.named_parameters()}
+
+
+def trainer_groups(model: PreTrainedModel) -> list[list[str]]:
+    """Parameter names of Trainer's two groups, decayed and not, in the order of its optimizer."""
+    from transformers import Trainer
+
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    every = [n for n, _ in model.named_parameters()]
+    return [[n for n in every if n in decayed], [n for n in every if n not in decayed]]

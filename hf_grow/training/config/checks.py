@@ -1,0 +1,305 @@
+"""What can be wrong with a recipe beyond its keys, looked for before anything is loaded or written: files, tokenizer, Fisher, teachers, output.
+
+Everything is looked at even where something else is wrong already, and told in one message.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.checkpoint.source import open_source
+from hf_grow.errors import InputError, OutputError
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.model import loading
+from hf_grow.training.config.data_options import TextOptions
+from hf_grow.training.config.train_config import DEFAULTS, Read, TrainRecipe, collect, complain
+from hf_grow.training.config.warnings import advise
+from hf_grow.training.data.sources import find
+from hf_grow.training.distillation.distill import SOURCE, Teacher, check_teacher
+from hf_grow.training.distributed import launch
+from hf_grow.training.param_updates import param_provenance as newness
+from hf_grow.training.param_updates.masks import EVERYTHING
+from hf_grow.training.regularizers.fisher_file import check_model, open_importance, samples_on_disk
+from hf_grow.training.trainer.events import NAME as EVENTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+Notify = Callable[[str], None]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe that can be carried out, and what was opened on the way (config and headers; no weights)."""
+
+    read: Read
+    recipe: TrainRecipe
+    arguments: TrainingArguments
+    checkpoint: Checkpoint
+    plan: GrowthPlan | None
+    tokenizer: PreTrainedTokenizerBase
+    out: Path
+
+    @property
+    def vocabulary(self) -> int:
+        return self.checkpoint.info.architecture.size("vocab")
+
+    def source_of_growth(self) -> tuple[str, str | None]:
+        """Reference and revision of what the model was grown from. Raises InputError if it was not grown."""
+        if self.plan is None:
+            raise InputError(f"{self.recipe.model} has no growth.json, so it has no source.", hint="Name a checkpoint instead.")
+        return self.plan.source.ref, self.plan.source.revision or None
+
+
+def check(
+    read: Read,
+    *,
+    output: str | None,
+    resume: bool,
+    overwrite: bool,
+    notify: Notify,
+    started: launch.Launch | None = None,
+    texts: bool = True,
+) -> Checked:
+    """Raises InputError that lists every mistake, one line each.
+
+    ``started``: the processes; by default those that the launcher tells of. ``texts``: whether the texts must be there.
+    """
+    found = list(read.mistakes)
+    started = started or launch.launched()
+    recipe, name = read.recipe, read.given.get("model")
+    checkpoint: Checkpoint | None = None
+    plan: GrowthPlan | None = None
+    tokenizer = None
+    if isinstance(name, str):
+        revision = recipe.revision if recipe else None
+        checkpoint = collect(found, "model", lambda: open_source(name, revision=revision, weights=False, notify=notify))
+    if checkpoint is not None:
+        opened = checkpoint
+        if collect(found, "model", lambda: opened.info.architecture.layers) is None:
+            checkpoint = None
+        plan = collect(found, "model", lambda: _plan(opened)) if checkpoint is not None else None
+    if recipe is not None:
+        if checkpoint is not None:
+            tokenizer = _tokenizer(recipe, checkpoint, found)
+            _positions(recipe, checkpoint, found)
+        if texts:
+            _data(recipe, found, notify)
+        for key, wanted in (("train", recipe.train), ("freeze", recipe.freeze), *(("phases.train", p.train) for p in recipe.phases)):
+            known = (EVERYTHING, *newness.PARTS)
+            found += [f"{key}: there is no part {part!r}. Parts: {', '.join(known)}." for part in wanted if part not in known]
+        if checkpoint is not None:
+            _regularizer(recipe, checkpoint, plan, found)
+            _teachers(recipe, checkpoint, plan, tokenizer, found, notify)
+    out = Path(output or (recipe.output if recipe else None) or default_output(str(name)))
+    collect(found, "output", lambda: check_output(out, resume=resume, overwrite=overwrite))
+    arguments = None
+    if recipe is not None:
+        usable = recipe
+        arguments = collect(found, "arguments", lambda: arguments_for(usable, read.arguments, out))
+        if arguments is not None:
+            found += launch.mistakes(started, recipe, arguments, resume=resume or bool(read.arguments.get("resume_from_checkpoint")))
+        _resumable(read.arguments.get("resume_from_checkpoint"), found)
+    complain(read.where, found)
+    assert recipe is not None and checkpoint is not None and arguments is not None
+    checked = Checked(read, recipe, arguments, checkpoint, plan, tokenizer, out)
+    advise(checked, notify)
+    return checked
+
+
+def _plan(checkpoint: Checkpoint) -> GrowthPlan | None:
+    if checkpoint.growth is None:
+        return None
+    plan = GrowthPlan.from_json(checkpoint.growth)
+    newness.check_fits(plan, checkpoint)
+    return plan
+
+
+def _positions(recipe: TrainRecipe, checkpoint: Checkpoint, found: list[str]) -> None:
+    most = checkpoint.config.get("max_position_embeddings")
+    if isinstance(most, int) and recipe.data.seq_length > most and not any(line.startswith("data") for line in found):
+        found.append(f"data.seq_length: {recipe.data.seq_length} is more than the {most} positions of the model (max_position_embeddings).")
+
+
+def _resumable(folder: Any, found: list[str]) -> None:
+    """A checkpoint of a Trainer (grown or not) that this run is to go on from."""
+    if isinstance(folder, str) and not (Path(folder) / "trainer_state.json").is_file():
+        found.append(f"resume_from_checkpoint: {folder} holds no state of a training (trainer_state.json).")
+
+
+def default_output(model: str) -> str:
+    name = Path(model).resolve().name if Path(model).exists() else model.rsplit("/", 1)[-1]
+    return f"{name}-trained"
+
+
+def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises OutputError if a training must not write there. A folder that no training made is never overwritten."""
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other: one keeps what is there, the other discards it.")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"{out} exists and is no folder.", hint="Choose another place with -o.")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / EVENTS).is_file():
+        raise OutputError(f"{out} exists, is not empty, and holds no training.", hint="Choose another place with -o.")
+    if not (resume or overwrite):
+        raise OutputError(f"{out} holds a training.", hint="Go on with it by --resume, replace it with --overwrite, or choose another -o.")
+
+
+def clear_output(out: Path) -> None:
+    """Removes an earlier training; `check_output` has made sure that it is one."""
+    if out.is_dir():
+        shutil.rmtree(out)
+
+
+def _tokenizer(recipe: TrainRecipe, checkpoint: Checkpoint, found: list[str]) -> Any:
+    vocabulary = checkpoint.info.architecture.size("vocab")
+    own_there = checkpoint.folder is None or any((checkpoint.folder / n).is_file() for n in TOKENIZER_FILES)
+    own = None
+    if recipe.tokenizer is None or own_there:
+        place = str(checkpoint.folder or checkpoint.ref)
+        own = collect(
+            found if recipe.tokenizer is None else [],
+            "tokenizer",
+            lambda: load_tokenizer(place, recipe.revision if checkpoint.folder is None else None),
+        )
+    tokenizer = own
+    if recipe.tokenizer is not None:
+        named = recipe.tokenizer
+        tokenizer = collect(found, "tokenizer", lambda: load_tokenizer(named, None))
+    if tokenizer is None:
+        return None
+    if len(tokenizer) > vocabulary:
+        found.append(
+            f"tokenizer: knows {len(tokenizer)} tokens, but the model's vocabulary has {vocabulary}. They do not belong together; "
+            "or resize the embeddings first (model.resize_token_embeddings)."
+        )
+    if own is not None and own is not tokenizer and own.get_vocab() != tokenizer.get_vocab():
+        found.append(f"tokenizer: {recipe.tokenizer} gives tokens other numbers than the tokenizer of {recipe.model} does.")
+    return tokenizer
+
+
+def load_tokenizer(place: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """Raises InputError if there is none that can be used."""
+    folder = Path(place).expanduser()
+    if folder.is_dir() and not any((folder / n).is_file() for n in TOKENIZER_FILES):
+        raise InputError(f"{place} has no tokenizer.", hint="Name one with `tokenizer`.")
+    return loading.load_tokenizer(folder if folder.is_dir() else place, place, revision)
+
+
+def _data(recipe: TrainRecipe, found: list[str], notify: Notify) -> None:
+    data = recipe.data
+    sources: list[tuple[str, TextOptions]] = [(f"data.train.{i}", s) for i, s in enumerate(data.train)]
+    sources += [(f"data.eval.{n}", s) for n, s in data.eval.items()]
+    if data.replay is not None and data.replay.self is None:
+        sources.append(("data.replay", data.replay))
+    for key, source in sources:
+        collect(found, key, partial(find, source, notify=notify))
+
+
+def _regularizer(recipe: TrainRecipe, checkpoint: Checkpoint, plan: GrowthPlan | None, found: list[str]) -> None:
+    """Every file is of this model (of its source, for collapsed coordinates): its tensors, and for the newest its very weights."""
+    options = recipe.regularizer
+    if options.kind == "none":
+        return
+    if (options.collapsed or options.over == "inherited") and plan is None:
+        found.append(f"regularizer: needs to know what is new, and {recipe.model} has no growth.json. Leave collapsed and over out.")
+        return
+    own = {n: t.shape for n, t in checkpoint.tensors.items() if n in checkpoint.info.architecture.tensors}
+    shapes = (
+        own
+        if not options.collapsed or plan is None
+        else {n: t.shape for n, t in plan.source.tensors.items() if n not in plan.growth.dropped}
+    )
+    for i, path in enumerate(options.fisher):
+        newest = i == len(options.fisher) - 1 and not options.collapsed and checkpoint.folder is not None
+        identity = samples_on_disk(checkpoint) if newest else None
+        collect(found, "regularizer.fisher", partial(_fisher, path, shapes, identity))
+
+
+def _fisher(path: Path, shapes: Mapping[str, tuple[int, ...]], identity: str | None) -> None:
+    check_model(open_importance(path), shapes, identity)
+
+
+def _teachers(
+    recipe: TrainRecipe, checkpoint: Checkpoint, plan: GrowthPlan | None, tokenizer: Any, found: list[str], notify: Notify
+) -> None:
+    wants_source = recipe.kl_rows or recipe.monitor.baseline == "source"
+    teachers = list(recipe.distill.teachers) if recipe.distill else []
+    if wants_source and not any(t.model == SOURCE for t in teachers):
+        teachers.append(Teacher())
+    for teacher in teachers:
+        collect(found, "distill.teachers" if recipe.distill else "monitor", partial(_teacher, teacher, checkpoint, plan, tokenizer, notify))
+
+
+def _teacher(teacher: Teacher, checkpoint: Checkpoint, plan: GrowthPlan | None, tokenizer: Any, notify: Notify) -> None:
+    ref, revision = resolve(teacher, plan)
+    held = open_source(ref, revision=revision, weights=False, notify=notify)
+    same: bool | None = None
+    if tokenizer is not None and held.folder is not None and any((held.folder / n).is_file() for n in TOKENIZER_FILES):
+        same = load_tokenizer(str(held.folder), None).get_vocab() == tokenizer.get_vocab()
+    check_teacher(ref, held.info.architecture.size("vocab"), checkpoint.info.architecture.size("vocab"), same)
+
+
+def resolve(teacher: Teacher, plan: GrowthPlan | None) -> tuple[str, str | None]:
+    """Reference and revision of a teacher; `source` is what the plan grew from. Raises InputError without a plan."""
+    if teacher.model != SOURCE:
+        return teacher.model, teacher.revision
+    if plan is None:
+        raise InputError("The model has no growth.json, so it has no source.", hint="Name a checkpoint instead of `source`.")
+    return plan.source.ref, plan.source.revision or None
+
+
+def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> TrainingArguments:
+    """TrainingArguments of a recipe. Raises InputError for what transformers refuses."""
+    from transformers import Trainer, TrainingArguments
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.utils import is_liger_kernel_available
+
+    # Decay pulls to zero what a penalty holds where it is, and a penalty keeps weights from growing as decay does.
+    held = {"weight_decay": 0.0} if recipe.regularizer.kind != "none" else {}
+    settings = {
+        **DEFAULTS,
+        **held,
+        **given,
+        "output_dir": str(out),
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "sequential",
+    }
+    settings.setdefault("prediction_loss_only", True)
+    settings.setdefault("disable_tqdm", True)
+    settings.setdefault("ddp_find_unused_parameters", False)  # there are none: what is frozen needs no gradient
+    if recipe.data.eval:
+        settings.setdefault("eval_strategy", "steps")
+        settings.setdefault("eval_on_start", True)
+        settings.setdefault("per_device_eval_batch_size", settings["per_device_train_batch_size"])
+    if recipe.early_stopping_patience:
+        settings.setdefault("load_best_model_at_end", True)
+    if recipe.data.eval and (settings.get("load_best_model_at_end") or settings.get("save_strategy") == "best"):
+        sets = list(recipe.data.eval)
+        settings.setdefault("metric_for_best_model", f"eval_{'new' if 'new' in sets else sets[0]}_loss")
+        settings.setdefault("greater_is_better", False)
+    try:
+        made = TrainingArguments(**settings)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise InputError(" ".join(str(error).split())) from None
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(made)
+    except (ValueError, ImportError) as error:  # of a package that is not there; others ask for a model, which comes later
+        if "install" in str(error):
+            raise InputError(f"optim {settings.get('optim', 'default')}: {' '.join(str(error).split())}") from None
+    if made.use_liger_kernel and not is_liger_kernel_available():
+        raise InputError("use_liger_kernel: liger-kernel is not installed.", hint="Run pip install liger-kernel, or leave it out.")
+    if "dataloader_pin_memory" not in given and made.device.type in ("cpu", "mps"):
+        made.dataloader_pin_memory = False  # torch cannot there, and would warn at every evaluation
+    missing = sorted(set(made.report_to) - set(get_available_reporting_integrations()))
+    if missing:
+        raise InputError(f"report_to names {', '.join(missing)}, which is not installed or not known.")
+    return made

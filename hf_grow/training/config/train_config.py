@@ -1,0 +1,299 @@
+"""The training recipe: one YAML file with hf-grow's sections and, flat beside them, any argument of transformers' TrainingArguments.
+
+Everything is read strictly, and every mistake is told at once: unknown keys, strings for numbers, files that are not there, a tokenizer that does
+not belong to the model, a Fisher of another model (`check`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+
+from hf_grow.common.suggest import did_you_mean
+from hf_grow.errors import InputError
+from hf_grow.options import Options, load_yaml, mistakes, nested, unmet
+from hf_grow.training.config.data_options import DataOptions
+from hf_grow.training.config.regularizer_options import PenaltyOptions
+from hf_grow.training.distillation.distill import DistillOptions
+from hf_grow.training.param_updates.schedules import AfterGrowth, Parts, Phase, Positive, Warmup
+from hf_grow.training.peft.lora import LoraOptions
+from hf_grow.training.trainer.monitor import MonitorOptions
+
+NumberOfSteps = Annotated[int, Field(ge=0)]
+
+
+class MoeOptions(Options):
+    """Mixtures of experts."""
+
+    aux_loss: bool = True
+    """Train with the router's load-balancing loss."""
+    aux_coefficient: Annotated[float, Field(ge=0)] | None = None
+    """Its coefficient. Default: router_aux_loss_coef of the model's config."""
+
+
+class TrainRecipe(Options):
+    """What `hf-grow train` takes, besides TrainingArguments."""
+
+    model: str
+    """Checkpoint folder or Hub id; usually a grown one, whose growth.json says what is new."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub repository."""
+    output: str | None = None
+    """Folder for the trained model, its checkpoints and events.jsonl (also -o). Default: the model's name with -trained, in the current folder."""
+    tokenizer: str | None = None
+    """Checkpoint folder or Hub id of the tokenizer. Default: the model's own."""
+    data: DataOptions
+    """Texts: train, replay, eval, seq_length (docs/data.md)."""
+    train: Parts = Field(default=["everything"])
+    """Parts that train: everything, or a list of new, old, new_layers, routers, new_experts, old_experts, embeddings, norms, head."""
+    freeze: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(default=[])
+    """Parts that do not, even where `train` says so."""
+    warmup: Warmup = Warmup()
+    """Gentle start of what is new: zero_init, lr, steps, alpha_steps."""
+    phases: list[Phase] = Field(default=[])
+    """First steps in which only some parts train, as [{steps: 100, train: [new]}]: the host stays frozen meanwhile."""
+    after_growth: AfterGrowth = AfterGrowth()
+    """Settling (a lower learning rate, then restored) and consolidation."""
+    regularizer: PenaltyOptions = PenaltyOptions()
+    """What keeps old weights near their place: kind, lambda, fisher, form (docs/regularizers.md)."""
+    distill: DistillOptions | None = None
+    """Teachers: {} takes the source of the growth."""
+    lora: LoraOptions | None = None
+    """Low-rank updates for what is old; {} takes the defaults."""
+    moe: MoeOptions = MoeOptions()
+    """Router loss of mixtures."""
+    monitor: MonitorOptions = MonitorOptions()
+    """Spikes, shocks, regressions, and what happens then."""
+    old_set: str = "old"
+    """The named set of data.eval that forgetting is measured on."""
+    kl_rows: NumberOfSteps = 0
+    """Rows of the old set on which KL(source || model) is taken at every evaluation. Default: 0, none; the source's logits of them stay in memory."""
+    early_stopping_patience: Positive | None = None
+    """Stop when metric_for_best_model has not improved for so many evaluations."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """What counts as an improvement."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype that the weights are trained in. Default: auto, float32 (float64 for checkpoints in it); in 16 bits most steps are lost to rounding."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the result. Default: auto, that of the model before; checkpoints to go on from keep that of the training."""
+    attn_implementation: str | None = None
+    """sdpa, eager, flash_attention_2: as from_pretrained takes it."""
+
+
+OURS = {"output_dir": "output", "do_train": "", "do_eval": "", "do_predict": "", "local_rank": "", "remove_unused_columns": "", "train_sampling_strategy": "",
+        "label_names": "", "ignore_data_skip": "", "push_to_hub": "hf-grow push OUTPUT afterwards"}  # fmt: skip
+"""TrainingArguments that hf-grow sets itself, with the key to use instead, if there is one."""
+FLAGS = ("--resume", "--overwrite", "--dry-run", "--json", "--accelerate", "--processes")
+"""What `hf-grow train` takes that is no key; only to be suggested."""
+DEFAULTS: Mapping[str, Any] = {
+    "per_device_train_batch_size": 8, "num_train_epochs": 1.0, "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.05,
+    "weight_decay": 0.1, "adam_beta2": 0.95, "logging_steps": 10, "save_steps": 500, "save_total_limit": 2, "eval_steps": 100,
+    "report_to": "none",
+}  # fmt: skip
+"""Where they are not those of TrainingArguments."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A recipe as far as it could be read."""
+
+    where: str
+    given: Mapping[str, Any]
+    """The data of the file and the command line."""
+    recipe: TrainRecipe | None
+    arguments: Mapping[str, Any]
+    """TrainingArguments that were given."""
+    mistakes: tuple[str, ...]
+
+
+def _between(low: float, below: float = math.inf, *, open: bool = False) -> AfterValidator:
+    """low <= value < below (open: low < value), where there is a value."""
+    words = f"should be {'more than' if open else 'at least'} {low:g}" + (f" and less than {below:g}" if below < math.inf else "")
+
+    def check(value: Any) -> Any:
+        if isinstance(value, int | float) and (value < low or (open and value == low) or value >= below):
+            raise ValueError(f"{words}, got {value:g}.")
+        return value
+
+    return AfterValidator(check)
+
+
+def _steps(value: int) -> int:
+    if value < 1 and value != -1:
+        raise ValueError(f"{value} steps train nothing. Leave it out (or -1) to go by num_train_epochs.")
+    return value
+
+
+RANGES: Mapping[str, AfterValidator] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit"), _between(1)),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "save_steps", "eval_steps", "logging_steps", "warmup_steps", "seed"), _between(0)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _between(0, 1)),
+    **dict.fromkeys(("learning_rate", "num_train_epochs", "adam_epsilon"), _between(0, open=True)),
+    "max_steps": AfterValidator(_steps),
+}  # fmt: skip
+"""What numbers TrainingArguments takes without a word, and fails on later."""
+
+
+@cache
+def argument_model() -> type[Options]:
+    """TrainingArguments' fields as an options class, for the same strict reading and the same messages."""
+    import dataclasses
+    import enum
+    import typing
+
+    from pydantic import create_model
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainingArguments):
+        kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
+        enums = [k for k in kinds if isinstance(k, type) and issubclass(k, enum.Enum)]
+        if field.name in OURS or any("parallelism_config" in str(k) or "DebugOption" in str(k) for k in kinds):
+            continue
+        # An enum is given by one of its words.
+        kind: Any = Literal[tuple(str(m.value) for m in enums[0])] if enums else hints[field.name]
+        if field.name in RANGES:
+            kind = Annotated[kind, RANGES[field.name]]
+        fields[field.name] = (kind, None)
+    model: type[Options] = create_model("Arguments", __base__=Options, **fields)
+    return model
+
+
+def load(path: Path, overrides: Mapping[str, Any]) -> Read:
+    """The recipe of a file, with what the command line sets instead ("data.seq_length": 128). Raises InputError if the file cannot be read."""
+    data = load_yaml(path)
+    for key, value in overrides.items():
+        data = put(data, key.split("."), value, key)
+    return read(data, str(path))
+
+
+def put(data: Any, keys: list[str], value: Any, whole: str) -> dict[str, Any]:
+    """A copy of nested data with one value set. Raises InputError where the way leads through something that holds no keys."""
+    if data is not None and not isinstance(data, dict):
+        raise InputError(f"--{whole}: {keys[0]} cannot be set inside {str(data)[:40]!r}.")
+    inside = dict(data or {})
+    inside[keys[0]] = value if len(keys) == 1 else put(inside.get(keys[0]), keys[1:], value, whole)
+    return inside
+
+
+def read(data: Mapping[str, Any], where: str = "The recipe") -> Read:
+    """Types and keys, nothing else; no file is opened."""
+    own = {k: v for k, v in data.items() if k in TrainRecipe.model_fields}
+    known = argument_model().model_fields
+    # YAML reads the word `no` as false.
+    theirs = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in data.items() if k in known}
+    recipe, found = mistakes(TrainRecipe, own)
+    found += unmet(recipe) if recipe else []
+    _, more = mistakes(argument_model(), theirs)
+    found += more
+    for key in data.keys() - own.keys() - theirs.keys():
+        instead = OURS.get(key)
+        if instead is not None:
+            found.append(f"{key}: is set by hf-grow{f'; use {instead}' if instead else ''}.")
+        else:
+            near = did_you_mean(key, [*nested(TrainRecipe), *known, *FLAGS])
+            found.append(f"{key}: unknown key.{near} Known: {', '.join(TrainRecipe.model_fields)}, and TrainingArguments.")
+    bad = {re.split(r"[.:]", line)[0] for line in found}
+    theirs = {k: v for k, v in theirs.items() if k not in bad}
+    if recipe is None:
+        recipe = _as_far_as_it_goes(own)
+    if recipe is not None and "data" not in bad:
+        found += _contradictions(recipe, theirs)
+    return Read(where, data, recipe, theirs, tuple(found))
+
+
+def _as_far_as_it_goes(own: Mapping[str, Any]) -> TrainRecipe | None:
+    """The recipe without its wrong keys, so that files, Fisher and the like can be looked at all the same."""
+    data = copy.deepcopy(dict(own))
+    while True:
+        data.setdefault("model", "")
+        data.setdefault("data", DataOptions.model_construct(train=[]))
+        try:
+            return TrainRecipe.model_validate(data, strict=True)
+        except ValidationError as error:
+            if not _without(data, error.errors()[0]["loc"]):
+                return None
+
+
+def _without(data: Any, place: tuple[str | int, ...]) -> bool:
+    """Takes out what stands at a place in nested data, or as near above it as there is something; False where there is nothing."""
+    inside, last = None, None
+    for key in place:
+        there = key in data if isinstance(data, dict) else isinstance(data, list) and isinstance(key, int) and key < len(data)
+        if not there:
+            break
+        inside, last, data = data, key, data[key]
+    if inside is not None:
+        del inside[last]
+    return inside is not None
+
+
+def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[str]:
+    found = []
+    steps = arguments.get("max_steps")
+    if recipe.data.streaming and not (isinstance(steps, int) and steps > 0):
+        found.append("max_steps: is missing; streamed text has no length of its own.")
+    if isinstance(steps, int) and steps > 0 and recipe.warmup.alpha_steps > steps:
+        found.append(
+            f"warmup.alpha_steps: {recipe.warmup.alpha_steps} is more than max_steps {steps}: the saved model would compute what was never trained."
+        )
+    if isinstance(steps, int) and steps > 0 and sum(p.steps for p in recipe.phases) >= steps:
+        found.append(f"phases: take {sum(p.steps for p in recipe.phases)} steps, but max_steps is {steps}: nothing else would ever train.")
+    if recipe.warmup.zero_init and recipe.regularizer.fisher:
+        found.append("warmup.zero_init: changes the weights that the Fisher was taken on; grow with method identity instead.")
+    if recipe.data.streaming and isinstance(workers := arguments.get("dataloader_num_workers"), int) and workers > 1:
+        found.append(f"dataloader_num_workers: streamed text cannot be read by {workers} workers. Use 1.")
+    if recipe.data.streaming and recipe.distill and recipe.distill.top_k is not None:
+        found.append("distill.top_k: needs text that is not streamed; the teacher reads it beforehand.")
+    if recipe.distill and arguments.get("use_liger_kernel"):
+        found.append("distill: needs the logits, and use_liger_kernel computes the loss without them. Leave one of the two out.")
+    if recipe.dtype == "float16" and arguments.get("fp16"):
+        found.append("dtype: float16 beside fp16 cannot be trained; fp16 keeps the weights in float32. Leave dtype out.")
+    if "old_set" in recipe.model_fields_set and recipe.old_set not in recipe.data.eval:
+        found.append(f"old_set: data.eval has no set {recipe.old_set!r}.")
+    for key, asked in (
+        ("load_best_model_at_end", arguments.get("load_best_model_at_end")),
+        ("save_strategy", arguments.get("save_strategy") == "best"),
+    ):
+        if asked and not recipe.data.eval:
+            found.append(f"{key}: needs a set to measure on (data.eval).")
+    if recipe.lora and recipe.regularizer.kind != "none":
+        found.append("regularizer: has nothing to do beside `lora`, which leaves old weights where they are.")
+    if recipe.lora and (recipe.train != ["everything"] or recipe.freeze or recipe.phases):
+        found.append("lora: says itself what trains; leave out train, freeze and phases.")
+    if recipe.early_stopping_patience and not recipe.data.eval:
+        found.append("early_stopping_patience: needs a set to measure on (data.eval).")
+    if recipe.kl_rows and recipe.old_set not in recipe.data.eval:
+        found.append(f"kl_rows: data.eval has no set {recipe.old_set!r}.")
+    if "eval_strategy" in arguments and arguments["eval_strategy"] != "no" and not recipe.data.eval:
+        found.append("eval_strategy: there is no set to measure on (data.eval).")
+    metric = arguments.get("metric_for_best_model")
+    names = {f"{name}_loss" for name in recipe.data.eval} | {"forgetting", *(("kl",) if recipe.kl_rows else ())}
+    if isinstance(metric, str) and metric.removeprefix("eval_") not in names:
+        found.append(f"metric_for_best_model: {metric!r} is not measured. Measured: {', '.join(sorted('eval_' + n for n in names))}.")
+    return found
+
+
+def complain(where: str, found: list[str] | tuple[str, ...]) -> None:
+    """Raises InputError with all mistakes, one a line, if there are any."""
+    if found:
+        lines = "\n".join(f"  {line}" for line in dict.fromkeys(found))
+        raise InputError(f"{where} has {len(set(found))} mistake{'s' * (len(set(found)) > 1)}:\n{lines}")
+
+
+def collect(found: list[str], key: str, work: Callable[[], Any]) -> Any:
+    """What `work` returns; an InputError of its becomes one of the mistakes, and None."""
+    try:
+        return work()
+    except InputError as error:
+        found.append(f"{key}: {error.message}{f' {error.hint}' if error.hint else ''}")
+        return None

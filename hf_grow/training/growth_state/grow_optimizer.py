@@ -1,0 +1,233 @@
+"""Growing the optimizer state with the weights, so that training resumes on the larger model where the smaller one stopped.
+
+A Trainer checkpoint holds AdamW's moments by position, under FSDP by name. Here they get their names, go through the same map as the weights
+(exp_avg as a gradient, exp_avg_sq as a squared gradient: see tensormap), and are put back in the same form for the larger model. Step counts stay.
+
+    map             m' and v' by the dual maps (Shen et al. 2022, "Staged Training", for copies; exact where B^T A = I and no noise was added)
+    keep-and-zero   old entries keep their state, new ones start at zero, which also tells copies apart (SPARKLING, arXiv 2602.02472: "[S, 0]").
+                    With beta2 above 0.95 v is mapped all the same: a zero v beside an old step count makes first updates several times too large.
+    reset           no moments; the groups and the schedule go on
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_grow.common.safe_files import read_bytes
+from hf_grow.errors import ExecutionError, InputError, SourceError
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.model.meta_model import skeleton, trainer_groups
+from hf_grow.training.growth_state import trajectory
+from hf_grow.training.growth_state.moments import Policy, grow_state
+from hf_grow.training.growth_state.optimizer_files import (
+    NAMES,
+    SCALER,
+    SCHEDULER,
+    STATE,
+    by_name,
+    fresh,
+    no_optimizer,
+    optimizer_file,
+    read_optimizer,
+)
+from hf_grow.training.trainer.checkpointing import PLACE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+AS_THEY_ARE = (SCHEDULER, SCALER, PLACE)
+"""Besides the random state of every process."""
+OF_THE_SOURCE = ("best_model_checkpoint", "best_metric", "best_global_step", "trial_name", "trial_params")
+"""What trainer_state.json says of the model that was grown; the grown one has no best checkpoint yet."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What was done, for the report."""
+
+    policy: Policy
+    mapped: int
+    fresh: int
+    step: int
+
+
+def check_trainer_checkpoint(folder: Path, policy: Policy = "map") -> None:
+    """Raises SourceError if the folder holds no state of a training that can be grown by this policy."""
+    if optimizer_file(folder) is None and not (policy == "reset" and (folder / STATE).is_file()):
+        raise no_optimizer(folder)
+
+
+def carry(
+    folder: Path,
+    out: Path,
+    plan: GrowthPlan,
+    policy: Policy = "map",
+    *,
+    names: Sequence[Sequence[str]] | None = None,
+    exact_steps: bool = False,
+) -> Carried:
+    """Writes the grown optimizer state, scheduler.pt, trainer_state.json and random state of Trainer checkpoint `folder` into `out`.
+
+    ``names``: the parameter names of each group, where the optimizer was not made by Trainer and its groups carry no names.
+    ``exact_steps``: groups with the learning rates of `trajectory.rule`, for an optimizer made from `trajectory.groups`.
+    Raises SourceError if the state is none of AdamW's, or does not fit the plan's source.
+    """
+    check_trainer_checkpoint(folder, policy)
+    if folder.resolve() == out.resolve():
+        raise InputError(f"The grown state cannot be written over {folder}: it is read from there.", hint="Choose another folder.")
+    for name in (*AS_THEY_ARE, *(p.name for p in folder.glob("rng_state*.pth"))):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)  # positions, not parameters: the schedule and the data order go on
+    _carry_state(folder, out)
+    file = optimizer_file(folder)
+    if file is None:  # reset; hf-grow train goes on with the schedule alone
+        return Carried(policy, 0, 0, 0)
+    groups, state = read_optimizer(file, mmap=True)
+    source, target = skeleton(plan.source.config), skeleton(plan.growth.config)
+    named = file.name == NAMES
+    names = [list(g["params"]) for g in groups] if named else names
+    layout = _layout(groups, state, source, names)
+    grown: dict[str, dict[str, Any]] = {}
+    fresh_ones = step = 0
+    if policy != "reset":
+        beta2 = max(float(g.get("betas", (0, 0.999))[1]) for g in groups)
+        grown, fresh_ones, step = grow_state(plan, {n: state[i] for n, i in layout.items() if i in state}, source, target, policy, beta2)
+    names_after = _names_after(groups, source, target, plan, names)
+    if exact_steps:
+        groups, names_after = _split_groups(out, groups, names_after, trajectory.rule(plan))
+    at = 0
+    for group, members in zip(groups, names_after, strict=True):
+        group["params"] = list(range(at, at + len(members)))
+        at += len(members)
+        if "param_names" in group:
+            group["param_names"] = list(members)
+    numbers = {name: i for i, name in enumerate(n for group in names_after for n in group)}
+    by_number: dict[int, dict[str, Any]] = {numbers[n]: s for n, s in grown.items() if n in numbers}
+    if named and grown:  # torch wants a state of every parameter in this form
+        by_number |= {i: fresh(tuple(target.get_parameter(n).shape)) for n, i in numbers.items() if i not in by_number}
+    whole = {"state": by_number, "param_groups": groups}
+    _save(by_name(groups, by_number, names_after) if named else whole, out / file.name)
+    return Carried(policy, len(grown), fresh_ones, step)
+
+
+def _carry_state(folder: Path, out: Path) -> None:
+    """trainer_state.json without what it says of the smaller model: its best checkpoint would be loaded by name into the larger one."""
+    if not (folder / STATE).is_file():
+        return
+    try:
+        state = json.loads(read_bytes(folder / STATE))  # its losses may be NaN
+        callbacks = state.get("stateful_callbacks") or {}
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise SourceError(f"{folder / STATE} cannot be read: {' '.join(str(error).split())[:200]}.") from None
+    state |= {k: None for k in OF_THE_SOURCE if k in state}
+    if isinstance(callbacks, dict) and "stateful_callbacks" in state:
+        state["stateful_callbacks"] = {k: v for k, v in callbacks.items() if k != "EarlyStoppingCallback"}  # its patience, too
+    (out / STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _save(state: Mapping[str, Any], path: Path) -> None:
+    import torch
+
+    try:
+        torch.save(dict(state), path)
+    except RuntimeError as error:  # how torch tells of a full disk
+        raise ExecutionError(
+            f"The optimizer state could not be written to {path}: {str(error).splitlines()[0]}.",
+            hint="Free some space; the model itself is written. Go on with --resume.",
+        ) from None
+
+
+def _split_groups(
+    out: Path, groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], rule: Mapping[str, trajectory.Steps]
+) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """Every group in as many as it has different steps, and the schedule's lists of learning rates likewise."""
+    import torch
+
+    new_groups, new_names, origin, factors = [], [], [], []
+    for i, (group, members) in enumerate(zip(groups, names, strict=True)):
+        for steps, chosen in trajectory.by_steps(members, rule):
+            rates = {k: group[k] * steps.lr for k in ("lr", "initial_lr") if k in group}
+            new_groups.append(
+                {**group, **rates, "weight_decay": group["weight_decay"] / steps.lr, "eps": group["eps"] * steps.eps, "param_names": []}
+            )
+            new_names.append(chosen)
+            origin.append(i)
+            factors.append(steps.lr)
+    if (out / SCHEDULER).is_file():
+        schedule = torch.load(out / SCHEDULER, map_location="cpu", weights_only=True)
+        for key, value in schedule.items():
+            if isinstance(value, list) and len(value) == len(groups):
+                rate = key in ("base_lrs", "_last_lr")
+                schedule[key] = [value[i] * f if rate else value[i] for i, f in zip(origin, factors, strict=True)]
+        torch.save(schedule, out / SCHEDULER)
+    return new_groups, new_names
+
+
+def _candidates(
+    groups: Sequence[Mapping[str, Any]], model: PreTrainedModel, names: Sequence[Sequence[str]] | None
+) -> list[list[list[str]]]:
+    """The ways in which this model's parameters may lie in the groups."""
+    if names is not None:
+        return [[list(g) for g in names]]
+    if all("param_names" in g for g in groups):
+        return [[list(g["param_names"]) for g in groups]]
+    return [trainer_groups(model), [[n for n, _ in model.named_parameters()]]]
+
+
+def _layout(
+    groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any], model: PreTrainedModel, names: Sequence[Sequence[str]] | None
+) -> dict[str, Any]:
+    """Parameter name -> its key in the saved state. Raises SourceError if no known order fits by count and shape."""
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    for candidate in _candidates(groups, model, names):
+        if [len(c) for c in candidate] != [len(g["params"]) for g in groups]:
+            continue
+        found = {n: i for members, g in zip(candidate, groups, strict=True) for n, i in zip(members, g["params"], strict=True)}
+        if all(
+            n in shapes and (i not in state or tuple(state[i]["exp_avg"].shape) == shapes[n])
+            for n, i in found.items()
+            if i not in state or "exp_avg" in state[i]
+        ):
+            return found
+    raise SourceError(
+        f"The optimizer has groups of {[len(g['params']) for g in groups]} parameters, which are not those of the model ({len(shapes)}).",
+        hint="Was another model trained, or only part of it? For groups of your own, make the optimizer from named_parameters(), so that they are saved.",
+    )
+
+
+def _names_after(
+    groups: Sequence[Mapping[str, Any]],
+    source: PreTrainedModel,
+    target: PreTrainedModel,
+    plan: GrowthPlan,
+    names: Sequence[Sequence[str]] | None,
+) -> list[list[str]]:
+    """The target's parameters in groups like the source's: Trainer's own, all in one, or each where its origin was."""
+    if names is None and not all("param_names" in g for g in groups):
+        return trainer_groups(target) if len(groups) == 2 else [[n for n, _ in target.named_parameters()]]
+    group_of = {n: i for i, members in enumerate(_candidates(groups, source, names)[0]) for n in members}
+    out: list[list[str]] = [[] for _ in groups]
+    for name, _ in target.named_parameters():
+        match = re.search(r"\.layers\.(\d+)\.", name)
+        origin = name if match is None else name.replace(match[0], f".layers.{plan.growth.layers[int(match[1])].sources[0]}.", 1)
+        if origin not in group_of:
+            raise InputError(f"No group of the optimizer holds {origin}, from which {name} grows.")
+        out[group_of[origin]].append(name)
+    return out
+
+
+def grow_checkpoint_state(folder: Path, plan: GrowthPlan, policy: Policy, *, exact_steps: bool = False) -> Callable[[Path], set[str]]:
+    """For `execute`: writes the grown state into the output before it gets its name; returns the names of the files."""
+
+    def write(out: Path) -> set[str]:
+        before = {p.name for p in out.iterdir()}
+        carry(folder, out, plan, policy, exact_steps=exact_steps)
+        return {p.name for p in out.iterdir()} - before
+
+    return write

@@ -1,0 +1,151 @@
+"""A saved LoRA adapter, read by a schema of our own.
+
+peft makes its config of whatever stands in adapter_config.json: `megatron_core` names a module that it imports, and `target_modules` may be any
+regular expression. So the keys that merging needs are read here, each with its type, whatever else asks for something is refused, and which
+layers are updated, and with which rank, is told by the names and shapes in the weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from hf_grow.checkpoint.safetensors_header import read_file_header
+from hf_grow.common.safe_files import read_json
+from hf_grow.errors import InputError, SourceError
+from hf_grow.options import Options, parse
+
+ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+IGNORED = {
+    "auto_mapping", "peft_version", "revision", "task_type", "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+}  # fmt: skip
+"""Keys that change nothing of the merged weights, or say what the names in the weights say."""
+HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
+"""init_lora_weights that leave the base as it is; the others subtract something from it."""
+_PLAIN = re.compile(r"\^?[A-Za-z0-9_.]{1,500}")
+_UPDATE = re.compile(r"base_model\.model\.(.+?)\.lora_(A|embedding_A)(?:\.weight)?")
+
+
+class AdapterConfig(Options):
+    """What of adapter_config.json takes part in merging; called as peft calls it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    peft_type: Literal["LORA"]
+    base_model_name_or_path: str | None = None
+    r: Annotated[int, Field(ge=1)] = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default={})
+    alpha_pattern: dict[str, float] = Field(default={})
+    modules_to_save: list[str] | None = None
+    layer_replication: Any = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that was read and found sound."""
+
+    folder: Path
+    config: AdapterConfig
+    modules: tuple[str, ...]
+    """Modules of the model that are updated, by their whole names."""
+    layers: tuple[int, ...] | None
+    """Source layers of `layer_replication`, in order, where the adapter has it."""
+
+    def told(self) -> dict[str, Any]:
+        """What growth.json says of it."""
+        parts = sorted({m.rpartition(".")[2] for m in self.modules})
+        c = self.config
+        return {"r": c.r, "lora_alpha": c.lora_alpha, "target_modules": parts, "layer_replication": c.layer_replication}
+
+    def for_peft(self) -> dict[str, Any]:
+        """Arguments of LoraConfig. No `layer_replication`: the layers are there when peft comes, and must not be replicated again."""
+        taken = self.config.model_dump(exclude={"peft_type", "base_model_name_or_path", "layer_replication"})
+        return {**taken, "target_modules": list(self.modules), "task_type": "CAUSAL_LM"}
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in a folder. Raises SourceError for one that is none, is damaged, or asks for what cannot be merged here."""
+    data = read_json(folder / ADAPTER, f"{folder} holds no adapter: it has no {ADAPTER}.")
+    if data.get("peft_type") != "LORA":
+        raise SourceError(f"{folder} holds no LoRA adapter.", hint="Only LoRA can be merged into weights here.")
+    known = {k: v for k, v in data.items() if k in AdapterConfig.model_fields and v is not None}
+    start = data.get("init_lora_weights")
+    asked = [
+        k for k, v in data.items() if k not in AdapterConfig.model_fields and k not in IGNORED and k != "init_lora_weights" and _asks(v)
+    ]
+    if asked:
+        raise SourceError(
+            f"{folder / ADAPTER} sets {', '.join(sorted(asked)[:6])}, which hf-grow does not merge.",
+            hint="Merge it with peft, if you trust it.",
+        )
+    if start is not None and not any(start is s or (isinstance(s, str) and start == s) for s in HARMLESS_STARTS):
+        raise SourceError(
+            f"{folder / ADAPTER} has init_lora_weights {start!r}, which changes the base model as well.",
+            hint="Save it again with save_pretrained(DIR, path_initial_model_for_weight_conversion=...), which makes it plain LoRA.",
+        )
+    try:
+        config = parse(AdapterConfig, known, where=str(folder / ADAPTER))
+    except InputError as error:
+        raise SourceError(error.message, hint=error.hint) from None
+    odd = [p for p in (*config.rank_pattern, *config.alpha_pattern, *(config.modules_to_save or ())) if not _PLAIN.fullmatch(p)]
+    if odd:
+        raise SourceError(f"{folder / ADAPTER} names the modules {odd[0][:80]!r}; only plain names can be merged here.")
+    return Adapter(folder, config, _modules(folder, config), replicated(config.layer_replication))
+
+
+def _asks(value: Any) -> bool:
+    """Whether a key that is none of ours wants something: not null, false, zero or empty, nor a mapping of such values."""
+    return any(map(_asks, value.values())) if isinstance(value, Mapping) else bool(value)
+
+
+def _modules(folder: Path, config: AdapterConfig) -> tuple[str, ...]:
+    """The modules that the weights update. Raises SourceError where a rank is not the config's: peft would make room for that."""
+    if not (folder / WEIGHTS).is_file():
+        raise SourceError(f"{folder} has no {WEIGHTS}.", hint="Pickled adapters are not loaded; save it again with peft.")
+    found: dict[str, int] = {}
+    for name, stored in read_file_header(folder / WEIGHTS)[0].items():
+        if (match := _UPDATE.fullmatch(name)) and stored.shape:
+            found[match[1]] = stored.shape[0]
+    if not found:
+        raise SourceError(f"{folder / WEIGHTS} holds no updates of LoRA.")
+    for module, rank in found.items():
+        wanted = next((r for p, r in config.rank_pattern.items() if _names(p, module)), config.r)
+        if rank != wanted:
+            raise SourceError(f"{folder / WEIGHTS} updates {module} with rank {rank}, but {ADAPTER} says {wanted}.")
+    return tuple(found)
+
+
+def _names(pattern: str, module: str) -> bool:
+    """Whether peft takes a key of rank_pattern for this module: the whole name with ^, else its last parts."""
+    return module == pattern[1:] if pattern.startswith("^") else f".{module}".endswith(f".{pattern}")
+
+
+def replicated(pairs: Any) -> tuple[int, ...] | None:
+    """The layers of `layer_replication` ([[0, 3], [1, 4]]: ends do not count), or None where the adapter has none."""
+    if pairs is None:
+        return None
+    whole = isinstance(pairs, list) and all(
+        isinstance(p, list)
+        and len(p) == 2
+        and all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 100_000 for i in p)
+        and p[0] < p[1]
+        for p in pairs
+    )
+    if not whole or not pairs:
+        raise SourceError(f"layer_replication {str(pairs)[:80]} is no list of [start, end] pairs.")
+    if sum(stop - start for start, stop in pairs) > 100_000:
+        raise SourceError("layer_replication makes more than 100,000 layers.")
+    return tuple(i for start, stop in pairs for i in range(start, stop))

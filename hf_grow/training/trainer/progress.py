@@ -1,0 +1,130 @@
+"""What people see of a training: a bar on a terminal, one line a log elsewhere. Loss, tokens a second, FLOPs spent, forgetting so far."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
+
+from hf_grow.common.progress_bars import EVERY, bar
+
+
+def scientific(flops: float) -> str:
+    """6.1e+15 -> '6.1 PFLOP'."""
+    for unit, scale in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if flops >= scale:
+            return f"{flops / scale:.3g} {unit}"
+    return f"{flops / 1e6:.3g} MFLOP"
+
+
+def _pairs(facts: dict[str, str]) -> str:
+    return "  ".join(f"{name} {value}" for name, value in facts.items())
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """Shows what the trainer tells; `tokens_a_step` over all processes, `show` prints a line where there is no terminal."""
+
+    def __init__(self, tokens_a_step: int, show: Callable[[str], None]) -> None:
+        self.tokens_a_step, self.show = tokens_a_step, show
+        self.facts: dict[str, str] = {}
+        self.measured: dict[str, str] = {}
+        """What the last evaluation found, at step `self.measured_at`."""
+        self.measured_at = 0
+        self.trained, self.mark, self.first = 0.0, time.perf_counter(), 0
+        """Seconds of training, since when more count, and the step that they began at."""
+        self.bar: Any = None
+        self.task: Any = None
+        self.evaluation: Any = None
+        self.batches, self.told, self.ended = 0, time.monotonic(), False
+
+    def _begin(self, state: Any) -> None:
+        """Draws the bar, if there is a terminal: at the first step, or at an evaluation before it."""
+        if self.bar is None and sys.stderr.isatty() and state.is_world_process_zero:
+            from rich.console import Console
+            from rich.progress import MofNCompleteColumn
+
+            self.bar = bar(Console(stderr=True), MofNCompleteColumn, facts=True)
+            self.task = self.bar.add_task("training", total=state.max_steps or None, completed=state.global_step, facts="")
+            self.bar.start()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trained, self.mark, self.first = 0.0, time.perf_counter(), state.global_step
+        self._begin(state)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
+        """A batch of an evaluation; large sets take minutes, the first of them before any training."""
+        if not state.is_world_process_zero:
+            return
+        self._begin(state)
+        self.batches += 1
+        total = len(eval_dataloader) if has_length(eval_dataloader) else None
+        if self.bar is not None:
+            if self.evaluation is None:
+                self.evaluation = self.bar.add_task("evaluating", total=total, facts="")
+            self.bar.update(self.evaluation, completed=self.batches, total=total)
+        elif time.monotonic() - self.told >= EVERY:
+            self.told = time.monotonic()
+            self.show(f"evaluating: batch {self.batches}" + (f" of {total}" if total else ""))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.batches = 0
+        if self.bar is not None and self.evaluation is not None:
+            self.bar.remove_task(self.evaluation)
+        self.evaluation, self.mark = None, time.perf_counter()
+        if self.ended:  # the last evaluation comes after the training
+            self._close()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trained, self.mark = self.trained + time.perf_counter() - self.mark, time.perf_counter()
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.mark = time.perf_counter()  # neither checkpoints nor evaluations count as time of training
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or not state.is_world_process_zero or "loss" not in logs:
+            return
+        done = (state.global_step - self.first) * self.tokens_a_step
+        speed = done / max(self.trained, 1e-9)
+        self.facts = {"loss": f"{logs['loss']:.4g}", "tok/s": f"{speed:,.0f}", "spent": scientific(state.total_flos)}
+        if self.bar is None:
+            self.show(self._line(state, self.facts))
+        else:
+            self._draw(state)
+
+    def evaluated(self, state: Any, metrics: dict[str, float]) -> None:
+        """After all named sets; called by the trainer, because callbacks hear of one set at a time."""
+        found = {k.removeprefix("eval_").removesuffix("_loss"): f"{v:.4g}" for k, v in metrics.items() if k.endswith("_loss")}
+        if "eval_forgetting" in metrics:
+            found["forgetting"] = f"{metrics['eval_forgetting']:+.4f}"
+        if "eval_kl" in metrics:
+            found["KL"] = f"{metrics['eval_kl']:.4f}"
+        self.measured, self.measured_at, self.mark = found, state.global_step, time.perf_counter()
+        if state.is_world_process_zero and found:
+            if self.bar is None:
+                self.show(self._line(state, found))
+            else:
+                self._draw(state)
+                self.bar.console.print(self._line(state, found), markup=False, highlight=False)  # stays above the bar
+
+    def _line(self, state: Any, facts: dict[str, str]) -> str:
+        return f"step {state.global_step}/{state.max_steps}  {_pairs(facts)}"
+
+    def _draw(self, state: Any) -> None:
+        """The bar has what the last evaluation found too: on the way to the next one, with its step."""
+        old = f"at step {self.measured_at}: " if self.measured and self.measured_at != state.global_step else ""
+        self.bar.update(self.task, facts="  ".join(filter(None, [_pairs(self.facts), old + _pairs(self.measured)])))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ended = True
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -1,0 +1,119 @@
+"""The dtype of a training's result, which need not be that of the training; and what a step in 16 bits cannot move.
+
+Weights are trained in fp32: in bf16 neighbouring numbers are up to 1/128 apart, and a step of 1e-4 is lost in every weight above 0.03. The result
+is stored in the dtype of its source all the same; checkpoints to go on from are stored as they are trained.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_grow.checkpoint.reader import Checkpoint, open_folder
+from hf_grow.growth.evaluate import torch_dtype
+from hf_grow.model.meta_model import skeleton
+from hf_grow.training.distributed.launch import launched
+from hf_grow.training.param_updates.masks import local
+from hf_grow.training.param_updates.parameter_map import bare, parameters, places
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch.nn import Module
+
+    from hf_grow.training.config.checks import Checked
+    from hf_grow.training.trainer.trainer import GrowTrainer
+
+
+def settle(trainer: GrowTrainer, checked: Checked) -> bool:
+    """Has the next model be stored in the dtype of the result, and rounds its weights to that already; returns whether they had to be."""
+    g, model = trainer.growing, trainer.accelerator.unwrap_model(trainer.model)
+    dtypes = result_dtypes(checked.checkpoint, checked.recipe.save_dtype, model)
+    too_large = torch.tensor([overflows(model, dtypes)], device=checked.arguments.device)
+    if bool(trainer.accelerator.gather(too_large).any()):
+        g.events.write(
+            "overflow", int(trainer.state.global_step), reason="weights too large for float16: the result has the dtype of the training"
+        )
+        return False
+    g.stored = lambda state: stored(state, dtypes)
+    # ZeRO's pieces are rounded when they are gathered to be stored.
+    return not launched().deepspeed and round_weights(model, dtypes)
+
+
+def result_dtypes(checkpoint: Checkpoint, wanted: str, model: Module) -> dict[str, torch.dtype]:
+    """The dtype of every parameter in the result, by bare names. `wanted`: a dtype of torch by its name; auto takes that of the checkpoint's
+    own tensor, unless the training had less."""
+    trained = {n: p.dtype for n, p in parameters(model).items()}
+    if wanted != "auto":
+        return dict.fromkeys(trained, getattr(torch, wanted))
+    found: dict[str, torch.dtype] = {}
+    for name, place in places(skeleton(checkpoint.info.config)).items():
+        if name in checkpoint.tensors:
+            found.setdefault(place.parameter, torch_dtype(checkpoint.tensors[name].info.dtype))
+    return {n: min(found.get(n, own), own, key=lambda d: d.itemsize) for n, own in trained.items()}
+
+
+def overflows(model: Module, dtypes: Mapping[str, torch.dtype]) -> bool:
+    """Whether a finite weight (of those that this process holds) is too large for its dtype."""
+    with torch.no_grad():
+        held = [(local(p.data), dtypes[n]) for n, p in parameters(model).items() if dtypes.get(n, p.dtype) == torch.float16]
+        return any(bool((torch.isfinite(w) & ~torch.isfinite(w.to(d))).any()) for w, d in held)
+
+
+def round_weights(model: Module, dtypes: Mapping[str, torch.dtype]) -> bool:
+    """Rounds weights to what their dtype can hold, in place, so that they are measured as they are stored. Returns whether any had to be."""
+    changed = False
+    with torch.no_grad():
+        for name, p in parameters(model).items():
+            if dtypes.get(name, p.dtype).itemsize < p.dtype.itemsize:
+                values = local(p.data)
+                values.copy_(values.to(dtypes[name]))
+                changed = True
+    return changed
+
+
+def stored(state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """A state dict in its dtypes; tensors that share memory (tied ones) share it afterwards too."""
+    done: dict[Any, Tensor] = {}
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.dtype)
+        if key not in done or not key[0]:
+            done[key] = tensor.to(dtypes[bare(name)]) if bare(name) in dtypes else tensor
+        out[name] = done[key]
+    return out
+
+
+def dtype_of(folder: Path) -> str:
+    """What config.json says of a checkpoint: the dtype of most of its values, by torch's name."""
+    sizes: Counter[str] = Counter()
+    for tensor in open_folder(folder).tensors.values():
+        sizes[tensor.info.dtype] += tensor.info.nbytes
+    return str(torch_dtype(sizes.most_common(1)[0][0])).removeprefix("torch.")
+
+
+def lost_steps(model: Module, rate: float) -> str | None:
+    """What a step of the size of the learning rate cannot move, in words; None where everything that trains has more than 16 bits."""
+    lost = whole = total = 0
+    example, dtype = "", None
+    with torch.no_grad():
+        for name, p in parameters(model).items():
+            if not p.requires_grad or p.dtype.itemsize > 2:
+                continue
+            values = local(p.data)
+            still = (values.float() + rate).to(p.dtype).eq(values) & (values.float() - rate).to(p.dtype).eq(values)
+            count = int(still.sum())
+            lost, total, dtype = lost + count, total + values.numel(), p.dtype
+            if values.numel() and count == values.numel():
+                whole, example = whole + 1, example or name
+    if not total:
+        return None
+    most = f", and nothing of {whole} tensors, such as {example}" if whole else ""
+    return (
+        f"The weights are trained in {str(dtype).removeprefix('torch.')}: a step of {rate:g} is lost to rounding in {lost / total:.0%} of them{most}. "
+        "Leave dtype out to train in float32; the result is stored as the source is."
+    )

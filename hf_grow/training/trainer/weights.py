@@ -1,0 +1,61 @@
+"""The weights of a checkpoint, put into a model that trains: all of them, or one message.
+
+Trainer loads by the names on disk and not strictly, so the fused experts of a mixture would keep the weights that they have, and a checkpoint of
+another model would leave a mixture of both. Here names and shapes are compared first, and transformers' own loading does the renaming.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hf_grow.checkpoint.reader import open_folder
+from hf_grow.convert.in_memory import disk_tensors
+from hf_grow.errors import InputError
+from hf_grow.model.loading import loading
+from hf_grow.model.meta_model import skeleton
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def check_weights(model: Any, folder: Path) -> None:
+    """Raises InputError if the tensors in `folder` are not those of `model` (of its adapter, for a peft model): by name and shape."""
+    if hasattr(model, "peft_config"):
+        from peft import get_peft_model_state_dict
+        from safetensors import safe_open
+
+        own = {n: tuple(t.shape) for n, t in get_peft_model_state_dict(model).items()}
+        try:
+            with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+                held = {n: tuple(file.get_slice(n).get_shape()) for n in list(file.keys())}
+        except Exception as error:  # whatever a damaged file raises
+            raise InputError(f"{folder / ADAPTER_WEIGHTS} cannot be read: {' '.join(str(error).split())[:200]}.") from None
+    else:
+        own = {n: tuple(t.shape) for n, t in disk_tensors(skeleton(model.config.to_dict())).items()}
+        held = {n: t.shape for n, t in open_folder(folder).tensors.items() if n in own or n != "lm_head.weight"}  # some store a tied head
+    wrong = sorted(n for n in own.keys() | held.keys() if own.get(n) != held.get(n))
+    if wrong:
+        name = wrong[0]
+        how = "is missing there" if name not in held else "is not in the model" if name not in own else f"is {held[name]}, not {own[name]}"
+        raise InputError(
+            f"{folder} is a checkpoint of another model: {name} {how} ({len(wrong)} tensors differ).",
+            hint="Train into an output folder of its own; a checkpoint from before a growth cannot be gone back to.",
+        )
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """The weights in `folder` into `model`, whose parameters may be cut into DTensors. Raises InputError if they are not all of its own."""
+    import torch
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.tensor import DTensor
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    check_weights(model, folder)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+    with loading(f"the weights in {folder}"):
+        state = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype, trust_remote_code=False).state_dict()
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=True))
+        return
+    with torch.no_grad():
+        model.load_state_dict(state, strict=True)

@@ -1,0 +1,204 @@
+"""What is new in a grown model: against the grown weights themselves, which tell by their values where they come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from grown import plan_of
+from models import BY_NAME, make, on_disk
+from torch import Tensor
+
+from hf_grow import api
+from hf_grow.convert.in_memory import disk_names, grow_model
+from hf_grow.errors import InputError, SourceError
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.training.param_updates.param_provenance import PARTS, load_plan, new_masks, new_on_disk, parts
+from hf_grow.training.param_updates.parameter_map import parameters, places
+
+
+def inherited(source: Tensor, grown: Tensor) -> Tensor:
+    """Slow and plain: an entry is inherited if it is a value of the source (all distinct), and the first of its kind in reading order.
+
+    Growth scales a whole tensor evenly here; its first entry is that of the source.
+    """
+    scale = source.flatten()[0] / grown.flatten()[0]
+    values = {round(float(v), 9) for v in source.flatten()}
+    out = torch.zeros(grown.shape, dtype=torch.bool)
+    for at, value in enumerate((grown * scale).flatten().tolist()):
+        if round(value, 9) in values:
+            values.remove(round(value, 9))
+            out.view(-1)[at] = True
+    return out
+
+
+EVEN: dict[str, dict[str, Any]] = {
+    "tile x2": {"method": "tile", "factor": 2},
+    "tile x3": {"method": "tile", "factor": 3},
+    "tile and pad": {"method": "tile", "hidden": 60, "heads": 12, "kv_heads": 2, "intermediate": 44},
+    "pad": {"method": "pad", "hidden": 96, "heads": 8, "kv_heads": 2, "new_heads": "null"},
+    "ffn null": {"method": "tile", "intermediate": 52, "ffn": "null"},
+    "head_dim": {"method": "tile", "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("way", EVEN)
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3"])
+def test_rows_and_columns_are_new_where_their_values_are(name: str, way: str) -> None:
+    model = make(BY_NAME[name], dtype=torch.float64, num_hidden_layers=1)
+    options = dict(EVEN[way])
+    plan = plan_of(model, options.pop("method"), symmetry="none", **options)
+    before, after, masks = on_disk(model), on_disk(grow_model(model, plan)), new_on_disk(plan)
+    some = 0
+    for tensor, grown in after.items():
+        mask = torch.as_tensor(masks[tensor]).expand(grown.shape)
+        if way == "head_dim" and tensor.endswith(("q_norm.weight", "k_norm.weight")):
+            continue  # free gains repeat old ones, and stand before them: the values do not tell
+        assert torch.equal(~mask, inherited(before[tensor], grown)), tensor
+        assert (~mask).sum() == before[tensor].numel(), tensor
+        some += int(mask.any())
+    assert some
+
+
+def test_aki_adds_rows_from_the_layer_above_and_they_are_new() -> None:
+    model = make(BY_NAME["llama"], dtype=torch.float64, num_hidden_layers=2)
+    plan = plan_of(model, "aki", factor=2)
+    masks, before = new_on_disk(plan), on_disk(model)
+    assert all((~torch.as_tensor(masks[n]).expand(plan.targets[n].shape)).sum() == t.numel() for n, t in before.items())
+    up = masks["model.layers.0.mlp.up_proj.weight"]
+    assert isinstance(up, Tensor) and up[40:].all() and not up[:40, :48].any()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("identity", {"at": "0,2"}), ("stack", {}), ("dus", {"drop": 1}), ("interleave", {"layers_to": 6})]
+)
+def test_blocks_that_growth_added_are_new_and_no_other(method: str, options: dict[str, Any]) -> None:
+    model = make(BY_NAME["mixtral"])
+    plan = plan_of(model, method, **options)
+    added = [i for i, o in enumerate(plan.growth.layers) if o.new]
+    grown = grow_model(model, plan)
+    masks = new_masks(grown, plan)
+    assert masks.keys() == parameters(grown).keys()
+    assert added and {n for n, m in masks.items() if m is True} == {n for n in masks if any(f"layers.{i}." in n for i in added)}
+    assert all(m is True or m is False for m in masks.values())
+    assert parts(grown, plan)["new_layers"].keys() == parts(grown, plan)["new"].keys()
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_layers_that_are_alike_share_their_masks(name: str) -> None:
+    """Memory must not grow with depth: a byte for each weight of a large model would be as much as a smaller model."""
+
+    def held(layers: int) -> int:
+        model = make(BY_NAME[name], num_hidden_layers=layers)
+        plan = plan_of(model, "tile", factor=2)
+        found = {"new": new_masks(grow_model(model, plan), plan), **parts(grow_model(model, plan), plan)}
+        every = [m for masks in found.values() for m in masks.values() if isinstance(m, Tensor)]
+        return sum({id(m): m.numel() for m in every}.values())
+
+    assert 0 < held(2) == held(5)
+
+
+def test_width_with_new_blocks_has_masks_in_old_blocks_only() -> None:
+    model = make(BY_NAME["llama"])
+    plan = plan_of(model, "tile", deeper="after", factor=2)
+    masks = new_masks(grow_model(model, plan), plan)
+    for i, layer in enumerate(plan.growth.layers):
+        mask = masks[f"model.layers.{i}.mlp.up_proj.weight"]
+        assert mask is True if layer.identity else isinstance(mask, Tensor) and mask.float().mean() == 0.75
+
+
+def test_a_mixture_made_of_a_dense_model_keeps_one_expert_and_gets_a_router() -> None:
+    model = make(BY_NAME["llama"], num_hidden_layers=2)
+    plan = api.plan(model, "experts", experts=4)
+    grown = grow_model(model, plan)
+    masks, named = new_masks(grown, plan), parts(grown, plan)
+    fused = "model.layers.1.mlp.experts.gate_up_proj"
+    mask = masks[fused]
+    assert isinstance(mask, Tensor) and mask.shape == parameters(grown)[fused].shape
+    assert mask[1:].all() and not mask[0].any()
+    assert masks["model.layers.1.mlp.gate.weight"] is True and masks["model.embed_tokens.weight"] is False
+    assert set(named["routers"]) == {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
+    assert torch.equal(named["new_experts"][fused], mask) and torch.equal(named["old_experts"][fused], ~mask)
+    assert "model.layers.0.self_attn.q_proj.weight" not in named["new"] and named["old"]["model.layers.0.self_attn.q_proj.weight"] is True
+
+
+def test_redrawn_units_are_new_and_the_units_kept_in_the_first_expert_are_not() -> None:
+    model = make(BY_NAME["llama"], dtype=torch.float64, num_hidden_layers=2)
+    plan = api.plan(model, "experts", experts=3, init="drop", drop=0.4)
+    before, after, masks = on_disk(model), on_disk(grow_model(model, plan)), new_on_disk(plan)
+    for part, old in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        name = f"model.layers.1.block_sparse_moe.experts.0.{part}.weight"
+        redrawn = after[name] != before[f"model.layers.1.mlp.{old}.weight"]
+        assert 0 < redrawn.sum() < redrawn.numel()
+        assert torch.equal(torch.as_tensor(masks[name]).expand(redrawn.shape), redrawn)
+
+
+def test_experts_added_to_a_mixture_are_new_and_so_are_their_router_rows() -> None:
+    model = make(BY_NAME["qwen3_moe-mixed"])
+    plan = api.plan(model, "experts", experts=6)
+    grown = grow_model(model, plan)
+    masks = new_masks(grown, plan)
+    for name in ("model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.gate.weight"):
+        mask = masks[name]
+        assert isinstance(mask, Tensor) and mask[4:].all() and not mask[:4].any()
+    assert masks["model.layers.0.mlp.up_proj.weight"] is False
+
+
+def test_shards_of_one_ffn_are_each_old_once() -> None:
+    model = make(BY_NAME["llama"], num_hidden_layers=1)
+    plan = api.plan(model, "experts", experts=4, init="fine-grained", shards=2)
+    masks = new_on_disk(plan)
+    for part in ("w1", "w2", "w3"):
+        found = [masks[n] for n in plan.targets if n.endswith(f"{part}.weight")] or [
+            masks[n] for n in plan.targets if f".experts.{part}" in n
+        ]
+        assert found in ([], [False, False, True, True])
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "mixtral", "qwen2"])
+def test_the_parts_of_a_model_that_was_not_grown(name: str) -> None:
+    model = make(BY_NAME[name])
+    named = parts(model, None)
+    assert set(named) == set(PARTS)
+    assert named["old"].keys() == parameters(model).keys() and all(m is True for m in named["old"].values())
+    assert not named["new"] and not named["new_layers"] and not named["new_experts"]
+    assert set(named["embeddings"]) == {"model.embed_tokens.weight"}
+    assert set(named["head"]) == {"model.embed_tokens.weight" if "tied" in name else "lm_head.weight"}
+    assert set(named["norms"]) == {n for n in parameters(model) if "norm" in n}
+    assert bool(named["routers"]) == bool(named["old_experts"]) == (name == "mixtral")
+
+
+def test_names_under_wrappers_are_bare() -> None:
+    model = make(BY_NAME["llama"], num_hidden_layers=1)
+    wrapped = torch.nn.Module()
+    wrapped.module = torch.compile(model, disable=True)
+    assert parameters(wrapped).keys() == parameters(model).keys()
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2_moe", "mixtral", "qwen3_moe-mixed"])
+def test_places_are_where_transformers_reads_every_tensor(name: str) -> None:
+    model = make(BY_NAME[name])
+    found, memory, disk = places(model), parameters(model), on_disk(model)
+    assert found.keys() == disk.keys()
+    assert all(torch.equal(place.of(memory[place.parameter].data), disk[n]) for n, place in found.items())
+    assert sum(p.numel() for p in memory.values()) == sum(t.numel() for t in disk.values())
+    assert disk_names(model, {}) == {}
+
+
+def test_the_plan_is_read_from_the_folder_and_a_foreign_one_is_refused(tmp_path: Path) -> None:
+    model = make(BY_NAME["llama"], num_hidden_layers=2)
+    assert load_plan(tmp_path) is None
+    plan = plan_of(model, "tile", factor=2)
+    (tmp_path / "growth.json").write_text(json.dumps(plan.to_json()))
+    loaded = load_plan(tmp_path)
+    assert isinstance(loaded, GrowthPlan) and loaded.targets == plan.targets
+    with pytest.raises(InputError, match="has shape"):
+        new_masks(model, loaded)
+    with pytest.raises(InputError, match="knows no tensor"):
+        new_masks(make(BY_NAME["qwen2"]), loaded)
+    (tmp_path / "growth.json").write_text("{}")
+    with pytest.raises(SourceError, match="format"):
+        load_plan(tmp_path)

@@ -1,0 +1,106 @@
+"""What plans and cards say of the loss right after a growth is what was measured, in the one table that the documents hold too."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import BY_NAME, make, save
+from test_sizes import SMALL, grow
+
+from hf_grow.cli import main
+from hf_grow.demo.pretrain import build_tokenizer
+from hf_grow.growth.growth import Growth
+from hf_grow.methods import METHODS
+from hf_grow.methods.starting_loss import MODEL, SOURCE_LOSS, STARTS, VOCABULARY, Start, of
+from hf_grow.model.architecture import Architecture
+
+ROOT = Path(__file__).parents[2]
+RESULTS = (ROOT / "benchmarks" / "results" / "starting-loss.md").read_text()
+each_start = pytest.mark.parametrize("start", STARTS, ids=lambda s: s.how)
+
+
+@each_start
+def test_a_figure_is_that_of_the_benchmark_and_of_the_documents(start: Start) -> None:
+    row = next(line for line in RESULTS.splitlines() if line.startswith(f"| `{start.how}` |"))
+    cells = [c.strip() for c in row.strip("|").split("|")]
+    assert cells[2] == "changes the function"
+    assert (cells[3], cells[6]) == (f"{start.prose:+.2f}", f"{start.code:+.2f}")
+    assert f"| `{start.how}` | {start.prose:+.2f} | {start.code:+.2f} |" in (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_the_source_is_that_of_the_benchmark() -> None:
+    assert RESULTS.startswith(f"# The loss right after growing {MODEL}\n")
+    assert f"{SOURCE_LOSS:.2f}" == f"{float(re.findall(r'source.s loss is ([0-9.]+) on prose', RESULTS)[0]):.2f}"
+    assert SMALL.size("vocab") == VOCABULARY
+
+
+@each_start
+def test_a_growth_is_told_its_own_measurement(start: Start) -> None:
+    """The command of every measurement, planned on the shapes that it was made on."""
+    words = start.how.split()
+    options: dict[str, Any] = {}
+    for flag, value in zip(words[1::2], words[2::2], strict=True):
+        options[flag.removeprefix("--").replace("-", "_")] = float(value) if re.fullmatch(r"[\d.]+", value) else value
+    options = {k: int(v) if isinstance(v, float) and v == int(v) and k not in ("drop", "factor") else v for k, v in options.items()}
+    assert of(grow(words[0], **options), SMALL) == start
+
+
+def test_lossless_growths_and_unmeasured_ones_are_told_nothing() -> None:
+    ways: list[Growth] = [grow("identity"), grow("tile", factor=2), grow("aki", factor=2, lossless=True), grow("layers", layers="0-29,3")]
+    mixture = Architecture(BY_NAME["mixtral"].config)
+    more = METHODS["experts"].build(mixture, METHODS["experts"].options(experts=6))
+    assert [of(way, SMALL) for way in ways] == [None] * 4
+    assert of(more, mixture) is None and not more.guarantee.lossless
+
+
+def test_the_nearest_measurement_is_taken() -> None:
+    near = of(grow("experts", experts=4, init="drop", drop=0.45), SMALL)
+    assert near is not None and near.how.endswith("--drop 0.5")
+    assert near.knows_nothing and "knows nothing" in str(near)
+    small = of(grow("dus", layers_to=34), SMALL)
+    assert small is not None and not small.knows_nothing
+
+
+def test_twice_the_layers_by_dus_is_the_stack_and_far_growths_are_told_nothing() -> None:
+    twice = of(grow("dus", layers_to=60), SMALL)
+    assert twice is not None and twice.how == "stack"
+    for far in (grow("dus", layers_to=56), grow("interleave", layers_to=240), grow("aki", factor=3)):
+        assert of(far, SMALL) is None
+
+
+def test_plan_dry_run_and_json_tell_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(make(BY_NAME["llama"]), tmp_path / "model")
+    assert main(["depth", str(source), "--method", "stack", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert str(next(s for s in STARTS if s.kind == "stack")) in said
+    assert "guidance only" in said
+    assert main(["depth", str(source), "--method", "identity", "--dry-run"]) == 0
+    assert MODEL not in capsys.readouterr().out
+    assert main(["depth", str(source), "--method", "stack", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["plan"]["starting_loss"]
+    assert (told["model"], told["how"], told["prose"]) == (MODEL, "stack", 4.92)
+    assert main(["plan", str(source), "--to", "120K"]) == 0
+    said = capsys.readouterr().out
+    assert "+4.9 nats" in said and "lossless" in said and "one model, guidance only" in said
+
+
+@pytest.mark.slow  # two processes that load torch and transformers
+def test_the_benchmark_measures_goes_on_and_writes_its_table(tmp_path: Path) -> None:
+    """On a tiny model with a tokenizer: lossless is zero, what changes the function is not, and a second run computes nothing anew."""
+    source = save(make(BY_NAME["llama"], vocab_size=300), tmp_path / "model")
+    build_tokenizer(("every text has words in it", "def words(text): return text.split()"), 300).save_pretrained(source)
+    command = [sys.executable, ROOT / "benchmarks" / "starting_loss.py", source, "--tokens", "64", "--length", "32", "--only", "identity", "stack", "--results", tmp_path]  # fmt: skip
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "starting-loss.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["stack", "identity"]
+    rise = {row["method"]: abs(row["measured"]["prose"]["grown"] - row["measured"]["prose"]["source"]) for row in rows}
+    assert rise["identity"] == 0 < rise["stack"]
+    assert "| `stack` |" in (tmp_path / "starting-loss.md").read_text()

@@ -1,0 +1,116 @@
+"""FLOPs by hand: every product of matrices written out, for what trains and what does not; memory of distillation's logits; one-off passes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import BY_NAME, real_config
+from trained import grown, recipe, run
+
+from hf_grow.model import flops
+from hf_grow.model.meta_model import skeleton
+from hf_grow.training.distillation.distill import DistillOptions, Teacher
+from hf_grow.training.dry_run import memory as estimate
+
+LENGTH = 12
+
+
+def parts(config: Any) -> dict[str, float]:
+    """Forward FLOPs of one token: projections of a block, its attention, its FFN, the head."""
+    h, size = config.hidden_size, config.head_dim or config.hidden_size // config.num_attention_heads
+    q, kv = config.num_attention_heads * size, config.num_key_value_heads * size
+    return {
+        "projections": 2 * h * (2 * q + 2 * kv), "attention": 2 * 2 * LENGTH * q, "ffn": 2 * 3 * h * config.intermediate_size,
+        "head": 2 * h * config.vocab_size,
+    }  # fmt: skip
+
+
+def block(p: dict[str, float]) -> float:
+    return p["projections"] + p["attention"] + p["ffn"]
+
+
+@pytest.mark.parametrize("case", ["llama", "llama-tied", "qwen3"])
+def test_forward_and_everything_trained(case: str) -> None:
+    config = real_config(BY_NAME[case])
+    p = parts(config)
+    once = config.num_hidden_layers * block(p) + p["head"]
+    assert flops.forward(config.to_dict(), LENGTH) == once
+    assert flops.training(skeleton(config.to_dict()), LENGTH) == 3 * once
+
+
+def test_rotary_frequencies_that_follow_the_length_are_no_more_work() -> None:
+    """Which are in force is asked of the positions' numbers, and the model on the meta device has none."""
+    config = real_config(BY_NAME["llama"]).to_dict()
+    dynamic = {**config, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    assert flops.forward(dynamic, LENGTH) == flops.forward(config, LENGTH)
+    assert flops.training(skeleton(dynamic), LENGTH) == 3 * flops.forward(config, LENGTH)
+
+
+def test_of_a_mixture_the_experts_of_a_token_count() -> None:
+    config = real_config(BY_NAME["mixtral"])
+    p = parts(config)
+    routed = config.num_experts_per_tok * p["ffn"] + 2 * config.hidden_size * config.num_local_experts
+    once = config.num_hidden_layers * (p["projections"] + p["attention"] + routed) + p["head"]
+    assert flops.training(skeleton(config.to_dict()), LENGTH) == 3 * once
+
+
+@pytest.mark.parametrize("what", ["head", "last block", "norms of the last block", "first block"])
+def test_the_backward_pass_goes_as_far_as_something_trains(what: str) -> None:
+    config = real_config(BY_NAME["llama"], num_hidden_layers=3)
+    p, model = parts(config), skeleton(config.to_dict())
+    once = 3 * block(p) + p["head"]
+    wanted = {
+        "head": ("lm_head", once + p["head"]),  # its weights; nothing before it
+        # activations through the head and twice for attention's two operands; weights of the block, and activations to its first gain
+        "last block": ("layers.2.", once + p["head"] + 2 * block(p)),
+        "norms of the last block": ("layers.2.input_layernorm", once + p["head"] + block(p) + p["attention"]),
+        "first block": ("layers.0.", once + p["head"] + 2 * block(p) + 2 * (block(p) + p["attention"])),
+    }[what]
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(wanted[0] in name)
+    assert flops.training(model, LENGTH) == wanted[1]
+
+
+def test_a_run_counts_what_its_recipe_trains_and_its_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = grown(tmp_path)
+    config, source = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("grown", "source"))
+    whole, teacher = flops.training(skeleton(config), 16), flops.forward(source, 16)
+    tokens = 6 * 2 * 16
+    assert run(capsys, "train", recipe(tmp_path, model), "--dry-run")["flops"] == whole * tokens
+    path = recipe(tmp_path, model, train="new", distill={})
+    dry = run(capsys, "train", path, "--dry-run")["flops"]
+    assert teacher * tokens < dry < (whole + teacher) * tokens
+    assert run(capsys, "train", path, "-o", tmp_path / "ran")["flops"] == pytest.approx(dry, rel=1e-3)  # Trainer counts whole numbers
+    kept = run(capsys, "train", recipe(tmp_path, model, train="new", distill={"top_k": 4}), "--dry-run")["flops"]
+    assert kept == dry, "the teacher reads every row once, here as often as the training"
+    beside = run(capsys, "train", recipe(tmp_path, model, monitor={"baseline": "source"}, kl_rows=2), "--dry-run")
+    evals = [t["tokens"] for t in beside["texts"] if t["use"].startswith("eval")]
+    sequences = [e.get("sequences", 256) if isinstance(e, dict) else 256 for e in beside["recipe"]["data"]["eval"].values()]
+    measured = sum(min(t, s * 16) for t, s in zip(evals, sequences, strict=True)) + 2 * 16
+    assert beside["flops"] == whole * tokens + teacher * measured
+
+
+def test_lora_adds_its_products_and_spares_gradients_of_what_is_frozen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = grown(tmp_path)
+    whole = flops.training(skeleton(json.loads((model / "config.json").read_text())), 16) * 6 * 2 * 16
+    path = recipe(tmp_path, model, lora={"r": 2})
+    dry = run(capsys, "train", path, "--dry-run")["flops"]
+    assert whole / 2 < dry < whole
+    assert run(capsys, "train", path)["flops"] == pytest.approx(dry, rel=1e-3)
+
+
+def test_the_logits_of_distillation_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """2.1 GB each at 4096 positions and 128k tokens."""
+    two = DistillOptions(teachers=[Teacher(model="a"), Teacher(model="b")])
+    assert estimate.distillation(DistillOptions(), 128_256, 4096, 4, 4) == 2 * 4096 * 128_256 * 4
+    assert estimate.distillation(two, 128_256, 4096, 2, 4) == 4096 * 128_256 * (2 + 2 * 4)
+    assert estimate.distillation(DistillOptions(top_k=64), 128_256, 4096, 2, 4) == 4096 * (64 * (2 + 8) + 128_256 * 4)
+    model = grown(tmp_path)
+    plain = run(capsys, "train", recipe(tmp_path, model), "--dry-run")["memory"]
+    taught = run(capsys, "train", recipe(tmp_path, model, distill={}), "--dry-run")["memory"]
+    assert plain["distillation"] == 0
+    assert taught["distillation"] == 2 * 16 * 64 * (4 + 4)
+    assert taught["total"] == sum(v for k, v in taught.items() if k != "total")

@@ -1,0 +1,53 @@
+"""Growing tiny models in the tests of width growth: plans, grown models, and gradients by their names on disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_grow.api import find_method
+from hf_grow.convert.in_memory import describe, disk_names, grow_model
+from hf_grow.growth.evaluate import Evaluator, HeldTensors
+from hf_grow.growth.growth import Growth, compose
+from hf_grow.growth.plan import GrowthPlan, make_plan
+from hf_grow.growth.tensormap import Quantity
+from hf_grow.model.architecture import Architecture
+from hf_grow.options import parse
+
+
+def growth_of(config: Any, method: str, **options: Any) -> Growth:
+    """Options as a recipe gives them."""
+    found = find_method(method)
+    return found.build(Architecture(config), parse(found.options, options, where="test", strict=False))
+
+
+def plan_of(model: PreTrainedModel, method: str, /, *, deeper: str = "", **options: Any) -> GrowthPlan:
+    """A width plan; ``deeper`` composes it with two identity blocks, 'after' or 'before' the width."""
+    info = describe(model)
+    if deeper == "before":
+        first = growth_of(info.config, "identity", layers_to=model.config.num_hidden_layers + 2)
+        return make_plan(info, compose(first, growth_of(first.config, method, **options)))
+    growth = growth_of(info.config, method, **options)
+    if deeper == "after":
+        growth = compose(growth, growth_of(growth.config, "identity", layers_to=model.config.num_hidden_layers + 2))
+    return make_plan(info, growth)
+
+
+def grown_by(model: PreTrainedModel, method: str, /, **options: Any) -> PreTrainedModel:
+    return grow_model(model, plan_of(model, method, **options))
+
+
+def through(plan: GrowthPlan, tensors: dict[str, Tensor], quantity: Quantity) -> dict[str, Tensor]:
+    """Every target tensor as the map makes it of source tensors, which may be weights, gradients or squared gradients."""
+    evaluator = Evaluator(plan, HeldTensors(tensors), quantity)
+    return {name: evaluator.whole(expr, plan.targets[name]) for name, expr in plan.growth.tensors.items()}
+
+
+def gradients(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """The gradients of the loss by their names on disk; zero for experts that no token reached."""
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    return disk_names(model, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()})

@@ -1,0 +1,113 @@
+"""`hf-grow ARGUMENTS` as a launcher starts it, on processors; `start` does what `accelerate launch` does with one of its files.
+
+accelerate shards nothing where it sees no accelerator. With FSDP in the environment it is told here of one whose device is the processor; all
+that follows (fully_shard, DTensor parameters, gathering, saving, loading) is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILES = Path(__file__).parents[2] / "recipes" / "accelerate"
+
+
+def start(file: str, words: Sequence[object], folders: Sequence[Path], *, stop: int | None = None, status: int = 0) -> list[dict[str, Any]]:
+    """Runs `hf-grow WORDS` in a process for each folder, which it works in; what each of them noted, and said on stderr."""
+    from sharded import free_port
+
+    common = {k: v for k, v in os.environ.items() if k not in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")}
+    common |= environment(file, len(folders)) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    common |= {"WORLD_SIZE": str(len(folders)), "LOCAL_WORLD_SIZE": str(len(folders)), "LAUNCHED_STOP": str(stop or "")}
+    processes = []
+    for rank, folder in enumerate(folders):
+        folder.mkdir(exist_ok=True)
+        (folder / f"facts-{rank}.json").unlink(missing_ok=True)
+        env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, __file__, *map(str, words)]
+        processes.append(subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [p.communicate(timeout=600) for p in processes]
+    assert [p.returncode for p in processes] == [status] * len(folders), "\n".join(out[-3000:] + err[-6000:] for out, err in said)
+    notes = [folder / f"facts-{rank}.json" for rank, folder in enumerate(folders)]
+    found = [json.loads(n.read_text()) if n.exists() else {} for n in notes]
+    for n in notes:
+        n.unlink(missing_ok=True)
+    return [{**facts, "out": out, "err": err} for facts, (out, err) in zip(found, said, strict=True)]
+
+
+def environment(file: str, processes: int) -> dict[str, str]:
+    """What `accelerate launch --config_file` puts into the environment."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+    from sharded import free_port
+
+    words = ["--config_file", str(FILES / f"{file}.yaml"), "--num_processes", str(processes), "--main_process_port", str(free_port())]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args([*words, "script.py"]))
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    found = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
+    return {k: v for k, v in found.items() if os.environ.get(k) != v}
+
+
+def pretend_accelerator() -> None:
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from transformers import training_args
+
+    training_args.is_torch_bf16_gpu_available = lambda: True
+    PartialState._prepare_backend = lambda self, cpu, sagemaker, backend=None: ("gloo", DistributedType.MULTI_GPU)
+
+
+def short_of_patience(seconds: float) -> None:
+    """Collectives give up after so long. With use_cpu, TrainingArguments leaves ddp_timeout out."""
+    make = torch.distributed.init_process_group
+    torch.distributed.init_process_group = lambda *args, **more: make(*args, **{**more, "timeout": timedelta(seconds=seconds)})
+
+
+def note_facts(target: Path) -> None:
+    """Writes down, at every step, how this process holds its parameters, and how many texts it packed."""
+    from hf_grow.training.data import packing
+    from hf_grow.training.trainer.trainer import GrowTrainer
+
+    facts: dict[str, Any] = {"packed": 0}
+    watch, write, stop = GrowTrainer.watch, packing._write, os.environ.get("LAUNCHED_STOP")
+
+    def counted(*args: Any) -> Any:
+        facts["packed"] += 1
+        time.sleep(float(os.environ.get("LAUNCHED_SLOW", 0)))
+        return write(*args)
+
+    def noted(self: GrowTrainer) -> None:
+        held = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters()]
+        facts["kinds"] = sorted({type(p).__name__ for p in self.model.parameters()})
+        facts["wrapper"], facts["numbers"] = type(self.model_wrapped).__name__, sum(p.numel() for p in held)
+        target.write_text(json.dumps(facts))
+        watch(self)
+        if stop and self.state.global_step == int(stop):
+            os._exit(9)  # no goodbye
+
+    packing._write, GrowTrainer.watch = counted, noted
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        pretend_accelerator()
+    if os.environ.get("LAUNCHED_PATIENCE"):
+        short_of_patience(float(os.environ["LAUNCHED_PATIENCE"]))
+    note_facts(Path(f"facts-{os.environ['RANK']}.json").absolute())
+    from hf_grow.cli import main
+
+    status = main()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(status)

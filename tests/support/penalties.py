@@ -1,0 +1,50 @@
+"""Files of importances for tiny models, and the penalty written down plainly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import on_disk, tokens
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_grow.convert.in_memory import disk_names
+from hf_grow.training.regularizers.fisher_file import samples, write_importance
+
+Tensors = dict[str, Tensor]
+
+
+def random_importance(model: PreTrainedModel, path: Path, *, seed: int = 1, storage: str = "fp32", **facts: Any) -> Tensors:
+    """A file of random importances of `model`, and its values by names on disk."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {n: torch.rand(t.shape, generator=generator) for n, t in on_disk(model).items()}
+    if storage == "bf16":
+        values = {n: v.bfloat16() for n, v in values.items()}
+    shapes = {n: tuple(v.shape) for n, v in values.items()}
+    write_importance(path, shapes, iter(values.items()), {"sample": samples(model), "model": "random", **facts}, storage=storage)
+    return values
+
+
+def shaken(model: PreTrainedModel, by: float = 0.1, seed: int = 5) -> Tensors:
+    """Moves every weight; the weights before, by names on disk."""
+    before = {n: t.clone() for n, t in on_disk(model).items()}
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(by * torch.randn(p.shape, generator=generator))
+    return before
+
+
+def grads_on_disk(model: PreTrainedModel) -> Tensors:
+    return disk_names(model, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()})
+
+
+def plain_penalty(strength: float, fisher: Tensors, now: Tensors, anchor: Tensors) -> float:
+    return 0.5 * strength * sum(float((fisher[n].double() * (now[n].double() - anchor[n].double()) ** 2).sum()) for n in fisher)
+
+
+def backward(model: PreTrainedModel, rows: Tensor | None = None, share: float = 1.0) -> None:
+    ids = tokens(model) if rows is None else rows
+    (model(ids, labels=ids, use_cache=False).loss * share).backward()

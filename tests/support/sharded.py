@@ -1,0 +1,92 @@
+"""Run by torchrun or mp.spawn: two processes train a tiny model under a penalty, sharded (FSDP2) or replicated (DDP).
+
+The first process writes the gradients of the last step, the weights, the penalty's value and its state, whole, for the test to compare.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from models import BY_NAME, make
+from torch import Tensor
+
+from hf_grow.training.param_updates.parameter_map import parameters
+from hf_grow.training.regularizers import PenaltyOptions, make_penalty
+
+STEPS, LR = 4, 0.05
+
+
+def batch(step: int) -> Tensor:
+    return torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(step))
+
+
+def full(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().clone()
+
+
+def train(model: Any, bare: Any, options: PenaltyOptions, rank: int, world: int, out: Path, resume: bool) -> None:
+    """`model` is wrapped already; `bare` is it, or what was wrapped."""
+    penalty = make_penalty(options, bare) if not hasattr(bare, "made") else bare.made
+    assert penalty is not None
+    penalty.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    for step in range(STEPS):
+        if resume and step == 2:
+            penalty.load_state_dict(penalty.state_dict())
+        optimizer.zero_grad()
+        ids = batch(step).chunk(world)[rank]
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        penalty.add_gradient()
+        grads = {n: full(p.grad) for n, p in parameters(model).items()}
+        penalty.before_step()
+        optimizer.step()
+        penalty.after_step(LR)
+    state = penalty.state_dict()
+    result = {"grads": grads, "weights": {n: full(p) for n, p in parameters(model).items()}, "value": penalty.value(), "state": state}
+    if rank == 0:
+        torch.save(result, out)
+
+
+def worker(rank: int, world: int, port: int, how: str, options: dict[str, Any], out: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        model: Any = make(BY_NAME["llama"], num_hidden_layers=2)
+        chosen = PenaltyOptions.model_validate(options)
+        if how == "ddp":
+            model.made = make_penalty(chosen, model)
+            train(torch.nn.parallel.DistributedDataParallel(model), model, chosen, rank, world, Path(out), True)
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        if how == "fsdp, made before":
+            model.made = make_penalty(chosen, model)
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        train(model, model, chosen, rank, world, Path(out), True)
+    finally:
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A free port, drawn below those that the system gives to others, and for each of several test processes from a range of its own."""
+    first = 14000 + 1000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 16)
+    for port in random.SystemRandom().sample(range(first, first + 1000), 1000):
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no port is free")

@@ -1,0 +1,198 @@
+"""Where in its text a run stands: what a resumed run reads and tokenises, which batches it sees, and what a rollback passes over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_monitor import OPTIONS, with_spike
+from test_taken_up import edited
+from test_train import logged
+from trained import grown, recipe, run, source, text
+
+from hf_grow.cli import main
+from hf_grow.training.data import packing, sources, stream
+from hf_grow.training.trainer.events import read_events
+from hf_grow.training.trainer.monitor import Monitor, MonitorOptions
+from hf_grow.training.trainer.trainer import GrowTrainer
+
+
+def texts(folder: Path, files: int = 16) -> str:
+    """Several files of documents: which one is read can be told."""
+    (folder / "new").mkdir(exist_ok=True)
+    for i in range(files):
+        text(folder / "new", f"part-{i:02}", 6, seed=i)
+    return str(folder / "new")
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
+    """The rows of every micro-batch that is trained on, in order."""
+    found: list[list[list[int]]] = []
+    step = GrowTrainer.training_step
+
+    def noted(self: GrowTrainer, model: Any, inputs: dict[str, Any], *more: Any) -> Any:
+        assert inputs.keys() == {"input_ids", "labels"}
+        found.append(inputs["input_ids"].tolist())
+        return step(self, model, inputs, *more)
+
+    monkeypatch.setattr(GrowTrainer, "training_step", noted)
+    return found
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Documents that were tokenised for training, and read, by file; 4 at once."""
+    counts: dict[str, Any] = {"tokenised": 0, "read": []}
+    encode, read = packing.Encoding.__call__, sources.read_documents
+
+    def encoded(self: packing.Encoding, batch: Any) -> Any:
+        counts["tokenised"] += len(batch)
+        return encode(self, batch)
+
+    def documents(files: Any, *more: Any, **named: Any) -> Any:
+        for row in read(files, *more, **named):
+            counts["read"].append(Path(files[0]).name)
+            yield row
+
+    monkeypatch.setattr(packing.Encoding, "__call__", encoded)
+    monkeypatch.setattr(sources, "read_documents", documents)
+    monkeypatch.setattr(stream, "BATCH", 4)
+    return counts
+
+
+def streamed(folder: Path, model: Path, **changes: Any) -> Path:
+    """A recipe that reads about half of the text in ten steps."""
+    data = {"streaming": True, "train": texts(folder), "eval": {}, **changes.pop("data", {})}
+    settings = {"max_steps": 10, "save_steps": 5, "gradient_accumulation_steps": 4, "eval_strategy": None, "eval_steps": None, **changes}
+    return recipe(folder, model, data=data, **settings)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_stream_reads_on_where_it_stood(
+    workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any], counted: dict[str, Any]
+) -> None:
+    """The batches are those of an uninterrupted run; nothing that was trained on is tokenised again but what shares a batch of documents."""
+    path = streamed(tmp_path, grown(tmp_path), dataloader_num_workers=workers)
+    counted["tokenised"] = 0
+    run(capsys, "train", path)
+    whole, losses, all_documents, read = list(seen), logged(tmp_path / "out"), counted["tokenised"], len(counted["read"])
+    assert len(whole) == 40 and len({json.dumps(b) for b in whole}) == 40
+    shutil.rmtree(tmp_path / "out" / "checkpoint-10")
+    seen.clear()
+    counted.update(tokenised=0, read=[])
+    run(capsys, "train", path, "--resume")
+    assert seen == whole[20:]
+    assert logged(tmp_path / "out") == losses
+    if workers == 0:  # another process's counts are not seen here
+        ends, at = [], 0
+        for file in sorted((tmp_path / "new").iterdir()):
+            for line in file.read_text().splitlines():
+                at += len(json.loads(line)["text"].split()) + 1
+                ends.append(at)
+        done = sum(end <= 20 * 2 * 16 for end in ends)  # documents that were trained on to their end
+        assert done > 12 and 0 < counted["tokenised"] <= all_documents - done + 4
+        assert len(counted["read"]) <= read - 12 and not {"part-00.jsonl", "part-01.jsonl"} & set(counted["read"]), "files before the place"
+
+
+def test_a_finished_stream_that_is_resumed_trains_nothing_more(tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:
+    path = streamed(tmp_path, grown(tmp_path), max_steps=5)
+    first = run(capsys, "train", path)
+    seen.clear()
+    assert run(capsys, "train", path, "--resume")["steps"] == first["steps"] == 5
+    assert seen == []
+
+
+def test_another_text_is_passed_over_by_the_number_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:
+    """As text that is not streamed is: the place is the 41st sequence, whatever stands there."""
+    path = streamed(tmp_path, grown(tmp_path))
+    run(capsys, "train", path)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-10")
+    other = text(tmp_path, "other", 200, seed=9)
+    seen.clear()
+    assert main(["train", str(path), "--resume", "--data.train", str(other)]) == 0
+    assert "does not say where this text was left; 40 sequences are read and passed over" in capsys.readouterr().err
+    resumed = list(seen)
+    seen.clear()
+    run(capsys, "train", path, "--data.train", other, "-o", tmp_path / "whole")
+    assert resumed == seen[20:]
+
+
+def test_a_damaged_place_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = streamed(tmp_path, grown(tmp_path))
+    run(capsys, "train", path)
+    edited(tmp_path / "out" / "checkpoint-10" / "data_state.json", stream={"place": 3})
+    said = run(capsys, "train", path, "--resume", status=2)["error"]
+    assert "data_state.json is damaged" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_grown_run_goes_on_in_the_text(streaming: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:
+    """Also with batches of another size: the place is counted in rows."""
+    data = {"streaming": streaming}
+    path = streamed(tmp_path, source(tmp_path / "model"), data=data)
+    run(capsys, "train", path)
+    rows = [r for batch in seen for r in batch]
+    checkpoint = tmp_path / "out" / "checkpoint-5"
+    run(capsys, "depth", checkpoint, "--method", "identity", "--layers-to", 4, "--with-optimizer", checkpoint, "-o", tmp_path / "grown")
+    seen.clear()
+    again = streamed(tmp_path, tmp_path / "grown", data=data, resume_from_checkpoint=str(tmp_path / "grown"), max_steps=7,
+                     per_device_train_batch_size=4, output=str(tmp_path / "more"))  # fmt: skip
+    run(capsys, "train", again)
+    found = [r for batch in seen for r in batch]
+    assert len(found) == 2 * 4 * 4 and found == rows[40:72]
+
+
+# ---- rollbacks -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_rollback_passes_over_the_batches_that_led_to_it(
+    streaming: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Back from step 7 to the checkpoint of step 4: steps 5 to 7 take the rows that 8 to 10 would have had; a resumed run knows of it."""
+    settings = {"max_steps": 10, "save_steps": 4, "gradient_accumulation_steps": 1, "monitor": {**OPTIONS, "restore_steps": 4},
+                "data": {"streaming": streaming}, "learning_rate": 1e-3}  # fmt: skip
+    path = streamed(tmp_path, grown(tmp_path), **settings)
+    run(capsys, "train", path, "-o", tmp_path / "calm", "--max_steps", 13)
+    calm = list(seen)
+    seen.clear()
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        with_spike(patch, at=7)
+        run(capsys, "train", path)
+    # Without a stream the text is as long as the training: what is missing at its end comes from its beginning.
+    expected = [*calm[:7], *calm[7:13]] if streaming else [*calm[:10], *calm[:3]]
+    assert seen == expected
+    reaction = next(e for e in read_events(out / "events.jsonl") if e["event"] == "reaction")
+    assert (reaction["action"], reaction["lr_factor"], reaction["skipped"]) == ("rollback", 0.5, 3)
+    factors = [e.get("lr_factor", 1.0) for e in read_events(out / "events.jsonl") if e["event"] == "log"]
+    assert factors == [1.0] * 6 + [0.5, 0.625, 0.75, 0.875, 1.0, 1.0]
+    losses = logged(out)
+    # Killed before its next checkpoint, it goes on from the one that it went back to, behind the same batches and at the same rate.
+    shutil.rmtree(out / "checkpoint-8")
+    shutil.rmtree(out / "checkpoint-10")
+    seen.clear()
+    run(capsys, "train", path, "--resume")
+    assert seen == expected[7:]
+    assert logged(out) == losses
+
+
+def test_rates_come_back_after_a_rollback() -> None:
+    monitor = Monitor(MonitorOptions(on_instability="rollback", restore_steps=10, lr_factor=0.5))
+    assert monitor.react(29, "checkpoint", back=10).facts["lr_factor"] == 0.5
+    assert [monitor.rate(t) for t in (20, 25, 30, 99)] == [0.5, 0.75, 1.0, 1.0]
+    assert monitor.react(24, "checkpoint", back=5).facts["lr_factor"] == pytest.approx(0.35)  # from 0.7, in step 24
+    assert monitor.rate(20) == pytest.approx(0.35) and monitor.rate(30) == 1.0
+    stays = Monitor(MonitorOptions(on_instability="rollback", restore_steps=0))
+    stays.react(3, "checkpoint", back=1)
+    assert stays.rate(1000) == 0.5
+    for_good = Monitor(MonitorOptions(on_instability="lower_lr"))
+    for_good.react(3, None)
+    assert for_good.rate(1000) == 0.5
+    kept = Monitor(monitor.options)
+    kept.load(json.loads(json.dumps(monitor.state())))
+    assert kept.rate(23) == monitor.rate(23)

@@ -1,0 +1,420 @@
+"""Several processes train one model: DDP, FSDP2 (sharded DTensor parameters) and ZeRO-3, against one process; who writes; resuming; refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launched import FILES, environment, start
+from models import BY_NAME, make
+from penalties import random_importance
+from safetensors.torch import load_file
+from sharded import free_port
+from test_train import logged
+from trained import recipe, run, tokenizer
+from transformers import AutoModelForCausalLM
+
+from hf_grow import api
+from hf_grow.errors import InputError
+from hf_grow.training.config.checks import arguments_for
+from hf_grow.training.config.train_config import read
+from hf_grow.training.distributed.launch import Launch, from_file, launched
+from hf_grow.training.dry_run import memory as estimate
+from hf_grow.training.param_updates.masks import Selection
+from hf_grow.training.trainer.events import read_events
+
+EWC = {"kind": "ewc", "lambda": 3.0}
+WARM = {
+    "warmup": {"lr": 2.0, "steps": 3}, "phases": [{"steps": 2, "train": ["new"]}], "freeze": ["norms"],
+    "after_growth": {"settle_steps": 1},
+}  # fmt: skip
+# Norms compute in fp32 inside an fp64 model, and half of the rows round otherwise; AdamW must not make steps of that.
+CALM = {"adam_epsilon": 1e-2}
+GROWN: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "deeper": ("llama", "identity", {"layers_to": 4}),
+    "wider": ("llama", "fpi", {"intermediate": 61}),
+    "experts": ("llama", "experts", {"experts": 3}),
+}
+
+
+def model(folder: Path, kind: str = "deeper") -> Path:
+    """A grown checkpoint in fp64, so that only what is wrong can differ, and a Fisher of it."""
+    case, method, options = GROWN[kind]
+    old = folder / "source"
+    made = make(BY_NAME[case], num_hidden_layers=2)
+    if kind != "experts":  # torch's grouped multiplication knows no fp64
+        made.double().config.dtype = torch.float64
+    made.save_pretrained(old)
+    tokenizer().save_pretrained(old)
+    api.grow(old, folder / "grown", method, **options)
+    random_importance(AutoModelForCausalLM.from_pretrained(folder / "grown", dtype="auto"), folder / "fisher.safetensors")
+    return folder / "grown"
+
+
+def same(one: Path, two: Path, tolerance: float = 1e-6) -> None:
+    a, b = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        torch.testing.assert_close(b[name], tensor, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def together(file: str, path: Path, out: Path, *words: object, folders: list[Path] | None = None, **options: Any) -> list[dict[str, Any]]:
+    """Two processes with half of the rows each."""
+    sharded = ("--use_cpu", "false") if file == "fsdp2" else ()
+    return start(
+        file, ["train", path, "-o", out, "--per_device_train_batch_size", "1", *sharded, *words], folders or [path.parent] * 2, **options
+    )
+
+
+def check_ewc(how: str, kind: str, folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> None:
+    grown = model(folder, kind)
+    settings = {
+        "gradient_accumulation_steps": 2,
+        **CALM,
+        "regularizer": {**EWC, "fisher": str(folder / "fisher.safetensors")},
+        **WARM,
+        **changes,
+    }
+    path = recipe(folder, grown, **settings)
+    # A relative output: what each process writes lies where it works.
+    facts = together(how, path, Path("together"), folders=[folder / "first", folder / "second"])
+    result = run(capsys, "train", path)
+    same(folder / "out", folder / "first" / "together", 1e-6)
+    assert logged(folder / "out") == pytest.approx(logged(folder / "first" / "together"), abs=1e-6)
+    ends = [list(read_events(f / "events.jsonl"))[-1] for f in (folder / "out", folder / "first" / "together")]
+    assert ends[0]["loss"] == pytest.approx(ends[1]["loss"], abs=1e-6)
+    assert result["tokens"] == 6 * 2 * 2 * 16
+    wrote = {p.relative_to(folder / "second").as_posix() for p in (folder / "second").rglob("*") if p.is_file()}
+    assert wrote <= {f"together/checkpoint-{n}/rng_state_1.pth" for n in (3, 6)}
+    assert [f["packed"] for f in facts] == [3, 0], "texts are packed by one process"
+    assert facts[1]["out"] == "" and "Tokenising" not in facts[1]["err"]
+    whole = sum(t.numel() for t in load_file(folder / "out" / "model.safetensors").values())
+    if how == "fsdp2":
+        assert all(f["kinds"] == ["DTensor"] for f in facts)
+        assert sum(f["numbers"] for f in facts) == whole
+    else:
+        assert all(f["wrapper"] == "DistributedDataParallel" and f["numbers"] == whole for f in facts)
+
+
+def test_two_processes_train_what_one_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_ewc("ddp", "deeper", tmp_path, capsys)
+
+
+MORE: dict[str, dict[str, Any]] = {
+    "ewc": {},
+    "proximal": {"regularizer": {**EWC, "form": "proximal"}},
+    "si": {"regularizer": {"kind": "si", "lambda": 0.5, "consolidate_every": 2}},
+    "blended, checkpointed": {"warmup": {"steps": 3, "alpha_steps": 4}, "activation_checkpointing": True},
+    "distilled": {"distill": {"alpha": 0.5}, "monitor": {"baseline": "source", "contribution_steps": 3}, "kl_rows": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("kind", "more"), [*(("deeper", m) for m in MORE), ("wider", "ewc"), ("wider", "proximal"), ("experts", "ewc")])
+def test_ewc_and_masks_on_several_processes(how: str, kind: str, more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of a wider model are masks within sharded tensors; three experts and 61 rows do not divide by two."""
+    changes = dict(MORE[more])
+    if changes.get("regularizer", {}).get("kind") == "ewc":
+        changes["regularizer"] = {**changes["regularizer"], "fisher": str(tmp_path / "fisher.safetensors")}
+    if kind == "wider":
+        changes |= {"freeze": ["old"], "phases": []} if more == "proximal" else {}
+    if kind == "experts":
+        # The router loss is one of each process's tokens: no sum over processes gives that of all of them. Adam would magnify rounding.
+        changes |= {"moe": {"aux_loss": False}, "optim": "sgd", "learning_rate": 0.1}
+    check_ewc(how, kind, tmp_path, capsys, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_a_run_of_two_processes_that_was_cut_off_goes_on(how: str, tmp_path: Path) -> None:
+    path = recipe(tmp_path, model(tmp_path), max_steps=10, regularizer={"kind": "si", "lambda": 0.5, "consolidate_every": 4}, **WARM)
+    together(how, path, tmp_path / "whole")
+    together(how, path, tmp_path / "cut", stop=8, status=9)
+    assert not (tmp_path / "cut" / "config.json").exists()
+    together(how, path, tmp_path / "cut", "--resume")
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    same(tmp_path / "whole", tmp_path / "cut", 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dispatched", [True, False])
+def test_a_stream_of_two_processes_goes_on_where_it_stood(dispatched: bool, tmp_path: Path) -> None:
+    """One process reads for both, or each reads all and takes its rows."""
+    more = {} if dispatched else {"accelerator_config": {"dispatch_batches": False}}
+    path = recipe(tmp_path, model(tmp_path), max_steps=8, data={"streaming": True}, gradient_accumulation_steps=2, **more)
+    together("ddp", path, tmp_path / "whole")
+    together("ddp", path, tmp_path / "cut", stop=5, status=9)
+    facts = together("ddp", path, tmp_path / "cut", "--resume")
+    assert "passed over" not in facts[0]["err"]
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole") and len(set(logged(tmp_path / "cut").values())) == 8
+    same(tmp_path / "whole", tmp_path / "cut", 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_both_processes_go_back_together(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A threshold that every wobble crosses: a rollback to the last checkpoint, once, with half the rate from there on."""
+    monitor = {"on_instability": "rollback", "threshold": 1e-3, "window": 16, "max_reactions": 1}
+    path = recipe(tmp_path, model(tmp_path), max_steps=10, monitor=monitor, **CALM)
+    together(how, path, tmp_path / "together")
+    run(capsys, "train", path)
+    reactions = [[(e["step"], e["action"], e["lr_factor"]) for e in read_events(tmp_path / f / "events.jsonl") if e["event"] == "reaction"]
+                 for f in ("out", "together")]  # fmt: skip
+    assert reactions[0] == reactions[1] and reactions[0][0][1:] == ("rollback", 0.5)
+    same(tmp_path / "out", tmp_path / "together")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_the_best_model_is_kept(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"early_stopping_patience": 1, "learning_rate": 0.3, "max_steps": 12, "save_steps": 2, "eval_steps": 2}
+    path = recipe(tmp_path, model(tmp_path), **settings)
+    together(how, path, tmp_path / "together")
+    assert run(capsys, "train", path)["stopped"] == "early stopping"
+    same(tmp_path / "out", tmp_path / "together", 1e-4)  # a step at this rate is 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_streamed_text_in_bf16(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(
+        tmp_path, model(tmp_path), bf16=True, data={"streaming": True}, regularizer={**EWC, "fisher": str(tmp_path / "fisher.safetensors")}
+    )
+    together(how, path, tmp_path / "together")
+    run(capsys, "train", path)
+    one, two = logged(tmp_path / "out"), logged(tmp_path / "together")
+    assert one.keys() == two.keys()
+    assert one[1] == pytest.approx(two[1], abs=0.05)
+    assert load_file(tmp_path / "together" / "model.safetensors").keys() == load_file(tmp_path / "out" / "model.safetensors").keys()
+
+
+@pytest.mark.slow
+def test_the_launcher_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """accelerate launch --config_file, and torchrun, which needs no file."""
+    path = recipe(tmp_path, model(tmp_path), **CALM)
+    run(capsys, "train", path)
+    words = ["-m", "hf_grow", "train", str(path), "--per_device_train_batch_size", "1", "-o"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FILES / "ddp.yaml"), "--num_processes", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    for name, command in (("accelerate", [*launcher, "--main_process_port", str(free_port())]), ("torchrun", torchrun)):
+        done = subprocess.run(
+            [*command, *words, str(tmp_path / name)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (tmp_path / name / "checkpoint-6" / "rng_state_1.pth").is_file()
+        same(tmp_path / "out", tmp_path / name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("half", [False, True])
+def test_zero3_trains_what_one_process_trains(
+    half: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    settings = {"dtype": "float32", "freeze": ["norms"], "gradient_accumulation_steps": 2, "learning_rate": 1e-4, "bf16": half}
+    path = recipe(tmp_path, model(tmp_path), **settings)
+    facts = start("deepspeed_zero3", ["train", path, "-o", tmp_path / "together", "--per_device_train_batch_size", "1"], [tmp_path] * 2)
+    assert {f["wrapper"] for f in facts} == {"DeepSpeedEngine"}
+    run(capsys, "train", path)
+    if half:  # DeepSpeed saves what it computes with
+        one, two = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "together"))
+        assert all(two[n].dtype == torch.bfloat16 and torch.allclose(two[n].float(), t, atol=1e-3, rtol=2**-8) for n, t in one.items())
+    else:
+        same(tmp_path / "out", tmp_path / "together", 1e-5)
+    together("deepspeed_zero3", path, tmp_path / "together", "--resume", status=2)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once(tmp_path: Path) -> None:
+    path = recipe(tmp_path, model(tmp_path), regularizer=EWC)
+    one, two = together("ddp", path, tmp_path / "together", status=2)
+    assert "kind ewc needs one file" in one["err"] and "Traceback" not in one["err"] + two["err"]
+    assert "hf-grow" not in two["err"]
+    path = recipe(tmp_path, tmp_path / "grown")
+    one, two = together("ddp", path, tmp_path / "together", "--use_cpu", "false", status=2)
+    assert "2 processes were started, but this machine has no GPU" in one["err"] and not (tmp_path / "together").exists()
+
+
+def test_what_several_processes_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grown = model(tmp_path)
+    collapsed = {**EWC, "fisher": str(tmp_path / "fisher.safetensors"), "collapsed": True}
+    dry = ["--dry-run", "--accelerate"]
+    said = run(capsys, "train", recipe(tmp_path, grown, regularizer=collapsed), *dry, FILES / "fsdp2.yaml", status=2)["error"]
+    assert "regularizer.collapsed: needs whole matrices; FSDP2, 8 processes cuts them" in said
+    said = run(capsys, "train", recipe(tmp_path, grown, lora={}), *dry, FILES / "fsdp2.yaml", status=2)["error"]
+    assert "lora: adapters are not saved whole under FSDP2" in said
+    everything = {**WARM, "regularizer": {"kind": "l2sp"}, "monitor": {"on_instability": "lower_lr"}}
+    said = run(capsys, "train", recipe(tmp_path, grown, **everything), *dry, FILES / "deepspeed_zero3.yaml", status=2)["error"]
+    for key in ("regularizer", "warmup.lr", "warmup.steps", "phases", "after_growth.settle_steps", "monitor.on_instability"):
+        assert f"{key}: does not work under DeepSpeed ZeRO-3" in said
+    for change, word in (("fsdp_version: 1", "Set fsdp_version: 2"), ("fsdp_state_dict_type: SHARDED_STATE_DICT", "FULL_STATE_DICT"),
+                         ("fsdp_cpu_ram_efficient_loading: true", "Set fsdp_cpu_ram_efficient_loading: false")):  # fmt: skip
+        key = change.split(":")[0]
+        changed = [
+            f"  {change}" if line.strip().startswith(f"{key}:") else line for line in (FILES / "fsdp2.yaml").read_text().splitlines()
+        ]
+        (tmp_path / "own.yaml").write_text("\n".join(changed))
+        assert word in run(capsys, "train", recipe(tmp_path, grown), *dry, tmp_path / "own.yaml", status=2)["error"]
+
+
+def test_options_that_only_a_dry_run_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, tmp_path / "grown")
+    assert "processes: means nothing without dry_run" in run(capsys, "train", path, "--processes", 2, status=2)["error"]
+    assert "processes: should be greater than or equal to 1" in run(capsys, "train", path, "--dry-run", "--processes", 0, status=2)["error"]
+    assert "distributed_type is None" in run(capsys, "train", path, "--dry-run", "--accelerate", path, status=2)["error"]
+    assert "Cannot read" in run(capsys, "train", path, "--dry-run", "--accelerate", tmp_path / "no.yaml", status=2)["error"]
+
+
+def test_other_commands_run_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    said = run(capsys, "fisher", tmp_path, "--text", tmp_path, "-o", tmp_path / "f", status=2)["error"]
+    assert "hf-grow fisher runs in one process, and 4 were started" in said
+
+
+# ---- files of accelerate, and memory -----------------------------------------------------------------------------------------------------------
+
+TOLD = {"one_gpu": Launch(), "ddp": Launch(8, "ddp"), "fsdp2": Launch(8, "fsdp2"), "deepspeed_zero3": Launch(8, "zero3"),
+        "multi_node": Launch(16, "fsdp2")}  # fmt: skip
+
+
+def test_every_file_is_one_that_accelerate_reads() -> None:
+    assert {p.stem for p in FILES.glob("*.yaml")} == TOLD.keys()
+    for name, launch in TOLD.items():
+        assert from_file(FILES / f"{name}.yaml") == launch
+        if name not in ("one_gpu", "multi_node") and not (launch.deepspeed and find_spec("deepspeed") is None):
+            assert launched({**environment(name, 8), "WORLD_SIZE": "8"}) == launch
+    assert from_file(FILES / "ddp.yaml", 3) == Launch(3, "ddp")
+    with pytest.raises(InputError, match="num_processes"):
+        from_file(FILES / "ddp.yaml", -1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rest", "says"),
+    [
+        ("FSDP", {"fsdp_config": [1]}, "fsdp_config is \\[1\\]"),
+        ("FSDP", {"fsdp_config": "x"}, "fsdp_config is 'x'"),
+        ("FSDP", {"fsdp_config": {"fsdp_version": [2]}}, "there is no fsdp\\[2\\]"),
+        ("DEEPSPEED", {"deepspeed_config": 3}, "deepspeed_config is 3"),
+        ("DEEPSPEED", {"deepspeed_config": {"deepspeed_config_file": 3}}, "deepspeed_config_file is 3"),
+        ("DEEPSPEED", {"deepspeed_config": {"deepspeed_config_file": "."}}, "cannot be read"),
+        ("DEEPSPEED", {"deepspeed_config": {"zero_stage": {}}}, "there is no zero{}"),
+        (["FSDP"], {}, "distributed_type is"),
+        ("MULTI_GPU", {"num_processes": [8]}, "num_processes is"),
+    ],
+)
+def test_a_file_of_accelerate_with_parts_of_another_type(kind: object, rest: dict[str, object], says: str, tmp_path: Path) -> None:
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(json.dumps({"distributed_type": kind, "num_processes": 2, **rest}))
+    with pytest.raises(InputError, match=says):
+        from_file(path)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_parts_of_a_file_of_accelerate_may_be_left_out(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(json.dumps({"distributed_type": kind, "num_processes": 2}))
+    assert from_file(path).processes == 2
+
+
+def test_the_memory_of_solar_on_eight_gpus(tmp_path: Path) -> None:
+    """The sums of docs/scale.md, written out: 16 bytes a parameter in fp32 under AdamW, 4 more for Fisher and anchor in bf16."""
+    from hf_grow.model.architecture import Architecture
+
+    config = {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 48, "num_attention_heads": 32,
+              "num_key_value_heads": 8, "vocab_size": 32000}  # fmt: skip
+    arch = Architecture(config)
+    block = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
+    p = 48 * block + 2 * 32000 * 4096 + 4096
+    assert p == 10_731_524_096
+    given = {
+        "model": "x",
+        "data": {"train": "y"},
+        "bf16": True,
+        "activation_checkpointing": True,
+        "per_device_train_batch_size": 1,
+        "use_cpu": True,
+    }
+    found = read(given)
+    assert found.recipe is not None
+    arguments = arguments_for(found.recipe, found.arguments, tmp_path)
+
+    def memory(launch: Launch) -> estimate.Memory:
+        return estimate.estimate(arch, arguments, parameters=p, trainable=p, width=4, length=4096, penalty=4 * p, launch=launch)
+
+    one, ddp, fsdp, zero = (memory(x) for x in (Launch(), Launch(8, "ddp"), Launch(8, "fsdp2"), Launch(8, "zero3")))
+    assert one.weights + one.gradients + one.optimizer == 16 * p and one.penalty == 4 * p and one.gathered == 0
+    assert ddp.gathered == 4 * p and ddp.total == one.total + 4 * p
+    assert fsdp.weights + fsdp.gradients + fsdp.optimizer + fsdp.penalty == pytest.approx(20 * p / 8)
+    assert fsdp.gathered == 2 * (4 * block + 32000 * 4096)
+    assert zero.weights + zero.gradients + zero.optimizer == pytest.approx(16 * p / 8)
+    assert zero.gathered == 2 * (10**9 + 4 * 4096**2)
+    assert one.activations == ddp.activations == fsdp.activations == zero.activations
+    assert fsdp.total < 40e9 < 80e9 < ddp.total
+
+
+def test_a_process_may_hold_no_rows_of_a_mask() -> None:
+    """A router of one row, on two processes."""
+    for shape in ((0,), (0, 5), (3, 0)):
+        empty = Selection(torch.zeros(shape, dtype=torch.bool))
+        values = torch.zeros(shape)
+        empty.put(values, empty.take(values))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "length"), [(4, 1024), (4, 4096)])
+def test_the_estimate_of_fsdp2_is_near_what_torch_tracks(layers: int, length: int) -> None:
+    """Blocks of SOLAR's size on eight processes that are pretended, without memory for a single number: FSDP2's own tracker adds up."""
+    from hf_grow.model.architecture import Architecture
+
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parents[2] / "support" / "tracked.py", str(layers), str(length)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    config = {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": layers,
+              "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}  # fmt: skip
+    arch = Architecture(config)
+    shared = 8 * sum(math.prod(e.shape) for e in arch.tensors.values()) // 8  # weights and gradients in fp32, an eighth of each
+    found = shared + estimate.activations(arch, 1, length, 2, checkpointing=True) + estimate.gathered(arch, Launch(8, "fsdp2"), 2, 0)
+    assert 1.0 < found / float(done.stdout.split()[-1]) < 1.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "policy"), [("llama", "map"), ("llama-tied", "map"), ("llama", "reset")])
+def test_a_run_under_fsdp2_is_grown_and_goes_on(case: str, policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """optimizer.bin, by name, grows as optimizer.pt does; either goes on under FSDP2 and in one process, to the same weights."""
+    old = tmp_path / "source"
+    made = make(BY_NAME[case], num_hidden_layers=2).double()
+    made.config.dtype = torch.float64
+    made.save_pretrained(old)
+    tokenizer().save_pretrained(old)
+    settings = {"max_steps": 6, "save_steps": 3, "lr_scheduler_type": "linear", "warmup_steps": 2, "learning_rate": 1e-3}
+    run(capsys, "train", recipe(tmp_path, old, **settings), "-o", tmp_path / "one")
+    together("fsdp2", recipe(tmp_path, old, **settings), tmp_path / "two")
+    assert (tmp_path / "two" / "checkpoint-3" / "optimizer.bin").is_file()
+    done = []
+    for name in ("one", "two"):
+        checkpoint, grown = tmp_path / name / "checkpoint-3", tmp_path / f"{name}-grown"
+        run(capsys, "depth", checkpoint, "--method", "identity", "--layers-to", 4, "--with-optimizer", checkpoint,
+            "--optimizer-policy", policy, "-o", grown)  # fmt: skip
+        path = recipe(tmp_path, grown, resume_from_checkpoint=str(grown), **settings)
+        done += [tmp_path / f"{name}-alone", tmp_path / f"{name}-together"]
+        run(capsys, "train", path, "-o", done[-2])
+        together("fsdp2", path, done[-1])
+    for out in done:
+        assert logged(out) == pytest.approx(logged(done[0]), rel=1e-6) and logged(out).keys() == {4, 5, 6}
+        found = [load_file(o / "model.safetensors") for o in (done[0], out)]
+        for name, tensor in found[0].items():
+            torch.testing.assert_close(found[1][name], tensor, rtol=0, atol=1e-9)

@@ -1,0 +1,530 @@
+"""The Fisher diagonal: against its definition, through growth, in files, and by the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from grown import plan_of, through
+from models import BY_NAME, make, on_disk, save
+from penalties import random_importance
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+
+from hf_grow.checkpoint.reader import open_folder
+from hf_grow.cli import main
+from hf_grow.errors import ExecutionError, InputError
+from hf_grow.training.data.sampling import load
+from hf_grow.training.regularizers import PenaltyOptions, Quadratic, make_penalty
+from hf_grow.training.regularizers.calibrate import calibrate, loss_on
+from hf_grow.training.regularizers.fisher import FisherOptions, estimate, sequences
+from hf_grow.training.regularizers.fisher import on_disk as by_disk_names
+from hf_grow.training.regularizers.fisher_file import open_importance, write_importance
+from hf_grow.training.regularizers.fisher_growth import grow_importance
+
+WORDS = [
+    "the",
+    "model",
+    "reads",
+    "old",
+    "text",
+    "and",
+    "a",
+    "fisher",
+    "says",
+    "what",
+    "each",
+    "weight",
+    "of",
+    "it",
+    "is",
+    "worth",
+    "when",
+    "new",
+    "text",
+    "comes",
+    "in",
+]
+
+
+def small(name: str = "llama", **changes: Any) -> PreTrainedModel:
+    return make(BY_NAME[name], **{"num_hidden_layers": 2, **changes})
+
+
+def rows(model: PreTrainedModel, count: int, length: int = 6) -> Tensor:
+    return torch.randint(0, model.config.vocab_size, (count, length), generator=torch.Generator().manual_seed(3))
+
+
+def options(**given: Any) -> FisherOptions:
+    return FisherOptions(**given)
+
+
+# ---- the definition ---------------------------------------------------------------------------------------------------------------------
+
+
+def by_definition(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """Every token that could be drawn, at every place: F = mean over places of sum_y p(y) (d log p(y) / dw)^2."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    total = [torch.zeros_like(p) for p in parameters]
+    for row in ids:
+        log = model(row[None], use_cache=False).logits[0].log_softmax(-1)
+        for place in log:
+            for value in place:
+                grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+                for t, g in zip(total, grads, strict=True):
+                    if g is not None:
+                        t += value.detach().exp() * g**2
+    return {n: t / ids.numel() for n, t in zip(names, total, strict=True)}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
+def test_drawn_labels_lead_to_the_definition(name: str, exact: bool) -> None:
+    model = small(name, num_hidden_layers=1, vocab_size=7)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.2)  # no token is so rare that it is never drawn, and would matter
+    ids = rows(model, 3, 4)
+    right = by_definition(model, ids)
+    found, tokens = estimate(model, ids.repeat(120, 1), options(batch=3, exact=exact))
+    assert tokens == 1440
+    for n, f in right.items():
+        if f.any():
+            assert float(found[n].sum() / f.sum()) == pytest.approx(1, rel=0.1), n
+            assert torch.nn.functional.cosine_similarity(found[n].flatten(), f.flatten(), dim=0) > 0.97, n
+
+
+def test_one_scale_for_every_batch_size() -> None:
+    """Token-normalised: without N the sums would differ sixteenfold."""
+    model = small()
+    ids = rows(model, 128, 8)
+    sums = [float(sum(f.sum() for f in estimate(model, ids, options(batch=b))[0].values())) for b in (1, 4, 16)]
+    assert max(sums) / min(sums) < 1.15
+
+
+def test_empirical_is_the_squared_gradient_of_each_sequence() -> None:
+    model = small("mixtral")
+    ids = rows(model, 5, 9)
+    found, tokens = estimate(model, ids, options(kind="empirical", batch=4))
+    assert tokens == 5 * 8
+    total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for row in ids:
+        model.zero_grad()
+        (8 * model(row[None], labels=row[None], use_cache=False).loss).backward()
+        for n, p in model.named_parameters():
+            if p.grad is not None:
+                total[n] += p.grad**2 / 40
+    for n, right in total.items():
+        torch.testing.assert_close(found[n], right, rtol=1e-4, atol=1e-8)
+
+
+def test_the_same_seed_gives_the_same_numbers_and_the_model_is_left_alone() -> None:
+    model = small("mixtral").train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    one, other, third = (estimate(model, rows(model, 6), options(batch=2, seed=s))[0] for s in (1, 1, 2))
+    assert all(torch.equal(one[n], other[n]) for n in one) and any(not torch.equal(one[n], third[n]) for n in one)
+    assert one["model.embed_tokens.weight"].any()
+    assert model.training and not model.model.embed_tokens.weight.requires_grad
+    assert all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_squares_are_added_up_in_fp32_under_bf16() -> None:
+    model = small(dtype=torch.bfloat16)
+    found, _ = estimate(model, rows(model, 8), options())
+    wide, _ = estimate(small(dtype=torch.bfloat16).float(), rows(model, 8), options())
+    assert all(f.dtype == torch.float32 for f in found.values())
+    assert float(sum(f.sum() for f in found.values()) / sum(f.sum() for f in wide.values())) == pytest.approx(1, rel=0.3)
+
+
+def test_weights_that_are_broken_are_told(recwarn: Any) -> None:
+    model = small()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e30
+        model.model.norm.weight.fill_(1e30)
+    with pytest.raises((ExecutionError, RuntimeError)):
+        estimate(model, rows(model, 2), options())
+
+
+# ---- through growth ---------------------------------------------------------------------------------------------------------------------
+
+GROWTHS: dict[str, dict[str, Any]] = {
+    "x2": {"method": "tile", "factor": 2, "symmetry": "none"},
+    "x2 split": {"method": "tile", "factor": 2},
+    "uneven": {"method": "tile", "hidden": 60, "heads": 10, "kv_heads": 2, "intermediate": 50},
+    "x3": {"method": "tile", "factor": 3},
+    "pad": {"method": "pad", "hidden": 96, "heads": 8, "kv_heads": 2, "new_heads": "null"},
+    "fpi": {"method": "fpi", "factor": 2},
+    "aki": {"method": "aki", "factor": 2},
+    "lossless aki": {"method": "aki", "factor": 2, "lossless": True},
+    "net2net": {"method": "net2net", "hidden": 60, "heads": 12, "kv_heads": 2},
+    "hypercloning": {"method": "hypercloning", "factor": 2},
+    "head_dim": {"method": "tile", "head_dim": 24},
+    "stack": {"method": "stack"},
+    "dus": {"method": "dus", "drop": 1},
+    "interleave": {"method": "interleave", "layers_to": 6},
+    "identity": {"method": "identity"},
+    "width and depth": {"method": "tile", "factor": 2, "deeper": "after"},
+    "experts": {"method": "experts", "experts": 8},
+}
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "qwen3"])
+def test_any_move_of_the_source_costs_on_the_grown_model_what_it_cost_before(name: str, growth: str) -> None:
+    model = make(BY_NAME[name], dtype=torch.float64)
+    given = dict(GROWTHS[growth])
+    if name == "qwen3" and growth == "experts":
+        given["experts"] = 4
+    plan = plan_of(model, given.pop("method"), **given)
+    generator = torch.Generator().manual_seed(0)
+    weights = on_disk(model)
+    fisher = {n: torch.rand(t.shape, generator=generator, dtype=torch.float64) for n, t in weights.items()}
+    move = {n: torch.randn(t.shape, generator=generator, dtype=torch.float64) for n, t in weights.items()}
+    for gone in plan.growth.dropped:
+        move[gone].zero_()
+    start, end = through(plan, weights, "weight"), through(plan, {n: weights[n] + move[n] for n in weights}, "weight")
+    mapped = dict(grow_importance(plan, lambda n: fisher[n]))
+    assert {n: tuple(f.shape) for n, f in mapped.items()} == {n: t.shape for n, t in plan.targets.items()}
+    assert all((f >= 0).all() for f in mapped.values())
+    cost = sum(float((fisher[n] * move[n] ** 2).sum()) for n in fisher)
+    assert sum(float((mapped[n] * (end[n] - start[n]) ** 2).sum()) for n in mapped) == pytest.approx(cost, rel=1e-10)
+
+
+def test_even_copies_map_by_columns_over_rows() -> None:
+    """F' = F * c_in / c_out, c the copies of a column and of a row; identity blocks hold nothing."""
+    model = make(BY_NAME["llama"], dtype=torch.float64)
+    plan = plan_of(model, "tile", deeper="after", factor=2, symmetry="none")
+    ones = {n: torch.ones_like(t) for n, t in on_disk(model).items()}
+    mapped = dict(grow_importance(plan, lambda n: ones[n]))
+    new = next(i for i, o in enumerate(plan.growth.layers) if o.identity)
+    expected = {
+        "model.embed_tokens.weight": 0.5, "model.norm.weight": 0.5, "lm_head.weight": 2.0, "model.layers.0.mlp.up_proj.weight": 1.0,
+        "model.layers.0.self_attn.q_proj.weight": 1.0, f"model.layers.{new}.self_attn.q_proj.weight": 0.0,
+    }  # fmt: skip
+    for n, value in expected.items():
+        torch.testing.assert_close(mapped[n], torch.full_like(mapped[n], value))
+
+
+def test_averaged_layers_are_held_between_what_each_would_ask() -> None:
+    model = make(BY_NAME["llama"], dtype=torch.float64, num_hidden_layers=8)
+    plan = plan_of(model, "dus", drop=2, seam_average=1)
+    fisher = {n: torch.full_like(t, 1.0 + float(n.split(".")[2]) if "layers" in n else 1.0) for n, t in on_disk(model).items()}
+    mapped = dict(grow_importance(plan, lambda n: fisher[n]))
+    averaged = next(i for i, o in enumerate(plan.growth.layers) if len(o.sources) > 1)
+    for value in mapped[f"model.layers.{averaged}.mlp.up_proj.weight"].unique():
+        assert 0 < float(value) < 20
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    def broken() -> Any:
+        yield "a", torch.ones(2)
+        yield "b", torch.tensor([1.0, math.nan])
+
+    path = tmp_path / "f.safetensors"
+    with pytest.raises(ExecutionError, match="b is not finite"):
+        write_importance(path, {"a": (2,), "b": (2,)}, broken(), {"sample": ""})
+    assert not list(tmp_path.iterdir())
+    write_importance(path, {"a": (2,), "b": (3,)}, iter([("b", torch.zeros(3)), ("a", torch.ones(2))]), {"sample": ""}, storage="bf16")
+    found = open_importance(path)
+    assert found.shapes == {"a": (2,), "b": (3,)}
+    assert found.read("a").dtype == torch.bfloat16 and found.read("a").tolist() == [1, 1]
+    assert found.metadata["made_by"].startswith("hf-grow ")
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------------------------------
+
+
+def tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = {w: i for i, w in enumerate(["<s>", "</s>", "<unk>", *dict.fromkeys(WORDS)])}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+
+
+def text(path: Path, seed: int, words: int = 3000) -> Path:
+    draw = random.Random(seed)
+    path.write_text(" ".join(draw.choice(WORDS[seed::2]) for _ in range(words)))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return saved(small(), tmp_path / "model")
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    save(model, folder)
+    tokenizer(folder)
+    return folder
+
+
+def fisher(*words: Any) -> int:
+    small = ["--tokens", "512", "--seq-length", "16"] if "--text" in words else []
+    return main(["fisher", *map(str, words), *small])
+
+
+def test_the_command_writes_what_the_penalty_reads(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, out = text(tmp_path / "old.txt", 0), tmp_path / "fisher.safetensors"
+    assert fisher(folder, "--text", old, "-o", out, "--json", "--batch", "8") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["tokens"] == 512 and told["kind"] == "true" and told["model"] == str(folder)
+    model, read = load(open_folder(folder), "float32", "cpu")
+    file = open_importance(out)
+    assert file.metadata["tokens"] == "512"
+    ids = sequences([str(old)], model, read, length=16, count=32, seed=0)
+    found, _ = estimate(model, ids, options(batch=8))
+    assert all(torch.equal(file.read(n), f) for n, f in by_disk_names(model, found))
+    penalty = make_penalty(PenaltyOptions(kind="ewc", fisher=(out,)), small())
+    assert penalty is not None
+    assert fisher(folder, "--text", old, "-o", out) == 2
+    assert "exists" in capsys.readouterr().err
+    assert fisher(folder, "--text", old, "-o", out, "--overwrite", "--storage", "bf16", "--kind", "empirical") == 0
+    assert "empirical Fisher" in capsys.readouterr().out
+    assert open_importance(out).read("lm_head.weight").dtype == torch.bfloat16
+
+
+def test_merging_is_online_ewc(folder: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{n}.safetensors" for n in ("one", "two", "both")]
+    texts = [text(tmp_path / f"{n}.txt", i) for i, n in enumerate(("a", "b"))]
+    assert fisher(folder, "--text", texts[0], "-o", paths[0]) == 0
+    assert fisher(folder, "--text", texts[1], "-o", paths[1]) == 0
+    assert fisher(folder, "--text", texts[1], "-o", paths[2], "--merge", paths[0], "--decay", "0.5") == 0
+    one, two, both = map(open_importance, paths)
+    for n in both.shapes:
+        torch.testing.assert_close(both.read(n), 0.5 * one.read(n) + two.read(n))
+
+
+@pytest.mark.parametrize("flags", [["width", "--factor", "2"], ["depth", "--method", "identity"]])
+def test_a_source_s_fisher_goes_through_growth_json(flags: list[str], folder: Path, tmp_path: Path, capsys: Any) -> None:
+    source = random_importance(small(), tmp_path / "f.safetensors", kind="true", tokens=7)
+    grown = tmp_path / "grown"
+    assert main([flags[0], str(folder), *flags[1:], "-o", str(grown)]) == 0
+    out = tmp_path / "mapped.safetensors"
+    assert fisher(grown, "--from-growth", tmp_path / "f.safetensors", "-o", out) == 0
+    from hf_grow.training.param_updates.param_provenance import load_plan
+
+    plan = load_plan(grown)
+    assert plan is not None
+    file = open_importance(out)
+    for n, f in grow_importance(plan, lambda n: source[n]):
+        torch.testing.assert_close(file.read(n), f.float())
+    from transformers import AutoModelForCausalLM
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(grown, dtype=dtype)
+        assert make_penalty(PenaltyOptions(kind="ewc", fisher=(out,)), model, plan) is not None
+    random_importance(small(seed=4), tmp_path / "g.safetensors")
+    assert fisher(grown, "--from-growth", tmp_path / "g.safetensors", "-o", tmp_path / "no.safetensors") == 2
+    assert "the weights differ" in capsys.readouterr().err
+    assert fisher(folder, "--from-growth", tmp_path / "f.safetensors", "-o", tmp_path / "no.safetensors") == 2
+    assert "no growth.json" in capsys.readouterr().err
+
+
+def test_the_utility_of_experts_is_what_their_tensors_add_up_to(tmp_path: Path, capsys: Any) -> None:
+    folder = saved(make(BY_NAME["qwen3_moe-mixed"]), tmp_path / "moe")
+    out, table = tmp_path / "f.safetensors", tmp_path / "utility.json"
+    assert fisher(folder, "--text", text(tmp_path / "t.txt", 0), "-o", out, "--utility", table) == 0
+    rows = json.loads(table.read_text())["utility"]
+    file = open_importance(out)
+    assert [len(r) for r in rows] == [4] * 6
+    for layer, row in enumerate(rows):
+        for expert, value in enumerate(row):
+            parts = [n for n in file.shapes if f"layers.{layer}.mlp.experts.{expert}." in n]
+            assert value == pytest.approx(sum(float(file.read(n).double().sum()) for n in parts), rel=1e-5)
+    assert max(rows[1]) > 0 and rows[0] == [0] * 4
+    words = ["experts", str(folder), "--add", "2", "--utility", str(table), "-o", str(tmp_path / "more"), "--dry-run"]
+    assert main(words) == 0, capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "f.safetensors"
+    assert fisher(folder, "--text", text(tmp_path / "t.txt", 0), "-o", out, "--dry-run", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    count = small().num_parameters()
+    assert told["memory_bytes"] == {"weights": 4 * count, "gradients": 4 * count, "squares": 4 * count, "total": 12 * count}
+    random_importance(small(), tmp_path / "source.safetensors")
+    assert fisher(folder, "--from-growth", tmp_path / "source.safetensors", "-o", out, "--dry-run") == 0
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "one of --text"),
+        (["--text", "a", "--from-growth", "b"], "one of --text"),
+        (["--from-growth", "b", "--merge", "c", "--utility", "u.json", "--calibrate", "1"], "has 6 mistakes"),
+        (["--text", "a", "--decay", "0.5"], "decay: means nothing without merge"),
+        (["--text", "a", "--calibrate", "0.1"], "go together"),
+        (["--text", "a", "--storage", "fp16"], "'fp32' or 'bf16'"),
+        (["--text", "a", "--dtype", "float16"], "should be 'auto', 'float32', 'bfloat16' or 'float64'"),
+        (["--text", "MISSING/nothing.txt"], "nothing.txt"),
+        (["--text", "EMPTY"], "empty.txt"),
+        (["--text", "TEXT", "--utility", "u.json"], "has no experts"),
+        (["--text", "TEXT", "--merge", "no.safetensors"], "There is no file"),
+        (["--text", "TEXT", "--merge", "OTHER"], "is of another model"),
+        (["--text", "gone.txt", "--calibrate", "0.1", "--on", "away.txt", "--merge", "no.safetensors", "--dry-run"], "has 3 mistakes"),
+        (["--text", "TEXT", "--utility", "FOLDER"], "is a folder"),
+        (["--text", "TEXT", "--device", "cuda"], "cannot be put on cuda"),
+    ],
+)
+def test_what_cannot_be_used_is_told(words: list[str], message: str, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "empty.txt").write_text(" ")
+    random_importance(small(num_hidden_layers=1), tmp_path / "other.safetensors")
+    known = {"EMPTY": tmp_path / "empty.txt", "TEXT": text(tmp_path / "t.txt", 0), "OTHER": tmp_path / "other.safetensors",
+             "MISSING/nothing.txt": tmp_path / "nothing.txt", "FOLDER": tmp_path}  # fmt: skip
+    assert fisher(folder, *(known.get(w, w) for w in words), "-o", tmp_path / "f.safetensors") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "f.safetensors").exists()
+
+
+def test_an_accelerator_out_of_memory_is_one_message(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("hf_grow.training.regularizers.fisher.estimate", full)
+    assert fisher(folder, "--text", text(tmp_path / "t.txt", 0), "-o", tmp_path / "f.safetensors") == 1
+    said = capsys.readouterr().err
+    assert "out of memory" in said and "--batch" in said and "Traceback" not in said
+
+
+# ---- calibration --------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_calibration_finds_the_smallest_lambda_tried_that_keeps_the_old_loss(tmp_path: Path) -> None:
+    model = small()
+    data = rows(model, 60, 12) % 32
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(20):
+        model(data[:16], labels=data[:16], use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    data[20:] += 32  # the new text has other words
+    found, _ = estimate(model, data[:16], options())
+    penalty = Quadratic("ewc", 1.0, {n: p.detach().clone() for n, p in model.named_parameters()}, lambda n: found[n])
+    penalty.attach(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    settings: dict[str, Any] = {
+        "old": data[:8],
+        "train": data[20:50],
+        "new": data[50:],
+        "steps": 6,
+        "how": training(tmp_path, learning_rate=3e-3),
+    }
+    plain = calibrate(model, penalty, tolerated=1e9, **settings)
+    assert plain.chosen == 0 and len(plain.trials) == 1 and plain.trials[0].rise > 0
+    done = calibrate(model, penalty, tolerated=plain.trials[0].rise / 2, **settings)
+    kept = [t for t in done.trials if t.rise <= plain.trials[0].rise / 2]
+    assert done.chosen == min(t.strength for t in kept) > 0
+    assert done.trials[0] == plain.trials[0]  # every trial starts alike
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert done.old == pytest.approx(loss_on(model, data[:8], 3))
+    with pytest.raises(InputError, match="cannot be had"):
+        calibrate(model, Quadratic("ewc", 1.0, dict(before), lambda n: 0.0), tolerated=1e-6, **settings)
+
+
+def training(folder: Path, **more: Any) -> TrainingArguments:
+    settings = {
+        "per_device_train_batch_size": 4,
+        "weight_decay": 0.0,
+        "lr_scheduler_type": "constant",
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    return TrainingArguments(output_dir=str(folder / "trainer"), **{**settings, **more})
+
+
+def test_a_trial_is_a_run_of_the_trainer(tmp_path: Path) -> None:
+    """The same weights as Trainer's own, with its decay, schedule, clipping and micro-batches, over as many steps."""
+    from transformers import Trainer
+
+    import hf_grow.training.regularizers.calibrate as calibration
+
+    how = training(
+        tmp_path, learning_rate=3e-3, weight_decay=0.3, lr_scheduler_type="cosine", warmup_steps=0.34, gradient_accumulation_steps=2,
+        max_steps=6, max_grad_norm=0.5, adam_beta2=0.9, train_sampling_strategy="sequential", disable_tqdm=True, save_strategy="no", per_device_train_batch_size=3,
+    )  # fmt: skip
+    one, two = small(), small()
+    data = rows(one, 36, 12)
+    penalty = Quadratic("ewc", 0.0, {n: p.detach().clone() for n, p in one.named_parameters()}, lambda n: 0.0)
+    penalty.attach(one)
+    calibration._train(one, penalty, data, 6, how, lambda tokens: None)
+    Trainer(model=two, args=how, train_dataset=[{"input_ids": r, "labels": r} for r in data]).train()
+    for (name, p), (_, q) in zip(one.named_parameters(), two.named_parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert not torch.allclose(one.lm_head.weight, small().lm_head.weight, atol=1e-3)
+
+
+def test_the_schedule_of_a_long_training_is_drawn_together(tmp_path: Path) -> None:
+    """Warm-up keeps its share: 100 of 1000 steps are 2 of 20."""
+    import hf_grow.training.regularizers.calibrate as calibration
+
+    how = training(tmp_path, learning_rate=1.0, lr_scheduler_type="linear", warmup_steps=100, max_steps=1000)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    rates, seen = calibration.schedule(optimizer, how, 20), []
+    for _ in range(20):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        rates.step()
+    assert seen == pytest.approx([0, 0.5, *(1 - i / 18 for i in range(18))])
+
+
+def test_calibration_takes_the_recipe_that_lambda_is_for(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    old, new = text(tmp_path / "old.txt", 0), text(tmp_path / "new.txt", 1)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: m\ndata: {train: new.txt, seq_length: 24}\nregularizer: {kind: l2sp, form: proximal}\nlearning_rate: 0.003\nmax_steps: 100\n"
+        "per_device_train_batch_size: 2\ngradient_accumulation_steps: 2\nlr_scheduler_type: linear\nweight_decay: 0.05\nuse_cpu: true\n"
+    )
+
+    def of_recipe(name: str, *more: str) -> int:
+        words = [
+            "fisher",
+            folder,
+            "--text",
+            old,
+            "-o",
+            tmp_path / name,
+            "--tokens",
+            "96",
+            "--calibrate",
+            "50",
+            "--on",
+            new,
+            "--calibrate-steps",
+            "3",
+        ]
+        return main([*map(str, words), "--recipe", str(recipe), "--device", "cpu", *more])
+
+    assert of_recipe("f", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    found = {k: told["calibration"][k] for k in ("lr", "weight_decay", "schedule", "batch", "kind", "form")}
+    assert found == {"lr": 0.003, "weight_decay": 0.05, "schedule": "linear", "batch": 4, "kind": "l2sp", "form": "proximal"}
+    assert told["seq_length"] == 24
+    assert of_recipe("g", "--calibrate-lr", "0.1") == 2
+    assert "calibrate_lr: means nothing beside recipe" in capsys.readouterr().err
+    recipe.write_text("model: m\ndata: {train: new.txt}\nregularizer: {kind: si}\n")
+    assert of_recipe("g") == 2
+    assert "looks for the lambda of ewc or l2sp, not of si" in capsys.readouterr().err
+
+
+def test_the_command_calibrates_on_text_it_did_not_use(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    old, new = text(tmp_path / "old.txt", 0), text(tmp_path / "new.txt", 1)
+    words = ["--calibrate", "50", "--on", new, "--calibrate-steps", "5", "--calibrate-lr", "0.003"]
+    assert fisher(folder, "--text", old, "-o", tmp_path / "f.safetensors", *words, "--json") == 0
+    told = json.loads(capsys.readouterr().out)["calibration"]
+    chosen = next(t for t in told["trials"] if t["lambda"] == told["lambda"])
+    assert chosen["rise"] <= 50 and len(told["trials"]) >= 1
+    assert fisher(folder, "--text", old, "-o", tmp_path / "g.safetensors", *words) == 0
+    assert "<-" in capsys.readouterr().out

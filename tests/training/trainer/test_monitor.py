@@ -1,0 +1,250 @@
+"""Spikes, shocks and reactions: the watch on plain numbers, and what the trainer makes of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_train import logged
+from trained import grown, losses_told, recipe, run, source
+
+from hf_grow.training.trainer.checkpoints import last_checkpoint
+from hf_grow.training.trainer.events import EVENTS, EventLog, read_events
+from hf_grow.training.trainer.monitor import Finding, Monitor, MonitorOptions, detrended, robust_z
+from hf_grow.training.trainer.trainer import GrowTrainer
+
+
+def falling(steps: int, seed: int = 0, noise: float = 0.05) -> list[float]:
+    """A loss as they look."""
+    draw = random.Random(seed)
+    return [2 + 3 * math.exp(-t / 200) + draw.gauss(0, noise) for t in range(steps)]
+
+
+def watched(losses: list[float], norms: list[float] | None = None, **options: Any) -> tuple[Monitor, list[tuple[int, Finding]]]:
+    monitor = Monitor(MonitorOptions(**options))
+    found = []
+    for t, loss in enumerate(losses):
+        found += [(t, f) for f in monitor.step(t, loss, norms[t] if norms else None)]
+    return monitor, found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_ordinary_run_is_left_alone(seed: int) -> None:
+    draw = random.Random(seed)
+    norms = [math.exp(draw.gauss(0, 0.3)) for _ in range(1500)]
+    assert watched(falling(1500, seed), norms)[1] == []
+
+
+@pytest.mark.parametrize(("at", "height"), [(100, 2.0), (700, 1.0)])
+def test_a_spike_is_seen_at_its_step_and_once(at: int, height: float) -> None:
+    losses = falling(1000)
+    losses[at] += height
+    losses[at + 1] += height / 2
+    _, found = watched(losses)
+    assert [(t, f.event, f.facts["signal"]) for t, f in found] == [(at, "instability", "loss")]
+    past = np.array(losses[at - 64 : at])
+    slope = (np.median(past[32:]) - np.median(past[:32])) / 32
+    flat = past - slope * np.arange(64)
+    level = np.median(flat)
+    spread = 1.4826 * np.median(np.abs(flat - level))
+    expected = level + 64 * slope
+    assert found[0][1].facts["score"] == pytest.approx((losses[at] - expected) / max(spread, 0.01 * expected))
+
+
+def test_a_gradient_that_bursts_is_seen_before_the_loss() -> None:
+    norms = [1 + 0.1 * random.Random(t).random() for t in range(200)]
+    norms[150] = 40.0
+    _, found = watched(falling(200), norms)
+    assert [(t, f.facts["signal"]) for t, f in found] == [(150, "grad_norm")]
+
+
+def test_what_is_not_finite_is_an_instability_from_the_first_step() -> None:
+    for bad in (math.nan, math.inf):
+        assert [f.facts["signal"] for _, f in watched([bad])[1]] == ["nonfinite"]
+        assert watched([3.0, 3.0], [1.0, bad])[1][0][1].facts["of"] == "grad_norm"
+
+
+def test_growing_swings_are_an_instability() -> None:
+    losses = [2 + 0.01 * random.Random(t).gauss(0, 1) for t in range(100)]
+    losses += [2 + 0.15 * (-1) ** t * min(1, t / 4) for t in range(30)]
+    _, found = watched(losses, threshold=1000.0)
+    assert found and found[0][1].facts["signal"] == "variance"
+    assert 100 < found[0][0] < 120
+
+
+def test_shock_and_recovery_after_a_growth() -> None:
+    monitor = Monitor(MonitorOptions(shock=0.5), before=2.0)
+    told = [(t, f.event, f.facts) for t in range(60) for f in monitor.step(t, 2 + 1.2 * math.exp(-t / 8) - 0.01, None)]
+    assert next((t, e) for t, e, _ in told) == (0, "transition_shock")
+    assert told[0][2]["nats"] == pytest.approx(1.19)
+    (at,) = [t for t, e, _ in told if e == "recovered"]
+    curve = [2 + 1.2 * math.exp(-t / 8) - 0.01 for t in range(60)]
+    assert sum(curve[at - 7 : at + 1]) / 8 <= 2.0 < sum(curve[at - 8 : at]) / 8
+
+
+def test_reactions_add_up_and_come_to_an_end() -> None:
+    lower = Monitor(MonitorOptions(on_instability="lower_lr", max_reactions=2))
+    assert [lower.react(t, None).facts["lr_factor"] for t in range(3)] == [0.5, 0.25, 0.25]
+    assert lower.react(9, None).facts["action"] == "none"
+    longer = Monitor(MonitorOptions(on_instability="longer_warmup", extra_warmup=10))
+    assert longer.react(4, None).facts["extra_warmup"] == 10
+    assert longer.warmup_from == 5
+    back = Monitor(MonitorOptions(on_instability="rollback"))
+    rolled = {"action": "rollback", "lr_factor": 0.5, "extra_warmup": 0, "checkpoint": "checkpoint-3", "skipped": 2}
+    assert back.react(4, "checkpoint-3", 2).facts == rolled
+    assert back.react(4, None).facts["action"] == "lower_lr"
+
+
+def test_the_state_goes_through_json_and_goes_on_alike() -> None:
+    losses = falling(300)
+    losses[250] += 2
+    one = Monitor(MonitorOptions(on_instability="lower_lr"), before=9.0)
+    for t in range(200):
+        one.step(t, losses[t], losses[t])
+    one.react(200, None)
+    other = Monitor(one.options)
+    other.load(json.loads(json.dumps(one.state())))
+    for t in range(200, 300):
+        assert one.step(t, losses[t], losses[t]) == other.step(t, losses[t], losses[t])
+    assert one.state() == other.state()
+
+
+def test_robust_scores_and_trends() -> None:
+    assert robust_z(2.0, [2.0] * 9) == 0
+    assert robust_z(3.0, [2.0] * 9) == pytest.approx(1 / 0.02)
+    assert robust_z(10.0, [float(t) for t in range(10)]) == pytest.approx(0, abs=1e-9)
+    assert detrended([3.0, 2.0, 1.0, 0.0]) == pytest.approx([0, 0, 0, 0], abs=1e-12)
+
+
+def test_the_log_has_one_line_an_event_and_survives_a_torn_one(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("instability", 3, signal="nonfinite", value=math.nan, score=math.inf)
+    log.write("phase", 4, train=("new",))
+    with (tmp_path / "events.jsonl").open("a") as f:
+        f.write('{"event": "lo')
+    first, second = read_events(tmp_path / "events.jsonl")
+    assert (first["value"], first["score"], second["train"]) == ("nan", "inf", ["new"])
+    with pytest.raises(AssertionError):
+        log.write("unheard of", 1)
+    EventLog(None).write("phase", 1, train=[])
+
+
+def test_people_are_told_of_what_matters_but_not_without_end(tmp_path: Path) -> None:
+    told: list[str] = []
+    log = EventLog(tmp_path / "events.jsonl", told.append)
+    log.write("log", 1, loss=2.0)
+    log.write("reaction", 1, action="none", lr_factor=1.0)
+    log.write("reaction", 2, action="lower_lr", lr_factor=0.5)
+    for step in range(3, 30):
+        log.write("instability", step, signal="loss", value=9.5, score=20.0)
+    assert told[:2] == ["Step 2: lower_lr, learning rates x 0.5.", "Step 3: loss 9.5 is unstable."]
+    assert len(told) == 10 and "events.jsonl" in told[-1]
+    assert len(list(read_events(tmp_path / "events.jsonl"))) == 30
+
+
+def test_docs_tell_every_event_and_key() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
+    for kind, keys in EVENTS.items():
+        assert f"| `{kind}` |" in text
+        line = next(row for row in text.splitlines() if row.startswith(f"| `{kind}` |"))
+        assert not [k for k in keys if k != "..." and f"`{k}`" not in line], kind
+
+
+# ---- in the trainer -------------------------------------------------------------------------------------------------------------------------------
+
+
+def with_spike(monkeypatch: pytest.MonkeyPatch, at: int, times: int = 1) -> None:
+    """The loss that the monitor hears of is tall at one step; the training itself is as it is."""
+    watch, left = GrowTrainer.watch, [times]
+
+    def spiked(self: GrowTrainer) -> None:
+        if self.state.global_step == at and left[0]:
+            left[0] -= 1
+            self._step_loss = torch.tensor(100.0)
+        watch(self)
+
+    monkeypatch.setattr(GrowTrainer, "watch", spiked)
+
+
+OPTIONS = {"window": 8, "on_instability": "rollback", "threshold": 30.0, "variance": 1e6}
+
+
+def test_a_rollback_goes_back_to_the_checkpoint_and_lowers_the_rate_for_a_while(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = grown(tmp_path)
+    path = recipe(tmp_path, model, max_steps=10, save_steps=4, monitor=OPTIONS, learning_rate=1e-3)
+    run(capsys, "train", path, "-o", tmp_path / "calm")
+    with_spike(monkeypatch, at=7)
+    found = run(capsys, "train", path)
+    out = tmp_path / "out"
+    assert found["steps"] == 10
+    events = list(read_events(out / "events.jsonl"))
+    kinds = [e["event"] for e in events]
+    reaction = events[kinds.index("reaction")]
+    assert kinds[kinds.index("instability") + 1] == "reaction"
+    assert (reaction["action"], reaction["lr_factor"], reaction["checkpoint"]) == ("rollback", 0.5, str(out / "checkpoint-4"))
+    steps = [e["step"] for e in events if e["event"] == "log"]
+    assert steps == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9, 10]  # the step of the spike itself was not logged: it was undone at its end
+    again = [e for e in events if e["event"] == "log"][6:]
+    assert [e["lr_factor"] for e in again] == pytest.approx([0.5 + 0.5 * i / 100 for i in range(6)])
+    assert again[0]["loss"] != logged(tmp_path / "calm")[5]  # other batches, see test_reading.py
+
+
+def test_a_run_resumed_after_a_rollback_knows_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe(tmp_path, grown(tmp_path), max_steps=10, save_steps=4, monitor=OPTIONS)
+    with_spike(monkeypatch, at=7)
+    run(capsys, "train", path)
+    out = tmp_path / "out"
+    state = json.loads((out / "checkpoint-4" / "growth_state.json").read_text())["monitor"]
+    assert (state["dip"], state["dipped_at"], state["reactions"]) == (0.5, 4, 1)
+    assert last_checkpoint(out) == out / "checkpoint-10"
+
+
+@pytest.mark.parametrize(("action", "key"), [("lower_lr", "lr_factor"), ("longer_warmup", "lr_factor_new")])
+def test_milder_reactions_change_the_rates_from_the_next_step_on(
+    action: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**OPTIONS, "on_instability": action, **({"extra_warmup": 4} if action == "longer_warmup" else {})}
+    path = recipe(tmp_path, grown(tmp_path), max_steps=10, monitor=options, learning_rate=1e-3)
+    with_spike(monkeypatch, at=6)
+    run(capsys, "train", path)
+    factors = {e["step"]: e.get(key, 1.0) for e in read_events(tmp_path / "out" / "events.jsonl") if e["event"] == "log"}
+    expected = [0.5] * 4 if action == "lower_lr" else [0.25, 0.5, 0.75, 1.0]
+    assert [factors[s] for s in range(1, 7)] == [1.0] * 6
+    assert [factors[s] for s in range(7, 11)] == expected
+
+
+def test_regressions_against_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the old set is above the source's loss, the log says so."""
+    losses_told(monkeypatch, "old", lambda step, loss: loss + {0: 0.0, 3: 0.5, 6: 0.1}[step])
+    path = recipe(tmp_path, grown(tmp_path), learning_rate=1e-9, monitor={"baseline": "source", "regression": 0.2})
+    run(capsys, "train", path)
+    losses = {e["step"]: e["losses"]["old"] for e in read_events(tmp_path / "out" / "events.jsonl") if e["event"] == "evaluation"}
+    told = [e for e in read_events(tmp_path / "out" / "events.jsonl") if e["event"] == "regression" and e["set"] == "old"]
+    assert [e["step"] for e in told] == [3]
+    assert told[-1]["loss"] == losses[told[-1]["step"]]
+    assert told[-1]["baseline"] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_growing_again_too_soon_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, source(tmp_path / "model"), max_steps=3, after_growth={"consolidate_steps": 100})
+    run(capsys, "train", path)
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    from hf_grow.cli import main
+
+    words = ["depth", str(checkpoint), "--method", "identity", "--layers-to", "4", "--with-optimizer", str(checkpoint)]
+    assert main([*words, "-o", str(tmp_path / "soon")]) == 0
+    assert "97 more steps" in capsys.readouterr().err
+    state = checkpoint / "growth_state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "consolidation_left": 0}))
+    assert main([*words, "-o", str(tmp_path / "later")]) == 0
+    assert "more steps" not in capsys.readouterr().err
