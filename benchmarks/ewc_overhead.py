@@ -23,9 +23,12 @@ from typing import Any
 import torch
 import transformers
 
-from hf_grow.training.regularizers import Penalty, PenaltyOptions, Quadratic, make_penalty
-from hf_grow.training.regularizers.fisher import FisherOptions, estimate, on_disk
+from hf_grow.training.config.fisher_options import FisherOptions
+from hf_grow.training.config.regularizer_options import PenaltyOptions
+from hf_grow.training.regularizers.build import make_penalty
+from hf_grow.training.regularizers.fisher import estimate, on_disk
 from hf_grow.training.regularizers.fisher_file import samples, write_importance
+from hf_grow.training.regularizers.penalty import Penalty, Quadratic
 
 SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},

@@ -30,8 +30,8 @@ from stage import FULL, QUICK, Settings, Stage, prepare
 from hf_grow.training.config import train_config as recipe
 from hf_grow.training.data import cache
 from hf_grow.training.dry_run.dry_run import dry_run
+from hf_grow.training.train import train
 from hf_grow.training.trainer.events import read_events
-from hf_grow.training.trainer.run import train
 
 HERE = Path(__file__).parent
 NAME = "forgetting"

@@ -109,7 +109,8 @@ def _pretrain(stage: Stage, found: domains.Domains) -> None:
     import torch
     from transformers import TrainingArguments
 
-    from hf_grow.training.regularizers import PenaltyOptions, make_penalty
+    from hf_grow.training.config.regularizer_options import PenaltyOptions
+    from hf_grow.training.regularizers.build import make_penalty
     from hf_grow.training.regularizers.fisher import on_disk
     from hf_grow.training.regularizers.fisher_file import samples, write_importance
     from hf_grow.training.regularizers.si import SynapticIntelligence

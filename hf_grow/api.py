@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from hf_grow.convert.execute import Result
     from hf_grow.publish.push import Pushed
-    from hf_grow.training.trainer.run import TrainResult
+    from hf_grow.training.train import TrainResult
     from hf_grow.verification import Report
 
 Notify = Callable[[str], None]
@@ -221,8 +221,8 @@ def train(
 
     Raises InputError, with every mistake, before anything is written.
     """
+    from hf_grow.training import train as run
     from hf_grow.training.config import train_config as recipes
-    from hf_grow.training.trainer import run
 
     read = recipes.read({**recipe, **changes}) if isinstance(recipe, Mapping) else recipes.load(Path(recipe), changes)
     return run.train(read, output=None if output is None else str(output), resume=resume, overwrite=overwrite, notify=notify)

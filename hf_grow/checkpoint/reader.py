@@ -14,6 +14,7 @@ from typing import Any, Literal
 from hf_grow.checkpoint.fused_experts import unfused
 from hf_grow.checkpoint.provenance import history_of
 from hf_grow.checkpoint.safetensors_header import Stored, check_name, read_file_header
+from hf_grow.checkpoint.transfer import sha256_of
 from hf_grow.common.safe_files import check_kinds, open_regular, read_json, reason
 from hf_grow.errors import SourceError
 from hf_grow.growth.plan import EMBEDDING, HEAD, SourceInfo
@@ -194,3 +195,8 @@ def dequantize(ref: str, file: str) -> str:
         "vars(m.config).pop('quantization_config', 0); m.save_pretrained(out); T.from_pretrained(d, gguf_file=f).save_pretrained(out)"
     )
     return f"python -c {shlex.quote(code)}" if "$" in code or '"' in code or "`" in code or "\\" in code else f'python -c "{code}"'
+
+
+def files_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Weight file -> size and SHA-256, by which `verify` and `push` know the weights again; every byte is read."""
+    return {name: {"size": facts["size"], "sha256": sha256_of(folder / name)} for name, facts in open_folder(folder).files.items()}

@@ -22,9 +22,10 @@ from hf_grow.growth.plan import GrowthPlan, check_source
 from hf_grow.model.param_count import measure, short
 from hf_grow.options import parse, unmet
 from hf_grow.training.config.data_options import TextOptions
-from hf_grow.training.config.warnings import RECOVER, damaged
-from hf_grow.training.regularizers.fisher import FisherOptions, memory
+from hf_grow.training.config.fisher_options import FisherOptions
+from hf_grow.training.regularizers.fisher import memory
 from hf_grow.training.regularizers.fisher_file import open_importance
+from hf_grow.training.setup.warnings import RECOVER, damaged
 from hf_grow.training.trainer.events import plain
 
 

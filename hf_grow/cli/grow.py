@@ -34,7 +34,7 @@ from hf_grow.publish.push import Destination, Pushed, check_destination, prepare
 from hf_grow.publish.stream import SHARD_SIZE as STREAM_SHARD_SIZE
 from hf_grow.publish.stream import StreamSink
 from hf_grow.training.growth_state.grow_optimizer import check_trainer_checkpoint, grow_checkpoint_state
-from hf_grow.training.trainer.checkpointing import warn_unsettled
+from hf_grow.training.growth_state.state_files import warn_unsettled
 
 if TYPE_CHECKING:
     from hf_grow.checkpoint.reader import Checkpoint

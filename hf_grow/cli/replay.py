@@ -10,7 +10,8 @@ from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, add_source, enough_memory, print_json
 from hf_grow.common.extras import need
 from hf_grow.options import Options, parse
-from hf_grow.training.data.replay import Estimate, Replay, ReplayOptions, check_output, estimate, sample_replay
+from hf_grow.training.config.replay_options import ReplayOptions
+from hf_grow.training.data.replay import Estimate, Replay, check_output, estimate, sample_replay
 
 
 class RunOptions(Options):

@@ -23,7 +23,7 @@ from hf_grow.options import Needs, Options, Unless, parse
 
 if TYPE_CHECKING:
     from hf_grow.training.distributed.launch import Launch
-    from hf_grow.training.trainer.run import TrainResult
+    from hf_grow.training.train import TrainResult
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "_recipes" / "train").glob("*.yaml"))}
 """The training recipes that come with hf-grow; in the repository they lie in recipes/train/."""
@@ -118,8 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")) == 0 and not arguments.json:
         render.note(f"Reading {path} ...")  # what comes next imports torch and transformers, which takes seconds
     from hf_grow.training.config import train_config as recipe
+    from hf_grow.training.train import dry_run, train
     from hf_grow.training.trainer.events import plain
-    from hf_grow.training.trainer.run import dry_run, train
 
     how = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False)
     _quiet()

@@ -12,8 +12,8 @@ from hf_grow.cli.fisher_options import RunOptions
 from hf_grow.common.extras import need
 from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
+from hf_grow.training.config.fisher_options import FisherOptions
 from hf_grow.training.config.regularizer_options import PenaltyOptions
-from hf_grow.training.regularizers.fisher import FisherOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +43,8 @@ def trials_for(how: RunOptions, options: FisherOptions, out: Path) -> Trials:
     """As the recipe says, else with the defaults of recipes. Raises InputError for a recipe that cannot be tried."""
     need("accelerate")
     from hf_grow.cli.train import find_recipe
-    from hf_grow.training.config.checks import arguments_for
     from hf_grow.training.config.train_config import complain, load, read
+    from hf_grow.training.setup.checks import arguments_for
 
     default = {
         "model": "", "data": {"train": "new"}, "regularizer": {"kind": "l2sp"}, "learning_rate": how.calibrate_lr or 1e-4,
@@ -70,8 +70,9 @@ def trials_for(how: RunOptions, options: FisherOptions, out: Path) -> Trials:
 def calibrated(
     model: PreTrainedModel, checkpoint: Checkpoint, how: RunOptions, trials: Trials, file: Path, old: Tensor, new: Tensor, *, quiet: bool
 ) -> dict[str, Any]:
-    from hf_grow.training.regularizers import Quadratic, make_penalty
+    from hf_grow.training.regularizers.build import make_penalty
     from hf_grow.training.regularizers.calibrate import calibrate
+    from hf_grow.training.regularizers.penalty import Quadratic
 
     plan = None if checkpoint.growth is None else GrowthPlan.from_json(checkpoint.growth)
     penalty = make_penalty(trials.penalty, model, plan)

@@ -32,7 +32,7 @@ from hf_grow.checkpoint.reader import GROWTH, Checkpoint
 from hf_grow.checkpoint.shard_sink import Sink, local_bytes
 from hf_grow.checkpoint.tensor_cache import Spool
 from hf_grow.checkpoint.tied_heads import check_heads
-from hf_grow.checkpoint.transfer import NOT_FINITE, FiniteCheck, copy_range, digest, write_all
+from hf_grow.checkpoint.transfer import copy_range, digest, write_all
 from hf_grow.checkpoint.writer import (
     DEFAULT_MEMORY,
     DEFAULT_SHARD_SIZE,
@@ -47,6 +47,7 @@ from hf_grow.common.safe_files import open_regular, read_json, reason
 from hf_grow.convert.metadata import versions as versions
 from hf_grow.convert.metadata import write_rest
 from hf_grow.errors import ExecutionError, GrowError, OutputError, SourceError
+from hf_grow.growth.finite_check import NOT_FINITE, FiniteCheck
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.tensormap import Fill, Noise
 
@@ -87,7 +88,8 @@ class _Job:
 
     @cached_property
     def _evaluator(self) -> Evaluator:
-        from hf_grow.growth.evaluate import Evaluator, StoredTensors
+        from hf_grow.checkpoint.stored_tensors import StoredTensors
+        from hf_grow.growth.evaluate import Evaluator
 
         stored = StoredTensors(self.checkpoint)
         if self.spool:

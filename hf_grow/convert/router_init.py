@@ -75,8 +75,8 @@ def router_rows(
     check_source(checkpoint.info)
     tokens = _tokenized(checkpoint, prompts, notify)
 
+    from hf_grow.checkpoint.stored_tensors import StoredTensors
     from hf_grow.convert.layer_streaming import embeddings, mlp_inputs
-    from hf_grow.growth.evaluate import StoredTensors
 
     tensors = StoredTensors(checkpoint)
     try:

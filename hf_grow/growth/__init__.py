@@ -1,0 +1,1 @@
+"""Tensor maps: what a growth is, the checked plan, and its evaluation."""

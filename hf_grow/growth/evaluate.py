@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_grow.checkpoint.transfer import NOT_FINITE, FiniteCheck
 from hf_grow.errors import ExecutionError, SourceError
 from hf_grow.growth.axes import AxisMap, Run
+from hf_grow.growth.finite_check import NOT_FINITE, FiniteCheck
 from hf_grow.growth.noise import draw, subset
 from hf_grow.growth.plan import GrowthPlan, TensorInfo
 from hf_grow.growth.tensormap import (
@@ -41,7 +41,6 @@ from hf_grow.growth.tensormap import (
     Vary,
 )
 from hf_grow.growth.tensors import HeldTensors as HeldTensors
-from hf_grow.growth.tensors import StoredTensors as StoredTensors
 from hf_grow.growth.tensors import Tensors as Tensors
 from hf_grow.growth.tensors import raw_bytes as raw_bytes
 from hf_grow.growth.tensors import torch_dtype as torch_dtype

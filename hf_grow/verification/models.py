@@ -77,7 +77,8 @@ def mapped_model(plan: GrowthPlan, old: Checkpoint, dtype: str) -> PreTrainedMod
     """The grown model as the map makes it of the source in fp32 (or fp64), where storing it in 16 bits has rounded nothing yet."""
     import torch
 
-    from hf_grow.growth.evaluate import Evaluator, StoredTensors
+    from hf_grow.checkpoint.stored_tensors import StoredTensors
+    from hf_grow.growth.evaluate import Evaluator
 
     stored = StoredTensors(old)
     try:

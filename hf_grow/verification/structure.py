@@ -198,7 +198,8 @@ class _Rederivation:
     def _computed(self, name: str, stored: Stored, handle: int, sha: Any) -> bool:
         import torch
 
-        from hf_grow.growth.evaluate import Evaluator, StoredTensors, raw_bytes
+        from hf_grow.checkpoint.stored_tensors import StoredTensors
+        from hf_grow.growth.evaluate import Evaluator, raw_bytes
 
         with self.lock:
             if self.evaluator is None:

@@ -23,7 +23,7 @@ from hf_grow.convert.execute import execute
 from hf_grow.convert.in_memory import describe, grow_model
 from hf_grow.errors import SourceError
 from hf_grow.growth.plan import EMBEDDING, HEAD, own_head
-from hf_grow.training.trainer.prepare import load_model
+from hf_grow.training.setup.prepare import load_model
 
 hub = hub_server.hub
 SOURCE = "someone/tied"

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from hf_grow.checkpoint import transfer
 from hf_grow.errors import ExecutionError
+from hf_grow.growth.finite_check import FiniteCheck
 
 
 def quiet() -> None:
@@ -70,7 +71,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
 
 
 def checked(dtype: str, values: torch.Tensor) -> bool:
-    check = transfer.FiniteCheck(dtype)
+    check = FiniteCheck(dtype)
     check.update(memoryview(values.view(torch.uint8).numpy().reshape(-1)))
     return check.finite
 

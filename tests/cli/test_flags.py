@@ -23,9 +23,9 @@ from hf_grow.errors import GrowError
 from hf_grow.growth.tensormap import Expr, Noise, Orthogonal
 from hf_grow.methods import METHODS
 from hf_grow.options import Needs, Options, Unless, mistakes, unmet
+from hf_grow.training.config.fisher_options import FisherOptions
+from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.config.train_config import TrainRecipe
-from hf_grow.training.data.replay import ReplayOptions
-from hf_grow.training.regularizers.fisher import FisherOptions
 
 Outcome = Any
 REFUSED = "refused"

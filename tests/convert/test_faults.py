@@ -181,7 +181,7 @@ def test_a_disk_that_gets_full_anywhere_is_one_message_and_is_gone_on_with(part:
     need = sum(p.stat().st_size for p in (tmp_path / "whole").rglob("*"))
     with small_disk(tmp_path / "disk", 4 * need // 1024 + 400) as disk:
         code = (
-            "import shutil, sys\nfrom hf_grow.checkpoint import partial\nfrom hf_grow.cli import main\n"
+            "import shutil, sys\nfrom hf_grow.checkpoint import partial_folder as partial\nfrom hf_grow.cli import main\n"
             "real = partial.PartialFolder._begin\n"
             "def begin(self, resume):\n"
             f"    fill = open({str(disk / 'filler')!r}, 'wb', buffering=0)\n"

@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_grow.checkpoint.reader import open_folder
+from hf_grow.checkpoint.stored_tensors import StoredTensors
 from hf_grow.convert import layer_streaming as layerwise
 from hf_grow.convert.router_init import bytes_to_read, router_rows
 from hf_grow.errors import InputError, PlanError, SourceError
-from hf_grow.growth.evaluate import StoredTensors
 from hf_grow.methods.experts.prompts import PromptsFile, load_prompts
 from hf_grow.options import parse
 

@@ -27,7 +27,7 @@ def test_mutated_input_ends_in_one_message(tmp_path: Path) -> None:
 def test_a_case_follows_from_its_seed_and_number_alone() -> None:
     code = "import sys; sys.path[:0] = sys.argv[1:]\nfrom cases import case\nprint([case(5, n) for n in range(60)])"
     here = Path(__file__).parent
-    words = [sys.executable, "-c", code, str(here), str(here.parent)]
+    words = [sys.executable, "-c", code, str(here), str(here.parent / "support")]
     first, second = (subprocess.run(words, capture_output=True, text=True, check=True).stdout for _ in range(2))
     assert first == second
     assert "source/config.json" in first and "target=''" in first

@@ -12,7 +12,7 @@ from trained import grown, recipe, run
 
 from hf_grow.model import flops
 from hf_grow.model.meta_model import skeleton
-from hf_grow.training.distillation.distill import DistillOptions, Teacher
+from hf_grow.training.config.distill_options import DistillOptions, Teacher
 from hf_grow.training.dry_run import memory as estimate
 
 LENGTH = 12

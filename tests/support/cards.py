@@ -138,7 +138,7 @@ def measure_training(work: Path) -> dict[str, Any]:
     from trained import text, tokenizer
 
     from hf_grow.training.config import train_config as recipe
-    from hf_grow.training.trainer.run import train
+    from hf_grow.training.train import train
 
     example = EXAMPLES["identity"]
     source = work / "Llama-tiny"

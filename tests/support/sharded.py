@@ -16,8 +16,9 @@ import torch.distributed as dist
 from models import BY_NAME, make
 from torch import Tensor
 
+from hf_grow.training.config.regularizer_options import PenaltyOptions
 from hf_grow.training.param_updates.parameter_map import parameters
-from hf_grow.training.regularizers import PenaltyOptions, make_penalty
+from hf_grow.training.regularizers.build import make_penalty
 
 STEPS, LR = 4, 0.05
 

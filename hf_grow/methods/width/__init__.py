@@ -1,0 +1,1 @@
+"""Width growth: activation maps, the search for shapes, and the published methods."""

@@ -23,9 +23,9 @@ from pydantic import Field
 from hf_grow.errors import PlanError, SourceError
 from hf_grow.growth.axes import AxisMap
 from hf_grow.growth.growth import Growth, Guarantee, LayerOrigin, Method
+from hf_grow.methods.width import activation_maps as spaces
 from hf_grow.methods.width.activation_maps import Hidden
 from hf_grow.methods.width.width_maps import Symmetry, Widening
-from hf_grow.methods.width import activation_maps as spaces
 from hf_grow.methods.width.width_search import Shape, check_shape, nearest_shape, shape_of, shape_warnings
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.config_compat import portable_config

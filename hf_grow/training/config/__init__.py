@@ -1,0 +1,1 @@
+"""Training recipes: options and their defaults; no torch."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from hf_grow.options import Needs, Options, Size
-from hf_grow.training.data.replay import ReplayOptions
+from hf_grow.training.config.replay_options import ReplayOptions
 
 
 def _listed(value: Any) -> Any:

@@ -13,19 +13,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
 
 from hf_grow.common.suggest import did_you_mean
 from hf_grow.errors import InputError
 from hf_grow.options import Options, load_yaml, mistakes, nested, unmet
 from hf_grow.training.config.data_options import DataOptions
+from hf_grow.training.config.distill_options import DistillOptions
+from hf_grow.training.config.lora_options import LoraOptions
+from hf_grow.training.config.monitor_options import MonitorOptions
 from hf_grow.training.config.regularizer_options import PenaltyOptions
-from hf_grow.training.distillation.distill import DistillOptions
-from hf_grow.training.param_updates.schedules import AfterGrowth, Parts, Phase, Positive, Warmup
-from hf_grow.training.peft.lora import LoraOptions
-from hf_grow.training.trainer.monitor import MonitorOptions
+from hf_grow.training.config.schedules import AfterGrowth, Parts, Phase, Positive, Warmup
 
 NumberOfSteps = Annotated[int, Field(ge=0)]
 
@@ -297,3 +301,7 @@ def collect(found: list[str], key: str, work: Callable[[], Any]) -> Any:
     except InputError as error:
         found.append(f"{key}: {error.message}{f' {error.hint}' if error.hint else ''}")
         return None
+
+
+def tokens_a_step(arguments: TrainingArguments, length: int, processes: int = 1) -> int:
+    return int(arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes * length)

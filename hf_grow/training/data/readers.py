@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hf_grow.errors import InputError
-from hf_grow.training.data.replay import RECORD, TEXTS
+from hf_grow.training.data.replay_files import RECORD, TEXTS
 
 FORMATS = {
     **dict.fromkeys((".txt", ".md", ".rst", ".py"), "text"),

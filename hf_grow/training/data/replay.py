@@ -15,67 +15,25 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from hf_grow._version import __version__
-from hf_grow.common.safe_files import read_json, to_json
-from hf_grow.errors import ExecutionError, InputError, OutputError, SourceError
-from hf_grow.options import Needs, Options, Size, Unless
+from hf_grow.common.safe_files import to_json
+from hf_grow.errors import ExecutionError, OutputError
+from hf_grow.training.config.replay_options import ReplayOptions
+from hf_grow.training.data.replay_files import FORMAT, RECORD, TEXTS, read_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_grow.training.data.sampling import Sampler
 
-TEXTS = "texts.jsonl"
-RECORD = "replay.json"
-FORMAT = 2
 _HOPELESS = 8
 """Batches without a single text that is kept, after which sampling stops."""
-
-
-class ReplayOptions(Options):
-    """How text is sampled from a model, and which of it is kept."""
-
-    tokens: Size = Field(default=1_000_000, gt=0)
-    """Tokens of text to keep; more can be added later."""
-    temperature: float = Field(default=1.0, gt=0, le=10)
-    """Below 1 the text is more usual, above 1 more varied."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that together have this probability."""
-    top_k: int = Field(default=0, ge=0)
-    """Sample from this many likeliest tokens; 0 for all."""
-    max_length: int | None = Field(default=None, ge=2)
-    """Tokens of one text at most, held to what the model can read. Default: seq_length of the training (of the command: 1024)."""
-    batch_size: int | None = Field(default=None, gt=0)
-    """Texts sampled at once: the more, the faster, as long as memory holds them. Part of what decides the texts. Default: 32,768 tokens' worth, at most 64."""
-    chat_share: float | None = Field(default=None, ge=0, le=1)
-    """Part of the tokens that are conversations, sampled through the chat template. Default: half for a model that ends its texts as the template ends an answer, else none."""
-    start: Annotated[Literal["document", "random"], Unless("prompts")] = "document"
-    """Begin each plain text as a document begins (BOS, else EOS, but no token of a chat template), or with a random token: for models that then always say the same."""
-    prompts: str | None = None
-    """Folder, file or glob of texts whose first tokens are continued instead."""
-    prompt_tokens: Annotated[int, Field(gt=0), Needs("prompts")] = 8
-    """First tokens of each of these texts."""
-    seed: int = Field(default=0, ge=0)
-    """Decides what is drawn."""
-    min_tokens: int = Field(default=16, ge=0)
-    """Shorter texts are dropped."""
-    max_repetition: float = Field(default=0.5, ge=0, le=1)
-    """Texts in which more than this part of the 4-token sequences came before in the same text are dropped."""
-    max_compression: float = Field(default=8.0, gt=1)
-    """Texts that zlib makes smaller than this many times are dropped."""
-    max_surprise: float | None = Field(default=None, gt=0)
-    """Drop texts whose nats a token lie further than this many deviations from the median of the first batch. Default: none is dropped."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype to compute in. Default: the model's own (auto)."""
 
 
 @dataclass(frozen=True)
@@ -107,34 +65,6 @@ class Estimate:
 
     def to_json(self) -> dict[str, float]:
         return {k: round(v, 4) for k, v in vars(self).items()}
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """replay.json of a folder, or None where there is none. Raises InputError if it cannot be used."""
-    path = folder / RECORD
-    if not path.is_file():
-        return None
-    try:
-        record = read_json(path)
-        numbers = (record["tokens"], record["bytes"], record["counts"]["tokens"])
-        if record["format"] != FORMAT or not all(isinstance(n, int) for n in numbers) or not isinstance(record["complete"], bool):
-            raise ValueError
-        if not isinstance(record["model"], str) or not isinstance(record["settings"], dict):
-            raise ValueError
-    except (SourceError, ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is damaged, or of another version of hf-grow.", hint="Sample again with --overwrite.") from None
-    return dict(record)
-
-
-def command(record: Mapping[str, Any], folder: Path) -> str:
-    """The command that goes on with the samples of a folder: model, settings and number of tokens as its record has them."""
-    given = {name: record["settings"].get(name) for name in ReplayOptions.model_fields} | {"tokens": record["tokens"]}
-    words = ["hf-grow", "replay", record["model"] or "MODEL", *(("--revision", record["revision"]) if record.get("revision") else ())]
-    words += ["-o", folder]
-    for name, value in given.items():
-        if value is not None and value != ReplayOptions.model_fields[name].default:
-            words += [f"--{name.replace('_', '-')}", value]
-    return shlex.join(map(str, words))
 
 
 def estimate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ReplayOptions) -> Estimate:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hf_grow.training.data.replay import ReplayOptions
+    from hf_grow.training.config.replay_options import ReplayOptions
 
 _NGRAM = 4
 _BROKEN = 0.05

@@ -16,8 +16,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import InputError
 from hf_grow.model.loading import load_tokenizer, loading
+from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.data.chat_template import PLAIN, Turns, begins_document, read_turns, special_ids
-from hf_grow.training.data.replay import ReplayOptions
 from hf_grow.training.data.sample_filters import Sample, fault
 from hf_grow.verification.eval_text import has_tokenizer
 from hf_grow.verification.models import load_model

@@ -10,8 +10,10 @@ from hf_grow.common.progress_bars import counting
 from hf_grow.common.safe_files import read_json
 from hf_grow.errors import InputError, SourceError
 from hf_grow.training.config.data_options import SelfReplay
+from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.data import cache
-from hf_grow.training.data.replay import FORMAT, ReplayOptions, read_record, sample_replay
+from hf_grow.training.data.replay import sample_replay
+from hf_grow.training.data.replay_files import FORMAT, read_record
 from hf_grow.training.data.sources import Notify
 
 

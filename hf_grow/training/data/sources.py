@@ -20,7 +20,7 @@ from hf_grow.common.safe_files import read_text
 from hf_grow.errors import GrowError, InputError, SourceError
 from hf_grow.training.config.data_options import TextOptions
 from hf_grow.training.data.readers import FORMATS, choose_field, format_of, read_documents
-from hf_grow.training.data.replay import RECORD, command, read_record
+from hf_grow.training.data.replay_files import RECORD, command, read_record
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

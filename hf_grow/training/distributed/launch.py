@@ -20,9 +20,7 @@ from hf_grow.errors import InputError
 from hf_grow.options import load_yaml
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
-    from hf_grow.training.config.train_config import TrainRecipe
+    pass
 
 CUT = {
     "one": (), "ddp": (), "zero1": ("optimizer",), "zero2": ("optimizer", "gradients"),
@@ -124,54 +122,3 @@ def _stage(file: Path) -> Any:
         return read_json(file, error=InputError).get("zero_optimization", {}).get("stage", 0)
     except (InputError, AttributeError) as error:
         raise InputError(f"DeepSpeed's file {file} cannot be read: {error}") from None
-
-
-def mistakes(launch: Launch, recipe: TrainRecipe, arguments: TrainingArguments, *, resume: bool) -> list[str]:
-    """What a recipe asks for that cannot be done by these processes, one line each."""
-    found = []
-    if (started := launched().processes) > 1 and arguments.world_size == 1:
-        found.append(
-            f"launch: {started} processes were started, but this machine has no GPU: each would train by itself. Add use_cpu: true."
-        )
-    if launch == launched() and launch.processes == 1 and arguments.n_gpu > 1:
-        count = arguments.n_gpu
-        found.append(
-            f"launch: {count} GPUs and one process: Trainer would copy the model to all of them (DataParallel) and train on other batches than the "
-            f"recipe says. Use all by `accelerate launch --multi_gpu --num_processes {count} -m hf_grow train RECIPE`, or one by CUDA_VISIBLE_DEVICES=0."
-        )
-    if launch.sharing == "fsdp1":
-        found.append("launch: FSDP1 makes flat vectors of all parameters, in which nothing can be told apart. Set fsdp_version: 2.")
-    if launch.sharing == "fsdp2" and not launch.saves_whole:
-        found.append(
-            "launch: the model would be saved in pieces that from_pretrained cannot read. Set fsdp_state_dict_type: FULL_STATE_DICT."
-        )
-    if launch.sharing == "fsdp2" and launch.loads_once:
-        found.append("launch: every process needs the weights that training starts from. Set fsdp_cpu_ram_efficient_loading: false.")
-    if launch.sharing in ("fsdp2", "zero3") and recipe.regularizer.collapsed:
-        found.append(
-            f"regularizer.collapsed: needs whole matrices; {launch} cuts them. Map the Fisher instead (hf-grow fisher --from-growth)."
-        )
-    if launch.sharing == "fsdp2" and recipe.lora is not None:
-        found.append("lora: adapters are not saved whole under FSDP2. They need little memory: use DDP.")
-    if launch.deepspeed:
-        found += [
-            f"{key}: does not work under {launch}, which keeps gradients and steps to itself. Use FSDP2 or DDP." for key in _steps(recipe)
-        ]
-        if resume:
-            found.append("--resume: DeepSpeed's checkpoints are pickles, which hf-grow does not load. Use FSDP2 or DDP.")
-    return found
-
-
-def _steps(recipe: TrainRecipe) -> list[str]:
-    """Keys of a recipe that act on gradients, on single rows, or around the optimizer's step."""
-    acts = {
-        "regularizer": recipe.regularizer.kind != "none",
-        "warmup.lr": recipe.warmup.lr != 1.0,
-        "warmup.steps": recipe.warmup.steps > 0,
-        "warmup.zero_init": recipe.warmup.zero_init,
-        "phases": bool(recipe.phases),
-        "after_growth.settle_steps": recipe.after_growth.settle_steps > 0,
-        "monitor.on_instability": recipe.monitor.on_instability != "none",
-        "lora": recipe.lora is not None,
-    }
-    return [key for key, asked in acts.items() if asked]

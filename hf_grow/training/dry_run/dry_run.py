@@ -13,14 +13,15 @@ from hf_grow.errors import ExecutionError, GrowError
 from hf_grow.growth.plan import DTYPE_BYTES
 from hf_grow.model import flops
 from hf_grow.model.meta_model import skeleton
-from hf_grow.training.config.checks import Checked, Notify, check, resolve
-from hf_grow.training.config.train_config import DEFAULTS, Read
+from hf_grow.training.config.distill_options import Teacher
+from hf_grow.training.config.train_config import DEFAULTS, Read, tokens_a_step
 from hf_grow.training.data import survey
-from hf_grow.training.distillation.distill import Teacher
 from hf_grow.training.distributed.launch import Launch, launched
 from hf_grow.training.dry_run import memory as estimate
-from hf_grow.training.regularizers import penalty_bytes
-from hf_grow.training.trainer.prepare import blend_for, weights_dtype, who_trains, with_lora
+from hf_grow.training.regularizers.build import penalty_bytes
+from hf_grow.training.setup.checked import Checked, Notify
+from hf_grow.training.setup.checks import check, resolve
+from hf_grow.training.setup.prepare import blend_for, weights_dtype, who_trains, with_lora
 
 SMALLER = (
     "Take a smaller per_device_train_batch_size and more gradient_accumulation_steps, or activation_checkpointing: true. --dry-run counts."
@@ -71,7 +72,7 @@ def dry_run(
         penalty=penalty_bytes(recipe.regularizer, skeleton(info.config), checked.plan), rows=copies, teachers=teachers,
         distillation=logits, launch=started,
     )  # fmt: skip
-    step = estimate.tokens_a_step(arguments, recipe.data.seq_length, started.processes)
+    step = tokens_a_step(arguments, recipe.data.seq_length, started.processes)
     known = [t["tokens"] for t in texts if t["use"] == "train"]
     one_pass = sum(known) if known and all(known) else None
     tokens = step * arguments.max_steps if arguments.max_steps > 0 else one_pass and round(one_pass * arguments.num_train_epochs)

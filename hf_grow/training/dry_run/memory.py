@@ -18,7 +18,7 @@ from hf_grow.training.distributed.launch import Launch
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from hf_grow.training.distillation.distill import DistillOptions
+    from hf_grow.training.config.distill_options import DistillOptions
 
 OPTIMIZER_BYTES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "sgd": 0, "adagrad": 1, "adafactor": 0}
 """Numbers an optimizer holds for every weight, in the weight's dtype, by the first word of its name; 8-bit ones hold a byte for each."""
@@ -136,10 +136,6 @@ def distillation(options: DistillOptions, vocabulary: int, tokens: int, teacher:
     else:
         said = min(options.top_k, vocabulary) * ({"float16": 2, "float32": 4}[options.cache_dtype] + 8)
     return tokens * (said + len(options.teachers) * vocabulary * student)
-
-
-def tokens_a_step(arguments: TrainingArguments, length: int, processes: int = 1) -> int:
-    return int(arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes * length)
 
 
 def as_json(memory: Memory) -> Mapping[str, Any]:

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
-from hf_grow.training.config.checks import Checked, Notify, arguments_for
+from hf_grow.training.config.train_config import tokens_a_step
 from hf_grow.training.data import Collator, TrainData
-from hf_grow.training.dry_run import memory as estimate
-from hf_grow.training.trainer.assembly import make_trainer, prepare
+from hf_grow.training.setup.assembly import make_trainer, prepare
+from hf_grow.training.setup.checked import Checked, Notify
+from hf_grow.training.setup.checks import arguments_for
 from hf_grow.training.trainer.progress import Progress
 
 STEPS = 5
@@ -73,7 +74,7 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
 def time_steps(checked: Checked, notify: Notify, clock: Callable[[], float] = time.perf_counter) -> Timed:
     """Loads the model and trains for a few steps; nothing of it is kept. Raises what a training raises."""
     arguments, length = checked.arguments, checked.recipe.data.seq_length
-    tokens = estimate.tokens_a_step(arguments, length, arguments.world_size)
+    tokens = tokens_a_step(arguments, length, arguments.world_size)
     notify(f"Timing {STEPS} steps of {tokens:,} made-up tokens, after one that is left out ...")
     with tempfile.TemporaryDirectory(prefix="hf-grow-") as folder:
         there = _elsewhere(checked, Path(folder))

@@ -1,0 +1,1 @@
+"""Optimizer and training state through a growth."""

@@ -36,7 +36,7 @@ from hf_grow.training.growth_state.optimizer_files import (
     optimizer_file,
     read_optimizer,
 )
-from hf_grow.training.trainer.checkpointing import PLACE
+from hf_grow.training.growth_state.state_files import PLACE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

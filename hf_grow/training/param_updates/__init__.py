@@ -1,0 +1,1 @@
+"""Freezing and learning-rate multipliers, parameter by parameter and row by row."""

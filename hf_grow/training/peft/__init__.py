@@ -1,0 +1,1 @@
+"""LoRA on a grown model; adapters as plain checkpoints."""

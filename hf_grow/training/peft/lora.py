@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.partial_folder import PartialFolder
 from hf_grow.checkpoint.provenance import after_training, record_text
-from hf_grow.checkpoint.reader import GROWTH
+from hf_grow.checkpoint.reader import GROWTH, files_of
 from hf_grow.checkpoint.source import companions, open_source
 from hf_grow.checkpoint.writer import check_room
 from hf_grow.common.extras import need
@@ -30,31 +28,15 @@ from hf_grow.growth.plan import GrowthPlan, check_source, make_plan
 from hf_grow.methods import METHODS
 from hf_grow.model.config_compat import portable_config
 from hf_grow.model.loading import loading, plain_outputs, told_outputs
-from hf_grow.options import Options, parse
+from hf_grow.options import parse
+from hf_grow.training.config.lora_options import LoraOptions
 from hf_grow.training.param_updates.masks import Mask
-from hf_grow.training.param_updates.schedules import Positive
 from hf_grow.training.peft.adapter_files import Adapter, read_adapter
-from hf_grow.training.trainer.provenance import files_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IN_FULL = "trained_in_full.safetensors"
-
-
-class LoraOptions(Options):
-    """Low-rank updates for what is old; what is wholly new trains in full."""
-
-    r: Positive = 16
-    """Rank."""
-    alpha: Positive = 32
-    """The update is scaled by alpha / r."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before the update."""
-    target_modules: list[str] | None = None
-    """Linear layers that get one, by the last part of their names. Default: all of the blocks."""
-    new_in_full: bool = True
-    """Train wholly new blocks in full, without LoRA. Where nothing is wholly new, all is LoRA."""
 
 
 def wrap(model: PreTrainedModel, options: LoraOptions, new: Mapping[str, Mask]) -> Any:

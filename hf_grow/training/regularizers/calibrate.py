@@ -22,7 +22,7 @@ from hf_grow.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
-    from hf_grow.training.regularizers import Quadratic
+    from hf_grow.training.regularizers.penalty import Quadratic
 
 MOST = 1e6
 """Largest lambda tried."""

@@ -12,13 +12,11 @@ batch size, and neither does lambda in 1/2 lambda sum F (w - w*)^2. Squares are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from hf_grow.common.extras import need
 from hf_grow.errors import ExecutionError, InputError
-from hf_grow.options import Options, Size, Unless
+from hf_grow.training.config.fisher_options import FisherOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,27 +26,6 @@ BATCH = 64
 """Documents tokenised at once."""
 SPREAD = 16
 """Sequences are chosen evenly from up to this many times as many, so that they are not all from the first document."""
-
-
-class FisherOptions(Options):
-    """How the Fisher is estimated."""
-
-    kind: Annotated[Literal["true", "empirical"], Unless("from_growth")] = "true"
-    """Labels: drawn from the model (true), or the text's own (empirical; a sequence at a time, as with --exact)."""
-    exact: Annotated[bool, Unless("from_growth")] = False
-    """Square the gradient of every single sequence, not of a batch: less noise for the same tokens, more time."""
-    tokens: Annotated[Size, Field(ge=1), Unless("from_growth")] = 131_072
-    """Tokens of text to use. 64 batches of 2048 are plenty; 16 will do; 4 are noisy."""
-    batch: Annotated[int, Field(ge=1), Unless("from_growth")] = 4
-    """Sequences in a batch."""
-    seq_length: Annotated[int, Field(ge=2), Unless("from_growth")] = 512
-    """Tokens in a sequence; at most what the model was made for."""
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float64"], Unless("from_growth")] = "auto"
-    """Dtype to compute in. Default: bfloat16 on a GPU, float32 on a CPU. Not float16: its gradients underflow and their squares overflow."""
-    storage: Literal["fp32", "bf16"] = "fp32"
-    """Dtype in the file."""
-    seed: Annotated[int, Field(ge=0, lt=2**63), Unless("from_growth")] = 0
-    """Seed of the labels and of the choice of text."""
 
 
 def sequences(

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.checkpoint.stored_tensors import StoredTensors
 from hf_grow.errors import InputError
 from hf_grow.growth.entry_provenance import Piece, collect, outer, pick, trace
-from hf_grow.growth.evaluate import Evaluator, HeldTensors, StoredTensors
+from hf_grow.growth.evaluate import Evaluator, HeldTensors
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.training.regularizers.fisher_file import SAMPLES, Importance, check_model, decode
 

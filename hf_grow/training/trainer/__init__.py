@@ -1,0 +1,1 @@
+"""GrowTrainer: its state, callbacks, monitor, checkpoints."""

@@ -1,20 +1,40 @@
-"""Trainer's moments, handed to GrowTrainer: what is set before a step, what is done around it, what is told of it."""
+"""Trainer callbacks of GrowTrainer: what is set before a step, done around it, and logged after it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
-from hf_grow.training.param_updates.schedules import phase_at
+from hf_grow.training.config.schedules import phase_at
+from hf_grow.training.param_updates.updates import Rates
+from hf_grow.training.trainer.state import Growing
 
-if TYPE_CHECKING:
-    from hf_grow.training.trainer.trainer import GrowTrainer
+
+class StepTrainer(Protocol):
+    """What the callbacks need of a trainer."""
+
+    growing: Growing
+    model: Any
+    optimizer: Any
+    state: Any
+    stream: Any
+    resumed_from: Any
+    used: Rates
+
+    @property
+    def since(self) -> int: ...
+    def rates(self) -> Rates: ...
+    def note_scale(self) -> None: ...
+    def skipped(self) -> bool: ...
+    def watch(self) -> None: ...
+    def load_penalty(self, checkpoint: Path) -> None: ...
+    def _get_learning_rate(self) -> float: ...
 
 
 class Hooks(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, trainer: GrowTrainer) -> None:
+    def __init__(self, trainer: StepTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -39,7 +59,7 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
             g.blend.set(g.warmup.alpha(t.since))
         self._tell(t)
 
-    def _tell(self, t: GrowTrainer) -> None:
+    def _tell(self, t: StepTrainer) -> None:
         """Events of a schedule, at the step where they begin."""
         g, since, step = t.growing, t.since, t.state.global_step
         starts, at = {}, 0

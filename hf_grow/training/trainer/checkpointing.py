@@ -1,24 +1,37 @@
-"""Whether a training has had its time since its last growth, as its checkpoint says; growth commands warn where it has not."""
+"""Files of a training's output: finding the checkpoint to go on from, and writing JSON that is never half there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
 from pathlib import Path
+from typing import Any
 
-from hf_grow.common.safe_files import read_json
+from hf_grow.checkpoint.provenance import record_text
+from hf_grow.common.safe_files import read_bytes
 from hf_grow.errors import SourceError
+from hf_grow.training.growth_state.state_files import STATE
+from hf_grow.training.trainer.events import plain
 
-STATE = "growth_state.json"
-"""In every checkpoint of `hf-grow train`: where the run stands since the growth, and what the monitor knows."""
-PLACE = "data_state.json"
-"""Beside it: where in its text the run stands."""
+PENALTY = "penalty.pt"
+"""In every checkpoint of a training with a penalty: what the penalty needs to go on."""
 
 
-def warn_unsettled(checkpoint: Path, notify: Callable[[str], None]) -> None:
-    """Tells of a consolidation (after_growth.consolidate_steps of the recipe) that is not over. Silent for any other checkpoint."""
-    try:
-        left = read_json(checkpoint / STATE)["consolidation_left"]
-    except (SourceError, KeyError):
-        return
-    if isinstance(left, int) and left > 0:
-        notify(f"{checkpoint} was grown a short while ago: its recipe asks for {left} more steps before the next growth.")
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole: Trainer writes trainer_state.json last, and one cut off by kill -9 has none, or half of one."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]) if p.name.rpartition("-")[2].isdigit() else -1)
+    for path in reversed(found):
+        try:
+            state = json.loads(read_bytes(path / "trainer_state.json"))  # not strictly: Trainer writes NaN into its log
+        except (SourceError, ValueError):
+            continue
+        if isinstance(state, dict) and (path / STATE).is_file():
+            return path
+    return None
+
+
+def write_json(path: Path, data: Any) -> None:
+    """In one step, so that no reader ever sees half of it."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(record_text(plain(data)), encoding="utf-8")
+    os.replace(temporary, path)

@@ -19,8 +19,8 @@ from transformers import Trainer
 
 from hf_grow.common.safe_files import read_bytes, read_json
 from hf_grow.errors import SourceError
-from hf_grow.training.trainer.checkpointing import PLACE
-from hf_grow.training.trainer.checkpoints import write_json
+from hf_grow.training.growth_state.state_files import PLACE
+from hf_grow.training.trainer.checkpointing import write_json
 from hf_grow.training.trainer.state import Growing
 
 _STATE = "stream_state"

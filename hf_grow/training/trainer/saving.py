@@ -8,8 +8,8 @@ from typing import Any
 from hf_grow.checkpoint.reader import GROWTH
 from hf_grow.common.safe_files import read_json
 from hf_grow.training.growth_state.optimizer_files import take_up
-from hf_grow.training.trainer.checkpointing import STATE
-from hf_grow.training.trainer.checkpoints import PENALTY, write_json
+from hf_grow.training.growth_state.state_files import STATE
+from hf_grow.training.trainer.checkpointing import PENALTY, write_json
 from hf_grow.training.trainer.data_position import Reading
 from hf_grow.training.trainer.weights import check_weights, load_weights
 

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_grow.training.config.monitor_options import MonitorOptions
+from hf_grow.training.config.schedules import AfterGrowth, Phase, Warmup
 from hf_grow.training.distillation.distill import Distiller
 from hf_grow.training.param_updates.residual_scale import Blend
-from hf_grow.training.param_updates.schedules import AfterGrowth, Phase, Warmup
 from hf_grow.training.param_updates.updates import Updates
 from hf_grow.training.trainer.events import EventLog
-from hf_grow.training.trainer.monitor import Monitor, MonitorOptions
+from hf_grow.training.trainer.monitor import Monitor
 
 if TYPE_CHECKING:
-    from hf_grow.training.regularizers import Penalty
+    from hf_grow.training.regularizers.penalty import Penalty
 
 
 @dataclass

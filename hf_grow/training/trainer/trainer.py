@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.common.safe_files import read_json
 from hf_grow.errors import ExecutionError, InputError
+from hf_grow.training.config.schedules import phase_at
+from hf_grow.training.growth_state.state_files import STATE
 from hf_grow.training.param_updates.masks import local
-from hf_grow.training.param_updates.schedules import phase_at
 from hf_grow.training.param_updates.updates import Rates
 from hf_grow.training.trainer.callbacks import Hooks
-from hf_grow.training.trainer.checkpointing import STATE
-from hf_grow.training.trainer.checkpoints import last_checkpoint, write_json
+from hf_grow.training.trainer.checkpointing import last_checkpoint, write_json
 from hf_grow.training.trainer.saving import Saving
 from hf_grow.training.trainer.state import Growing
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from hf_grow.cli import main
 from hf_grow.cli.train import RECIPES, overrides
 from hf_grow.errors import InputError
-from hf_grow.training.config.checks import arguments_for
 from hf_grow.training.config.train_config import OURS, TrainRecipe, argument_model, read
 from hf_grow.training.regularizers.fisher_file import samples, samples_on_disk
+from hf_grow.training.setup.checks import arguments_for
 
 
 def test_all_mistakes_of_all_kinds_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

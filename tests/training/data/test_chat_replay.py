@@ -18,7 +18,8 @@ from hf_grow.options import parse
 from hf_grow.training.data import DataOptions, build
 from hf_grow.training.data.chat_template import read_turns
 from hf_grow.training.data.packing import Document, Encoding
-from hf_grow.training.data.replay import RECORD, TEXTS, sample_replay
+from hf_grow.training.data.replay import sample_replay
+from hf_grow.training.data.replay_files import RECORD, TEXTS
 from hf_grow.training.data.sampling import Sampler, settle
 
 CHATML = (

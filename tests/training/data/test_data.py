@@ -281,7 +281,7 @@ def test_an_error_while_making_leaves_no_folder(tokenizer, tmp_path: Path) -> No
 
 KILLED = """
 import sys, time
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from pathlib import Path
 import test_data as t
 from hf_grow.training.data import packing
@@ -297,7 +297,9 @@ print("whole", flush=True)
 @pytest.mark.slow
 @pytest.mark.parametrize("batches", [1, 7])
 def test_killed_while_tokenising_and_started_again(tokenizer, folder: Path, tmp_path: Path, batches: int) -> None:
-    code = KILLED.format(tests=str(Path(__file__).parents[2] / "support"), folder=str(folder), cache=str(tmp_path / "cache"))
+    code = KILLED.format(
+        tests=[str(Path(__file__).parent), str(Path(__file__).parents[2] / "support")], folder=str(folder), cache=str(tmp_path / "cache")
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for _ in range(batches):
@@ -674,8 +676,8 @@ def test_data_sets_on_the_hub(tmp_path: Path) -> None:
 
 
 def test_data_md_tells_every_option() -> None:
+    from hf_grow.training.config.replay_options import ReplayOptions
     from hf_grow.training.data import EvalSource, ReplaySource, TextOptions, TrainSource
-    from hf_grow.training.data.replay import ReplayOptions
 
     text = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
     keys = {k for model in (DataOptions, TextOptions, TrainSource, EvalSource) for k in model.model_fields}

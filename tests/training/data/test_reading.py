@@ -14,9 +14,10 @@ from test_train import logged
 from trained import grown, recipe, run, source, text
 
 from hf_grow.cli import main
+from hf_grow.training.config.monitor_options import MonitorOptions
 from hf_grow.training.data import packing, sources, stream
 from hf_grow.training.trainer.events import read_events
-from hf_grow.training.trainer.monitor import Monitor, MonitorOptions
+from hf_grow.training.trainer.monitor import Monitor
 from hf_grow.training.trainer.trainer import GrowTrainer
 
 

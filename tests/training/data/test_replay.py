@@ -21,8 +21,10 @@ from hf_grow.common import progress_bars as bars
 from hf_grow.demo.text import corpus
 from hf_grow.errors import ExecutionError, InputError, OutputError
 from hf_grow.options import parse
+from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.data import DataOptions, build
-from hf_grow.training.data.replay import RECORD, TEXTS, ReplayOptions, estimate, read_record, sample_replay
+from hf_grow.training.data.replay import estimate, sample_replay
+from hf_grow.training.data.replay_files import RECORD, TEXTS, read_record
 from hf_grow.training.data.sample_filters import Sample, compression, repetition
 from hf_grow.training.data.sampling import Sampler, digest
 

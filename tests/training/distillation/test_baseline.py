@@ -15,9 +15,9 @@ from trained import grown, recipe, run, text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_grow.publish.card import render_card
+from hf_grow.training.trainer import trainer as trainer_module
 from hf_grow.training.trainer.events import read_events
 from hf_grow.training.trainer.state import Growing
-from hf_grow.training.trainer import trainer as trainer_module
 
 
 def events_of(out: Path, kind: str) -> list[dict[str, Any]]:

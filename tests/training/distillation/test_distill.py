@@ -14,8 +14,9 @@ from test_train import gradients_of_first_step
 from trained import WORDS, grown, recipe, run, source, tokenizer
 
 from hf_grow.errors import ExecutionError, InputError
+from hf_grow.training.config.distill_options import DistillOptions, Teacher
 from hf_grow.training.distillation import divergence as chunked
-from hf_grow.training.distillation.distill import Distiller, DistillOptions, LogitCache, Teacher, in_memory, write_cache
+from hf_grow.training.distillation.distill import Distiller, LogitCache, in_memory, write_cache
 from hf_grow.training.distillation.divergence import divergence, summed
 from hf_grow.training.trainer.events import read_events
 from hf_grow.training.trainer.state import Growing

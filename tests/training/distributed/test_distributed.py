@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM
 
 from hf_grow import api
 from hf_grow.errors import InputError
-from hf_grow.training.config.checks import arguments_for
 from hf_grow.training.config.train_config import read
 from hf_grow.training.distributed.launch import Launch, from_file, launched
 from hf_grow.training.dry_run import memory as estimate
 from hf_grow.training.param_updates.masks import Selection
+from hf_grow.training.setup.checks import arguments_for
 from hf_grow.training.trainer.events import read_events
 
 EWC = {"kind": "ewc", "lambda": 3.0}

@@ -15,7 +15,7 @@ from hf_grow.cli import main
 from hf_grow.training.distillation.distill import Distiller
 from hf_grow.training.dry_run import dry_run as reckon
 from hf_grow.training.dry_run import step_time as timing
-from hf_grow.training.regularizers import Quadratic
+from hf_grow.training.regularizers.penalty import Quadratic
 from hf_grow.training.trainer.trainer import GrowTrainer
 
 DURATIONS = [100.0, 3.0, 1.0, 2.0, 9.0, 4.0]

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 from hf_grow import api
 from hf_grow.cli import main
 from hf_grow.convert.in_memory import grow_model
+from hf_grow.training.config.lora_options import LoraOptions
 from hf_grow.training.param_updates import param_provenance as newness
 from hf_grow.training.peft.adapter_files import replicated
-from hf_grow.training.peft.lora import IN_FULL, LoraOptions, wrap
+from hf_grow.training.peft.lora import IN_FULL, wrap
 
 
 def adapter(base: Path, folder: Path, *, pairs: list[list[int]] | None, seed: int = 0, **options: object) -> PeftModel:

@@ -19,13 +19,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArgum
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.cli import main
 from hf_grow.errors import ExecutionError, InputError
+from hf_grow.training.config.fisher_options import FisherOptions
+from hf_grow.training.config.regularizer_options import PenaltyOptions
 from hf_grow.training.data.sampling import load
-from hf_grow.training.regularizers import PenaltyOptions, Quadratic, make_penalty
+from hf_grow.training.regularizers.build import make_penalty
 from hf_grow.training.regularizers.calibrate import calibrate, loss_on
-from hf_grow.training.regularizers.fisher import FisherOptions, estimate, sequences
+from hf_grow.training.regularizers.fisher import estimate, sequences
 from hf_grow.training.regularizers.fisher import on_disk as by_disk_names
 from hf_grow.training.regularizers.fisher_file import open_importance, write_importance
 from hf_grow.training.regularizers.fisher_growth import grow_importance
+from hf_grow.training.regularizers.penalty import Quadratic
 
 WORDS = [
     "the",

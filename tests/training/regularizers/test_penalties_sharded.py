@@ -12,7 +12,7 @@ from models import BY_NAME, make
 from penalties import random_importance
 from sharded import free_port, train, worker
 
-from hf_grow.training.regularizers import PenaltyOptions
+from hf_grow.training.config.regularizer_options import PenaltyOptions
 
 KINDS: dict[str, dict[str, Any]] = {
     "ewc": {"kind": "ewc"},

@@ -19,9 +19,12 @@ from hf_grow.convert.in_memory import grow_model
 from hf_grow.errors import InputError
 from hf_grow.growth.tensormap import Expr, Take
 from hf_grow.options import parse
+from hf_grow.training.config.regularizer_options import PenaltyOptions
 from hf_grow.training.param_updates.param_provenance import new_masks
 from hf_grow.training.param_updates.parameter_map import parameters
-from hf_grow.training.regularizers import Penalty, PenaltyOptions, Quadratic, SynapticIntelligence, make_penalty, penalty_bytes
+from hf_grow.training.regularizers.build import make_penalty, penalty_bytes
+from hf_grow.training.regularizers.penalty import Penalty, Quadratic
+from hf_grow.training.regularizers.si import SynapticIntelligence
 
 LAMBDA = 7.0
 FAMILIES = ["llama", "llama-tied", "mixtral", "qwen3_moe-mixed"]

@@ -14,9 +14,10 @@ import torch
 from test_train import logged
 from trained import grown, losses_told, recipe, run, source
 
-from hf_grow.training.trainer.checkpoints import last_checkpoint
+from hf_grow.training.config.monitor_options import MonitorOptions
+from hf_grow.training.trainer.checkpointing import last_checkpoint
 from hf_grow.training.trainer.events import EVENTS, EventLog, read_events
-from hf_grow.training.trainer.monitor import Finding, Monitor, MonitorOptions, detrended, robust_z
+from hf_grow.training.trainer.monitor import Finding, Monitor, detrended, robust_z
 from hf_grow.training.trainer.trainer import GrowTrainer
 
 

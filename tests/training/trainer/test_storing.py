@@ -14,8 +14,8 @@ from trained import recipe, run, tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_grow import api
+from hf_grow.training.setup.result_dtype import lost_steps, stored
 from hf_grow.training.trainer.events import read_events
-from hf_grow.training.trainer.result_dtype import lost_steps, stored
 
 GENTLE = {"learning_rate": 1e-4, "save_steps": 3, "max_steps": 6}
 

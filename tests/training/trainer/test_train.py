@@ -29,14 +29,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from hf_grow import api
 from hf_grow.cli import main
 from hf_grow.convert.in_memory import disk_names, grow_model
+from hf_grow.training.config.schedules import AfterGrowth, Phase, Warmup, phase_at
 from hf_grow.training.dry_run.memory import activations
 from hf_grow.training.param_updates import param_provenance as newness
 from hf_grow.training.param_updates.masks import Selection, both, either, inverse, select
 from hf_grow.training.param_updates.residual_scale import Blend, decoder_layers
-from hf_grow.training.param_updates.schedules import AfterGrowth, Phase, Warmup, phase_at
 from hf_grow.training.param_updates.updates import Rates, Updates
-from hf_grow.training.regularizers import SynapticIntelligence
-from hf_grow.training.trainer.checkpoints import last_checkpoint
+from hf_grow.training.regularizers.si import SynapticIntelligence
+from hf_grow.training.trainer.checkpointing import last_checkpoint
 from hf_grow.training.trainer.events import EVENTS, EventLog, read_events
 from hf_grow.training.trainer.state import Growing
 from hf_grow.training.trainer.trainer import GrowTrainer

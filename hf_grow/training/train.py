@@ -18,14 +18,15 @@ from hf_grow.convert.execute import versions
 from hf_grow.errors import OutputError, SourceError
 from hf_grow.model.config_compat import portable_config
 from hf_grow.model.loading import told_outputs
-from hf_grow.training.config.checks import Checked, Notify, check, clear_output
 from hf_grow.training.config.train_config import Read
 from hf_grow.training.dry_run.dry_run import dry_run
-from hf_grow.training.trainer.assembly import bring_companions, facts, make_trainer, prepare, tokens_of
-from hf_grow.training.trainer.checkpoints import last_checkpoint, write_json
+from hf_grow.training.setup import result_dtype as storing
+from hf_grow.training.setup.assembly import bring_companions, facts, make_trainer, prepare, tokens_of
+from hf_grow.training.setup.checked import Checked, Notify
+from hf_grow.training.setup.checks import check, clear_output
+from hf_grow.training.setup.provenance import kept, note_files, record_of
+from hf_grow.training.trainer.checkpointing import last_checkpoint, write_json
 from hf_grow.training.trainer.events import NAME as EVENTS
-from hf_grow.training.trainer.provenance import kept, note_files, record_of
-from hf_grow.training.trainer import result_dtype as storing
 
 if TYPE_CHECKING:
     from hf_grow.training.data import TrainData

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.provenance import after_training
-from hf_grow.checkpoint.reader import GROWTH, open_folder
-from hf_grow.checkpoint.transfer import sha256_of
+from hf_grow.checkpoint.reader import GROWTH, files_of, open_folder
 from hf_grow.convert.execute import versions
 
 if TYPE_CHECKING:
-    from hf_grow.training.config.checks import Checked
+    from hf_grow.training.setup.checked import Checked
 
 SECRET = ("hub_token",)
 """Keys of a recipe that are written down nowhere."""
@@ -33,14 +32,9 @@ def record_of(checked: Checked, facts: Mapping[str, Any]) -> dict[str, Any] | No
     return after_training(grown, stage)
 
 
-def files_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Weight file -> size and SHA-256, by which `verify` and `push` know the weights again; every byte is read."""
-    return {name: {"size": facts["size"], "sha256": sha256_of(folder / name)} for name, facts in open_folder(folder).files.items()}
-
-
 def note_files(folder: Path) -> None:
     """Adds the files of a trained model to its growth.json, where it has one."""
-    from hf_grow.training.trainer.checkpoints import write_json
+    from hf_grow.training.trainer.checkpointing import write_json
 
     record = open_folder(folder).growth
     if record is not None:

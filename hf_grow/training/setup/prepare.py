@@ -15,15 +15,17 @@ from hf_grow.growth.plan import GrowthPlan
 from hf_grow.model import flops
 from hf_grow.model.loading import loading, plain_outputs
 from hf_grow.model.meta_model import skeleton
-from hf_grow.training.config.checks import Checked, Notify, resolve
+from hf_grow.training.config.distill_options import DistillOptions, Teacher
 from hf_grow.training.config.train_config import TrainRecipe
-from hf_grow.training.distillation.distill import Distiller, DistillOptions, Teacher, in_memory, write_cache
+from hf_grow.training.distillation.distill import Distiller, in_memory, write_cache
 from hf_grow.training.param_updates import param_provenance as newness
 from hf_grow.training.param_updates.masks import EVERYTHING, Mask, select
 from hf_grow.training.param_updates.parameter_map import places
 from hf_grow.training.param_updates.residual_scale import Blend
 from hf_grow.training.param_updates.updates import Updates
 from hf_grow.training.peft import lora as adapters
+from hf_grow.training.setup.checked import Checked, Notify
+from hf_grow.training.setup.checks import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

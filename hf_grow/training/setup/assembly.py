@@ -9,18 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.source import TOKENIZER_CONFIG, companion_bytes, companions
 from hf_grow.model.meta_model import skeleton
-from hf_grow.training.config.checks import Checked, Notify
+from hf_grow.training.config.train_config import tokens_a_step
 from hf_grow.training.data import build
-from hf_grow.training.distillation.source_baseline import beside_the_source
 from hf_grow.training.distributed.launch import launched
 from hf_grow.training.distributed.one_first import one_ahead
-from hf_grow.training.dry_run import memory as estimate
 from hf_grow.training.peft import lora as adapters
-from hf_grow.training.regularizers import make_penalty
-from hf_grow.training.trainer.events import NAME as EVENTS
-from hf_grow.training.trainer.events import EventLog
-from hf_grow.training.trainer.monitor import Monitor
-from hf_grow.training.trainer.prepare import (
+from hf_grow.training.regularizers.build import make_penalty
+from hf_grow.training.setup import result_dtype as storing
+from hf_grow.training.setup.checked import Checked, Notify
+from hf_grow.training.setup.prepare import (
     blend_for,
     distiller,
     load_model,
@@ -30,14 +27,17 @@ from hf_grow.training.trainer.prepare import (
     with_lora,
     zero_new_blocks,
 )
-from hf_grow.training.trainer.provenance import record_of
-from hf_grow.training.trainer import result_dtype as storing
+from hf_grow.training.setup.provenance import record_of
+from hf_grow.training.setup.source_baseline import beside_the_source
+from hf_grow.training.trainer.events import NAME as EVENTS
+from hf_grow.training.trainer.events import EventLog
+from hf_grow.training.trainer.monitor import Monitor
 
 if TYPE_CHECKING:
     from hf_grow.training.data import TrainData
     from hf_grow.training.param_updates.residual_scale import Blend
     from hf_grow.training.param_updates.updates import Updates
-    from hf_grow.training.regularizers import Penalty
+    from hf_grow.training.regularizers.penalty import Penalty
     from hf_grow.training.trainer.state import Growing
     from hf_grow.training.trainer.trainer import GrowTrainer
 
@@ -58,7 +58,7 @@ def texts(checked: Checked, notify: Notify) -> TrainData:
     recipe, arguments = checked.recipe, checked.arguments
     rows = None
     if arguments.max_steps > 0:
-        rows = arguments.max_steps * estimate.tokens_a_step(arguments, 1, arguments.world_size)
+        rows = arguments.max_steps * tokens_a_step(arguments, 1, arguments.world_size)
     with one_ahead(arguments, "the texts"):
         data = build(
             recipe.data,
@@ -130,7 +130,7 @@ def make_trainer(checked: Checked, ready: Ready, notify: Notify, show: Callable[
         growing.save_extra = lambda folder: adapters.save_in_full(ready.model, folder)
         growing.load_extra = lambda folder: adapters.load_in_full(ready.model, folder)
     beside_the_source(checked, data, growing, notify, resumed=resumed)
-    progress = Progress(estimate.tokens_a_step(arguments, data.seq_length, arguments.world_size), show)
+    progress = Progress(tokens_a_step(arguments, data.seq_length, arguments.world_size), show)
     growing.told = progress.evaluated
     trainer = GrowTrainer(
         model=ready.model,
@@ -162,7 +162,7 @@ def bring_companions(checked: Checked, folder: Path) -> None:
 
 
 def tokens_of(checked: Checked, steps: int) -> int:
-    return steps * estimate.tokens_a_step(checked.arguments, checked.recipe.data.seq_length, checked.arguments.world_size)
+    return steps * tokens_a_step(checked.arguments, checked.recipe.data.seq_length, checked.arguments.world_size)
 
 
 def facts(checked: Checked, data: TrainData, growing: Growing, steps: int) -> dict[str, Any]:

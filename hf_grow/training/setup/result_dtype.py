@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch.nn import Module
 
-    from hf_grow.training.config.checks import Checked
+    from hf_grow.training.setup.checked import Checked
     from hf_grow.training.trainer.trainer import GrowTrainer
 
 

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import GrowError, SourceError
-from hf_grow.training.config.checks import Checked, Notify, resolve
-from hf_grow.training.distillation.distill import Teacher, check_teacher
+from hf_grow.training.config.distill_options import Teacher
+from hf_grow.training.distillation.distill import check_teacher
 from hf_grow.training.distributed.launch import launched
-from hf_grow.training.trainer.prepare import load_model
+from hf_grow.training.setup.checked import Checked, Notify
+from hf_grow.training.setup.checks import resolve
+from hf_grow.training.setup.prepare import load_model
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,7 @@ Everything is looked at even where something else is wrong already, and told in 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,44 +17,23 @@ from hf_grow.errors import InputError, OutputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.model import loading
 from hf_grow.training.config.data_options import TextOptions
+from hf_grow.training.config.distill_options import SOURCE, Teacher
 from hf_grow.training.config.train_config import DEFAULTS, Read, TrainRecipe, collect, complain
-from hf_grow.training.config.warnings import advise
 from hf_grow.training.data.sources import find
-from hf_grow.training.distillation.distill import SOURCE, Teacher, check_teacher
+from hf_grow.training.distillation.distill import check_teacher
 from hf_grow.training.distributed import launch
 from hf_grow.training.param_updates import param_provenance as newness
 from hf_grow.training.param_updates.masks import EVERYTHING
 from hf_grow.training.regularizers.fisher_file import check_model, open_importance, samples_on_disk
+from hf_grow.training.setup.checked import Checked, Notify
+from hf_grow.training.setup.launch_checks import mistakes as launch_mistakes
+from hf_grow.training.setup.warnings import advise
 from hf_grow.training.trainer.events import NAME as EVENTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-Notify = Callable[[str], None]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A recipe that can be carried out, and what was opened on the way (config and headers; no weights)."""
-
-    read: Read
-    recipe: TrainRecipe
-    arguments: TrainingArguments
-    checkpoint: Checkpoint
-    plan: GrowthPlan | None
-    tokenizer: PreTrainedTokenizerBase
-    out: Path
-
-    @property
-    def vocabulary(self) -> int:
-        return self.checkpoint.info.architecture.size("vocab")
-
-    def source_of_growth(self) -> tuple[str, str | None]:
-        """Reference and revision of what the model was grown from. Raises InputError if it was not grown."""
-        if self.plan is None:
-            raise InputError(f"{self.recipe.model} has no growth.json, so it has no source.", hint="Name a checkpoint instead.")
-        return self.plan.source.ref, self.plan.source.revision or None
 
 
 def check(
@@ -105,7 +83,7 @@ def check(
         usable = recipe
         arguments = collect(found, "arguments", lambda: arguments_for(usable, read.arguments, out))
         if arguments is not None:
-            found += launch.mistakes(started, recipe, arguments, resume=resume or bool(read.arguments.get("resume_from_checkpoint")))
+            found += launch_mistakes(started, recipe, arguments, resume=resume or bool(read.arguments.get("resume_from_checkpoint")))
         _resumable(read.arguments.get("resume_from_checkpoint"), found)
     complain(read.where, found)
     assert recipe is not None and checkpoint is not None and arguments is not None

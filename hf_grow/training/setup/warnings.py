@@ -10,15 +10,15 @@ from hf_grow.checkpoint.provenance import trainings
 from hf_grow.common.safe_files import read_json
 from hf_grow.errors import InputError
 from hf_grow.training.data.chat_template import read_turns
-from hf_grow.training.data.replay import read_record
+from hf_grow.training.data.replay_files import read_record
 from hf_grow.training.regularizers.fisher_file import open_importance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hf_grow.growth.plan import GrowthPlan
-    from hf_grow.training.config.checks import Checked
     from hf_grow.training.config.data_options import ReplaySource
+    from hf_grow.training.setup.checked import Checked
 
 RECOVER = "Train it without a penalty first, until its loss is back, and take the Fisher then; or map the source's: hf-grow fisher MODEL --from-growth SOURCE_FISHER."
 
