@@ -24,6 +24,7 @@ from hf_grow.checkpoint.hub_errors import example, http_error, page
 from hf_grow.checkpoint.hub_errors import explained as explained
 from hf_grow.checkpoint.safetensors_header import Stored, header_length, read_header
 from hf_grow.common.safe_files import MAX_FILE, open_regular, read_bytes
+from hf_grow.common.units import format_bytes
 from hf_grow.errors import SourceError
 
 LOOK_UP_TIMEOUT = 15  # seconds without an answer
@@ -181,7 +182,7 @@ def bytes_to_fetch(remote: Remote, files: Sequence[str]) -> int:
     free = shutil.disk_usage(there).free
     if missing > free:
         raise SourceError(
-            f"{remote.ref} needs {missing / 1e9:.1f} GB more in {cache}, but only {free / 1e9:.1f} GB are free there.",
+            f"{remote.ref} needs {format_bytes(missing)} more in {cache}, but only {format_bytes(free)} are free there.",
             hint="Make room, or set HF_HOME to a folder on a larger disk.",
         )
     return missing

@@ -31,6 +31,7 @@ from hf_grow.checkpoint.reader import (
 )
 from hf_grow.checkpoint.safetensors_header import Stored
 from hf_grow.common.safe_files import read_bytes, read_json, to_json
+from hf_grow.common.units import format_bytes
 from hf_grow.errors import InputError, SourceError
 from hf_grow.model.config_compat import portable_tokenizer_config
 
@@ -225,7 +226,7 @@ def _download(remote: hub.Remote, checkpoint: Checkpoint, notify: Callable[[str]
         wanted.append(INDEX)
     size = hub.bytes_to_fetch(remote, wanted)
     if size:
-        notify(f"Downloading {size / 1e9:.2f} GB of {remote.ref} to {cache_folder()}.")
+        notify(f"Downloading {format_bytes(size)} of {remote.ref} to {cache_folder()}.")
     return _snapshot(hub.download(remote, wanted), remote.ref, remote.commit, remote.sha256)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from hf_grow.checkpoint.reader import SINGLE
 from hf_grow.common.safe_files import reason
+from hf_grow.common.units import format_bytes
 from hf_grow.errors import OutputError
 from hf_grow.growth.plan import DTYPE_BYTES, TensorInfo
 
@@ -107,6 +108,6 @@ def check_room(final: Path, nbytes: int, already: int = 0) -> None:
     free = usage.free
     if usage.total and nbytes - already > free:
         raise OutputError(
-            f"{final} needs {(nbytes - already) / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free.",
+            f"{final} needs {format_bytes(nbytes - already)}, but {folder} has {format_bytes(free)} free.",
             hint="Free some space, or choose another disk with -o.",
         )

@@ -17,6 +17,7 @@ from hf_grow.cli.fisher_options import RunOptions
 from hf_grow.cli.trials import MEASURED, Trials, calibrated, trials_for
 from hf_grow.common.extras import need
 from hf_grow.common.safe_files import to_json
+from hf_grow.common.units import format_bytes
 from hf_grow.errors import InputError, OutputError
 from hf_grow.growth.plan import GrowthPlan, check_source
 from hf_grow.model.param_count import measure, short
@@ -224,10 +225,10 @@ def _dtype(options: FisherOptions, device: str | None) -> str:
 def _show(facts: dict[str, Any]) -> None:
     say = render.console.print
     if "dry_run" in facts:
-        say(f"parameters {short(facts['parameters'])}; the file takes {render.gigabytes(facts['file_bytes'])}")
+        say(f"parameters {short(facts['parameters'])}; the file takes {format_bytes(facts['file_bytes'])}")
         if "memory_bytes" in facts:
-            parts = ", ".join(f"{k} {render.gigabytes(v)}" for k, v in facts["memory_bytes"].items() if k != "total")
-            say(f"memory     {render.gigabytes(facts['memory_bytes']['total'])}: {parts}")
+            parts = ", ".join(f"{k} {format_bytes(v)}" for k, v in facts["memory_bytes"].items() if k != "total")
+            say(f"memory     {format_bytes(facts['memory_bytes']['total'])}: {parts}")
             say(f"compute    {short(facts['flops'])} FLOPs for {facts['tokens']:,} tokens")
         say(f"{facts['note']} (nothing done: --dry-run)")
         return
@@ -235,7 +236,7 @@ def _show(facts: dict[str, Any]) -> None:
         say(f"wrote      {facts['output']}: mapped through {facts['mapped_by']}, {facts['seconds']} s", markup=False)
     else:
         how = "a sequence at a time" if facts["exact"] else f"batches of {facts['batch']}"
-        say(f"wrote      {facts['output']} ({render.gigabytes(facts['bytes'])}): {facts['kind']} Fisher, {facts['tokens']:,} tokens, {how}, "
+        say(f"wrote      {facts['output']} ({format_bytes(facts['bytes'])}): {facts['kind']} Fisher, {facts['tokens']:,} tokens, {how}, "
             f"mean {facts['mean']:.3g}, {facts['seconds']} s", markup=False)  # fmt: skip
     if "utility" in facts:
         say(f"wrote      {facts['utility']}: squared gradients of the experts (hf-grow experts --add N --utility FILE)", markup=False)

@@ -21,6 +21,7 @@ from hf_grow.cli.parsing import one_of
 from hf_grow.cli.push import PublishOptions, push_with_bar, pushed_facts, show_pushed
 from hf_grow.cli.streamed import fetch_small, heads_compared, streamed
 from hf_grow.common.suggest import did_you_mean
+from hf_grow.common.units import format_bytes
 from hf_grow.errors import InputError
 from hf_grow.growth.growth import Method
 from hf_grow.growth.plan import GrowthPlan
@@ -271,7 +272,7 @@ def _finish(
     else:
         rate = result.nbytes / 1e9 / result.seconds
         kept = f", {result.resumed} tensors kept from the interrupted run" if result.resumed else ""
-        what = f"{out}: {render.gigabytes(result.nbytes)} in {result.seconds:.2f} s ({rate:.2f} GB/s), checked and "
+        what = f"{out}: {format_bytes(result.nbytes)} in {result.seconds:.2f} s ({rate:.2f} GB/s), checked and "
         render.console.print(f"wrote      {what}{'sent' if sink else 'synced'}{kept}", markup=False)
         if source_checked:
             render.console.print(f"source     {source_checked}", markup=False)

@@ -16,6 +16,7 @@ from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, add_source, print_json
 from hf_grow.cli.pictures import show_layer_map, show_lineage
+from hf_grow.common.units import format_bytes
 from hf_grow.errors import InputError, SourceError
 from hf_grow.growth.plan import HEAD, GrowthPlan, check_source
 from hf_grow.model.architecture import Entry
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     for part, count in parts.most_common():
         table.add_row(part, f"{short(count)} ({count / size.total:.1%})")
     table.add_row("dtypes", ", ".join(f"{n} tensors {d}" for d, n in facts["dtypes"].items()))
-    table.add_row("files", f"{len(checkpoint.files)}, {render.gigabytes(sum(facts['files'].values()))}")
+    table.add_row("files", f"{len(checkpoint.files)}, {format_bytes(sum(facts['files'].values()))}")
     if tree.parents:
         table.add_row("grown by", Text(f"{tree.step.split(',')[0]} from {tree.parents[0].name}"))
     if trained := told(facts["training"]):

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, existing_folder, print_json
+from hf_grow.common.units import format_bytes
 from hf_grow.errors import ExecutionError
 from hf_grow.options import Needs, Options, parse
 from hf_grow.publish.manifest import Cargo, survey
@@ -100,7 +101,7 @@ def pushed_facts(pushed: Pushed) -> dict[str, Any]:
 
 def show_pushed(pushed: Pushed) -> None:
     where = pushed.pull_request or f"{pushed.url} at {pushed.commit[:12]}"
-    render.console.print(f"pushed     {pushed.files} files, {render.gigabytes(pushed.nbytes)}: {where}", markup=False)
+    render.console.print(f"pushed     {pushed.files} files, {format_bytes(pushed.nbytes)}: {where}", markup=False)
 
 
 def _dry_run(cargo: Cargo, to: Destination, *, as_json: bool) -> int:
@@ -128,7 +129,7 @@ def _dry_run(cargo: Cargo, to: Destination, *, as_json: bool) -> int:
     for column in ("file", "size", ""):
         table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
     for name, size in sizes.items():
-        table.add_row(name, render.gigabytes(size), "there already" if name in (there or ()) else "")
+        table.add_row(name, format_bytes(size), "there already" if name in (there or ()) else "")
     for name in written:
         table.add_row(name, "", "written from growth.json")
     render.console.print(table)
@@ -136,5 +137,5 @@ def _dry_run(cargo: Cargo, to: Destination, *, as_json: bool) -> int:
         render.console.print(f"left out   {name}", markup=False)
     for doubt in cargo.doubts:
         render.note(doubt)
-    render.console.print(f"to send    at most {render.gigabytes(missing)} (nothing sent: --dry-run)", markup=False)
+    render.console.print(f"to send    at most {format_bytes(missing)} (nothing sent: --dry-run)", markup=False)
     return 0

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from hf_grow.checkpoint.writer import Progress
 from hf_grow.common.progress_bars import Counter, bar, counting
+from hf_grow.common.units import format_bytes
 from hf_grow.errors import shown
 from hf_grow.methods import starting_loss as starting
 from hf_grow.methods.hybrid import ffn_axis
@@ -46,10 +47,6 @@ notes = Screen(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji
 
 def note(message: str) -> None:
     notes.print(message, style="dim", markup=False)
-
-
-def gigabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:
@@ -97,9 +94,9 @@ def show_plan(plan: GrowthPlan) -> None:
     table.add_row("parameters", short(old.total), short(new.total))
     if a.is_moe or b.is_moe:
         table.add_row("active parameters", short(old.active), short(new.active))
-    table.add_row("weights on disk", gigabytes(plan.source.nbytes), gigabytes(plan.nbytes))
+    table.add_row("weights on disk", format_bytes(plan.source.nbytes), format_bytes(plan.nbytes))
     if more := len(plan.source.others):
-        table.add_row(f"weights of {more} further source{'s' * (more > 1)}", gigabytes(plan.source_nbytes - plan.source.nbytes), "")
+        table.add_row(f"weights of {more} further source{'s' * (more > 1)}", format_bytes(plan.source_nbytes - plan.source.nbytes), "")
     table.add_row("forward FLOPs a token", short(old.flops), short(new.flops))
     table.add_row("KV cache a token (16 bit)", f"{old.kv_values / 512:.0f} KiB", f"{new.kv_values / 512:.0f} KiB")
     console.print(table)

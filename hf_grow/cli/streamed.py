@@ -11,6 +11,7 @@ from hf_grow.checkpoint.source import fetch_companions, if_cached
 from hf_grow.checkpoint.tied_heads import settled_by_ranges
 from hf_grow.checkpoint.writer import WORKERS, layout
 from hf_grow.cli import render
+from hf_grow.common.units import format_bytes
 from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
 
@@ -36,10 +37,10 @@ def streamed(plan: GrowthPlan, checkpoint: Checkpoint, shard_size: int, keep: in
     spool = Spool(plan, checkpoint, order, keep=keep)
     if not quiet:
         said = spool.schedule
-        again = f" ({render.gigabytes(said.fetched - said.once)} of them a second time)" if said.fetched > said.once else ""
+        again = f" ({format_bytes(said.fetched - said.once)} of them a second time)" if said.fetched > said.once else ""
         console = render.console
         console.print(
-            f"fetching   {render.gigabytes(said.fetched)} by byte ranges{again}; at most {render.gigabytes(spool.most(WORKERS))} of it here"
+            f"fetching   {format_bytes(said.fetched)} by byte ranges{again}; at most {format_bytes(spool.most(WORKERS))} of it here"
         )
     return checkpoint, spool
 

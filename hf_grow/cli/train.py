@@ -17,6 +17,7 @@ from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, enough_memory, print_json, show_next
 from hf_grow.common import yaml_io as yaml_text
 from hf_grow.common.suggest import did_you_mean
+from hf_grow.common.units import format_bytes
 from hf_grow.errors import ExecutionError, InputError
 from hf_grow.model.param_count import short
 from hf_grow.options import Needs, Options, Unless, parse
@@ -216,7 +217,7 @@ def _show_plan(facts: dict[str, Any]) -> None:
     memory.add_column("", justify="right")
     for purpose, nbytes in facts["memory"].items():
         if nbytes:
-            memory.add_row(f"{purpose} (estimated)" if purpose in ("activations", "gathered") else purpose, render.gigabytes(nbytes))
+            memory.add_row(f"{purpose} (estimated)" if purpose in ("activations", "gathered") else purpose, format_bytes(nbytes))
     out.print(memory)
     for text in facts["texts"]:
         size = "size unknown" if text["tokens"] is None else f"about {short(text['tokens'])} tokens"
@@ -235,12 +236,12 @@ def summary(facts: dict[str, Any]) -> list[str]:
         lines.append(f"{'time':<12} {_time(facts['time'])}")
     needs, free = facts["memory"]["total"], facts["free_memory"]
     there = (
-        f"{render.gigabytes(free['bytes'])} free on {free['device']}"
+        f"{format_bytes(free['bytes'])} free on {free['device']}"
         if free["bytes"] is not None
         else f"{free['device']} does not say how much is free"
     )
     tight = "; MORE THAN IS FREE" if free["bytes"] is not None and needs > free["bytes"] else ""
-    lines.append(f"{'memory':<12} about {render.gigabytes(needs)} {'a process' if facts['processes'] > 1 else 'needed'}; {there}{tight}")
+    lines.append(f"{'memory':<12} about {format_bytes(needs)} {'a process' if facts['processes'] > 1 else 'needed'}; {there}{tight}")
     return lines
 
 

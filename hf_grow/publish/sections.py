@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_grow.checkpoint.provenance import history_of, recorded_files
+from hf_grow.common.units import format_bytes
 from hf_grow.growth.plan import GrowthPlan, SourceInfo
 from hf_grow.methods import METHODS
 from hf_grow.methods import starting_loss as starting
@@ -153,16 +154,12 @@ def plan_table(plan: GrowthPlan) -> str:
     rows.append(["parameters", f"{short(old.total)} ({old.total:,})", f"{short(new.total)} ({new.total:,})"])
     if a.is_moe or b.is_moe:
         rows.append(["active parameters", short(old.active), short(new.active)])
-    rows.append(["weights on disk", _gigabytes(plan.source.nbytes), _gigabytes(plan.nbytes)])
+    rows.append(["weights on disk", format_bytes(plan.source.nbytes), format_bytes(plan.nbytes)])
     if more := len(plan.source.others):
-        rows.append([f"weights of {more} further source{'s' * (more > 1)}", _gigabytes(plan.source_nbytes - plan.source.nbytes), ""])
+        rows.append([f"weights of {more} further source{'s' * (more > 1)}", format_bytes(plan.source_nbytes - plan.source.nbytes), ""])
     rows.append(["forward FLOPs a token", short(old.flops), short(new.flops)])
     rows.append(["KV cache a token (16 bit)", *(f"{2 * s.kv_values / 1024:.4g} KiB" for s in (old, new))])
     return table(["", "source", "grown"], rows)
-
-
-def _gigabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
 def _verified(plan: GrowthPlan, record: Mapping[str, Any], since: list[Stage]) -> Iterator[str]:

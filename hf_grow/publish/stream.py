@@ -15,6 +15,7 @@ from hf_grow.checkpoint.hub_errors import page
 from hf_grow.checkpoint.partial_folder import PartialFolder
 from hf_grow.checkpoint.shard_sink import Sink
 from hf_grow.checkpoint.writer import Shard
+from hf_grow.common.units import format_bytes
 from hf_grow.errors import OutputError
 from hf_grow.publish.push import Destination, Pushed, card, send
 from hf_grow.publish.refusals import explained
@@ -70,7 +71,7 @@ class StreamSink(Sink):
         folder.note_sent(shard, sha256)
         path.unlink()
         self._sent[shard.file] = addition
-        size = f"{shard.size / 1e9:.2f} GB" if shard.size >= 1e9 else f"{shard.size / 1e6:.1f} MB"
+        size = format_bytes(shard.size)
         self.notify(f"{shard.file} sent ({size}).")
 
     def finish(self, folder: PartialFolder, files: set[str]) -> None:

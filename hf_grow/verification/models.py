@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.common.free_memory import available_memory
+from hf_grow.common.units import format_bytes
 from hf_grow.convert.in_memory import assemble, untie_config
 from hf_grow.growth.plan import GrowthPlan, TensorInfo
 from hf_grow.model.architecture import Architecture
@@ -32,7 +33,7 @@ def choose_dtype(old: Checkpoint, new: Checkpoint, asked: str, notify: Callable[
         return "float64", ""
     if fits(old, new):
         return "float32", ""
-    why = f"float32 needs about {_need(old, new) / 1e9:.1f} GB of memory, and {available_memory() / 1e9:.1f} GB are free"
+    why = f"float32 needs about {format_bytes(_need(old, new))} of memory, and {format_bytes(available_memory())} are free"
     notify(f"{why}: comparing in bfloat16, so that small differences drown in rounding.")
     return "bfloat16", why
 

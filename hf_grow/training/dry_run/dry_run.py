@@ -9,6 +9,7 @@ from typing import Any
 from hf_grow.checkpoint.source import open_source
 from hf_grow.common.extras import need
 from hf_grow.common.free_memory import available_memory
+from hf_grow.common.units import format_bytes
 from hf_grow.errors import ExecutionError, GrowError
 from hf_grow.growth.plan import DTYPE_BYTES
 from hf_grow.model import flops
@@ -112,7 +113,7 @@ def _time(checked: Checked, facts: Mapping[str, Any], notify: Notify) -> dict[st
     needs, free = facts["memory"]["total"], facts["free_memory"]
     if free["device"] == "cpu" and needs > free["bytes"]:  # the system would end the process; accelerators say that they are full
         raise ExecutionError(
-            f"A step needs about {needs / 1e9:.2f} GB of memory, and {free['bytes'] / 1e9:.2f} GB are free: none is timed.", hint=SMALLER
+            f"A step needs about {format_bytes(needs)} of memory, and {format_bytes(free['bytes'])} are free: none is timed.", hint=SMALLER
         )
     from hf_grow.training.dry_run.step_time import leaves_out, time_steps
 
