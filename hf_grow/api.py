@@ -11,7 +11,7 @@ from hf_grow.checkpoint.donors import named, with_others
 from hf_grow.checkpoint.model_ids import ALIASES
 from hf_grow.checkpoint.reader import Checkpoint, open_folder
 from hf_grow.checkpoint.source import open_source
-from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, Progress
+from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, Progress, layout
 from hf_grow.common.suggest import did_you_mean
 from hf_grow.errors import InputError, PlanError
 from hf_grow.growth.growth import Method
@@ -131,11 +131,12 @@ def grow(
     found = find_method(method)
     parsed = parse(found.options, options, where=f"method {method}", strict=False)
     checkpoint = open_sources(str(source), parsed, revision=revision, weights=True, notify=notify)
+    plan = measured(plan_for(checkpoint.info, found, parsed), checkpoint, parsed, notify=notify)
     return execute(
-        measured(plan_for(checkpoint.info, found, parsed), checkpoint, parsed, notify=notify),
+        plan,
         checkpoint,
         Path(out),
-        max_shard_size=max_shard_size,
+        layout(plan.targets, max_shard_size),
         resume=resume,
         overwrite=overwrite,
         memory_budget=memory_budget,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from hf_grow.checkpoint.partial_folder import SPOOL
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.safetensors_header import Stored
 from hf_grow.checkpoint.transfer import Stop, write_all
-from hf_grow.checkpoint.writer import DEFAULT_SOURCE_CACHE
+from hf_grow.checkpoint.writer import DEFAULT_SOURCE_CACHE, Shard
 from hf_grow.errors import ExecutionError
 from hf_grow.growth.plan import GrowthPlan
 
@@ -95,23 +95,19 @@ class _Tensor:
     digest: str = ""
 
 
-class Spool:
+class TensorCache:
     """Source tensors of a plan in files of their own, as long as they are needed. Threads may share it.
 
-    `begin` says where the files go, and gives the source as it then reads.
+    ``shards``: the layout that is written, which decides the order. ``keep``: bytes for tensors that are needed again.
+    `open` decides where the files go, and yields the source as it then reads.
     """
 
-    small: Path | None = None
-    """Folder of the source's companions, where the source itself is not here."""
-
-    def __init__(self, plan: GrowthPlan, source: Checkpoint, order: Sequence[str], *, keep: int = DEFAULT_SOURCE_CACHE) -> None:
+    def __init__(self, plan: GrowthPlan, source: Checkpoint, shards: Sequence[Shard], *, keep: int = DEFAULT_SOURCE_CACHE) -> None:
         self._origin: dict[str, tuple[Checkpoint, Stored]] = {}
         for label, part in [("", source), *source.others.items()]:
             if part.folder is None:
                 self._origin |= {f"{label}::{name}" if label else name: (part, stored) for name, stored in part.tensors.items()}
-        self.schedule = schedule(plan, order, frozenset(self._origin), keep)
-        self.forget: Callable[[Path], None] = lambda path: None
-        """Called before a file goes, for whoever holds it open."""
+        self.schedule = schedule(plan, [slot.name for shard in shards for slot in shard.slots], frozenset(self._origin), keep)
         self.fetched = 0
         """Bytes fetched so far."""
         self._source = source
@@ -129,7 +125,7 @@ class Spool:
         return min(self.schedule.waiting + workers * self.schedule.largest, self.schedule.once)
 
     @contextmanager
-    def begin(self, folder: Path) -> Iterator[Checkpoint]:
+    def open(self, folder: Path) -> Iterator[Checkpoint]:
         """The source as it reads while the growth goes on, from files under `folder`; what an interrupted run left there goes first and last."""
         self._folder = folder / SPOOL
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -179,9 +175,7 @@ class Spool:
     def _drop_unused(self, key: str) -> None:
         tensor = self._tensors[key]
         if tensor.here and not tensor.users and not tensor.awaited:
-            path = self._folder / self._places[key].file
-            self.forget(path)
-            path.unlink(missing_ok=True)
+            (self._folder / self._places[key].file).unlink(missing_ok=True)
             tensor.here = False
 
     def _fetch(self, key: str, stop: Stop) -> None:

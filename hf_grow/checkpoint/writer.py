@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Shard:
         return self.slots[-1].stop if self.slots else len(self.header)
 
 
-def layout(targets: Mapping[str, TensorInfo], max_shard_size: int) -> list[Shard]:
+def layout(targets: Mapping[str, TensorInfo], max_shard_size: int = DEFAULT_SHARD_SIZE) -> list[Shard]:
     """Shards filled in order, each up to `max_shard_size` bytes of data (a larger single tensor gets a shard of its own)."""
     groups: list[list[str]] = [[]]
     room = max_shard_size
@@ -82,7 +82,7 @@ def shard_of(file: str, tensors: Mapping[str, TensorInfo], metadata: Mapping[str
     return Shard(file, raw, tuple(Slot(n, tensors[n], base + offsets[n][0], base + offsets[n][1]) for n in order))
 
 
-def index_of(shards: list[Shard]) -> dict[str, Any] | None:
+def index_of(shards: Sequence[Shard]) -> dict[str, Any] | None:
     """The index file of a sharded checkpoint; None for a single file."""
     if len(shards) == 1:
         return None

@@ -183,23 +183,25 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
         if isinstance(options, HybridOptions):
             render.show_candidates(checkpoint.info.architecture, candidates(checkpoint.info.architecture, options), options)
         render.show_plan(plan)
-    spool = None
+    cache, companions = None, None
     if output.stream_source and not output.dry_run:
         checkpoint, plan = _with_heads(heads_compared(checkpoint), plan, method, options)
+    shards = layout(plan.targets, output.shard_size)
     if output.stream_source:
-        checkpoint, spool = streamed(plan, checkpoint, output.shard_size, output.source_cache, quiet=as_json)
+        checkpoint, cache = streamed(plan, checkpoint, shards, output.source_cache, quiet=as_json)
     if output.with_optimizer:
         check_trainer_checkpoint(Path(output.with_optimizer), output.optimizer_policy)
         warn_unsettled(Path(output.with_optimizer), render.note)
     if output.dry_run:
-        here = local_bytes(layout(plan.targets, output.shard_size), StreamSink.window if output.stream_push else None)
-        check_room(out, here + (spool.most(WORKERS) if spool else 0))
+        here = local_bytes(shards, StreamSink.window if output.stream_push else None)
+        check_room(out, here + (cache.most(WORKERS) if cache else 0))
         return _finish(plan, out, None, as_json, to)
-    if spool:
-        fetch_small(spool, checkpoint)
+    if cache:
+        companions = fetch_small(checkpoint)
     elif any(c.folder is None for c in (checkpoint, *checkpoint.others.values())):
         checkpoint = open_sources(checkpoint.ref, options, revision=checkpoint.revision, weights=True, notify=render.note)
         checkpoint, plan = _with_heads(checkpoint, plan, method, options)
+        shards = layout(plan.targets, output.shard_size)
     plan = measured(plan, checkpoint, options, notify=render.note)
     if to:
         to = prepare(to)  # before the work: a token that may not write is told now
@@ -216,7 +218,8 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
             plan,
             checkpoint,
             out,
-            max_shard_size=output.shard_size,
+            shards,
+            companions=companions,
             resume=output.resume,
             overwrite=output.overwrite,
             memory_budget=output.memory_budget,
@@ -224,9 +227,9 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
             progress=progress,
             also=_also(output, plan),
             sink=sink,
-            spool=spool,
+            cache=cache,
         )
-    return _finish(plan, out, result, as_json, to, sink, BY_RANGES if spool else "")
+    return _finish(plan, out, result, as_json, to, sink, BY_RANGES if cache else "")
 
 
 def _with_heads(checkpoint: Checkpoint, plan: GrowthPlan, method: Method, options: Options) -> tuple[Checkpoint, GrowthPlan]:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_grow.checkpoint.donors import check_same_tokenizer
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import fetch_companions, if_cached
 from hf_grow.checkpoint.tied_heads import settled_by_ranges
-from hf_grow.checkpoint.writer import WORKERS, layout
+from hf_grow.checkpoint.writer import WORKERS, Shard
 from hf_grow.cli import render
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
 
 if TYPE_CHECKING:
-    from hf_grow.checkpoint.tensor_cache import Spool
+    from hf_grow.checkpoint.tensor_cache import TensorCache
 
 
-def streamed(plan: GrowthPlan, checkpoint: Checkpoint, shard_size: int, keep: int, *, quiet: bool) -> tuple[Checkpoint, Spool | None]:
+def streamed(
+    plan: GrowthPlan, checkpoint: Checkpoint, shards: Sequence[Shard], keep: int, *, quiet: bool
+) -> tuple[Checkpoint, TensorCache | None]:
     """The sources, from the cache where they are whole there, and what fetches the rest; None where there is no rest."""
     if all(_given(c) for c in (checkpoint, *checkpoint.others.values())):
         raise InputError("The source is a folder on this machine; --stream-source has nothing to fetch.", hint="Leave it out.")
@@ -31,18 +35,17 @@ def streamed(plan: GrowthPlan, checkpoint: Checkpoint, shard_size: int, keep: in
         raise InputError(
             "Routers from prompts run the source, so its weights must be here.", hint="Leave --stream-source out, or take --router normal."
         )
-    from hf_grow.checkpoint.tensor_cache import Spool
+    from hf_grow.checkpoint.tensor_cache import TensorCache
 
-    order = [slot.name for shard in layout(plan.targets, shard_size) for slot in shard.slots]
-    spool = Spool(plan, checkpoint, order, keep=keep)
+    cache = TensorCache(plan, checkpoint, shards, keep=keep)
     if not quiet:
-        said = spool.schedule
+        said = cache.schedule
         again = f" ({format_bytes(said.fetched - said.once)} of them a second time)" if said.fetched > said.once else ""
         console = render.console
         console.print(
-            f"fetching   {format_bytes(said.fetched)} by byte ranges{again}; at most {format_bytes(spool.most(WORKERS))} of it here"
+            f"fetching   {format_bytes(said.fetched)} by byte ranges{again}; at most {format_bytes(cache.most(WORKERS))} of it here"
         )
-    return checkpoint, spool
+    return checkpoint, cache
 
 
 def heads_compared(checkpoint: Checkpoint) -> Checkpoint:
@@ -54,12 +57,13 @@ def _from_cache(checkpoint: Checkpoint) -> Checkpoint:
     return if_cached(replace(checkpoint, others={label: if_cached(other) for label, other in checkpoint.others.items()}))
 
 
-def fetch_small(spool: Spool, checkpoint: Checkpoint) -> None:
-    """Tokenizers, licences and code of the sources; the main one's come along. Raises SourceError, also where tokenizers differ."""
+def fetch_small(checkpoint: Checkpoint) -> Path:
+    """Tokenizers, licences and code of the sources; returns the main one's folder. Raises SourceError, also where tokenizers differ."""
     main = checkpoint if checkpoint.folder else replace(checkpoint, folder=fetch_companions(checkpoint))
-    spool.small = main.folder
     for other in checkpoint.others.values():
         check_same_tokenizer(main, other if other.folder else replace(other, folder=fetch_companions(other)), render.note)
+    assert main.folder is not None
+    return main.folder
 
 
 def _given(checkpoint: Checkpoint) -> bool:

@@ -30,19 +30,10 @@ from hf_grow.checkpoint.partial_folder import PartialFolder
 from hf_grow.checkpoint.provenance import recorded_files
 from hf_grow.checkpoint.reader import GROWTH, Checkpoint
 from hf_grow.checkpoint.shard_sink import Sink, local_bytes
-from hf_grow.checkpoint.tensor_cache import Spool
+from hf_grow.checkpoint.tensor_cache import TensorCache
 from hf_grow.checkpoint.tied_heads import check_heads
 from hf_grow.checkpoint.transfer import copy_range, digest, write_all
-from hf_grow.checkpoint.writer import (
-    DEFAULT_MEMORY,
-    DEFAULT_SHARD_SIZE,
-    WORKERS,
-    Progress,
-    Shard,
-    Slot,
-    check_room,
-    layout,
-)
+from hf_grow.checkpoint.writer import DEFAULT_MEMORY, WORKERS, Progress, Shard, Slot, check_room
 from hf_grow.common.safe_files import open_regular, read_json, reason
 from hf_grow.convert.metadata import versions as versions
 from hf_grow.convert.metadata import write_rest
@@ -76,7 +67,7 @@ class _Job:
     allow_nonfinite: bool
     copies: Mapping[str, str]
     sink: Sink
-    spool: Spool | None
+    cache: TensorCache | None
     halt: threading.Event = field(default_factory=threading.Event)
     digests: dict[str, str] = field(default_factory=dict)
     """Source tensor -> digest of its bytes, taken once."""
@@ -91,10 +82,7 @@ class _Job:
         from hf_grow.checkpoint.stored_tensors import StoredTensors
         from hf_grow.growth.evaluate import Evaluator
 
-        stored = StoredTensors(self.checkpoint)
-        if self.spool:
-            self.spool.forget = stored.forget
-        return Evaluator(self.plan, stored)
+        return Evaluator(self.plan, StoredTensors(self.checkpoint))
 
     def evaluator(self) -> Evaluator:
         with self.lock:
@@ -109,8 +97,9 @@ def execute(
     plan: GrowthPlan,
     checkpoint: Checkpoint,
     out: Path,
+    shards: Sequence[Shard],
     *,
-    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    companions: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     memory_budget: int = DEFAULT_MEMORY,
@@ -119,10 +108,13 @@ def execute(
     progress: Progress = lambda nbytes: None,
     also: Callable[[Path], set[str]] = lambda folder: set(),
     sink: Sink | None = None,
-    spool: Spool | None = None,
+    cache: TensorCache | None = None,
 ) -> Result:
-    """Writes the plan's target to the folder `out`. ``also`` may write further files into it before it gets its name; it returns their names.
-    ``sink`` may take shards away as they are finished; ``spool`` gets the source's tensors where `checkpoint` is on the Hub.
+    """Writes the plan's target to the folder `out`, in the ``shards`` that `layout` made of it.
+
+    ``companions``: folder of the tokenizer, code and licence files; default: the checkpoint's own. ``also`` may write further files into the output
+    before it gets its name; it returns their names. ``sink`` may take shards away as they are finished. ``cache`` fetches the source's tensors where
+    `checkpoint` is on the Hub; it is made for the same shards.
 
     Raises OutputError before a byte is written if `out` exists or the disk has no room; SourceError if a weight is not finite (unless
     `allow_nonfinite`); ExecutionError if writing fails. After an error or an interruption `out`.partial can be gone on with by `resume`;
@@ -130,22 +122,21 @@ def execute(
     """
     began = time.perf_counter()
     check_heads(plan, checkpoint)
-    shards = layout(plan.targets, max_shard_size)
     total = sum(s.size for s in shards)
     PartialFolder.check(out, resume=resume, overwrite=overwrite)
     key = hashlib.sha256(f"{plan.fingerprint}\n{__version__}\n{[(s.file, s.size) for s in shards]}".encode()).hexdigest()
     sink = sink or Sink()
     workers = workers or WORKERS
     if not resume:
-        check_room(out, local_bytes(shards, sink.window) + (spool.most(workers) if spool else 0))
+        check_room(out, local_bytes(shards, sink.window) + (cache.most(workers) if cache else 0))
     with PartialFolder(out, key, resume=resume, overwrite=overwrite) as folder, explained(folder):
         if folder.complete:
             return _as_recorded(out, total, time.perf_counter() - began, len(plan.targets), sink)
-        with spool.begin(folder.path) if spool else nullcontext(checkpoint) as readable:
-            job = _Job(plan, readable, folder, progress, memory_budget, allow_nonfinite, plan.copies(), sink, spool)
+        with cache.open(folder.path) if cache else nullcontext(checkpoint) as readable:
+            job = _Job(plan, readable, folder, progress, memory_budget, allow_nonfinite, plan.copies(), sink, cache)
             hashes = _write_shards(job, shards, workers)
         _check_unchanged(checkpoint)
-        beside = spool.small if spool and spool.small else checkpoint.folder
+        beside = companions or checkpoint.folder
         assert beside is not None
         files = write_rest(plan, beside, folder, shards, hashes)
         folder.tidy(files)  # what an interrupted run wrote beside the model is no part of what is written now
@@ -174,7 +165,7 @@ def explained(folder: PartialFolder) -> Iterator[None]:
         raise ExecutionError(f"Writing {folder.final} failed: {reason(error)}{at}.", hint=folder.go_on) from None
 
 
-def _write_shards(job: _Job, shards: list[Shard], workers: int) -> dict[str, str]:
+def _write_shards(job: _Job, shards: Sequence[Shard], workers: int) -> dict[str, str]:
     """All shards; returns the SHA-256 of each. Any failure stops all threads before it is raised.
 
     Writers take tensor after tensor in the order of the files; one checker a shard follows them, and one syncer starts the disk meanwhile.
@@ -183,8 +174,8 @@ def _write_shards(job: _Job, shards: list[Shard], workers: int) -> dict[str, str
     for shard in shards:
         for slot in shard.slots if shard.file in hashes else ():
             job.progress(slot.stop - slot.start)
-            if job.spool:
-                job.spool.passed(slot.name)
+            if job.cache:
+                job.cache.passed(slot.name)
     todo = [shard for shard in shards if shard.file not in hashes]
     window = len(todo) if job.sink.window is None else job.sink.window
     with ThreadPoolExecutor(workers, "write") as writers, ThreadPoolExecutor(2 * workers, "check") as checkers:
@@ -262,10 +253,10 @@ def _write_tensor(job: _Job, shard: Shard, slot: Slot) -> str:
     with _target(job, shard) as target:
         earlier = job.folder.done.get(slot.name)
         if earlier and digest(target, slot.start, slot.stop, job.stop) == earlier:
-            if job.spool:
-                job.spool.passed(slot.name)
+            if job.cache:
+                job.cache.passed(slot.name)
             return earlier
-        with job.spool.needed(slot.name, job.stop) if job.spool else nullcontext():
+        with job.cache.needed(slot.name, job.stop) if job.cache else nullcontext():
             source = job.copies.get(slot.name)
             return _evaluate_tensor(job, slot, target) if source is None else _copy_tensor(job, source, slot, target)
 

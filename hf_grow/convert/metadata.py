@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hf_grow._version import __version__
@@ -16,7 +16,7 @@ from hf_grow.checkpoint.writer import Shard, index_of
 from hf_grow.growth.plan import GrowthPlan, training_lists
 
 
-def write_rest(plan: GrowthPlan, beside: Path, folder: PartialFolder, shards: list[Shard], hashes: Mapping[str, str]) -> set[str]:
+def write_rest(plan: GrowthPlan, beside: Path, folder: PartialFolder, shards: Sequence[Shard], hashes: Mapping[str, str]) -> set[str]:
     """Config, index, provenance, and the files that come along from `beside`. Returns the names of all files of the folder."""
     files = {s.file for s in shards} | {"config.json", GROWTH}
     for relative in companions(beside):

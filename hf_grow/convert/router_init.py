@@ -79,16 +79,13 @@ def router_rows(
     from hf_grow.convert.layer_streaming import embeddings, mlp_inputs
 
     tensors = StoredTensors(checkpoint)
-    try:
-        embedded = {text: embeddings(checkpoint, tensors, ids) for text, ids in tokens.items()}
-        if kind == "cheap-embed":
-            same = _rows(prompts, {text: _pooled(rows, "mean") for text, rows in embedded.items()}, checkpoint.ref, "in the embedding")
-            rows = {layer: same.clone() for layer in range(arch.layers)}
-        else:
-            pooled = mlp_inputs(checkpoint, tensors, embedded, lambda states: _pooled(states, pooling), progress)
-            rows = {layer: _rows(prompts, vectors, checkpoint.ref, f"in layer {layer}") for layer, vectors in enumerate(pooled)}
-    finally:
-        tensors.close()
+    embedded = {text: embeddings(checkpoint, tensors, ids) for text, ids in tokens.items()}
+    if kind == "cheap-embed":
+        same = _rows(prompts, {text: _pooled(rows, "mean") for text, rows in embedded.items()}, checkpoint.ref, "in the embedding")
+        rows = {layer: same.clone() for layer in range(arch.layers)}
+    else:
+        pooled = mlp_inputs(checkpoint, tensors, embedded, lambda states: _pooled(states, pooling), progress)
+        rows = {layer: _rows(prompts, vectors, checkpoint.ref, f"in layer {layer}") for layer, vectors in enumerate(pooled)}
     _check_alike(rows, notify)
     return rows
 

@@ -81,12 +81,8 @@ def mapped_model(plan: GrowthPlan, old: Checkpoint, dtype: str) -> PreTrainedMod
     from hf_grow.checkpoint.stored_tensors import StoredTensors
     from hf_grow.growth.evaluate import Evaluator
 
-    stored = StoredTensors(old)
-    try:
-        evaluator, wide = Evaluator(plan, stored), "F64" if dtype == "float64" else "F32"
-        state = {n: evaluator.whole(e, TensorInfo(wide, plan.targets[n].shape)) for n, e in plan.growth.tensors.items()}
-    finally:
-        stored.close()
+    evaluator, wide = Evaluator(plan, StoredTensors(old)), "F64" if dtype == "float64" else "F32"
+    state = {n: evaluator.whole(e, TensorInfo(wide, plan.targets[n].shape)) for n, e in plan.growth.tensors.items()}
     model = assemble(plan, state, getattr(torch, dtype), **_plain(dtype, plan.architecture)).eval()
     plain_outputs(model.config)
     return model

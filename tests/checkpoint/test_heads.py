@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_grow import api
 from hf_grow.checkpoint.reader import PIECE, open_folder
+from hf_grow.checkpoint.writer import layout
 from hf_grow.cli import main
 from hf_grow.convert.execute import execute
 from hf_grow.convert.in_memory import describe, grow_model
@@ -137,7 +138,7 @@ def test_a_plan_made_from_headers_alone_is_refused_for_weights_that_say_otherwis
     plan = api.plan_for(info, api.find_method("identity"), api.find_method("identity").options(at=(1,)))
     assert "compared when the weights are read" in plan.growth.dropped[HEAD]
     with pytest.raises(SourceError, match="differs from the embedding"):
-        execute(plan, open_folder(own), tmp_path / "out")
+        execute(plan, open_folder(own), tmp_path / "out", layout(plan.targets))
     assert not list(tmp_path.glob("out*"))
     with pytest.raises(SourceError, match="another model"):
         grow_model(AutoModelForCausalLM.from_pretrained(own), plan)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from hf_grow import api
 from hf_grow.checkpoint.partial_folder import JOURNAL
 from hf_grow.checkpoint.reader import open_folder
+from hf_grow.checkpoint.writer import layout
 from hf_grow.convert import execute
 from hf_grow.convert.in_memory import describe, disk_tensors, grow_model
 from hf_grow.errors import ExecutionError, GrowError, OutputError, SourceError
@@ -303,10 +304,10 @@ def test_a_source_that_changes_meanwhile_is_noticed(mistral: Path, tmp_path: Pat
     first = sorted(source.glob("*.safetensors"))[0]
     os.utime(first, ns=(1, 1))
     with pytest.raises(ExecutionError, match="changed"):
-        execute.execute(plan, checkpoint, tmp_path / "out")
+        execute.execute(plan, checkpoint, tmp_path / "out", layout(plan.targets))
     first.write_bytes(first.read_bytes()[:-100])
     with pytest.raises(GrowError, match=r"ended early|truncated"):
-        execute.execute(plan, checkpoint, tmp_path / "out", overwrite=True)
+        execute.execute(plan, checkpoint, tmp_path / "out", layout(plan.targets), overwrite=True)
     assert leaves_nothing(tmp_path)
 
 

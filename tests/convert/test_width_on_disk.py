@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from hf_grow import api
 from hf_grow.checkpoint.reader import open_folder
+from hf_grow.checkpoint.writer import layout
 from hf_grow.convert.execute import execute
 from hf_grow.convert.in_memory import disk_tensors, grow_model
 from hf_grow.growth.axes import AxisMap
@@ -105,7 +106,7 @@ def test_one_pass_over_width_and_depth_equals_two(name: str, depth: str, order: 
     checkpoint = open_folder(source)
     first = growth_of(checkpoint.config, steps[0][0], **steps[0][1])
     plan = make_plan(checkpoint.info, compose(first, growth_of(first.config, steps[1][0], **steps[1][1])))
-    execute(plan, checkpoint, tmp_path / "once", memory_budget=3000)
+    execute(plan, checkpoint, tmp_path / "once", layout(plan.targets), memory_budget=3000)
     api.grow(source, tmp_path / "half", steps[0][0], **steps[0][1])
     api.grow(tmp_path / "half", tmp_path / "twice", steps[1][0], **steps[1][1])
     once, twice = tensors_of(tmp_path / "once"), tensors_of(tmp_path / "twice")

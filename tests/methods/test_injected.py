@@ -16,6 +16,7 @@ from test_verification import failed
 
 from hf_grow import api
 from hf_grow.checkpoint.reader import open_folder
+from hf_grow.checkpoint.writer import layout
 from hf_grow.convert.execute import execute
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.tensormap import Source
@@ -53,7 +54,8 @@ def test_in_bf16_large_errors_are_found_and_rounding_is_none(tmp_path: Path) -> 
 def wrong(source: Path, method: str, options: dict[str, Any], change: Callable[[Any], GrowthPlan], out: Path) -> Path:
     """A growth whose map has an error, written as hf-grow writes it."""
     checkpoint = open_folder(source)
-    execute(change(injected.Wrong(api.plan(source, method, **options))), checkpoint, out)
+    plan = change(injected.Wrong(api.plan(source, method, **options)))
+    execute(plan, checkpoint, out, layout(plan.targets))
     return out
 
 

@@ -126,7 +126,6 @@ def check_of_source(found: Importance, plan: GrowthPlan, grown: Checkpoint) -> N
             gain = piece.scale * math.prod(float(g[t]) for g, t in zip(piece.gain, target, strict=True) if t is not None)
             compared += 1
             wrong += abs(here / gain - value) > 2.0**-6 * abs(value) + 1e-6
-    stored.close()
     if not compared or wrong > compared / 1000:
         raise InputError(
             f"{found.path} is not of the model that {grown.ref} was grown from ({plan.source.ref}): the weights differ.",
