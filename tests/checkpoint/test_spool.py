@@ -22,6 +22,7 @@ from hf_grow import api
 from hf_grow.checkpoint.partial_folder import SPOOL
 from hf_grow.checkpoint.tensor_cache import schedule
 from hf_grow.checkpoint.writer import layout
+from hf_grow.common.units import format_bytes
 from hf_grow.growth.plan import GrowthPlan
 
 hub = hub_server.hub
@@ -171,7 +172,7 @@ def test_a_dry_run_fetches_headers_only_and_says_what_would_be(
     plan = api.plan(folder, "interleave", layers_to=12)
     facts = schedule(plan, order_of(plan), frozenset(plan.source.tensors), 0)
     assert (
-        f"fetching   {facts.fetched / 1e6:.1f} MB by byte ranges ({(facts.fetched - facts.once) / 1e6:.1f} MB of them a second time)"
+        f"fetching   {format_bytes(facts.fetched)} by byte ranges ({format_bytes(facts.fetched - facts.once)} of them a second time)"
         in said
     )
     assert fetched_bytes(served) == 0
