@@ -114,7 +114,7 @@ def _pretrain(stage: Stage, found: domains.Domains) -> None:
     from hf_grow.training.regularizers.fisher import on_disk
     from hf_grow.training.regularizers.fisher_file import samples, write_importance
     from hf_grow.training.regularizers.si import SynapticIntelligence
-    from hf_grow.training.trainer.trainer import Growing, GrowTrainer
+    from hf_grow.training.trainer.trainer import BaseGrowTrainer, Growing
 
     s = stage.settings
     old, new = found.documents["old"], found.documents["new"]
@@ -133,7 +133,7 @@ def _pretrain(stage: Stage, found: domains.Domains) -> None:
             warmup_steps=20, weight_decay=0.1, adam_beta2=0.95, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
             use_cpu=True, seed=stage.seed,
         )  # fmt: skip
-        GrowTrainer(model=model, args=arguments, train_dataset=Rows(rows[order]), growing=Growing(penalty=penalty)).train()
+        BaseGrowTrainer(model=model, args=arguments, train_dataset=Rows(rows[order]), growing=Growing(penalty=penalty)).train()
     penalty.consolidate()
     model.save_pretrained(stage.model(""))
     tokenizer.save_pretrained(stage.model(""))

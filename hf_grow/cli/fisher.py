@@ -16,7 +16,7 @@ from hf_grow.cli.commands import add_json, add_source, enough_memory, print_json
 from hf_grow.cli.fisher_options import RunOptions
 from hf_grow.cli.trials import MEASURED, Trials, calibrated, trials_for
 from hf_grow.common.extras import need
-from hf_grow.common.safe_files import to_json
+from hf_grow.common.safe_files import plain, to_json
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import InputError, OutputError
 from hf_grow.growth.plan import GrowthPlan, check_source
@@ -27,7 +27,6 @@ from hf_grow.training.config.fisher_options import FisherOptions
 from hf_grow.training.regularizers.fisher import memory
 from hf_grow.training.regularizers.fisher_file import open_importance
 from hf_grow.training.setup.warnings import RECOVER, damaged
-from hf_grow.training.trainer.events import plain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
                 else _estimated(checkpoint, how, options, out, trials, quiet=arguments.json)
             )
         facts = {"output": str(out), **facts, "seconds": round(time.perf_counter() - start, 1)}
-    print_json(plain(facts)) if arguments.json else _show(facts)
+    print_json(plain(facts, nonfinite=str)) if arguments.json else _show(facts)
     return 0
 
 
@@ -123,13 +122,13 @@ def _dry(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) -> dic
     if mapped:
         return {"dry_run": True, "parameters": total, "file_bytes": stored, "note": "mapped tensor by tensor; no model is loaded"}
     from hf_grow.model import flops
-    from hf_grow.model.meta_model import skeleton
+    from hf_grow.model.meta_model import meta_model
 
     length = min(options.seq_length, checkpoint.config.get("max_position_embeddings") or options.seq_length)
     needs = memory(total, {"bfloat16": 2, "float64": 8}.get(options.dtype, 4))
     return {
         "dry_run": True, "parameters": total, "tokens": options.tokens, "file_bytes": stored,
-        "memory_bytes": {**needs, "total": sum(needs.values())}, "flops": flops.training(skeleton(checkpoint.info.config), length) * options.tokens,
+        "memory_bytes": {**needs, "total": sum(needs.values())}, "flops": flops.training(meta_model(checkpoint.info.config), length) * options.tokens,
         "note": "activations of one batch come on top",
     }  # fmt: skip
 

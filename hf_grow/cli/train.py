@@ -118,9 +118,9 @@ def run(arguments: argparse.Namespace) -> int:
     path = find_recipe(arguments.recipe)
     if int(os.environ.get("RANK", "0")) == 0 and not arguments.json:
         render.note(f"Reading {path} ...")  # what comes next imports torch and transformers, which takes seconds
+    from hf_grow.common.safe_files import plain
     from hf_grow.training.config import train_config as recipe
     from hf_grow.training.train import dry_run, train
-    from hf_grow.training.trainer.events import plain
 
     how = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False)
     _quiet()
@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not first:
         return 0
     if arguments.json:
-        print_json(plain(result.to_json()))
+        print_json(plain(result.to_json(), nonfinite=str))
     else:
         _show_result(result)
     return 0

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -130,13 +130,13 @@ def to_json(data: Any, *, indent: int | None = 2) -> str:
     return json.dumps(data, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def plain(value: Any) -> Any:
-    """The same, at any depth, with None for NaN and the infinities: measurements of a broken model, which are told all the same."""
+def plain(value: Any, nonfinite: Callable[[float], Any] = lambda number: None) -> Any:
+    """JSON data at any depth, with `nonfinite` of NaN and infinities, which JSON does not have: None, or `str` for 'nan' and 'inf'."""
     if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
+        return {str(k): plain(v, nonfinite) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [plain(v, nonfinite) for v in value]
+    return nonfinite(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _no_number(text: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.model.loading import loading
-from hf_grow.model.meta_model import skeleton
+from hf_grow.model.meta_model import meta_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ def forward(config: Mapping[str, Any], length: int) -> float:
     import torch
 
     with torch.no_grad():
-        return _count(skeleton(config), length)
+        return _count(meta_model(config), length)
 
 
 def training(model: Module, length: int) -> float:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
+def meta_model(config: Mapping[str, Any]) -> PreTrainedModel:
     """The model of a config.json on the meta device. Raises SourceError for values that transformers does not take."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig

@@ -22,15 +22,15 @@ from hf_grow.training.config.train_config import Read
 from hf_grow.training.dry_run.dry_run import dry_run
 from hf_grow.training.setup import result_dtype as storing
 from hf_grow.training.setup.assembly import bring_companions, facts, make_trainer, prepare, tokens_of
-from hf_grow.training.setup.checked import Checked, Notify
 from hf_grow.training.setup.checks import check, clear_output
 from hf_grow.training.setup.provenance import kept, note_files, record_of
+from hf_grow.training.setup.train_setup import Notify, TrainSetup
 from hf_grow.training.trainer.checkpointing import last_checkpoint, write_json
-from hf_grow.training.trainer.events import NAME as EVENTS
+from hf_grow.training.trainer.events import EVENTS_FILE
 
 if TYPE_CHECKING:
     from hf_grow.training.data import TrainData
-    from hf_grow.training.trainer.trainer import GrowTrainer
+    from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
 __all__ = ["TrainResult", "dry_run", "train"]
 
@@ -92,7 +92,7 @@ def train(
                 clear_output(out)
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / RECORD, {"recipe": kept(read.given), "model": checked.checkpoint.ref, "made_by": versions()})
-            (out / EVENTS).touch()
+            (out / EVENTS_FILE).touch()
     trainer = make_trainer(checked, ready, notify, show, come_from is not None)
     start_from = str(come_from or arguments.resume_from_checkpoint or "") or None
     trainer.growing.announce = "start" if come_from is None else "resume"
@@ -100,7 +100,7 @@ def train(
     return _finish(trainer, checked, ready.data, found, time.perf_counter() - began)
 
 
-def _same_run(checked: Checked, notify: Notify) -> None:
+def _same_run(checked: TrainSetup, notify: Notify) -> None:
     """Tells what a resumed run does otherwise than it began. Raises OutputError if it is of another model."""
     try:
         before = read_json(checked.out / RECORD)["recipe"]
@@ -116,7 +116,7 @@ def _same_run(checked: Checked, notify: Notify) -> None:
         notify(f"Other than when this training began: {', '.join(changed)}.")
 
 
-def _finish(trainer: GrowTrainer, checked: Checked, data: TrainData, found: Any, seconds: float) -> TrainResult:
+def _finish(trainer: BaseGrowTrainer, checked: TrainSetup, data: TrainData, found: Any, seconds: float) -> TrainResult:
     """The last evaluation, and the model in the output folder."""
     g, out, step = trainer.growing, checked.out, int(trainer.state.global_step)
     rounded = checked.recipe.lora is None and storing.settle(trainer, checked)

@@ -17,7 +17,7 @@ from hf_grow.convert.in_memory import disk_names, grow_model
 from hf_grow.errors import InputError, SourceError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.training.param_updates.param_provenance import PARTS, load_plan, new_masks, new_on_disk, parts
-from hf_grow.training.param_updates.parameter_map import parameters, places
+from hf_grow.training.param_updates.parameter_map import parameter_map, parameters
 
 
 def inherited(source: Tensor, grown: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def test_names_under_wrappers_are_bare() -> None:
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2_moe", "mixtral", "qwen3_moe-mixed"])
 def test_places_are_where_transformers_reads_every_tensor(name: str) -> None:
     model = make(BY_NAME[name])
-    found, memory, disk = places(model), parameters(model), on_disk(model)
+    found, memory, disk = parameter_map(model), parameters(model), on_disk(model)
     assert found.keys() == disk.keys()
     assert all(torch.equal(place.of(memory[place.parameter].data), disk[n]) for n, place in found.items())
     assert sum(p.numel() for p in memory.values()) == sum(t.numel() for t in disk.values())

@@ -11,7 +11,7 @@ from models import BY_NAME, real_config
 from trained import grown, recipe, run
 
 from hf_grow.model import flops
-from hf_grow.model.meta_model import skeleton
+from hf_grow.model.meta_model import meta_model
 from hf_grow.training.config.distill_options import DistillOptions, Teacher
 from hf_grow.training.dry_run import memory as estimate
 
@@ -38,7 +38,7 @@ def test_forward_and_everything_trained(case: str) -> None:
     p = parts(config)
     once = config.num_hidden_layers * block(p) + p["head"]
     assert flops.forward(config.to_dict(), LENGTH) == once
-    assert flops.training(skeleton(config.to_dict()), LENGTH) == 3 * once
+    assert flops.training(meta_model(config.to_dict()), LENGTH) == 3 * once
 
 
 def test_rotary_frequencies_that_follow_the_length_are_no_more_work() -> None:
@@ -46,7 +46,7 @@ def test_rotary_frequencies_that_follow_the_length_are_no_more_work() -> None:
     config = real_config(BY_NAME["llama"]).to_dict()
     dynamic = {**config, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
     assert flops.forward(dynamic, LENGTH) == flops.forward(config, LENGTH)
-    assert flops.training(skeleton(dynamic), LENGTH) == 3 * flops.forward(config, LENGTH)
+    assert flops.training(meta_model(dynamic), LENGTH) == 3 * flops.forward(config, LENGTH)
 
 
 def test_of_a_mixture_the_experts_of_a_token_count() -> None:
@@ -54,13 +54,13 @@ def test_of_a_mixture_the_experts_of_a_token_count() -> None:
     p = parts(config)
     routed = config.num_experts_per_tok * p["ffn"] + 2 * config.hidden_size * config.num_local_experts
     once = config.num_hidden_layers * (p["projections"] + p["attention"] + routed) + p["head"]
-    assert flops.training(skeleton(config.to_dict()), LENGTH) == 3 * once
+    assert flops.training(meta_model(config.to_dict()), LENGTH) == 3 * once
 
 
 @pytest.mark.parametrize("what", ["head", "last block", "norms of the last block", "first block"])
 def test_the_backward_pass_goes_as_far_as_something_trains(what: str) -> None:
     config = real_config(BY_NAME["llama"], num_hidden_layers=3)
-    p, model = parts(config), skeleton(config.to_dict())
+    p, model = parts(config), meta_model(config.to_dict())
     once = 3 * block(p) + p["head"]
     wanted = {
         "head": ("lm_head", once + p["head"]),  # its weights; nothing before it
@@ -77,7 +77,7 @@ def test_the_backward_pass_goes_as_far_as_something_trains(what: str) -> None:
 def test_a_run_counts_what_its_recipe_trains_and_its_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path)
     config, source = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("grown", "source"))
-    whole, teacher = flops.training(skeleton(config), 16), flops.forward(source, 16)
+    whole, teacher = flops.training(meta_model(config), 16), flops.forward(source, 16)
     tokens = 6 * 2 * 16
     assert run(capsys, "train", recipe(tmp_path, model), "--dry-run")["flops"] == whole * tokens
     path = recipe(tmp_path, model, train="new", distill={})
@@ -95,7 +95,7 @@ def test_a_run_counts_what_its_recipe_trains_and_its_teacher(tmp_path: Path, cap
 
 def test_lora_adds_its_products_and_spares_gradients_of_what_is_frozen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path)
-    whole = flops.training(skeleton(json.loads((model / "config.json").read_text())), 16) * 6 * 2 * 16
+    whole = flops.training(meta_model(json.loads((model / "config.json").read_text())), 16) * 6 * 2 * 16
     path = recipe(tmp_path, model, lora={"r": 2})
     dry = run(capsys, "train", path, "--dry-run")["flops"]
     assert whole / 2 < dry < whole

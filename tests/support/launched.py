@@ -76,17 +76,17 @@ def short_of_patience(seconds: float) -> None:
 def note_facts(target: Path) -> None:
     """Writes down, at every step, how this process holds its parameters, and how many texts it packed."""
     from hf_grow.training.data import packing
-    from hf_grow.training.trainer.trainer import GrowTrainer
+    from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
     facts: dict[str, Any] = {"packed": 0}
-    watch, write, stop = GrowTrainer.watch, packing._write, os.environ.get("LAUNCHED_STOP")
+    watch, write, stop = BaseGrowTrainer.watch, packing._write, os.environ.get("LAUNCHED_STOP")
 
     def counted(*args: Any) -> Any:
         facts["packed"] += 1
         time.sleep(float(os.environ.get("LAUNCHED_SLOW", 0)))
         return write(*args)
 
-    def noted(self: GrowTrainer) -> None:
+    def noted(self: BaseGrowTrainer) -> None:
         held = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters()]
         facts["kinds"] = sorted({type(p).__name__ for p in self.model.parameters()})
         facts["wrapper"], facts["numbers"] = type(self.model_wrapped).__name__, sum(p.numel() for p in held)
@@ -95,7 +95,7 @@ def note_facts(target: Path) -> None:
         if stop and self.state.global_step == int(stop):
             os._exit(9)  # no goodbye
 
-    packing._write, GrowTrainer.watch = counted, noted
+    packing._write, BaseGrowTrainer.watch = counted, noted
 
 
 if __name__ == "__main__":

@@ -81,17 +81,17 @@ def recipe(folder: Path, model: Path, **changes: Any) -> Path:
 
 def losses_told(monkeypatch: pytest.MonkeyPatch, name: str, say: Callable[[int, float], float]) -> None:
     """What evaluations say of a set, by step and loss: which is the best must not hang on how a training goes here."""
-    from hf_grow.training.trainer.trainer import GrowTrainer
+    from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
-    loop = GrowTrainer.evaluation_loop
+    loop = BaseGrowTrainer.evaluation_loop
 
-    def evaluated(self: GrowTrainer, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluated(self: BaseGrowTrainer, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         found, key = loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs), f"eval_{name}_loss"
         if metric_key_prefix == f"eval_{name}":
             found.metrics[key] = say(self.state.global_step, found.metrics[key])
         return found
 
-    monkeypatch.setattr(GrowTrainer, "evaluation_loop", evaluated)
+    monkeypatch.setattr(BaseGrowTrainer, "evaluation_loop", evaluated)
 
 
 def run(capsys: Any, *words: object, status: int = 0) -> dict[str, Any]:

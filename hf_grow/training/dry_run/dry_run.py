@@ -13,16 +13,16 @@ from hf_grow.common.units import format_bytes
 from hf_grow.errors import ExecutionError, GrowError
 from hf_grow.growth.plan import DTYPE_BYTES
 from hf_grow.model import flops
-from hf_grow.model.meta_model import skeleton
+from hf_grow.model.meta_model import meta_model
 from hf_grow.training.config.distill_options import Teacher
 from hf_grow.training.config.train_config import DEFAULTS, Read, tokens_a_step
 from hf_grow.training.data import survey
 from hf_grow.training.distributed.launch import Launch, launched
 from hf_grow.training.dry_run import memory as estimate
 from hf_grow.training.regularizers.build import penalty_bytes
-from hf_grow.training.setup.checked import Checked, Notify
 from hf_grow.training.setup.checks import check, resolve
-from hf_grow.training.setup.prepare import blend_for, weights_dtype, who_trains, with_lora
+from hf_grow.training.setup.prepare import make_residual_scale, plan_updates, weights_dtype, with_lora
+from hf_grow.training.setup.train_setup import Notify, TrainSetup
 
 SMALLER = (
     "Take a smaller per_device_train_batch_size and more gradient_accumulation_steps, or activation_checkpointing: true. --dry-run counts."
@@ -50,14 +50,14 @@ def dry_run(
     checked = check(read, output=output, resume=resume, overwrite=overwrite, notify=notify, started=started, texts=not timed)
     recipe, arguments, info = checked.recipe, checked.arguments, checked.checkpoint.info
     texts = _texts(checked, notify, needed=not timed)
-    model = skeleton(info.config)
-    who = who_trains(model, checked.plan, recipe)
-    blend_for(model, who, recipe)
+    model = meta_model(info.config)
+    who = plan_updates(model, checked.plan, recipe)
+    make_residual_scale(model, who, recipe)
     groups = [list(g) for g in who.updates.describe(model)]
     trainable = sum(p.numel() for n, p in model.named_parameters() if who.updates.trains[n] is not False)
     parameters = sum(p.numel() for p in model.parameters())
     own = {"float64": 8, "float32": 4}.get(weights_dtype(recipe, checked.checkpoint), 2)
-    who.updates.settle(model)
+    who.updates.freeze(model)
     counted: Any = model
     if recipe.lora is not None:
         wrapped, updates = with_lora(model, who, recipe)
@@ -70,7 +70,7 @@ def dry_run(
     copies = own * who.updates.copies(model, warming=warming) if recipe.lora is None else 0
     memory = estimate.estimate(
         info.architecture, arguments, parameters=parameters, trainable=trainable, width=own, length=recipe.data.seq_length,
-        penalty=penalty_bytes(recipe.regularizer, skeleton(info.config), checked.plan), rows=copies, teachers=teachers,
+        penalty=penalty_bytes(recipe.regularizer, meta_model(info.config), checked.plan), rows=copies, teachers=teachers,
         distillation=logits, launch=started,
     )  # fmt: skip
     step = tokens_a_step(arguments, recipe.data.seq_length, started.processes)
@@ -99,7 +99,7 @@ def dry_run(
     return facts
 
 
-def _texts(checked: Checked, notify: Notify, *, needed: bool) -> list[dict[str, Any]]:
+def _texts(checked: TrainSetup, notify: Notify, *, needed: bool) -> list[dict[str, Any]]:
     try:
         return survey(checked.recipe.data, checked.tokenizer, notify=notify, vocab_size=checked.vocabulary)
     except GrowError as error:
@@ -109,7 +109,7 @@ def _texts(checked: Checked, notify: Notify, *, needed: bool) -> list[dict[str, 
         return []
 
 
-def _time(checked: Checked, facts: Mapping[str, Any], notify: Notify) -> dict[str, Any]:
+def _time(checked: TrainSetup, facts: Mapping[str, Any], notify: Notify) -> dict[str, Any]:
     needs, free = facts["memory"]["total"], facts["free_memory"]
     if free["device"] == "cpu" and needs > free["bytes"]:  # the system would end the process; accelerators say that they are full
         raise ExecutionError(
@@ -120,7 +120,7 @@ def _time(checked: Checked, facts: Mapping[str, Any], notify: Notify) -> dict[st
     return time_steps(checked, notify).to_json(facts["steps"], leaves_out(checked))
 
 
-def _teachers(checked: Checked) -> tuple[int, int]:
+def _teachers(checked: TrainSetup) -> tuple[int, int]:
     """Bytes of teachers in memory, and of the logits that learning from them takes."""
     options, arguments = checked.recipe.distill, checked.arguments
     if options is None:
@@ -135,7 +135,7 @@ def _teachers(checked: Checked) -> tuple[int, int]:
     return (0 if options.top_k is not None else sum(t.info.nbytes for h in held for t in h.tensors.values())), logits
 
 
-def _beside(checked: Checked, texts: Sequence[Mapping[str, Any]], tokens: int, one_pass: int) -> float:
+def _beside(checked: TrainSetup, texts: Sequence[Mapping[str, Any]], tokens: int, one_pass: int) -> float:
     """FLOPs of forward passes of other models: teachers (once for every row, where their logits are kept), and the source as a baseline."""
     recipe, total = checked.recipe, 0.0
     length = recipe.data.seq_length
@@ -162,7 +162,7 @@ def free_memory(arguments: Any) -> dict[str, Any]:
     return {"device": "cpu" if arguments.device.type == "cpu" else str(arguments.device), "bytes": available_memory()}
 
 
-def differs(checked: Checked) -> dict[str, Any]:
+def differs(checked: TrainSetup) -> dict[str, Any]:
     """What was asked for and is not the default, as JSON data; without the model and the output, which stand by themselves."""
     own = checked.recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     standard = {**{f.name: f.default for f in fields(type(checked.arguments))}, **DEFAULTS}
@@ -170,7 +170,7 @@ def differs(checked: Checked) -> dict[str, Any]:
     return {k: v for k, v in {**own, **given}.items() if k not in ("model", "output")}
 
 
-def resolved(checked: Checked) -> dict[str, Any]:
+def resolved(checked: TrainSetup) -> dict[str, Any]:
     """The recipe with every default that differs from transformers' own, as JSON data."""
     changed = {k: v for k, v in checked.arguments.to_dict().items() if k in checked.read.arguments or k in _SHOWN}
     return {**checked.recipe.model_dump(mode="json", by_alias=True), **changed}

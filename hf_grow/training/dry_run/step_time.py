@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 from hf_grow.training.config.train_config import tokens_a_step
 from hf_grow.training.data import Collator, TrainData
 from hf_grow.training.setup.assembly import make_trainer, prepare
-from hf_grow.training.setup.checked import Checked, Notify
 from hf_grow.training.setup.checks import arguments_for
+from hf_grow.training.setup.train_setup import Notify, TrainSetup
 from hf_grow.training.trainer.progress import Progress
 
 STEPS = 5
@@ -71,7 +71,7 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop = len(self.ends) > STEPS or late
 
 
-def time_steps(checked: Checked, notify: Notify, clock: Callable[[], float] = time.perf_counter) -> Timed:
+def time_steps(checked: TrainSetup, notify: Notify, clock: Callable[[], float] = time.perf_counter) -> Timed:
     """Loads the model and trains for a few steps; nothing of it is kept. Raises what a training raises."""
     arguments, length = checked.arguments, checked.recipe.data.seq_length
     tokens = tokens_a_step(arguments, length, arguments.world_size)
@@ -89,7 +89,7 @@ def time_steps(checked: Checked, notify: Notify, clock: Callable[[], float] = ti
     return Timed(tuple(b - a for a, b in zip(watch.ends, watch.ends[1:], strict=False)), tokens)
 
 
-def _elsewhere(checked: Checked, folder: Path) -> Checked:
+def _elsewhere(checked: TrainSetup, folder: Path) -> TrainSetup:
     """The same training in another folder, without what it does besides steps: evaluations, checkpoints, reports."""
     recipe = checked.recipe
     changes: dict[str, Any] = {"data": recipe.data.model_copy(update={"eval": {}}), "kl_rows": 0, "early_stopping_patience": None}
@@ -101,7 +101,7 @@ def _elsewhere(checked: Checked, folder: Path) -> Checked:
     return replace(checked, recipe=recipe, arguments=arguments_for(recipe, given, folder), out=folder)
 
 
-def _made_up(checked: Checked, notify: Notify) -> TrainData:
+def _made_up(checked: TrainSetup, notify: Notify) -> TrainData:
     """The rows of one micro-batch, of random tokens."""
     rows, length = checked.arguments.per_device_train_batch_size, checked.recipe.data.seq_length
     ids = np.random.default_rng(checked.arguments.seed).integers(checked.vocabulary, size=(rows, length))
@@ -109,7 +109,7 @@ def _made_up(checked: Checked, notify: Notify) -> TrainData:
     return TrainData(train, {}, (), Collator(0), length)
 
 
-def leaves_out(checked: Checked) -> list[str]:
+def leaves_out(checked: TrainSetup) -> list[str]:
     """What a training does besides its steps, in words."""
     recipe, out = checked.recipe, ["reading the texts"]
     if recipe.data.replay is not None and recipe.data.replay.self is not None:

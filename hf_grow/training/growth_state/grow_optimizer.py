@@ -22,33 +22,33 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.common.safe_files import read_bytes
 from hf_grow.errors import ExecutionError, InputError, SourceError
 from hf_grow.growth.plan import GrowthPlan
-from hf_grow.model.meta_model import skeleton, trainer_groups
+from hf_grow.model.meta_model import meta_model, trainer_groups
 from hf_grow.training.growth_state import trajectory
 from hf_grow.training.growth_state.moments import Policy, grow_state
 from hf_grow.training.growth_state.optimizer_files import (
     NAMES,
     SCALER,
     SCHEDULER,
-    STATE,
+    TRAINER_STATE,
     by_name,
     fresh,
     no_optimizer,
     optimizer_file,
     read_optimizer,
 )
-from hf_grow.training.growth_state.state_files import PLACE
+from hf_grow.training.growth_state.state_files import DATA_STATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-AS_THEY_ARE = (SCHEDULER, SCALER, PLACE)
+AS_THEY_ARE = (SCHEDULER, SCALER, DATA_STATE)
 """Besides the random state of every process."""
 OF_THE_SOURCE = ("best_model_checkpoint", "best_metric", "best_global_step", "trial_name", "trial_params")
 """What trainer_state.json says of the model that was grown; the grown one has no best checkpoint yet."""
 
 
 @dataclass(frozen=True)
-class Carried:
+class GrownState:
     """What was done, for the report."""
 
     policy: Policy
@@ -59,11 +59,11 @@ class Carried:
 
 def check_trainer_checkpoint(folder: Path, policy: Policy = "map") -> None:
     """Raises SourceError if the folder holds no state of a training that can be grown by this policy."""
-    if optimizer_file(folder) is None and not (policy == "reset" and (folder / STATE).is_file()):
+    if optimizer_file(folder) is None and not (policy == "reset" and (folder / TRAINER_STATE).is_file()):
         raise no_optimizer(folder)
 
 
-def carry(
+def grow_trainer_state(
     folder: Path,
     out: Path,
     plan: GrowthPlan,
@@ -71,10 +71,10 @@ def carry(
     *,
     names: Sequence[Sequence[str]] | None = None,
     exact_steps: bool = False,
-) -> Carried:
+) -> GrownState:
     """Writes the grown optimizer state, scheduler.pt, trainer_state.json and random state of Trainer checkpoint `folder` into `out`.
 
-    ``names``: the parameter names of each group, where the optimizer was not made by Trainer and its groups carry no names.
+    ``names``: the parameter names of each group, where the optimizer was not made by Trainer and its groups grow_trainer_state no names.
     ``exact_steps``: groups with the learning rates of `trajectory.rule`, for an optimizer made from `trajectory.groups`.
     Raises SourceError if the state is none of AdamW's, or does not fit the plan's source.
     """
@@ -87,9 +87,9 @@ def carry(
     _carry_state(folder, out)
     file = optimizer_file(folder)
     if file is None:  # reset; hf-grow train goes on with the schedule alone
-        return Carried(policy, 0, 0, 0)
+        return GrownState(policy, 0, 0, 0)
     groups, state = read_optimizer(file, mmap=True)
-    source, target = skeleton(plan.source.config), skeleton(plan.growth.config)
+    source, target = meta_model(plan.source.config), meta_model(plan.growth.config)
     named = file.name == NAMES
     names = [list(g["params"]) for g in groups] if named else names
     layout = _layout(groups, state, source, names)
@@ -113,22 +113,22 @@ def carry(
         by_number |= {i: fresh(tuple(target.get_parameter(n).shape)) for n, i in numbers.items() if i not in by_number}
     whole = {"state": by_number, "param_groups": groups}
     _save(by_name(groups, by_number, names_after) if named else whole, out / file.name)
-    return Carried(policy, len(grown), fresh_ones, step)
+    return GrownState(policy, len(grown), fresh_ones, step)
 
 
 def _carry_state(folder: Path, out: Path) -> None:
     """trainer_state.json without what it says of the smaller model: its best checkpoint would be loaded by name into the larger one."""
-    if not (folder / STATE).is_file():
+    if not (folder / TRAINER_STATE).is_file():
         return
     try:
-        state = json.loads(read_bytes(folder / STATE))  # its losses may be NaN
+        state = json.loads(read_bytes(folder / TRAINER_STATE))  # its losses may be NaN
         callbacks = state.get("stateful_callbacks") or {}
     except (ValueError, RecursionError, AttributeError) as error:
-        raise SourceError(f"{folder / STATE} cannot be read: {' '.join(str(error).split())[:200]}.") from None
+        raise SourceError(f"{folder / TRAINER_STATE} cannot be read: {' '.join(str(error).split())[:200]}.") from None
     state |= {k: None for k in OF_THE_SOURCE if k in state}
     if isinstance(callbacks, dict) and "stateful_callbacks" in state:
         state["stateful_callbacks"] = {k: v for k, v in callbacks.items() if k != "EarlyStoppingCallback"}  # its patience, too
-    (out / STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (out / TRAINER_STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _save(state: Mapping[str, Any], path: Path) -> None:
@@ -227,7 +227,7 @@ def grow_checkpoint_state(folder: Path, plan: GrowthPlan, policy: Policy, *, exa
 
     def write(out: Path) -> set[str]:
         before = {p.name for p in out.iterdir()}
-        carry(folder, out, plan, policy, exact_steps=exact_steps)
+        grow_trainer_state(folder, out, plan, policy, exact_steps=exact_steps)
         return {p.name for p in out.iterdir()} - before
 
     return write

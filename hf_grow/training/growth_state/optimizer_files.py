@@ -16,7 +16,7 @@ from hf_grow.errors import SourceError
 from hf_grow.model.meta_model import trainer_groups
 
 POSITIONS, NAMES = "optimizer.pt", "optimizer.bin"
-SCHEDULER, SCALER, STATE = "scheduler.pt", "scaler.pt", "trainer_state.json"
+SCHEDULER, SCALER, TRAINER_STATE = "scheduler.pt", "scaler.pt", "trainer_state.json"
 
 
 def optimizer_file(folder: Path) -> Path | None:

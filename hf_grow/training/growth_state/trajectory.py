@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.growth.plan import GrowthPlan, TensorInfo
 from hf_grow.growth.tensormap import Expr, Noise, Quantity
-from hf_grow.model.meta_model import memory_names, skeleton, trainer_groups
+from hf_grow.model.meta_model import memory_names, meta_model, trainer_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ class Steps:
 
 def rule(plan: GrowthPlan) -> dict[str, Steps]:
     """The factors of every parameter of the grown model, by its name in memory."""
-    target = skeleton(plan.growth.config)
+    target = meta_model(plan.growth.config)
     lr, eps = (_common(memory_names(target, _of_ones(plan, q))) for q in ("weight", "grad"))
     return {name: Steps(lr[name], eps[name]) for name in lr}
 

@@ -16,7 +16,7 @@ from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.model.architecture import Architecture, Entry
 from hf_grow.training.param_updates.masks import inverse
-from hf_grow.training.param_updates.parameter_map import bare, places
+from hf_grow.training.param_updates.parameter_map import bare, parameter_map
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ def check_fits(plan: GrowthPlan, checkpoint: Checkpoint) -> None:
 
 def new_masks(model: PreTrainedModel, plan: GrowthPlan | None) -> dict[str, Mask]:
     """The mask of every parameter. Without a plan nothing is new. Raises InputError if the plan is for another model."""
-    return _in_memory(model, new_on_disk(plan) if plan is not None else dict.fromkeys(places(model), False))
+    return _in_memory(model, new_on_disk(plan) if plan is not None else dict.fromkeys(parameter_map(model), False))
 
 
 def new_on_disk(plan: GrowthPlan) -> dict[str, Mask]:
@@ -136,7 +136,7 @@ def _in_memory(model: PreTrainedModel, on_disk: Mapping[str, Mask]) -> dict[str,
     import torch
 
     found: dict[str, list[tuple[str, Mask]]] = {}
-    where = places(model)
+    where = parameter_map(model)
     for name, place in where.items():
         if name not in on_disk:
             raise InputError(f"The growth plan knows no tensor {name}.", hint="Is its growth.json that of another model?")

@@ -21,7 +21,7 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_mo
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterRows:
     """Rows [start, stop) of a parameter seen as a matrix of its last dimension (of a vector: entries)."""
 
     parameter: str
@@ -45,7 +45,7 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {bare(n): p for n, p in model.named_parameters()}
 
 
-def places(model: PreTrainedModel) -> dict[str, Place]:
+def parameter_map(model: PreTrainedModel) -> dict[str, ParameterRows]:
     """Name on disk -> its place, for every parameter of `model` (not wrapped; on any device, meta too).
 
     Raises ExecutionError if transformers stores a parameter in another way than by rows.
@@ -54,7 +54,7 @@ def places(model: PreTrainedModel) -> dict[str, Place]:
 
     from hf_grow.convert.in_memory import disk_names
 
-    found: dict[str, Place] = {}
+    found: dict[str, ParameterRows] = {}
     for name, p in model.named_parameters():
         numbered = torch.arange(p.numel()) if p.dim() == 1 else torch.arange(p.numel() // p.shape[-1]).view(*p.shape[:-1], 1)
         for on_disk, numbers in disk_names(model, {name: numbered}).items():
@@ -62,5 +62,5 @@ def places(model: PreTrainedModel) -> dict[str, Place]:
             start = int(flat[0])
             if not torch.equal(flat, torch.arange(start, start + flat.numel())):
                 raise ExecutionError(f"{on_disk} is stored in an order that this version of hf-grow does not know.")
-            found[on_disk] = Place(bare(name), start, start + flat.numel())
+            found[on_disk] = ParameterRows(bare(name), start, start + flat.numel())
     return found

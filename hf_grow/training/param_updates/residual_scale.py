@@ -17,7 +17,7 @@ def decoder_layers(model: Any) -> list[Module]:
     return list(plain.base_model.layers)
 
 
-class Blend:
+class ResidualScale:
     """h + alpha * (block(h) - h) in place of block(h), for some blocks. No hook stays where alpha is 1: then the forward is untouched."""
 
     def __init__(self, model: Any, blocks: Iterable[int]) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Rates:
+class LrFactors:
     """Multiples of the schedule's learning rate at one step."""
 
     every: float = 1.0
@@ -46,10 +46,10 @@ class _Role:
     """New entries beside old ones."""
 
 
-class Updates:
+class ParamUpdates:
     """Masks, by parameter name: which entries train (at all), which are new, and which train in each phase.
 
-    `settle` first, once, before the optimizer is made; then `gradients` after every last backward, and `before`/`after` around each step.
+    `freeze` first, once, before the optimizer is made; then `gradients` after every last backward, and `before`/`after` around each step.
     """
 
     def __init__(self, trains: Mapping[str, Mask], new: Mapping[str, Mask], phases: Sequence[Mapping[str, Mask]] = ()) -> None:
@@ -61,7 +61,7 @@ class Updates:
         self.used: dict[Any, float] = {}
         """The learning rate of every parameter that moves in this step, between `before` and `after`."""
 
-    def settle(self, model: Module) -> None:
+    def freeze(self, model: Module) -> None:
         """Parameters that never train need no gradient, and so no memory for one."""
         for name, p in parameters(model).items():
             if self.trains.get(name, True) is False:
@@ -106,7 +106,7 @@ class Updates:
                 gradient = local(p.grad)
                 role.lost.put(gradient, torch.zeros_like(role.lost.take(gradient)))
 
-    def before(self, model: Module, optimizer: Any, phase: int | None, rates: Rates) -> None:
+    def before(self, model: Module, optimizer: Any, phase: int | None, rates: LrFactors) -> None:
         """Scales learning rates, and remembers entries whose update is to be another than the optimizer's."""
         assert not self._held and self._groups is None, "two steps at once"
         whole: dict[int, float] = {}

@@ -13,7 +13,7 @@ from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.training.config.regularizer_options import PenaltyOptions
 from hf_grow.training.param_updates.param_provenance import new_masks
-from hf_grow.training.param_updates.parameter_map import Place, bare, parameters, places
+from hf_grow.training.param_updates.parameter_map import ParameterRows, bare, parameter_map, parameters
 from hf_grow.training.regularizers.collapsed import Collapsed
 from hf_grow.training.regularizers.fisher_file import Importance, check_model, encode, full, open_importance, sample, samples
 from hf_grow.training.regularizers.penalty import DTYPES, Penalty, Quadratic
@@ -34,7 +34,7 @@ def make_penalty(options: PenaltyOptions, model: PreTrainedModel, plan: GrowthPl
     """
     if options.kind == "none":
         return None
-    where = places(model)
+    where = parameter_map(model)
     storage = DTYPES[options.storage]
     files = [open_importance(f) for f in options.fisher]
     if options.collapsed:
@@ -78,13 +78,13 @@ def penalty_bytes(options: PenaltyOptions, model: PreTrainedModel, plan: GrowthP
     return (2 * one + (16 if collects else 0)) * count
 
 
-def _shapes(model: PreTrainedModel, where: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
+def _shapes(model: PreTrainedModel, where: Mapping[str, ParameterRows]) -> dict[str, tuple[int, ...]]:
     meta = {bare(n): torch.empty(p.shape, device="meta") for n, p in model.named_parameters()}
     return {n: tuple(place.of(meta[place.parameter]).shape) for n, place in where.items()}
 
 
 def _reader(
-    files: list[Importance], decay: float, model: PreTrainedModel, where: Mapping[str, Place], masks: Mapping[str, Mask]
+    files: list[Importance], decay: float, model: PreTrainedModel, where: Mapping[str, ParameterRows], masks: Mapping[str, Mask]
 ) -> Callable[[str], Tensor]:
     """F of one parameter in memory, read when it is asked for: older tasks count less by `decay` (Schwarz et al. 2018, arXiv 1805.06370)."""
     shapes = {bare(n): p.shape for n, p in model.named_parameters()}
@@ -124,7 +124,7 @@ def _mean(file: Importance) -> float:
 
 
 def _collapsed(
-    options: PenaltyOptions, model: PreTrainedModel, plan: GrowthPlan | None, where: Mapping[str, Place], fisher: Importance
+    options: PenaltyOptions, model: PreTrainedModel, plan: GrowthPlan | None, where: Mapping[str, ParameterRows], fisher: Importance
 ) -> Penalty:
     if plan is None:
         raise InputError("collapsed needs the growth plan, and the model has no growth.json.", hint="Leave collapsed out.")

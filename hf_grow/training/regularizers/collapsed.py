@@ -17,7 +17,7 @@ from hf_grow.errors import InputError
 from hf_grow.growth.entry_provenance import Piece, collect, pick, trace
 from hf_grow.growth.evaluate import Evaluator, HeldTensors
 from hf_grow.growth.plan import GrowthPlan
-from hf_grow.training.param_updates.parameter_map import Place, parameters
+from hf_grow.training.param_updates.parameter_map import ParameterRows, parameters
 from hf_grow.training.regularizers.fisher_file import Importance
 from hf_grow.training.regularizers.penalty import Anchored
 
@@ -56,7 +56,7 @@ class Collapsed(Anchored):
         strength: float,
         plan: GrowthPlan,
         weights: Mapping[str, Tensor],
-        places: Mapping[str, Place],
+        places: Mapping[str, ParameterRows],
         fisher: Importance,
         *,
         storage: torch.dtype = torch.float32,

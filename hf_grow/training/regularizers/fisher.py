@@ -142,9 +142,9 @@ def _wide(p: Tensor) -> Any:
 
 def on_disk(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Tensors by names in memory -> by names on disk, as views, one at a time."""
-    from hf_grow.training.param_updates.parameter_map import places
+    from hf_grow.training.param_updates.parameter_map import parameter_map
 
-    for name, place in places(model).items():
+    for name, place in parameter_map(model).items():
         yield name, place.of(tensors[place.parameter])
 
 

@@ -46,10 +46,10 @@ def _places(count: int) -> Tensor:
 
 def samples(model: PreTrainedModel) -> str:
     """What identifies the weights of a model, as one string; see `same_model`."""
-    from hf_grow.training.param_updates.parameter_map import parameters, places
+    from hf_grow.training.param_updates.parameter_map import parameter_map, parameters
 
     held = parameters(model)
-    return encode({n: sample(place.of(full(held[place.parameter].detach()))) for n, place in places(model).items()})
+    return encode({n: sample(place.of(full(held[place.parameter].detach()))) for n, place in parameter_map(model).items()})
 
 
 def samples_on_disk(checkpoint: Checkpoint) -> str:

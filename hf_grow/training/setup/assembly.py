@@ -1,4 +1,4 @@
-"""From a checked recipe to a GrowTrainer that is ready to train: the model and what holds it, the texts, the teachers, the log."""
+"""From a checked recipe to a BaseGrowTrainer that is ready to train: the model and what holds it, the texts, the teachers, the log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.source import TOKENIZER_CONFIG, companion_bytes, companions
-from hf_grow.model.meta_model import skeleton
+from hf_grow.model.meta_model import meta_model
 from hf_grow.training.config.train_config import tokens_a_step
 from hf_grow.training.data import build
 from hf_grow.training.distributed.launch import launched
@@ -16,30 +16,29 @@ from hf_grow.training.distributed.one_first import one_ahead
 from hf_grow.training.peft import lora as adapters
 from hf_grow.training.regularizers.build import make_penalty
 from hf_grow.training.setup import result_dtype as storing
-from hf_grow.training.setup.checked import Checked, Notify
 from hf_grow.training.setup.prepare import (
-    blend_for,
     distiller,
     load_model,
+    make_residual_scale,
+    plan_updates,
     training_flops,
     weights_dtype,
-    who_trains,
     with_lora,
     zero_new_blocks,
 )
 from hf_grow.training.setup.provenance import record_of
 from hf_grow.training.setup.source_baseline import beside_the_source
-from hf_grow.training.trainer.events import NAME as EVENTS
-from hf_grow.training.trainer.events import EventLog
+from hf_grow.training.setup.train_setup import Notify, TrainSetup
+from hf_grow.training.trainer.events import EVENTS_FILE, EventLog
 from hf_grow.training.trainer.monitor import Monitor
 
 if TYPE_CHECKING:
     from hf_grow.training.data import TrainData
-    from hf_grow.training.param_updates.residual_scale import Blend
-    from hf_grow.training.param_updates.updates import Updates
+    from hf_grow.training.param_updates.residual_scale import ResidualScale
+    from hf_grow.training.param_updates.updates import ParamUpdates
     from hf_grow.training.regularizers.penalty import Penalty
     from hf_grow.training.trainer.state import Growing
-    from hf_grow.training.trainer.trainer import GrowTrainer
+    from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,12 @@ class Ready:
 
     model: Any
     data: TrainData
-    updates: Updates
-    blend: Blend | None
+    updates: ParamUpdates
+    blend: ResidualScale | None
     penalty: Penalty | None
 
 
-def texts(checked: Checked, notify: Notify) -> TrainData:
+def texts(checked: TrainSetup, notify: Notify) -> TrainData:
     """All that the recipe reads, made by one process of each machine."""
     recipe, arguments = checked.recipe, checked.arguments
     rows = None
@@ -73,7 +72,7 @@ def texts(checked: Checked, notify: Notify) -> TrainData:
     return data
 
 
-def prepare(checked: Checked, notify: Notify, read: Callable[[Checked, Notify], TrainData] = texts) -> Ready:
+def prepare(checked: TrainSetup, notify: Notify, read: Callable[[TrainSetup, Notify], TrainData] = texts) -> Ready:
     """Model, penalty, who trains, and what `read` makes of the texts.
 
     Also where a run is resumed, the model comes with the weights that it started from: the penalty holds it near those.
@@ -84,8 +83,8 @@ def prepare(checked: Checked, notify: Notify, read: Callable[[Checked, Notify], 
     set_seed(arguments.seed)  # adapters are drawn before Trainer does this
     model = load_model(recipe.model, recipe.revision, weights_dtype(recipe, checked.checkpoint), recipe.attn_implementation, notify)
     # Under ZeRO-3 the model that is loaded is in pieces without a shape.
-    who = who_trains(skeleton(checked.checkpoint.info.config) if launched().sharing == "zero3" else model, checked.plan, recipe)
-    blend = blend_for(model, who, recipe)
+    who = plan_updates(meta_model(checked.checkpoint.info.config) if launched().sharing == "zero3" else model, checked.plan, recipe)
+    blend = make_residual_scale(model, who, recipe)
     if recipe.warmup.zero_init and checked.plan is not None:
         zero_new_blocks(model, checked.plan)
     penalty = make_penalty(recipe.regularizer, model, checked.plan)
@@ -99,17 +98,17 @@ def prepare(checked: Checked, notify: Notify, read: Callable[[Checked, Notify], 
     return Ready(trained, data, updates, blend, penalty)
 
 
-def make_trainer(checked: Checked, ready: Ready, notify: Notify, show: Callable[[str], None], resumed: bool) -> GrowTrainer:
+def make_trainer(checked: TrainSetup, ready: Ready, notify: Notify, show: Callable[[str], None], resumed: bool) -> BaseGrowTrainer:
     """Teachers and the source are loaded, the log is opened. ``show`` gets the progress where there is no terminal."""
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
     from hf_grow.training.trainer.progress import Progress
     from hf_grow.training.trainer.state import Growing
-    from hf_grow.training.trainer.trainer import GrowTrainer
+    from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
     recipe, arguments, data = checked.recipe, checked.arguments, ready.data
     arch = checked.checkpoint.info.architecture
-    events = EventLog(checked.out / EVENTS if arguments.should_save else None, notify)
+    events = EventLog(checked.out / EVENTS_FILE if arguments.should_save else None, notify)
     with one_ahead(arguments, "the teachers"):
         teach, flops, told = distiller(checked, data, notify)
     for about in told:
@@ -132,7 +131,7 @@ def make_trainer(checked: Checked, ready: Ready, notify: Notify, show: Callable[
     beside_the_source(checked, data, growing, notify, resumed=resumed)
     progress = Progress(tokens_a_step(arguments, data.seq_length, arguments.world_size), show)
     growing.told = progress.evaluated
-    trainer = GrowTrainer(
+    trainer = BaseGrowTrainer(
         model=ready.model,
         args=arguments,
         train_dataset=data.train,
@@ -149,7 +148,7 @@ def make_trainer(checked: Checked, ready: Ready, notify: Notify, show: Callable[
     return trainer
 
 
-def bring_companions(checked: Checked, folder: Path) -> None:
+def bring_companions(checked: TrainSetup, folder: Path) -> None:
     """Tokenizer, generation config and licence, as they come along; only another tokenizer than the model's own is written anew."""
     source = checked.checkpoint.folder
     if source is not None:
@@ -161,11 +160,11 @@ def bring_companions(checked: Checked, folder: Path) -> None:
         (folder / TOKENIZER_CONFIG).write_bytes(companion_bytes(folder / TOKENIZER_CONFIG))
 
 
-def tokens_of(checked: Checked, steps: int) -> int:
+def tokens_of(checked: TrainSetup, steps: int) -> int:
     return steps * tokens_a_step(checked.arguments, checked.recipe.data.seq_length, checked.arguments.world_size)
 
 
-def facts(checked: Checked, data: TrainData, growing: Growing, steps: int) -> dict[str, Any]:
+def facts(checked: TrainSetup, data: TrainData, growing: Growing, steps: int) -> dict[str, Any]:
     """What growth.json tells of a training after so many steps."""
     losses = {"start": dict(growing.start_losses), "end": dict(growing.last_losses)}
     losses |= {"source": dict(growing.source_losses)} if growing.source_losses else {}

@@ -22,13 +22,13 @@ from hf_grow.training.config.train_config import DEFAULTS, Read, TrainRecipe, co
 from hf_grow.training.data.sources import find
 from hf_grow.training.distillation.distill import check_teacher
 from hf_grow.training.distributed import launch
-from hf_grow.training.param_updates import param_provenance as newness
+from hf_grow.training.param_updates import param_provenance
 from hf_grow.training.param_updates.masks import EVERYTHING
 from hf_grow.training.regularizers.fisher_file import check_model, open_importance, samples_on_disk
-from hf_grow.training.setup.checked import Checked, Notify
 from hf_grow.training.setup.launch_checks import mistakes as launch_mistakes
+from hf_grow.training.setup.train_setup import Notify, TrainSetup
 from hf_grow.training.setup.warnings import advise
-from hf_grow.training.trainer.events import NAME as EVENTS
+from hf_grow.training.trainer.events import EVENTS_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -45,7 +45,7 @@ def check(
     notify: Notify,
     started: launch.Launch | None = None,
     texts: bool = True,
-) -> Checked:
+) -> TrainSetup:
     """Raises InputError that lists every mistake, one line each.
 
     ``started``: the processes; by default those that the launcher tells of. ``texts``: whether the texts must be there.
@@ -71,7 +71,7 @@ def check(
         if texts:
             _data(recipe, found, notify)
         for key, wanted in (("train", recipe.train), ("freeze", recipe.freeze), *(("phases.train", p.train) for p in recipe.phases)):
-            known = (EVERYTHING, *newness.PARTS)
+            known = (EVERYTHING, *param_provenance.PARTS)
             found += [f"{key}: there is no part {part!r}. Parts: {', '.join(known)}." for part in wanted if part not in known]
         if checkpoint is not None:
             _regularizer(recipe, checkpoint, plan, found)
@@ -87,7 +87,7 @@ def check(
         _resumable(read.arguments.get("resume_from_checkpoint"), found)
     complain(read.where, found)
     assert recipe is not None and checkpoint is not None and arguments is not None
-    checked = Checked(read, recipe, arguments, checkpoint, plan, tokenizer, out)
+    checked = TrainSetup(read, recipe, arguments, checkpoint, plan, tokenizer, out)
     advise(checked, notify)
     return checked
 
@@ -96,7 +96,7 @@ def _plan(checkpoint: Checkpoint) -> GrowthPlan | None:
     if checkpoint.growth is None:
         return None
     plan = GrowthPlan.from_json(checkpoint.growth)
-    newness.check_fits(plan, checkpoint)
+    param_provenance.check_fits(plan, checkpoint)
     return plan
 
 
@@ -125,7 +125,7 @@ def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
         raise OutputError(f"{out} exists and is no folder.", hint="Choose another place with -o.")
     if not out.is_dir() or not any(out.iterdir()):
         return
-    if not (out / EVENTS).is_file():
+    if not (out / EVENTS_FILE).is_file():
         raise OutputError(f"{out} exists, is not empty, and holds no training.", hint="Choose another place with -o.")
     if not (resume or overwrite):
         raise OutputError(f"{out} holds a training.", hint="Go on with it by --resume, replace it with --overwrite, or choose another -o.")

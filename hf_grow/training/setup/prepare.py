@@ -14,18 +14,18 @@ from hf_grow.errors import InputError, SourceError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.model import flops
 from hf_grow.model.loading import loading, plain_outputs
-from hf_grow.model.meta_model import skeleton
+from hf_grow.model.meta_model import meta_model
 from hf_grow.training.config.distill_options import DistillOptions, Teacher
 from hf_grow.training.config.train_config import TrainRecipe
 from hf_grow.training.distillation.distill import Distiller, in_memory, write_cache
-from hf_grow.training.param_updates import param_provenance as newness
+from hf_grow.training.param_updates import param_provenance
 from hf_grow.training.param_updates.masks import EVERYTHING, Mask, select
-from hf_grow.training.param_updates.parameter_map import places
-from hf_grow.training.param_updates.residual_scale import Blend
-from hf_grow.training.param_updates.updates import Updates
+from hf_grow.training.param_updates.parameter_map import parameter_map
+from hf_grow.training.param_updates.residual_scale import ResidualScale
+from hf_grow.training.param_updates.updates import ParamUpdates
 from hf_grow.training.peft import lora as adapters
-from hf_grow.training.setup.checked import Checked, Notify
 from hf_grow.training.setup.checks import resolve
+from hf_grow.training.setup.train_setup import Notify, TrainSetup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class Who:
     """Which entries of which parameters are new, and which train."""
 
-    updates: Updates
+    updates: ParamUpdates
     new: Mapping[str, Mask]
     new_blocks: tuple[int, ...]
 
@@ -70,23 +70,23 @@ def load_model(ref: str, revision: str | None, dtype: str, attention: str | None
     return loaded
 
 
-def who_trains(model: PreTrainedModel, plan: GrowthPlan | None, recipe: TrainRecipe) -> Who:
+def plan_updates(model: PreTrainedModel, plan: GrowthPlan | None, recipe: TrainRecipe) -> Who:
     """Raises InputError where the recipe names a part that this model has not."""
     names = [n for n, _ in model.named_parameters()]
-    new = newness.new_masks(model, plan)
+    new = param_provenance.new_masks(model, plan)
     wanted = {p for p in (*recipe.train, *recipe.freeze, *(q for phase in recipe.phases for q in phase.train)) if p != EVERYTHING}
-    parts = newness.parts(model, plan) if wanted else {}
+    parts = param_provenance.parts(model, plan) if wanted else {}
     trains = select(names, parts, recipe.train, but=recipe.freeze)
     phases = [select(names, parts, phase.train) for phase in recipe.phases]
     blocks = tuple(i for i, o in enumerate(plan.growth.layers) if o.new or o.identity) if plan is not None else ()
-    return Who(Updates(trains, new, phases), new, blocks)
+    return Who(ParamUpdates(trains, new, phases), new, blocks)
 
 
 def zero_new_blocks(model: PreTrainedModel, plan: GrowthPlan) -> int:
     """Sets to zero what new blocks write to the residual stream; returns how many tensors. They are identity blocks then."""
     import torch
 
-    where, held, count = places(model), dict(model.named_parameters()), 0
+    where, held, count = parameter_map(model), dict(model.named_parameters()), 0
     with torch.no_grad():
         for name, entry in plan.architecture.tensors.items():
             if entry.writes_residual and plan.growth.layers[entry.layer].new:
@@ -95,36 +95,36 @@ def zero_new_blocks(model: PreTrainedModel, plan: GrowthPlan) -> int:
     return count
 
 
-def blend_for(model: Any, who: Who, recipe: TrainRecipe) -> Blend | None:
+def make_residual_scale(model: Any, who: Who, recipe: TrainRecipe) -> ResidualScale | None:
     """Where new blocks are blended in or measured; None where there are none. Raises InputError if the recipe wants it all the same."""
     wanted = recipe.warmup.alpha_steps or recipe.monitor.contribution_steps
     if not who.new_blocks:
         if wanted:
             raise InputError("warmup.alpha_steps and monitor.contribution_steps are about new blocks, and this model has none.")
         return None
-    return Blend(model, who.new_blocks)
+    return ResidualScale(model, who.new_blocks)
 
 
-def with_lora(model: PreTrainedModel, who: Who, recipe: TrainRecipe) -> tuple[Any, Updates]:
+def with_lora(model: PreTrainedModel, who: Who, recipe: TrainRecipe) -> tuple[Any, ParamUpdates]:
     """The peft model, and who trains in it under its names."""
     assert recipe.lora is not None
     wrapped = adapters.wrap(model, recipe.lora, who.new)
     full = set(adapters.trained_in_full(wrapped))
     names = {n: bool(p.requires_grad) for n, p in wrapped.named_parameters()}
-    return wrapped, Updates(names, {n: n in full for n in names})
+    return wrapped, ParamUpdates(names, {n: n in full for n in names})
 
 
-def training_flops(checked: Checked) -> float:
+def training_flops(checked: TrainSetup) -> float:
     """FLOPs a token of the model that trains, with what the recipe freezes or adds."""
-    model: Any = skeleton(checked.checkpoint.info.config)
-    who = who_trains(model, checked.plan, checked.recipe)
-    who.updates.settle(model)
+    model: Any = meta_model(checked.checkpoint.info.config)
+    who = plan_updates(model, checked.plan, checked.recipe)
+    who.updates.freeze(model)
     if checked.recipe.lora is not None:
         model, _ = with_lora(model, who, checked.recipe)
     return flops.training(model, checked.recipe.data.seq_length)
 
 
-def distiller(checked: Checked, data: Any, notify: Notify) -> tuple[Distiller | None, float, list[dict[str, Any]]]:
+def distiller(checked: TrainSetup, data: Any, notify: Notify) -> tuple[Distiller | None, float, list[dict[str, Any]]]:
     """The teachers, the FLOPs a token that those in memory cost, and events about them."""
     options = checked.recipe.distill
     if options is None:
@@ -149,7 +149,7 @@ def _cache_folder(options: DistillOptions, out: Path, number: int) -> Path:
     return (Path(options.cache) if options.cache else out / "teacher-logits") / f"teacher-{number}"
 
 
-def _cached(checked: Checked, options: DistillOptions, teacher: Teacher, data: Any, folder: Path, notify: Notify) -> Any:
+def _cached(checked: TrainSetup, options: DistillOptions, teacher: Teacher, data: Any, folder: Path, notify: Notify) -> Any:
     assert options.top_k is not None
     if not hasattr(data.train, "__len__"):
         raise InputError("distill.top_k needs text that is not streamed: the teacher reads it beforehand.", hint="Leave top_k out.")

@@ -11,7 +11,7 @@ from hf_grow.checkpoint.reader import GROWTH, files_of, open_folder
 from hf_grow.convert.execute import versions
 
 if TYPE_CHECKING:
-    from hf_grow.training.setup.checked import Checked
+    from hf_grow.training.setup.train_setup import TrainSetup
 
 SECRET = ("hub_token",)
 """Keys of a recipe that are written down nowhere."""
@@ -22,7 +22,7 @@ def kept(given: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in given.items() if k not in SECRET}
 
 
-def record_of(checked: Checked, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+def record_of(checked: TrainSetup, facts: Mapping[str, Any]) -> dict[str, Any] | None:
     """None for a model that was not grown."""
     grown = checked.checkpoint.growth
     if grown is None:

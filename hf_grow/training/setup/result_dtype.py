@@ -15,21 +15,21 @@ from torch import Tensor
 
 from hf_grow.checkpoint.reader import Checkpoint, open_folder
 from hf_grow.growth.evaluate import torch_dtype
-from hf_grow.model.meta_model import skeleton
+from hf_grow.model.meta_model import meta_model
 from hf_grow.training.distributed.launch import launched
 from hf_grow.training.param_updates.masks import local
-from hf_grow.training.param_updates.parameter_map import bare, parameters, places
+from hf_grow.training.param_updates.parameter_map import bare, parameter_map, parameters
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch.nn import Module
 
-    from hf_grow.training.setup.checked import Checked
-    from hf_grow.training.trainer.trainer import GrowTrainer
+    from hf_grow.training.setup.train_setup import TrainSetup
+    from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
 
-def settle(trainer: GrowTrainer, checked: Checked) -> bool:
+def settle(trainer: BaseGrowTrainer, checked: TrainSetup) -> bool:
     """Has the next model be stored in the dtype of the result, and rounds its weights to that already; returns whether they had to be."""
     g, model = trainer.growing, trainer.accelerator.unwrap_model(trainer.model)
     dtypes = result_dtypes(checked.checkpoint, checked.recipe.save_dtype, model)
@@ -51,7 +51,7 @@ def result_dtypes(checkpoint: Checkpoint, wanted: str, model: Module) -> dict[st
     if wanted != "auto":
         return dict.fromkeys(trained, getattr(torch, wanted))
     found: dict[str, torch.dtype] = {}
-    for name, place in places(skeleton(checkpoint.info.config)).items():
+    for name, place in parameter_map(meta_model(checkpoint.info.config)).items():
         if name in checkpoint.tensors:
             found.setdefault(place.parameter, torch_dtype(checkpoint.tensors[name].info.dtype))
     return {n: min(found.get(n, own), own, key=lambda d: d.itemsize) for n, own in trained.items()}

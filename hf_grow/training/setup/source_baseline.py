@@ -16,9 +16,9 @@ from hf_grow.errors import GrowError, SourceError
 from hf_grow.training.config.distill_options import Teacher
 from hf_grow.training.distillation.distill import check_teacher
 from hf_grow.training.distributed.launch import launched
-from hf_grow.training.setup.checked import Checked, Notify
 from hf_grow.training.setup.checks import resolve
 from hf_grow.training.setup.prepare import load_model
+from hf_grow.training.setup.train_setup import Notify, TrainSetup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hf_grow.training.trainer.state import Growing
 
 
-def beside_the_source(checked: Checked, data: TrainData, growing: Growing, notify: Notify, *, resumed: bool) -> None:
+def beside_the_source(checked: TrainSetup, data: TrainData, growing: Growing, notify: Notify, *, resumed: bool) -> None:
     """Loads the source of the growth for a moment, where its losses or its distribution are asked for.
 
     ``resumed``: the losses are in the checkpoint. Raises InputError where the recipe names the source and it cannot be had.
@@ -59,7 +59,7 @@ def beside_the_source(checked: Checked, data: TrainData, growing: Growing, notif
         growing.kl = SourceKL(source, [old[i] for i in range(min(recipe.kl_rows, len(old)))], data.collator)
 
 
-def _check_source(checked: Checked, ref: str, revision: str | None) -> None:
+def _check_source(checked: TrainSetup, ref: str, revision: str | None) -> None:
     """Raises SourceError where what lies at the source's place is not the checkpoint that was grown, as far as headers and sizes tell."""
     assert checked.plan is not None
     if launched().deepspeed:

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     from hf_grow.growth.plan import GrowthPlan
     from hf_grow.training.config.data_options import ReplaySource
-    from hf_grow.training.setup.checked import Checked
+    from hf_grow.training.setup.train_setup import TrainSetup
 
 RECOVER = "Train it without a penalty first, until its loss is back, and take the Fisher then; or map the source's: hf-grow fisher MODEL --from-growth SOURCE_FISHER."
 
 
-def advise(checked: Checked, notify: Callable[[str], None]) -> None:
+def advise(checked: TrainSetup, notify: Callable[[str], None]) -> None:
     for found in (_instruct(checked), _held_damage(checked), _decay(checked)):
         if found:
             notify(found)
@@ -34,7 +34,7 @@ def damaged(plan: GrowthPlan | None, growth: Mapping[str, Any] | None) -> str | 
     return None if plan is None or plan.guarantee.lossless or trainings(growth) else plan.growth.method
 
 
-def _held_damage(checked: Checked) -> str | None:
+def _held_damage(checked: TrainSetup) -> str | None:
     options = checked.recipe.regularizer
     method = damaged(checked.plan, checked.checkpoint.growth)
     if method is None or options.kind == "none":
@@ -47,7 +47,7 @@ def _held_damage(checked: Checked) -> str | None:
     )
 
 
-def _decay(checked: Checked) -> str | None:
+def _decay(checked: TrainSetup) -> str | None:
     decay = float(checked.arguments.weight_decay or 0)
     if checked.recipe.regularizer.kind == "none" or not decay:
         return None
@@ -68,7 +68,7 @@ def instruct(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> bool:
     return turns is not None and turns.chats(ends - {None}, tokenizer.bos_token_id)
 
 
-def _instruct(checked: Checked) -> str | None:
+def _instruct(checked: TrainSetup) -> str | None:
     if _converses(checked.recipe.data.replay) or not instruct(checked.tokenizer, checked.checkpoint.folder):
         return None
     return (

@@ -1,1 +1,1 @@
-"""GrowTrainer: its state, callbacks, monitor, checkpoints."""
+"""BaseGrowTrainer: its state, callbacks, monitor, checkpoints."""

@@ -1,4 +1,4 @@
-"""Trainer callbacks of GrowTrainer: what is set before a step, done around it, and logged after it."""
+"""Trainer callbacks of BaseGrowTrainer: what is set before a step, done around it, and logged after it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 
 from hf_grow.training.config.schedules import phase_at
-from hf_grow.training.param_updates.updates import Rates
+from hf_grow.training.param_updates.updates import LrFactors
 from hf_grow.training.trainer.state import Growing
 
 
@@ -21,11 +21,11 @@ class StepTrainer(Protocol):
     state: Any
     stream: Any
     resumed_from: Any
-    used: Rates
+    used: LrFactors
 
     @property
     def since(self) -> int: ...
-    def rates(self) -> Rates: ...
+    def rates(self) -> LrFactors: ...
     def note_scale(self) -> None: ...
     def skipped(self) -> bool: ...
     def watch(self) -> None: ...
@@ -33,7 +33,7 @@ class StepTrainer(Protocol):
     def _get_learning_rate(self) -> float: ...
 
 
-class Hooks(TrainerCallback):  # type: ignore[misc]
+class GrowthCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: StepTrainer) -> None:
         self.trainer = trainer
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_grow.checkpoint.provenance import record_text
-from hf_grow.common.safe_files import read_bytes
+from hf_grow.common.safe_files import plain, read_bytes
 from hf_grow.errors import SourceError
-from hf_grow.training.growth_state.state_files import STATE
-from hf_grow.training.trainer.events import plain
+from hf_grow.training.growth_state.state_files import GROWTH_STATE
 
 PENALTY = "penalty.pt"
 """In every checkpoint of a training with a penalty: what the penalty needs to go on."""
@@ -25,7 +24,7 @@ def last_checkpoint(folder: Path) -> Path | None:
             state = json.loads(read_bytes(path / "trainer_state.json"))  # not strictly: Trainer writes NaN into its log
         except (SourceError, ValueError):
             continue
-        if isinstance(state, dict) and (path / STATE).is_file():
+        if isinstance(state, dict) and (path / GROWTH_STATE).is_file():
             return path
     return None
 
@@ -33,5 +32,5 @@ def last_checkpoint(folder: Path) -> Path | None:
 def write_json(path: Path, data: Any) -> None:
     """In one step, so that no reader ever sees half of it."""
     temporary = path.with_name(path.name + ".new")
-    temporary.write_text(record_text(plain(data)), encoding="utf-8")
+    temporary.write_text(record_text(plain(data, nonfinite=str)), encoding="utf-8")
     os.replace(temporary, path)

@@ -19,14 +19,14 @@ from transformers import Trainer
 
 from hf_grow.common.safe_files import read_bytes, read_json
 from hf_grow.errors import SourceError
-from hf_grow.training.growth_state.state_files import PLACE
+from hf_grow.training.growth_state.state_files import DATA_STATE
 from hf_grow.training.trainer.checkpointing import write_json
 from hf_grow.training.trainer.state import Growing
 
 _STATE = "stream_state"
 
 
-class WithState:
+class StateCollator:
     """A collator that adds where the stream stood after the last row of the batch."""
 
     def __init__(self, collate: Any) -> None:
@@ -36,7 +36,7 @@ class WithState:
         return {**self.collate(rows), _STATE: json.dumps(rows[-1]["state"])}
 
 
-class Noting(DataLoader[Any]):
+class StateDataLoader(DataLoader[Any]):
     """A loader that takes the state out of each batch again, before anything is sent anywhere."""
 
     note: Callable[[str], None]
@@ -47,7 +47,7 @@ class Noting(DataLoader[Any]):
             yield batch
 
 
-class Reading(Trainer):  # type: ignore[misc]
+class DataPositionTrainer(Trainer):  # type: ignore[misc]
     """Trainer that goes on in its text where a checkpoint stands, and reads nothing twice."""
 
     growing: Growing
@@ -86,7 +86,7 @@ class Reading(Trainer):  # type: ignore[misc]
         from accelerate.data_loader import DataLoaderDispatcher
 
         collate, self.stream.tells = self.data_collator, True
-        self.data_collator = WithState(collate)
+        self.data_collator = StateCollator(collate)
         try:
             loader = super().get_train_dataloader()
         finally:
@@ -94,7 +94,7 @@ class Reading(Trainer):  # type: ignore[misc]
         dispatched = isinstance(loader, DataLoaderDispatcher)
         self._each = self.accelerator.num_processes if dispatched and not loader.split_batches else 1
         self._from_last = self.accelerator.num_processes > 1 and not dispatched
-        loader.base_dataloader.__class__ = Noting
+        loader.base_dataloader.__class__ = StateDataLoader
         loader.base_dataloader.note = self._note
         return loader
 
@@ -129,7 +129,7 @@ class Reading(Trainer):  # type: ignore[misc]
         if checkpoint is None:
             return
         step = json.loads(read_bytes(checkpoint / "trainer_state.json"))["global_step"]
-        held = read_json(checkpoint / PLACE) if (checkpoint / PLACE).is_file() else {}
+        held = read_json(checkpoint / DATA_STATE) if (checkpoint / DATA_STATE).is_file() else {}
         rows = held.get("rows", self._rows(step))
         stream = self.stream
         try:
@@ -142,7 +142,7 @@ class Reading(Trainer):  # type: ignore[misc]
                 stream.skip(rows)
         except (KeyError, TypeError, ValueError, IndexError):
             raise SourceError(
-                f"{checkpoint / PLACE} is damaged.", hint="Remove it: the text is then passed over by the number of steps."
+                f"{checkpoint / DATA_STATE} is damaged.", hint="Remove it: the text is then passed over by the number of steps."
             ) from None
 
     def save_place(self, checkpoint: Path) -> None:
@@ -158,7 +158,7 @@ class Reading(Trainer):  # type: ignore[misc]
                 found = json.loads(state)
                 place = {"rows": found["place"], "identity": self.stream.identity, "stream": found}
         if self.args.should_save:
-            write_json(checkpoint / PLACE, place)
+            write_json(checkpoint / DATA_STATE, place)
 
     def _rows(self, step: int) -> int:
         """Rows of whole epochs and of the one begun, after so many steps without a rollback."""

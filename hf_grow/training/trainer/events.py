@@ -7,14 +7,15 @@ lines of the steps that were repeated stand twice: those before the `resume` lin
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-NAME = "events.jsonl"
-TOLD = 10
+from hf_grow.common.safe_files import plain
+
+EVENTS_FILE = "events.jsonl"
+MAX_NOTIFIED = 10
 """Events of one run that people are told of at once."""
 EVENTS: dict[str, dict[str, str]] = {
     "start": {"model": "checkpoint that is trained", "steps": "optimizer steps to do", "grown_at": "step of the last growth"},
@@ -55,16 +56,16 @@ class EventLog:
         assert event in EVENTS, event
         if self.path is None:
             return
-        line = {"event": event, "step": step, "time": round(time.time(), 3), **{k: plain(v) for k, v in facts.items()}}
+        line = {"event": event, "step": step, "time": round(time.time(), 3), **plain(facts, nonfinite=str)}
         with self.path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        said = spoken(event, facts)
-        if said and self._told < TOLD:
+        said = format_event(event, facts)
+        if said and self._told < MAX_NOTIFIED:
             self._told += 1
-            self.tell(f"Step {step}: {said}." + f" Further ones are only in {self.path}." * (self._told == TOLD))
+            self.tell(f"Step {step}: {said}." + f" Further ones are only in {self.path}." * (self._told == MAX_NOTIFIED))
 
 
-def spoken(event: str, facts: Mapping[str, Any]) -> str:
+def format_event(event: str, facts: Mapping[str, Any]) -> str:
     """What people are told of an event at once; empty for most."""
     if event == "instability":
         return f"{facts.get('of', facts['signal'])} {facts['value']:.4g} is unstable"
@@ -76,17 +77,6 @@ def spoken(event: str, facts: Mapping[str, Any]) -> str:
     if event == "transition_shock":
         return f"loss {facts['loss']:.4g}, before the growth {facts['before']:.4g}"
     return ""
-
-
-def plain(value: Any) -> Any:
-    """As JSON has it: NaN and infinity, which it has not, as strings."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

@@ -8,16 +8,16 @@ from typing import Any
 from hf_grow.checkpoint.reader import GROWTH
 from hf_grow.common.safe_files import read_json
 from hf_grow.training.growth_state.optimizer_files import take_up
-from hf_grow.training.growth_state.state_files import STATE
+from hf_grow.training.growth_state.state_files import GROWTH_STATE
 from hf_grow.training.trainer.checkpointing import PENALTY, write_json
-from hf_grow.training.trainer.data_position import Reading
+from hf_grow.training.trainer.data_position import DataPositionTrainer
 from hf_grow.training.trainer.weights import check_weights, load_weights
 
 FSDP_WEIGHTS = "pytorch_model_fsdp.bin"
 """accelerate's name for the whole weights beside an FSDP run's checkpoint."""
 
 
-class Saving(Reading):
+class CheckpointTrainer(DataPositionTrainer):
     """Trainer whose checkpoints carry growth.json, the penalty, and where in its growth the training stands."""
 
     @property
@@ -45,7 +45,7 @@ class Saving(Reading):
             self._save_penalty(Path(output_dir))
         self.save_place(Path(output_dir))
         if self.args.should_save:
-            write_json(Path(output_dir) / STATE, self.growth_state())
+            write_json(Path(output_dir) / GROWTH_STATE, self.growth_state())
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -102,7 +102,7 @@ class Saving(Reading):
             told = take_up(folder, self.model, self.optimizer, self.lr_scheduler, g.given)
             if told:
                 g.events.write("settings", int(self.state.global_step), checkpoint=checkpoint, **{k: list(v) for k, v in told.items()})
-        path = folder / STATE
+        path = folder / GROWTH_STATE
         if path.is_file():
             state = read_json(path)
             g.grown_at, g.start_losses = state["grown_at"], state["start_losses"]

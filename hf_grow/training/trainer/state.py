@@ -1,4 +1,4 @@
-"""What GrowTrainer does besides training, as one object: everything in it may be left out."""
+"""What BaseGrowTrainer does besides training, as one object: everything in it may be left out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.training.config.monitor_options import MonitorOptions
 from hf_grow.training.config.schedules import AfterGrowth, Phase, Warmup
 from hf_grow.training.distillation.distill import Distiller
-from hf_grow.training.param_updates.residual_scale import Blend
-from hf_grow.training.param_updates.updates import Updates
+from hf_grow.training.param_updates.residual_scale import ResidualScale
+from hf_grow.training.param_updates.updates import ParamUpdates
 from hf_grow.training.trainer.events import EventLog
 from hf_grow.training.trainer.monitor import Monitor
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Growing:
-    """What GrowTrainer does besides training; every part may be left out."""
+    """What BaseGrowTrainer does besides training; every part may be left out."""
 
-    updates: Updates | None = None
-    blend: Blend | None = None
+    updates: ParamUpdates | None = None
+    blend: ResidualScale | None = None
     warmup: Warmup = field(default_factory=Warmup)
     phases: list[Phase] = field(default_factory=list)
     after: AfterGrowth = field(default_factory=AfterGrowth)

@@ -1,4 +1,4 @@
-"""GrowTrainer: Trainer that knows what is new in a grown model, and keeps what is old.
+"""BaseGrowTrainer: Trainer that knows what is new in a grown model, and keeps what is old.
 
 Where things happen in one optimizer step, and why there:
 
@@ -19,30 +19,30 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.common.safe_files import read_json
 from hf_grow.errors import ExecutionError, InputError
 from hf_grow.training.config.schedules import phase_at
-from hf_grow.training.growth_state.state_files import STATE
+from hf_grow.training.growth_state.state_files import GROWTH_STATE
 from hf_grow.training.param_updates.masks import local
-from hf_grow.training.param_updates.updates import Rates
-from hf_grow.training.trainer.callbacks import Hooks
+from hf_grow.training.param_updates.updates import LrFactors
+from hf_grow.training.trainer.callbacks import GrowthCallback
 from hf_grow.training.trainer.checkpointing import last_checkpoint, write_json
-from hf_grow.training.trainer.saving import Saving
+from hf_grow.training.trainer.saving import CheckpointTrainer
 from hf_grow.training.trainer.state import Growing
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-__all__ = ["GrowTrainer", "Growing", "Rollback", "losses_of"]
+__all__ = ["BaseGrowTrainer", "Growing", "Rollback", "losses_of"]
 
 
 class Rollback(Exception):
-    """Training goes back to a checkpoint; raised in the middle of a step's end, caught by `GrowTrainer.train`."""
+    """Training goes back to a checkpoint; raised in the middle of a step's end, caught by `BaseGrowTrainer.train`."""
 
     def __init__(self, checkpoint: str) -> None:
         super().__init__(checkpoint)
         self.checkpoint = checkpoint
 
 
-class GrowTrainer(Saving):
+class BaseGrowTrainer(CheckpointTrainer):
     """Trainer with a `Growing`. Everything else, arguments and checkpoints included, is Trainer's."""
 
     def __init__(self, *args: Any, growing: Growing | None = None, **options: Any) -> None:
@@ -54,15 +54,15 @@ class GrowTrainer(Saving):
                 hint="Use FSDP2 or DDP, or train without them.",
             )
         if self.growing.updates:
-            self.growing.updates.settle(self.model)
+            self.growing.updates.freeze(self.model)
         self._step_loss: Tensor | None = None
         self._norm: float | None = None
         self._scale_before = 1.0
         self._routing: dict[str, Tensor] = {}
         self.resumed_from: Any = None
-        self.used = Rates()
+        self.used = LrFactors()
         """What learning rates were multiplied by in the last step."""
-        self.add_callback(Hooks(self))
+        self.add_callback(GrowthCallback(self))
 
     # ---- one step ---------------------------------------------------------------------------------------------------------------------
 
@@ -138,10 +138,10 @@ class GrowTrainer(Saving):
         # Not accelerate's step_was_skipped: a fused optimizer is called all the same, and does nothing.
         return self.loss_scale() < self._scale_before
 
-    def rates(self) -> Rates:
+    def rates(self) -> LrFactors:
         g, m = self.growing, self.growing.monitor
         own = self.since - m.warmup_from if m.extra_warmup else self.since
-        return Rates(g.after.factor(self.since) * m.rate(self.since), g.warmup.lr_factor(own, m.extra_warmup))
+        return LrFactors(g.after.factor(self.since) * m.rate(self.since), g.warmup.lr_factor(own, m.extra_warmup))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         if self.growing.flops_per_token is None:
@@ -281,7 +281,7 @@ class GrowTrainer(Saving):
         g.events.write(reaction.event, step, **reaction.facts)
         if reaction.facts["action"] == "rollback" and last is not None:
             if self.args.should_save:  # a run that is resumed from there must know of the reaction too
-                path = last / STATE
+                path = last / GROWTH_STATE
                 state = read_json(path)
                 state["monitor"] |= g.monitor.reacted()
                 write_json(path, state)

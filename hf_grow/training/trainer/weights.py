@@ -13,7 +13,7 @@ from hf_grow.checkpoint.reader import open_folder
 from hf_grow.convert.in_memory import disk_tensors
 from hf_grow.errors import InputError
 from hf_grow.model.loading import loading
-from hf_grow.model.meta_model import skeleton
+from hf_grow.model.meta_model import meta_model
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -31,7 +31,7 @@ def check_weights(model: Any, folder: Path) -> None:
         except Exception as error:  # whatever a damaged file raises
             raise InputError(f"{folder / ADAPTER_WEIGHTS} cannot be read: {' '.join(str(error).split())[:200]}.") from None
     else:
-        own = {n: tuple(t.shape) for n, t in disk_tensors(skeleton(model.config.to_dict())).items()}
+        own = {n: tuple(t.shape) for n, t in disk_tensors(meta_model(model.config.to_dict())).items()}
         held = {n: t.shape for n, t in open_folder(folder).tensors.items() if n in own or n != "lm_head.weight"}  # some store a tied head
     wrong = sorted(n for n in own.keys() | held.keys() if own.get(n) != held.get(n))
     if wrong:

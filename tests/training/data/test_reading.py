@@ -18,7 +18,7 @@ from hf_grow.training.config.monitor_options import MonitorOptions
 from hf_grow.training.data import packing, sources, stream
 from hf_grow.training.trainer.events import read_events
 from hf_grow.training.trainer.monitor import Monitor
-from hf_grow.training.trainer.trainer import GrowTrainer
+from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
 
 def texts(folder: Path, files: int = 16) -> str:
@@ -33,14 +33,14 @@ def texts(folder: Path, files: int = 16) -> str:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
     """The rows of every micro-batch that is trained on, in order."""
     found: list[list[list[int]]] = []
-    step = GrowTrainer.training_step
+    step = BaseGrowTrainer.training_step
 
-    def noted(self: GrowTrainer, model: Any, inputs: dict[str, Any], *more: Any) -> Any:
+    def noted(self: BaseGrowTrainer, model: Any, inputs: dict[str, Any], *more: Any) -> Any:
         assert inputs.keys() == {"input_ids", "labels"}
         found.append(inputs["input_ids"].tolist())
         return step(self, model, inputs, *more)
 
-    monkeypatch.setattr(GrowTrainer, "training_step", noted)
+    monkeypatch.setattr(BaseGrowTrainer, "training_step", noted)
     return found
 
 

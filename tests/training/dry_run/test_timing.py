@@ -16,7 +16,7 @@ from hf_grow.training.distillation.distill import Distiller
 from hf_grow.training.dry_run import dry_run as reckon
 from hf_grow.training.dry_run import step_time as timing
 from hf_grow.training.regularizers.penalty import Quadratic
-from hf_grow.training.trainer.trainer import GrowTrainer
+from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
 DURATIONS = [100.0, 3.0, 1.0, 2.0, 9.0, 4.0]
 """Of each step; the first is no measurement. The median of the rest is 3."""
@@ -26,14 +26,14 @@ DURATIONS = [100.0, 3.0, 1.0, 2.0, 9.0, 4.0]
 def steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[int, ...]]:
     """The shapes of the micro-batches that were trained on. A clock that says DURATIONS, and a folder of its own for what is temporary."""
     seen: list[tuple[int, ...]] = []
-    real = GrowTrainer.training_step
+    real = BaseGrowTrainer.training_step
 
-    def step(self: GrowTrainer, model: Any, inputs: dict[str, Any], items: Any = None) -> Any:
+    def step(self: BaseGrowTrainer, model: Any, inputs: dict[str, Any], items: Any = None) -> Any:
         seen.append(tuple(inputs["input_ids"].shape))
         assert int(inputs["input_ids"].max()) < 64 and (inputs["labels"] == inputs["input_ids"]).all()
         return real(self, model, inputs, items)
 
-    monkeypatch.setattr(GrowTrainer, "training_step", step)
+    monkeypatch.setattr(BaseGrowTrainer, "training_step", step)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     clock_says(monkeypatch, DURATIONS)
@@ -108,7 +108,7 @@ def test_the_steps_are_those_of_the_recipe(
 ) -> None:
     """Whatever acts on a step acts on these."""
     acted: dict[str, int] = {"penalty": 0, "teacher": 0, "adapters": 0}
-    penalty, taught, step = Quadratic.add_gradient, Distiller.loss, GrowTrainer.training_step
+    penalty, taught, step = Quadratic.add_gradient, Distiller.loss, BaseGrowTrainer.training_step
 
     def counted(what: str, real: Any) -> Any:
         def call(self: Any, *a: Any, **k: Any) -> Any:
@@ -117,13 +117,13 @@ def test_the_steps_are_those_of_the_recipe(
 
         return call
 
-    def trained(self: GrowTrainer, *a: Any, **k: Any) -> Any:
+    def trained(self: BaseGrowTrainer, *a: Any, **k: Any) -> Any:
         acted["adapters"] += any("lora_" in n for n, p in self.model.named_parameters() if p.requires_grad)
         return step(self, *a, **k)
 
     monkeypatch.setattr(Quadratic, "add_gradient", counted("penalty", penalty))
     monkeypatch.setattr(Distiller, "loss", counted("teacher", taught))
-    monkeypatch.setattr(GrowTrainer, "training_step", trained)
+    monkeypatch.setattr(BaseGrowTrainer, "training_step", trained)
     more = {k: {**v, "cache": str(tmp_path / "logits")} if k == "distill" and "cache" in v else v for k, v in more.items()}
     path = recipe(tmp_path, grown(tmp_path, case, method), **more)
     before = everything(tmp_path)
@@ -167,7 +167,7 @@ def test_what_does_not_fit_the_memory_is_one_message(
             raise full
 
         with monkeypatch.context() as patched:
-            patched.setattr(GrowTrainer, "training_step", fails)
+            patched.setattr(BaseGrowTrainer, "training_step", fails)
             said = run(capsys, "train", path, "--dry-run", "--time", status=1)["error"]
         assert words in said and "per_device_train_batch_size" in said and "Traceback" not in said
 

@@ -18,7 +18,7 @@ from hf_grow.errors import ExecutionError, InputError, SourceError
 from hf_grow.growth.evaluate import Evaluator, HeldTensors
 from hf_grow.model.meta_model import trainer_groups
 from hf_grow.training.growth_state import trajectory
-from hf_grow.training.growth_state.grow_optimizer import Policy, carry
+from hf_grow.training.growth_state.grow_optimizer import Policy, grow_trainer_state
 
 CASES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe-mixed"]
 GROWTHS: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ def test_mapped_moments_lie_where_the_optimizer_of_the_grown_model_looks_for_the
     plan = api.plan(model, **GROWTHS[growth])
     grown = grow_model(model, plan)
     (tmp_path / "out").mkdir()
-    report = carry(tmp_path, tmp_path / "out", plan)
+    report = grow_trainer_state(tmp_path, tmp_path / "out", plan)
     assert report.step == 3
     after = loaded(grown, tmp_path / "out")
     for moment, quantity in (("exp_avg", "grad"), ("exp_avg_sq", "grad2")):
@@ -105,7 +105,7 @@ def test_keep_and_zero_keeps_old_entries_as_they_are_and_zeroes_the_rest(tmp_pat
     model, optimizer = trained(BY_NAME["llama"], tmp_path)
     plan = api.plan(model, "tile", factor=2, symmetry="none")
     grown = grow_model(model, plan)
-    carry(tmp_path, out(tmp_path), plan, "keep-and-zero")
+    grow_trainer_state(tmp_path, out(tmp_path), plan, "keep-and-zero")
     after = loaded(grown, tmp_path / "out")
     for moment in ("exp_avg", "exp_avg_sq"):
         old, new = moments(model, optimizer, moment), moments(grown, after, moment)
@@ -120,7 +120,7 @@ def test_keep_and_zero_keeps_old_entries_as_they_are_and_zeroes_the_rest(tmp_pat
 def test_keep_and_zero_maps_the_second_moment_where_beta2_is_large(tmp_path: Path) -> None:
     model, _ = trained(BY_NAME["llama"], tmp_path, betas=(0.9, 0.999))
     plan = api.plan(model, "tile", factor=2, symmetry="none")
-    carry(tmp_path, out(tmp_path), plan, "keep-and-zero")
+    grow_trainer_state(tmp_path, out(tmp_path), plan, "keep-and-zero")
     after = loaded(grow_model(model, plan), tmp_path / "out", betas=(0.9, 0.999))
     up = next(
         p
@@ -139,7 +139,7 @@ def test_keep_and_zero_leaves_repeated_layers_without_old_moments(tmp_path: Path
     model, optimizer = trained(BY_NAME["llama"], tmp_path)
     plan = api.plan(model, "stack")
     grown = grow_model(model, plan)
-    carry(tmp_path, out(tmp_path), plan, "keep-and-zero")
+    grow_trainer_state(tmp_path, out(tmp_path), plan, "keep-and-zero")
     new, old = moments(grown, loaded(grown, tmp_path / "out"), "exp_avg"), moments(model, optimizer, "exp_avg")
     assert torch.equal(new["model.layers.1.mlp.up_proj.weight"], old["model.layers.1.mlp.up_proj.weight"])
     assert not new.get("model.layers.5.mlp.up_proj.weight", torch.zeros(1)).any()
@@ -148,7 +148,7 @@ def test_keep_and_zero_leaves_repeated_layers_without_old_moments(tmp_path: Path
 def test_reset_writes_the_schedule_and_no_moments(tmp_path: Path) -> None:
     model, _ = trained(BY_NAME["llama"], tmp_path)
     (tmp_path / "out").mkdir()
-    carry(tmp_path, tmp_path / "out", api.plan(model, "stack"), "reset")
+    grow_trainer_state(tmp_path, tmp_path / "out", api.plan(model, "stack"), "reset")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"trainer_state.json", "optimizer.pt"}
     saved = torch.load(tmp_path / "out" / "optimizer.pt", weights_only=True)
     assert saved["state"] == {} and [g["weight_decay"] for g in saved["param_groups"]] == [0.1, 0.0]
@@ -169,7 +169,7 @@ def test_fused_state_and_named_groups_of_ones_own_are_understood(policy: Policy,
     save(model, tmp_path)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     plan = api.plan(model, "identity")
-    carry(tmp_path, out(tmp_path), plan, policy)
+    grow_trainer_state(tmp_path, out(tmp_path), plan, policy)
     grown = grow_model(model, plan)
     after = loaded(grown, tmp_path / "out", groups=grouped(grown), fused=True)
     assert after.param_groups[0]["lr"] == 1e-4
@@ -194,7 +194,7 @@ BROKEN = {
 def test_state_is_never_written_over_what_is_read(tmp_path: Path) -> None:
     model, _ = trained(BY_NAME["llama"], tmp_path)
     with pytest.raises(InputError, match="read from there"):
-        carry(tmp_path, tmp_path, api.plan(model, "stack"))
+        grow_trainer_state(tmp_path, tmp_path, api.plan(model, "stack"))
 
 
 def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +205,7 @@ def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     plan, folder = api.plan(model, "stack"), out(tmp_path)
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(ExecutionError, match="could not be written"):
-        carry(tmp_path, folder, plan)
+        grow_trainer_state(tmp_path, folder, plan)
 
 
 class _Evil:
@@ -218,13 +218,13 @@ def test_state_that_cannot_be_used_is_refused(case: str, tmp_path: Path) -> None
     prepare, words = BROKEN[case]
     prepare(tmp_path)
     with pytest.raises(SourceError, match=words):
-        carry(tmp_path, out(tmp_path), api.plan(make(BY_NAME["llama"]), "stack"))
+        grow_trainer_state(tmp_path, out(tmp_path), api.plan(make(BY_NAME["llama"]), "stack"))
 
 
 def test_a_pickle_in_the_state_never_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state": {0: _Evil()}, "param_groups": []}, tmp_path / "optimizer.pt")
     with pytest.raises(SourceError, match="cannot be read"):
-        carry(tmp_path, out(tmp_path), api.plan(make(BY_NAME["llama"]), "stack"))
+        grow_trainer_state(tmp_path, out(tmp_path), api.plan(make(BY_NAME["llama"]), "stack"))
     assert "a pickle ran" not in capsys.readouterr().out
 
 

@@ -18,7 +18,7 @@ from hf_grow import api
 from hf_grow.cli import main
 from hf_grow.convert.in_memory import grow_model
 from hf_grow.training.config.lora_options import LoraOptions
-from hf_grow.training.param_updates import param_provenance as newness
+from hf_grow.training.param_updates import param_provenance
 from hf_grow.training.peft.adapter_files import replicated
 from hf_grow.training.peft.lora import IN_FULL, wrap
 
@@ -63,7 +63,7 @@ def test_the_merged_checkpoint_computes_what_peft_does(
     assert model.config.num_hidden_layers == len(layers) == found["layers"]
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     if pairs:
-        plan = newness.load_plan(tmp_path / "out")
+        plan = param_provenance.load_plan(tmp_path / "out")
         assert plan is not None
         assert [o.sources[0] for o in plan.growth.layers] == layers
         assert json.loads((tmp_path / "out" / "growth.json").read_text())["training"]["adapter"]["layer_replication"] == pairs
@@ -223,6 +223,6 @@ def test_lora_where_nothing_is_new_or_nothing_is_old(tmp_path: Path, capsys: pyt
     model = make(BY_NAME["llama"], num_hidden_layers=2)
     plan = api.plan(model, "identity", layers_to=4)
     grown_one = grow_model(model, plan)
-    wrapped = wrap(grown_one, LoraOptions(new_in_full=False), newness.new_masks(grown_one, plan))
+    wrapped = wrap(grown_one, LoraOptions(new_in_full=False), param_provenance.new_masks(grown_one, plan))
     assert all("lora_" in n for n, p in wrapped.named_parameters() if p.requires_grad)
     assert torch.isfinite(wrapped(tokens(model)).logits).all()

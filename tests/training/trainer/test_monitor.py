@@ -18,7 +18,7 @@ from hf_grow.training.config.monitor_options import MonitorOptions
 from hf_grow.training.trainer.checkpointing import last_checkpoint
 from hf_grow.training.trainer.events import EVENTS, EventLog, read_events
 from hf_grow.training.trainer.monitor import Finding, Monitor, detrended, robust_z
-from hf_grow.training.trainer.trainer import GrowTrainer
+from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
 
 def falling(steps: int, seed: int = 0, noise: float = 0.05) -> list[float]:
@@ -162,15 +162,15 @@ def test_docs_tell_every_event_and_key() -> None:
 
 def with_spike(monkeypatch: pytest.MonkeyPatch, at: int, times: int = 1) -> None:
     """The loss that the monitor hears of is tall at one step; the training itself is as it is."""
-    watch, left = GrowTrainer.watch, [times]
+    watch, left = BaseGrowTrainer.watch, [times]
 
-    def spiked(self: GrowTrainer) -> None:
+    def spiked(self: BaseGrowTrainer) -> None:
         if self.state.global_step == at and left[0]:
             left[0] -= 1
             self._step_loss = torch.tensor(100.0)
         watch(self)
 
-    monkeypatch.setattr(GrowTrainer, "watch", spiked)
+    monkeypatch.setattr(BaseGrowTrainer, "watch", spiked)
 
 
 OPTIONS = {"window": 8, "on_instability": "rollback", "threshold": 30.0, "variance": 1e6}

@@ -22,7 +22,7 @@ from hf_grow.cli import main
 from hf_grow.convert.in_memory import grow_model
 from hf_grow.errors import InputError, SourceError
 from hf_grow.model.meta_model import trainer_groups
-from hf_grow.training.growth_state.grow_optimizer import carry
+from hf_grow.training.growth_state.grow_optimizer import grow_trainer_state
 from hf_grow.training.growth_state.optimizer_files import NAMES, POSITIONS, by_name, by_position, read_optimizer
 from hf_grow.training.trainer.events import read_events
 from hf_grow.training.trainer.weights import load_weights
@@ -225,7 +225,7 @@ def test_state_by_name_grows_as_state_by_position_does(case: Any, growth: str, p
         (tmp_path / out).mkdir()
         if out == "by-name":
             named(model, optimizer, tmp_path)
-        carry(tmp_path, tmp_path / out, plan, policy)
+        grow_trainer_state(tmp_path, tmp_path / out, plan, policy)
     larger = grow_model(model, plan)
     names = trainer_groups(larger)
     groups, state = read_optimizer(tmp_path / "by-position" / POSITIONS)
@@ -295,4 +295,4 @@ def test_the_hint_for_deepspeed_works(tmp_path: Path, capsys: pytest.CaptureFixt
     nothing = tmp_path / "nothing"
     nothing.mkdir()
     with pytest.raises(SourceError, match=r"has no optimizer\.pt"):
-        carry(nothing, tmp_path / "out", None, "reset")  # type: ignore[arg-type]
+        grow_trainer_state(nothing, tmp_path / "out", None, "reset")  # type: ignore[arg-type]

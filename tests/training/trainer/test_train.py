@@ -31,15 +31,15 @@ from hf_grow.cli import main
 from hf_grow.convert.in_memory import disk_names, grow_model
 from hf_grow.training.config.schedules import AfterGrowth, Phase, Warmup, phase_at
 from hf_grow.training.dry_run.memory import activations
-from hf_grow.training.param_updates import param_provenance as newness
+from hf_grow.training.param_updates import param_provenance
 from hf_grow.training.param_updates.masks import Selection, both, either, inverse, select
-from hf_grow.training.param_updates.residual_scale import Blend, decoder_layers
-from hf_grow.training.param_updates.updates import Rates, Updates
+from hf_grow.training.param_updates.residual_scale import ResidualScale, decoder_layers
+from hf_grow.training.param_updates.updates import LrFactors, ParamUpdates
 from hf_grow.training.regularizers.si import SynapticIntelligence
 from hf_grow.training.trainer.checkpointing import last_checkpoint
 from hf_grow.training.trainer.events import EVENTS, EventLog, read_events
 from hf_grow.training.trainer.state import Growing
-from hf_grow.training.trainer.trainer import GrowTrainer
+from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
@@ -55,7 +55,7 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
-def trainer(model: Any, out: Path, growing: Growing, **arguments: Any) -> GrowTrainer:
+def trainer(model: Any, out: Path, growing: Growing, **arguments: Any) -> BaseGrowTrainer:
     gc.freeze()  # see trained.run
     settings = {
         **FAST,
@@ -65,7 +65,7 @@ def trainer(model: Any, out: Path, growing: Growing, **arguments: Any) -> GrowTr
         "train_sampling_strategy": "sequential",
         **arguments,
     }
-    return GrowTrainer(
+    return BaseGrowTrainer(
         model=model,
         args=TrainingArguments(output_dir=str(out), **settings),
         train_dataset=Rows(),
@@ -109,7 +109,7 @@ def test_a_run_trains_and_leaves_a_plain_model(tmp_path: Path, capsys: pytest.Ca
     assert "files" not in record["target"]
     assert json.loads((model / "growth.json").read_text())["target"]["config"] == record["target"]["config"]
     assert json.loads((out / "config.json").read_text())["rope_theta"]
-    assert newness.load_plan(out / "checkpoint-3") is not None
+    assert param_provenance.load_plan(out / "checkpoint-3") is not None
 
 
 def loss_of(model: Any, stream: list[int], rows: list[int], length: int = 16) -> float:
@@ -248,14 +248,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the process ended in the middle of this step's end."""
-    watch = GrowTrainer.watch
+    watch = BaseGrowTrainer.watch
 
-    def stop(self: GrowTrainer) -> None:
+    def stop(self: BaseGrowTrainer) -> None:
         watch(self)
         if self.state.global_step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(GrowTrainer, "watch", stop)
+    monkeypatch.setattr(BaseGrowTrainer, "watch", stop)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -378,11 +378,11 @@ FREEZES: list[tuple[str, list[str], list[str]]] = [
 def test_frozen_weights_do_not_move_by_a_bit(name: str, train: list[str], freeze: list[str], tmp_path: Path) -> None:
     """Neither by weight decay nor by moments; and everything else does move."""
     model, plan = grown_model(name)
-    parts = newness.parts(model, plan)
+    parts = param_provenance.parts(model, plan)
     names = [n for n, _ in model.named_parameters()]
     trains = select(names, parts, train, but=freeze)
     before = weights(model)
-    growing = Growing(updates=Updates(trains, newness.new_masks(model, plan)), aux_loss=0.01 if name == "experts" else None)
+    growing = Growing(updates=ParamUpdates(trains, param_provenance.new_masks(model, plan)), aux_loss=0.01 if name == "experts" else None)
     trainer(model, tmp_path, growing, max_steps=4).train()
     moved = 0
     for n, p in model.named_parameters():
@@ -398,10 +398,10 @@ def test_frozen_weights_do_not_move_by_a_bit(name: str, train: list[str], freeze
 def test_rows_that_stay_leave_no_trace_in_the_path_of_si(tmp_path: Path) -> None:
     """Decay and moments move them for a moment before they are put back; that is no part of the path."""
     model, plan = grown_model("width")
-    masks = newness.new_masks(model, plan)
+    masks = param_provenance.new_masks(model, plan)
     before = weights(model)
     path = SynapticIntelligence(0.1, {n: p.clone() for n, p in before.items()}, None, xi=1e-3)
-    trainer(model, tmp_path, Growing(updates=Updates(masks, masks), penalty=path), max_steps=4).train()
+    trainer(model, tmp_path, Growing(updates=ParamUpdates(masks, masks), penalty=path), max_steps=4).train()
     path.consolidate()
     some = 0
     for n, found in path.importances().items():
@@ -417,7 +417,9 @@ def test_a_rate_of_their_own_counts_in_the_path_of_si(tmp_path: Path) -> None:
     model, plan = grown_model("width")
     path = SynapticIntelligence(0.0, {n: p.clone() for n, p in weights(model).items()}, None, xi=1e-3)
     growing = Growing(
-        updates=Updates(dict.fromkeys(weights(model), True), newness.new_masks(model, plan)), warmup=Warmup(lr=0.5), penalty=path
+        updates=ParamUpdates(dict.fromkeys(weights(model), True), param_provenance.new_masks(model, plan)),
+        warmup=Warmup(lr=0.5),
+        penalty=path,
     )
     before = weights(model)
     trainer(model, tmp_path, growing, max_steps=1).train()
@@ -429,10 +431,10 @@ def test_a_rate_of_their_own_counts_in_the_path_of_si(tmp_path: Path) -> None:
 def test_a_phase_freezes_and_then_lets_go(tmp_path: Path) -> None:
     """The thawed tensors take the step of a fresh AdamW: the phase left no moments and no step count behind."""
     model, plan = grown_model("depth")
-    parts, names = newness.parts(model, plan), [n for n, _ in model.named_parameters()]
+    parts, names = param_provenance.parts(model, plan), [n for n, _ in model.named_parameters()]
     every, new = select(names, parts, ["everything"]), select(names, parts, ["new"])
     snapshots: list[dict[str, torch.Tensor]] = [weights(model)]
-    growing = Growing(updates=Updates(every, newness.new_masks(model, plan), [new]), phases=[Phase(steps=3, train=["new"])])
+    growing = Growing(updates=ParamUpdates(every, param_provenance.new_masks(model, plan), [new]), phases=[Phase(steps=3, train=["new"])])
     made = trainer(model, tmp_path, growing, max_steps=4, max_grad_norm=0.0, adam_epsilon=1e-12)
     watch = made.watch
 
@@ -474,9 +476,9 @@ def adamw_by_hand(model: Any, new: dict[str, Any], factor: Callable[[int], float
 def test_new_parameters_have_a_rate_of_their_own_down_to_single_rows(name: str, tmp_path: Path) -> None:
     model, plan = grown_model(name)
     twin = grow_model(make(BY_NAME["llama"], num_hidden_layers=2), plan)
-    new = newness.new_masks(model, plan)
+    new = param_provenance.new_masks(model, plan)
     warmup, after = Warmup(lr=2.0, steps=4), AfterGrowth(settle_steps=2, settle_lr=0.5, restore_steps=2)
-    growing = Growing(updates=Updates(dict.fromkeys(new, True), new), warmup=warmup, after=after)
+    growing = Growing(updates=ParamUpdates(dict.fromkeys(new, True), new), warmup=warmup, after=after)
     trainer(model, tmp_path, growing, max_steps=6, max_grad_norm=0.0, adam_beta2=0.999, adam_epsilon=1e-3).train()
     adamw_by_hand(twin.train(), new, warmup.lr_factor, after.factor, 6)
     for (n, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
@@ -489,8 +491,8 @@ def test_new_parameters_have_a_rate_of_their_own_down_to_single_rows(name: str, 
 def test_trainers_two_groups_are_what_is_saved(tmp_path: Path) -> None:
     """So that growing with the optimizer state, and every other tool, can read the checkpoint."""
     model, plan = grown_model("depth")
-    new = newness.new_masks(model, plan)
-    trainer(model, tmp_path, Growing(updates=Updates(dict.fromkeys(new, True), new), warmup=Warmup(lr=0.5)), max_steps=3).train()
+    new = param_provenance.new_masks(model, plan)
+    trainer(model, tmp_path, Growing(updates=ParamUpdates(dict.fromkeys(new, True), new), warmup=Warmup(lr=0.5)), max_steps=3).train()
     saved = torch.load(tmp_path / "checkpoint-3" / "optimizer.pt", weights_only=True)
     assert [g["weight_decay"] for g in saved["param_groups"]] == [0.1, 0.0]
     assert all(g["lr"] == FAST["learning_rate"] for g in saved["param_groups"])
@@ -519,7 +521,7 @@ def test_phases_and_ramps_count_from_the_growth() -> None:
     assert [ramp.alpha(s) for s in (0, 2, 4, 9)] == pytest.approx([0.2, 0.6, 1.0, 1.0])
     assert Warmup(alpha_steps=4, shape="cosine").alpha(1) == pytest.approx(0.5 * (1 - 2**-0.5))
     assert Warmup().lr_factor(0) == 1.0
-    assert Rates() == Rates(1.0, 1.0)
+    assert LrFactors() == LrFactors(1.0, 1.0)
 
 
 # ---- blocks -------------------------------------------------------------------------------------------------------------------------------------
@@ -530,7 +532,7 @@ def test_blending_is_a_mixture_of_streams_and_goes_away_entirely() -> None:
     ids = tokens(model)
     layers = decoder_layers(model)
     plain = model(ids).logits
-    blend = Blend(model, [1])
+    blend = ResidualScale(model, [1])
     seen: dict[str, torch.Tensor] = {}
     hook = layers[1].register_forward_hook(lambda m, a, o: seen.update(block=o.detach().clone(), came=a[0].detach().clone()))
     after = layers[2].register_forward_pre_hook(lambda m, a: seen.update(went=a[0].detach().clone()))
@@ -557,7 +559,7 @@ def test_contributions_are_losses_without_a_block(tmp_path: Path) -> None:
     with torch.no_grad():
         for block in (1, 3):
             decoder_layers(model)[block].mlp.down_proj.weight.normal_(0, 0.3)
-    made = trainer(model, tmp_path, Growing(blend=Blend(model, [1, 3])))
+    made = trainer(model, tmp_path, Growing(blend=ResidualScale(model, [1, 3])))
     found = made.contributions()["old"]
     ids = Rows(4).rows
     model.requires_grad_(False)
@@ -720,7 +722,7 @@ def test_a_full_disk_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixtur
         raise OSError(28, "No space left on device")
 
     path = recipe(tmp_path, grown(tmp_path))
-    monkeypatch.setattr(GrowTrainer, "_save_optimizer_and_scheduler", full)
+    monkeypatch.setattr(BaseGrowTrainer, "_save_optimizer_and_scheduler", full)
     said = run(capsys, "train", path, status=1)["error"]
     assert "disk" in said and "--resume" in said and "Traceback" not in said
 

@@ -19,7 +19,7 @@ Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Checked:
+class TrainSetup:
     """A recipe that can be carried out, and what was opened on the way (config and headers; no weights)."""
 
     read: Read
