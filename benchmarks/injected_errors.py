@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hf_grow import api
 from hf_grow.checkpoint.reader import Checkpoint, open_folder
-from hf_grow.growth.axes import AxisMap, Run, joined, select
+from hf_grow.growth.axes import AxisMap, AxisRun, merge_runs, select
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.tensormap import Expr, Source, Sum, Take
 from hf_grow.verification.eval_text import token_windows
@@ -65,8 +65,8 @@ class Wrong:
 
     def _one(self, name: str, dim: int, at: int, gain: float, others: float) -> AxisMap:
         size = self.shapes[name][dim]
-        runs = [Run(i, 1, gain if i == at else others, 1.0) for i in range(size)]
-        return AxisMap(size, joined(runs), dual=False)
+        runs = [AxisRun(i, 1, gain if i == at else others, 1.0) for i in range(size)]
+        return AxisMap(size, merge_runs(runs), dual=False)
 
     def config(self, **changes: object) -> GrowthPlan:
         return replace(self.plan, growth=replace(self.plan.growth, config={**self.plan.growth.config, **changes}))

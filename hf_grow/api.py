@@ -18,7 +18,7 @@ from hf_grow.growth.growth import Method
 from hf_grow.growth.plan import GrowthPlan, SourceInfo, check_source, make_plan
 from hf_grow.methods import METHODS
 from hf_grow.methods.experts.expert_options import ExpertsOptions
-from hf_grow.methods.no_effect import refuse_idle
+from hf_grow.methods.no_effect import reject_ineffective_options
 from hf_grow.methods.pipeline import PIPELINE, PipelineOptions
 from hf_grow.options import Options, parse
 
@@ -53,7 +53,7 @@ def plan_for(info: SourceInfo, method: Method, options: Options) -> GrowthPlan:
     others = [other.architecture for other in info.others.values()]
     plan = make_plan(info, method.build(info.architecture, options, others) if others else method.build(info.architecture, options))
     if method is not PIPELINE:  # which asks for each of its steps
-        refuse_idle(method, info.architecture, options, others)
+        reject_ineffective_options(method, info.architecture, options, others)
     return plan
 
 
@@ -63,7 +63,7 @@ def open_sources(ref: str, options: Options, *, revision: str | None = None, wei
     Raises SourceError as `open_source` does, and where tokenizers differ.
     """
     main = open_source(ref, revision=revision, weights=weights, notify=notify)
-    return with_others(main, named(options.further()), weights=weights, notify=notify)
+    return with_others(main, named(options.extra_sources()), weights=weights, notify=notify)
 
 
 def measured(plan: GrowthPlan, checkpoint: Checkpoint, options: Options, *, notify: Notify = _quiet) -> GrowthPlan:
@@ -101,7 +101,7 @@ def plan(
     else:
         from hf_grow.convert.in_memory import describe
 
-        others = {label: open_source(ref, revision=r, weights=False, notify=notify).info for label, ref, r in named(parsed.further())}
+        others = {label: open_source(ref, revision=r, weights=False, notify=notify).info for label, ref, r in named(parsed.extra_sources())}
         info = replace(describe(source), others=others)
     return plan_for(info, found, parsed)
 

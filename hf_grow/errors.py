@@ -16,30 +16,30 @@ from __future__ import annotations
 
 import unicodedata
 
-MOST_COLUMNS, MOST_LINES = 1_000, 60
+MAX_COLUMNS, MAX_LINES = 1_000, 60
 """The longest line, and the most lines, of one message."""
 
 
-def shown(text: str, columns: int = MOST_COLUMNS) -> str:
+def printable(text: str, columns: int = MAX_COLUMNS) -> str:
     """`text` as a terminal may show it: no control, format or half characters (ESC becomes \\x1b), and long lines without their middle."""
     if not text.isprintable():
-        text = "".join(c if c.isprintable() or c == "\n" or unicodedata.category(c) == "Zs" else escaped(c) for c in text)
+        text = "".join(c if c.isprintable() or c == "\n" or unicodedata.category(c) == "Zs" else escape(c) for c in text)
     if len(text) <= columns:
         return text
     half = (columns - 5) // 2
     return "\n".join(line if len(line) <= columns else f"{line[:half]} ... {line[-half:]}" for line in text.split("\n"))
 
 
-def escaped(character: str) -> str:
+def escape(character: str) -> str:
     """A character by its number, as Python writes it."""
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def _bounded(message: str) -> str:
-    lines = shown(message).split("\n")
-    more = len(lines) - MOST_LINES
-    return "\n".join(lines if more <= 0 else [*lines[:MOST_LINES], f"  ... and {more} more lines"])
+    lines = printable(message).split("\n")
+    more = len(lines) - MAX_LINES
+    return "\n".join(lines if more <= 0 else [*lines[:MAX_LINES], f"  ... and {more} more lines"])
 
 
 class GrowError(Exception):

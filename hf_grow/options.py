@@ -14,12 +14,12 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from hf_grow.common import yaml_io as yaml_text
+from hf_grow.common import yaml_io
 from hf_grow.common.safe_files import read_text
 from hf_grow.common.suggest import did_you_mean
 from hf_grow.errors import InputError
 
-MOST_LISTED = 100_000
+MAX_LISTED_LAYERS = 100_000
 """Layers of one list: more than any model has."""
 MAX_YAML = 1_000_000
 """Bytes of a recipe, or of a file of prompts."""
@@ -32,11 +32,11 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
-    def given(self) -> dict[str, Any]:
+    def non_defaults(self) -> dict[str, Any]:
         """The options that differ from their defaults, as JSON data."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
-    def further(self) -> tuple[str, ...]:
+    def extra_sources(self) -> tuple[str, ...]:
         """Further source checkpoints (folders or Hub ids) that a growth with these options reads; it calls them "1", "2", and so on."""
         return ()
 
@@ -75,18 +75,18 @@ def parse_layers(value: Any) -> Any:
         if last < first:
             raise ValueError(f"{part.strip()!r} runs backwards; write {last}-{first}, or single layers")
         layers.extend(range(first, last + 1))
-        if len(layers) > MOST_LISTED:
-            raise ValueError(f"the list holds more than {MOST_LISTED:,} layers")
+        if len(layers) > MAX_LISTED_LAYERS:
+            raise ValueError(f"the list holds more than {MAX_LISTED_LAYERS:,} layers")
     return tuple(layers)
 
 
-Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=10**18)]
+ParameterCount = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=10**18)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 LayerList = Annotated[tuple[int, ...], BeforeValidator(parse_layers)]
 
 
 @dataclass(frozen=True)
-class Needs:
+class Requires:
     """Metadata of a field that means something only where another is given, other than as 0, no or nothing: as one of ``values``, where there are some."""
 
     other: str
@@ -94,7 +94,7 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Unless:
+class Excludes:
     """Metadata of a field that means nothing where another is given."""
 
     other: str
@@ -103,23 +103,23 @@ class Unless:
 M = TypeVar("M", bound=BaseModel)
 
 
-def parse(model: type[M], data: Mapping[str, Any], *, where: str, strict: bool = True, whole: bool = True) -> M:
-    """`data` as a `model`. Raises InputError that lists every mistake, one line each. ``whole``: no further options will be put beside these."""
-    parsed, found = mistakes(model, data, strict=strict)
-    if parsed is not None and whole:
-        found = unmet(parsed)
-    refuse(where, found)
+def parse(model: type[M], data: Mapping[str, Any], *, where: str, strict: bool = True, check_requirements: bool = True) -> M:
+    """`data` as a `model`. Raises InputError that lists every mistake, one line each. ``check_requirements=False``: further options will be put beside these."""
+    parsed, found = validate(model, data, strict=strict)
+    if parsed is not None and check_requirements:
+        found = unmet_requirements(parsed)
+    raise_errors(where, found)
     assert parsed is not None
     return parsed
 
 
-def refuse(where: str, found: Sequence[str]) -> None:
+def raise_errors(where: str, found: Sequence[str]) -> None:
     """Raises InputError with all mistakes, one a line, if there are any."""
     if found:
         raise InputError(f"{where} has {len(found)} mistake{'s' * (len(found) > 1)}:\n" + "\n".join(f"  {line}" for line in found))
 
 
-def unmet(*options: BaseModel) -> list[str]:
+def unmet_requirements(*options: BaseModel) -> list[str]:
     """One line for each option that was given and means nothing beside the others; `Needs` and `Unless` look at all of them, not at what is nested."""
     has = {name: getattr(model, name) for model in options for name in type(model).model_fields}
     found = []
@@ -129,10 +129,10 @@ def unmet(*options: BaseModel) -> list[str]:
                 continue
             label = field.alias or name
             for rule in field.metadata:
-                if not isinstance(rule, Needs | Unless) or rule.other not in has:
+                if not isinstance(rule, Requires | Excludes) or rule.other not in has:
                     continue
                 other, there = rule.other, has[rule.other]
-                if isinstance(rule, Unless):
+                if isinstance(rule, Excludes):
                     if there is not None and there is not False:
                         found.append(f"{label}: means nothing beside {other}. Leave one of them out.")
                 elif rule.values and there not in rule.values:
@@ -145,12 +145,12 @@ def unmet(*options: BaseModel) -> list[str]:
 
 def _unmet_inside(value: Any) -> list[str]:
     if isinstance(value, BaseModel):
-        return unmet(value)
+        return unmet_requirements(value)
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     return [f"{key}.{line}" for key, v in inside for line in _unmet_inside(v)]
 
 
-def mistakes(model: type[M], data: Mapping[str, Any], *, strict: bool = True) -> tuple[M | None, list[str]]:
+def validate(model: type[M], data: Mapping[str, Any], *, strict: bool = True) -> tuple[M | None, list[str]]:
     """`data` as a `model`, or None and every mistake as a line that begins with its key."""
     try:
         return model.model_validate(dict(data), strict=strict), []
@@ -195,10 +195,10 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [found for part in get_args(annotation) for found in _models_in(part)]
 
 
-def nested(model: type[BaseModel]) -> list[str]:
+def nested_keys(model: type[BaseModel]) -> list[str]:
     """The keys of a model and, behind them, those of the models inside it, with dots."""
     below = [(f.alias or n, inner) for n, f in model.model_fields.items() for inner in _models_in(f.annotation)]
-    return [f.alias or n for n, f in model.model_fields.items()] + [f"{key}.{k}" for key, inner in below for k in nested(inner)]
+    return [f.alias or n for n, f in model.model_fields.items()] + [f"{key}.{k}" for key, inner in below for k in nested_keys(inner)]
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        data = yaml_text.loads(read_text(path, most=MAX_YAML, error=InputError, missing=f"Cannot read {path}: there is no such file."))
+        data = yaml_io.loads(read_text(path, most=MAX_YAML, error=InputError, missing=f"Cannot read {path}: there is no such file."))
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):

@@ -23,7 +23,7 @@ from hf_grow.checkpoint.hub_errors import cache_folder as cache_folder
 from hf_grow.checkpoint.hub_errors import example, http_error, page
 from hf_grow.checkpoint.hub_errors import explained as explained
 from hf_grow.checkpoint.safetensors_header import Stored, header_length, read_header
-from hf_grow.common.safe_files import MAX_FILE, open_regular, read_bytes
+from hf_grow.common.safe_files import MAX_FILE_BYTES, open_regular, read_bytes
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import SourceError
 
@@ -87,7 +87,7 @@ def fetch_json(remote: Remote, name: str) -> Path:
     """A small file of the repository, through the cache. Raises SourceError."""
     from huggingface_hub import HfApi
 
-    if (remote.sizes.get(name) or 0) > MAX_FILE:
+    if (remote.sizes.get(name) or 0) > MAX_FILE_BYTES:
         raise SourceError(f"{remote.ref}/{name} is {remote.sizes[name]} bytes; that is no plausible file of its kind.")
     api = HfApi(library_name="hf-grow")
     with explained(remote.ref, remote.revision), no_bars():

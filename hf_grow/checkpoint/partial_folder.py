@@ -24,7 +24,7 @@ from hf_grow.checkpoint.folder_exchange import busy, exchange, is_locked, is_pla
 from hf_grow.checkpoint.reader import GROWTH, INDEX, TEMPLATES
 from hf_grow.checkpoint.source import CONFIG, companion_bytes, is_companion
 from hf_grow.checkpoint.writer import Shard
-from hf_grow.common.safe_files import read_bytes, reason, to_json
+from hf_grow.common.safe_files import error_text, read_bytes, to_json
 from hf_grow.errors import OutputError, SourceError
 
 JOURNAL = ".hf-grow-journal.jsonl"
@@ -71,7 +71,7 @@ class PartialFolder:
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             hint = "Free some space, or choose another place with -o." if full else "Choose another place with -o."
-            raise OutputError(f"Cannot write {error.filename or self.path}: {reason(error)}.", hint=hint) from None
+            raise OutputError(f"Cannot write {error.filename or self.path}: {error_text(error)}.", hint=hint) from None
 
     @staticmethod
     def check(final: Path, *, resume: bool, overwrite: bool, resumable: bool = True) -> None:
@@ -81,7 +81,9 @@ class PartialFolder:
         try:
             _check(final, resume, overwrite, resumable)
         except OSError as error:
-            raise OutputError(f"Cannot write {error.filename or final}: {reason(error)}.", hint="Choose another place with -o.") from None
+            raise OutputError(
+                f"Cannot write {error.filename or final}: {error_text(error)}.", hint="Choose another place with -o."
+            ) from None
 
     def _begin(self, resume: bool) -> None:
         _check(self.final, resume, self.overwrite, self.resumable)

@@ -15,7 +15,7 @@ from hf_grow.checkpoint.fused_experts import unfused
 from hf_grow.checkpoint.provenance import history_of
 from hf_grow.checkpoint.safetensors_header import Stored, check_name, read_file_header
 from hf_grow.checkpoint.transfer import sha256_of
-from hf_grow.common.safe_files import check_kinds, open_regular, read_json, reason
+from hf_grow.common.safe_files import check_no_special_files, error_text, open_regular, read_json
 from hf_grow.errors import SourceError
 from hf_grow.growth.plan import EMBEDDING, HEAD, SourceInfo
 
@@ -77,11 +77,11 @@ def open_folder(folder: Path, *, ref: str | None = None, revision: str = "") -> 
     try:
         return _open_folder(folder, ref or str(folder), revision)
     except OSError as error:
-        raise SourceError(f"Cannot read {folder}: {reason(error)}.") from None
+        raise SourceError(f"Cannot read {folder}: {error_text(error)}.") from None
 
 
 def _open_folder(folder: Path, ref: str, revision: str) -> Checkpoint:
-    check_kinds(folder, TEMPLATES)
+    check_no_special_files(folder, TEMPLATES)
     weight_map = _weight_map(folder, ref)  # first: adapters and GGUF folders have no config.json, and a refusal of their own
     config = read_json(folder / "config.json", f"{ref} is no checkpoint: it has no config.json.")
     tensors: dict[str, Stored] = {}

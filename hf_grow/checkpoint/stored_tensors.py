@@ -20,7 +20,7 @@ class StoredTensors:
     No file stays open between two reads: one that `TensorCache` fetched may be removed at any time after its last use.
     """
 
-    fresh = True
+    writable = True
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_grow.checkpoint.reader import SINGLE
-from hf_grow.common.safe_files import reason
+from hf_grow.common.safe_files import error_text
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import OutputError
 from hf_grow.growth.plan import DTYPE_BYTES, TensorInfo
@@ -104,7 +104,7 @@ def check_room(final: Path, nbytes: int, already: int = 0) -> None:
             folder = folder.parent
         usage = shutil.disk_usage(folder)
     except OSError as error:
-        raise OutputError(f"Cannot write {final}: {reason(error)}.", hint="Choose another place with -o.") from None
+        raise OutputError(f"Cannot write {final}: {error_text(error)}.", hint="Choose another place with -o.") from None
     free = usage.free
     if usage.total and nbytes - already > free:
         raise OutputError(

@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from hf_grow._version import __version__
 from hf_grow.cli.parsing import GREETING, Parser, check_command, error_facts, refuse_rest
 from hf_grow.cli.streams import json_alone
-from hf_grow.errors import GrowError, InputError, shown
+from hf_grow.errors import GrowError, InputError, printable
 
 # command -> (module of its arguments and run, one line of help)
 COMMANDS = {
@@ -81,7 +81,7 @@ def _ended(arguments: list[str]) -> int:
     except OSError as error:
         # Files of the work have messages of their own where they are read and written; this is stdout, the caches of libraries, and the like.
         place = error.filename if isinstance(error.filename, str) else "a file, or standard output"
-        return _failed(GrowError(f"{shown(place)} could not be read or written: {shown(error.strerror or str(error))}."), arguments)
+        return _failed(GrowError(f"{printable(place)} could not be read or written: {printable(error.strerror or str(error))}."), arguments)
 
 
 def _failed(error: GrowError, arguments: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from rich.text import Text
 
 from hf_grow.cli.render import console
-from hf_grow.common.safe_files import plain, reason, to_json
+from hf_grow.common.safe_files import error_text, replace_nonfinite, to_json
 from hf_grow.errors import ExecutionError, InputError
 
 
@@ -45,7 +45,7 @@ def enough_memory(hint: str) -> Iterator[None]:
 
 def print_json(data: Any) -> None:
     """One JSON value: a number that JSON has not becomes null, a character that a terminal does not show is escaped."""
-    text = to_json(plain(data)).rstrip("\n")
+    text = to_json(replace_nonfinite(data)).rstrip("\n")
     if not text.isascii():
         unicode = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
         text = "".join(c if c.isascii() or (unicode and c.isprintable()) else json.dumps(c)[1:-1] for c in text)
@@ -65,4 +65,4 @@ def existing_folder(text: str) -> Path:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         raise InputError(f"{text} is no folder.", hint="Give the folder that holds config.json and the weights.") from None
     except OSError as error:
-        raise InputError(f"Cannot read {text}: {reason(error)}.") from None
+        raise InputError(f"Cannot read {text}: {error_text(error)}.") from None

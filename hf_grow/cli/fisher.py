@@ -15,13 +15,13 @@ from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, add_source, enough_memory, print_json
 from hf_grow.cli.fisher_options import RunOptions
 from hf_grow.cli.trials import MEASURED, Trials, calibrated, trials_for
-from hf_grow.common.extras import need
-from hf_grow.common.safe_files import plain, to_json
+from hf_grow.common.extras import require_packages
+from hf_grow.common.safe_files import replace_nonfinite, to_json
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import InputError, OutputError
 from hf_grow.growth.plan import GrowthPlan, check_source
-from hf_grow.model.param_count import measure, short
-from hf_grow.options import parse, unmet
+from hf_grow.model.param_count import count_parameters, format_count
+from hf_grow.options import parse, unmet_requirements
 from hf_grow.training.config.data_options import TextOptions
 from hf_grow.training.config.fisher_options import FisherOptions
 from hf_grow.training.regularizers.fisher import memory
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    how = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False, whole=False)
-    options = parse(FisherOptions, flags.given(arguments, FisherOptions), where="The command line", strict=False, whole=False)
+    how = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False, check_requirements=False)
+    options = parse(FisherOptions, flags.given(arguments, FisherOptions), where="The command line", strict=False, check_requirements=False)
     out = Path(how.output).expanduser()
     _check(how, options, out)
     trials = trials_for(how, options, out) if how.calibrate is not None else None
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
                 else _estimated(checkpoint, how, options, out, trials, quiet=arguments.json)
             )
         facts = {"output": str(out), **facts, "seconds": round(time.perf_counter() - start, 1)}
-    print_json(plain(facts, nonfinite=str)) if arguments.json else _show(facts)
+    print_json(replace_nonfinite(facts, nonfinite=str)) if arguments.json else _show(facts)
     return 0
 
 
@@ -89,7 +89,7 @@ def _check(how: RunOptions, options: FisherOptions, out: Path) -> None:
     from hf_grow.training.config.train_config import collect, complain
     from hf_grow.training.data.sources import find
 
-    wrong = [*(f"{w}." for w in wrong), *unmet(how, options)]
+    wrong = [*(f"{w}." for w in wrong), *unmet_requirements(how, options)]
     for key, path in (("output", out), ("utility", how.utility)):
         if path is not None:
             collect(wrong, f"--{key}", partial(_writable, path, how))
@@ -103,7 +103,7 @@ def _check(how: RunOptions, options: FisherOptions, out: Path) -> None:
 
 
 def _room(checkpoint: Checkpoint, options: FisherOptions, out: Path) -> None:
-    check_room(out, measure(checkpoint.info.architecture).total * (4 if options.storage == "fp32" else 2))
+    check_room(out, count_parameters(checkpoint.info.architecture).total * (4 if options.storage == "fp32" else 2))
 
 
 def _writable(path: Path, how: RunOptions) -> None:
@@ -117,7 +117,7 @@ def _writable(path: Path, how: RunOptions) -> None:
 
 
 def _dry(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) -> dict[str, Any]:
-    total = measure(checkpoint.info.architecture).total
+    total = count_parameters(checkpoint.info.architecture).total
     stored = total * (4 if options.storage == "fp32" else 2)
     if mapped:
         return {"dry_run": True, "parameters": total, "file_bytes": stored, "note": "mapped tensor by tensor; no model is loaded"}
@@ -128,7 +128,7 @@ def _dry(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) -> dic
     needs = memory(total, {"bfloat16": 2, "float64": 8}.get(options.dtype, 4))
     return {
         "dry_run": True, "parameters": total, "tokens": options.tokens, "file_bytes": stored,
-        "memory_bytes": {**needs, "total": sum(needs.values())}, "flops": flops.training(meta_model(checkpoint.info.config), length) * options.tokens,
+        "memory_bytes": {**needs, "total": sum(needs.values())}, "flops": flops.training_flops(meta_model(checkpoint.info.config), length) * options.tokens,
         "note": "activations of one batch come on top",
     }  # fmt: skip
 
@@ -158,7 +158,7 @@ def _mapped(checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, out
 def _estimated(
     checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, out: Path, trials: Trials | None, *, quiet: bool
 ) -> dict[str, Any]:
-    need("datasets")
+    require_packages("datasets")
     from hf_grow.training.data.sampling import load
     from hf_grow.training.regularizers.fisher import estimate, merged, on_disk, sequences, utility
     from hf_grow.training.regularizers.fisher_file import Importance, check_model, samples, write_importance
@@ -224,11 +224,11 @@ def _dtype(options: FisherOptions, device: str | None) -> str:
 def _show(facts: dict[str, Any]) -> None:
     say = render.console.print
     if "dry_run" in facts:
-        say(f"parameters {short(facts['parameters'])}; the file takes {format_bytes(facts['file_bytes'])}")
+        say(f"parameters {format_count(facts['parameters'])}; the file takes {format_bytes(facts['file_bytes'])}")
         if "memory_bytes" in facts:
             parts = ", ".join(f"{k} {format_bytes(v)}" for k, v in facts["memory_bytes"].items() if k != "total")
             say(f"memory     {format_bytes(facts['memory_bytes']['total'])}: {parts}")
-            say(f"compute    {short(facts['flops'])} FLOPs for {facts['tokens']:,} tokens")
+            say(f"compute    {format_count(facts['flops'])} FLOPs for {facts['tokens']:,} tokens")
         say(f"{facts['note']} (nothing done: --dry-run)")
         return
     if "mapped_by" in facts:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from hf_grow.options import Needs, Options, Unless
+from hf_grow.options import Excludes, Options, Requires
 
 
 class RunOptions(Options):
@@ -21,7 +21,7 @@ class RunOptions(Options):
     """Instead of text: the Fisher of the source, mapped through MODEL's growth.json so that it punishes as much as before."""
     merge: Path | None = None
     """Fisher of earlier tasks, for the same tensors; the file holds decay * merge + this one (online EWC)."""
-    decay: Annotated[float, Field(ge=0, le=1), Needs("merge")] = 1.0
+    decay: Annotated[float, Field(ge=0, le=1), Requires("merge")] = 1.0
     """What --merge counts (gamma)."""
     utility: Path | None = None
     """Write the squared gradients of every expert of a mixture into this JSON file, for hf-grow experts --utility."""
@@ -29,13 +29,13 @@ class RunOptions(Options):
     """Find the lambda with which short trainings on --on raise the old loss by no more than this many nats a token."""
     on: str | None = None
     """New text for --calibrate; like --text."""
-    calibrate_steps: Annotated[int, Field(ge=1), Needs("calibrate")] = 60
+    calibrate_steps: Annotated[int, Field(ge=1), Requires("calibrate")] = 60
     """Steps of each training."""
-    calibrate_lr: Annotated[Annotated[float, Field(gt=0)] | None, Needs("calibrate"), Unless("recipe")] = None
+    calibrate_lr: Annotated[Annotated[float, Field(gt=0)] | None, Requires("calibrate"), Excludes("recipe")] = None
     """Learning rate of each training, where no recipe is given. Default: 1e-4."""
-    recipe: Annotated[str | None, Needs("calibrate")] = None
+    recipe: Annotated[str | None, Requires("calibrate")] = None
     """For --calibrate: the training recipe that lambda is for. Its learning rate, decay, schedule, batch, sequence length and penalty are taken."""
-    device: Annotated[str | None, Unless("from_growth")] = None
+    device: Annotated[str | None, Excludes("from_growth")] = None
     """Where the model runs: cpu, cuda, cuda:1. Default: the first GPU, else the CPU."""
     overwrite: bool = False
     """Replace a file that is there."""

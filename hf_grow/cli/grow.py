@@ -26,9 +26,9 @@ from hf_grow.errors import InputError
 from hf_grow.growth.growth import Method
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.methods import METHODS
-from hf_grow.methods.hybrid import HybridOptions, candidates
-from hf_grow.model.param_count import short
-from hf_grow.options import Bytes, Needs, Options, load_yaml, parse, refuse, unmet
+from hf_grow.methods.hybrid import HybridOptions, rank_candidates
+from hf_grow.model.param_count import format_count
+from hf_grow.options import Bytes, Options, Requires, load_yaml, parse, raise_errors, unmet_requirements
 from hf_grow.publish.card import forewarn
 from hf_grow.publish.manifest import path_shown, title_of
 from hf_grow.publish.push import Destination, Pushed, check_destination, prepare
@@ -70,13 +70,13 @@ class OutputOptions(PublishOptions):
     """Accept weights that are NaN or infinite."""
     stream_source: bool = False
     """Fetch each tensor of a Hub source when it is needed and remove it after its last use, instead of downloading all first."""
-    source_cache: Annotated[Bytes, Field(ge=0), Needs("stream_source")] = DEFAULT_SOURCE_CACHE
+    source_cache: Annotated[Bytes, Field(ge=0), Requires("stream_source")] = DEFAULT_SOURCE_CACHE
     """With --stream-source, disk for tensors that are needed again later; others are fetched again. Default: 2GB."""
     with_optimizer: str | None = None
     """Folder of a Trainer checkpoint (with optimizer.pt or optimizer.bin) of the source: its optimizer state grows along, and training resumes from the result."""
-    optimizer_policy: Annotated[Literal["map", "keep-and-zero", "reset"], Needs("with_optimizer")] = "map"
+    optimizer_policy: Annotated[Literal["map", "keep-and-zero", "reset"], Requires("with_optimizer")] = "map"
     """What new entries start with: the mapped state (map), zero (keep-and-zero), or no moments for any parameter (reset)."""
-    exact_steps: Annotated[bool, Needs("with_optimizer"), Needs("optimizer_policy", ("map", "keep-and-zero"))] = False
+    exact_steps: Annotated[bool, Requires("with_optimizer"), Requires("optimizer_policy", ("map", "keep-and-zero"))] = False
     """Write optimizer groups with which AdamW repeats the small model's steps exactly; for an optimizer made from hf_grow.training.growth_state.trajectory.groups."""
 
     @property
@@ -150,11 +150,11 @@ def run_recipe(arguments: argparse.Namespace) -> int:
     method = find_method(str(data.get("method") or ("pipeline" if "steps" in data else "dus")))
     # One model of both, so that every mistake of the recipe is told at once.
     keys: type[RecipeOptions] = type("Recipe", (RecipeOptions, method.options), {"__module__": __name__})
-    recipe = parse(keys, data, where=arguments.recipe, whole=False)
+    recipe = parse(keys, data, where=arguments.recipe, check_requirements=False)
     options = method.options(**{name: getattr(recipe, name) for name in recipe.model_fields_set & method.options.model_fields.keys()})
-    flagged = parse(OutputOptions, flags.given(arguments, OutputOptions), where="The command line", strict=False, whole=False)
+    flagged = parse(OutputOptions, flags.given(arguments, OutputOptions), where="The command line", strict=False, check_requirements=False)
     output = OutputOptions(**{m: getattr(o, m) for o in (recipe, flagged) for m in o.model_fields_set & OutputOptions.model_fields.keys()})
-    refuse(arguments.recipe, unmet(output, options))
+    raise_errors(arguments.recipe, unmet_requirements(output, options))
     return carry_out(recipe.source, recipe.revision, method, options, output, as_json=arguments.json)
 
 
@@ -181,7 +181,7 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
         raise InputError("--stream-push sends the model only, and --with-optimizer writes more.", hint="Leave one of them out.")
     if not as_json:
         if isinstance(options, HybridOptions):
-            render.show_candidates(checkpoint.info.architecture, candidates(checkpoint.info.architecture, options), options)
+            render.show_candidates(checkpoint.info.architecture, rank_candidates(checkpoint.info.architecture, options), options)
         render.show_plan(plan)
     cache, companions = None, None
     if output.stream_source and not output.dry_run:
@@ -250,7 +250,7 @@ def _also(output: OutputOptions, plan: GrowthPlan) -> Callable[[Path], set[str]]
 
 def default_output(source: str, plan: GrowthPlan) -> Path:
     name = Path(source).resolve().name if Path(source).exists() else source.rsplit("/", 1)[-1]
-    return Path(f"{name}-{plan.growth.method}-{short(plan.sizes[1].total)}")
+    return Path(f"{name}-{plan.growth.method}-{format_count(plan.sizes[1].total)}")
 
 
 def _finish(

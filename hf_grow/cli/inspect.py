@@ -21,7 +21,7 @@ from hf_grow.errors import InputError, SourceError
 from hf_grow.growth.plan import HEAD, GrowthPlan, check_source
 from hf_grow.model.architecture import Entry
 from hf_grow.model.families import AXES
-from hf_grow.model.param_count import measure, short
+from hf_grow.model.param_count import count_parameters, format_count
 from hf_grow.publish.layer_map import layer_map
 from hf_grow.publish.lineage import lineage
 from hf_grow.publish.picture import save_picture
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"{checkpoint.ref} was not grown by hf-grow: it has no layer map.", hint="Leave --picture out.")
         save_picture(layers, public_name(plan.source), _name(checkpoint), arguments.picture)
         render.note(f"wrote {arguments.picture}")
-    size = measure(arch)
+    size = count_parameters(arch)
     parts: Counter[str] = Counter()
     for entry in arch.tensors.values():
         parts[_part(entry)] += math.prod(entry.shape)
@@ -75,12 +75,14 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(facts)
         return 0
     table = Table(title=f"{checkpoint.ref}: {arch.family.architecture}", title_justify="left", title_style="bold", show_header=False)
-    table.add_row("parameters", f"{short(size.total)} ({size.total:,})" + (f", {short(size.active)} active" if arch.is_moe else ""))
+    table.add_row(
+        "parameters", f"{format_count(size.total)} ({size.total:,})" + (f", {format_count(size.active)} active" if arch.is_moe else "")
+    )
     table.add_row("layers", str(arch.layers))
     table.add_row("axes", ", ".join(f"{k} {v}" for k, v in facts["axes"].items()))
     table.add_row("embeddings", _tying(checkpoint, arch.tied))
     for part, count in parts.most_common():
-        table.add_row(part, f"{short(count)} ({count / size.total:.1%})")
+        table.add_row(part, f"{format_count(count)} ({count / size.total:.1%})")
     table.add_row("dtypes", ", ".join(f"{n} tensors {d}" for d, n in facts["dtypes"].items()))
     table.add_row("files", f"{len(checkpoint.files)}, {format_bytes(sum(facts['files'].values()))}")
     if tree.parents:

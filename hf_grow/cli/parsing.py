@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
-from hf_grow.common.suggest import did_you_mean, meant
+from hf_grow.common.suggest import closest, did_you_mean
 from hf_grow.errors import InputError
 
 GREETING = """\
@@ -51,7 +51,7 @@ def check_command(words: Sequence[str], commands: Collection[str], methods: Call
     if command is None or command in commands:
         return command
     ways = {name: f"{kind} --method {name}" for name, kind in methods().items()}
-    near = meant(command, [*commands, *ways])
+    near = closest(command, [*commands, *ways])
     likely = f" Did you mean hf-grow {ways.get(near, near)}?" if near else ""
     raise InputError(f"There is no command {command!r}.{likely}", hint=f"Commands: {', '.join(commands)}.")
 

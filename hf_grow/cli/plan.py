@@ -19,7 +19,7 @@ from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan, check_source
 from hf_grow.methods import METHODS
 from hf_grow.methods import starting_loss as starting
-from hf_grow.model.param_count import LARGEST_STEP, TOLERANCE, beyond, measure, short
+from hf_grow.model.param_count import LARGEST_STEP, TOLERANCE, count_parameters, extrapolation_warnings, format_count
 from hf_grow.options import parse_size
 
 
@@ -41,10 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--context must be at least 1.")
     checkpoint = open_source(arguments.source, revision=arguments.revision, weights=False, notify=render.note)
     check_source(checkpoint.info)
-    now = measure(checkpoint.info.architecture).total
-    if target <= now or short(target) == short(now):
+    now = count_parameters(checkpoint.info.architecture).total
+    if target <= now or format_count(target) == format_count(now):
         raise InputError(
-            f"{checkpoint.ref} has {short(now)} parameters ({now:,}) already; {short(target)} is no growth.", hint="Give a larger --to."
+            f"{checkpoint.ref} has {format_count(now)} parameters ({now:,}) already; {format_count(target)} is no growth.",
+            hint="Give a larger --to.",
         )
     ways: list[tuple[GrowthPlan, str]] = []
     for method in METHODS.values():
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             plan = plan_for(checkpoint.info, method, options)
             own = method.name in COMMANDS  # a command of its own; the others are chosen by --method
             words = ["hf-grow", method.name if own else method.kind, arguments.source, *([] if own else ["--method", method.name])]
-            given = {k: arguments.to if k == "to" else str(v) for k, v in options.given().items()}
+            given = {k: arguments.to if k == "to" else str(v) for k, v in options.non_defaults().items()}
             words += [w for k, v in given.items() for w in (f"--{k.replace('_', '-')}", v)]
             words += ["--revision", arguments.revision] if arguments.revision else []
             ways.append((plan, shlex.join(words)))
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             {
                 **render.plan_facts(p),
                 "command": c,
-                "beyond": beyond(p.source.architecture, p.architecture),
+                "beyond": extrapolation_warnings(p.source.architecture, p.architecture),
                 "off_target": p.sizes[1].total / target - 1,
                 "off_active": p.sizes[1].active / active - 1 if active else None,
                 "serving_bytes": p.sizes[1].serving_bytes(arguments.context),
@@ -97,26 +98,24 @@ def _gigabytes(nbytes: float) -> str:
 
 
 def _show(arch: Any, target: int, active: int | None, context: int, ways: list[tuple[GrowthPlan, str]], source: str) -> None:
-    size = measure(arch)
-    wanted = short(target) + (f", {short(active)} active" if active else "")
-    title = (
-        f"{source} ({short(size.total)}, {arch.layers} layers) to {wanted}; FLOPs of one token forward; serving {context} tokens, 16 bit"
-    )
+    size = count_parameters(arch)
+    wanted = format_count(target) + (f", {format_count(active)} active" if active else "")
+    title = f"{source} ({format_count(size.total)}, {arch.layers} layers) to {wanted}; FLOPs of one token forward; serving {context} tokens, 16 bit"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     columns = ["method", "layers", "size", "off", "active", *(["off"] if active else []), "FLOPs", "disk", "serving", ""]
     for column in columns:
         table.add_column(column, justify="left" if column in ("method", "") else "right", no_wrap=True)
     for plan, _ in ways:
         new = plan.sizes[1]
-        cells = [plan.growth.method, str(plan.architecture.layers), short(new.total), f"{new.total / target - 1:+.1%}"]
-        cells += [short(new.active), *([f"{new.active / active - 1:+.0%}"] if active else [])]
+        cells = [plan.growth.method, str(plan.architecture.layers), format_count(new.total), f"{new.total / target - 1:+.1%}"]
+        cells += [format_count(new.active), *([f"{new.active / active - 1:+.0%}"] if active else [])]
         # Short, so that the row fits 80 columns.
-        cells += [short(new.flops), _gigabytes(plan.nbytes), _gigabytes(new.serving_bytes(context))]
-        start = starting.of(plan.growth, arch)
+        cells += [format_count(new.flops), _gigabytes(plan.nbytes), _gigabytes(new.serving_bytes(context))]
+        start = starting.nearest_starting_loss(plan.growth, arch)
         cells += ["lossless" if plan.guarantee.lossless else f"{start.prose:+.1f} nats" if start else "changes"]
         table.add_row(*cells, style="" if _normal(plan, target, active) else "dim")
     render.console.print(table)
-    if any(starting.of(plan.growth, arch) for plan, _ in ways):
+    if any(starting.nearest_starting_loss(plan.growth, arch) for plan, _ in ways):
         render.console.print(
             f"nats: how much the loss of {starting.MODEL} rose on prose right after such a growth; one model, guidance only.", style="dim"
         )
@@ -124,7 +123,7 @@ def _show(arch: Any, target: int, active: int | None, context: int, ways: list[t
     for plan, command in normal:
         render.console.print(Text.assemble(f"{plan.growth.method:<11} ", (command, "bold")))
     for plan, command in ways:
-        if _reaches(plan, target, active) and (far := beyond(arch, plan.architecture)):
+        if _reaches(plan, target, active) and (far := extrapolation_warnings(arch, plan.architecture)):
             render.console.print(f"{plan.growth.method:<11} {command}", style="dim", markup=False)
             render.console.print(f"{'':<11} {' '.join(far)}", style="yellow", markup=False)
     if not normal:
@@ -138,7 +137,7 @@ def _reaches(plan: GrowthPlan, target: int, active: int | None) -> bool:
 
 
 def _normal(plan: GrowthPlan, target: int, active: int | None) -> bool:
-    return _reaches(plan, target, active) and not beyond(plan.source.architecture, plan.architecture)
+    return _reaches(plan, target, active) and not extrapolation_warnings(plan.source.architecture, plan.architecture)
 
 
 def _show_steps(now: int, target: int, wanted: str) -> None:
@@ -147,7 +146,7 @@ def _show_steps(now: int, target: int, wanted: str) -> None:
     if count < 2:
         render.console.print(f"No way comes within {TOLERANCE:.0%} of {wanted}; the nearest are above.", style="yellow")
         return
-    sizes = " -> ".join(short(now * (target / now) ** (i / count)) for i in range(count + 1))
+    sizes = " -> ".join(format_count(now * (target / now) ** (i / count)) for i in range(count + 1))
     render.console.print(
         f"No way that is known to work reaches {wanted} at once. In {count} steps, training after each: {sizes}; hf-grow plan shows the ways of each.",
         style="yellow",

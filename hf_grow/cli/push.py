@@ -12,7 +12,7 @@ from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, existing_folder, print_json
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import ExecutionError
-from hf_grow.options import Needs, Options, parse
+from hf_grow.options import Options, Requires, parse
 from hf_grow.publish.manifest import Cargo, survey
 from hf_grow.publish.push import Destination, Pushed, again, card, on_the_hub, push
 
@@ -37,15 +37,15 @@ class PublishOptions(Options):
 
     push: str | None = None
     """Publish the result as this repository on the Hub, OWNER/NAME; see hf-grow push."""
-    private: Annotated[bool, Needs("push")] = False
+    private: Annotated[bool, Requires("push")] = False
     """With --push, make the repository private."""
-    push_revision: Annotated[str | None, Needs("push")] = None
+    push_revision: Annotated[str | None, Requires("push")] = None
     """With --push, branch to commit to, made if need be."""
-    create_pr: Annotated[bool, Needs("push")] = False
+    create_pr: Annotated[bool, Requires("push")] = False
     """With --push, open a pull request instead of committing."""
-    message: Annotated[str | None, Needs("push")] = None
+    message: Annotated[str | None, Requires("push")] = None
     """With --push, first line of the commit."""
-    stream_push: Annotated[bool, Needs("push")] = False
+    stream_push: Annotated[bool, Requires("push")] = False
     """With --push, send each shard when it is finished and remove it here: two shards lie on the disk at most. The commit comes last."""
 
     def destination(self) -> Destination | None:

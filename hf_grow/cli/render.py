@@ -15,17 +15,17 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_grow.checkpoint.writer import Progress
-from hf_grow.common.progress_bars import Counter, bar, counting
+from hf_grow.common.progress_bars import TokenProgress, progress_bar, token_progress
 from hf_grow.common.units import format_bytes
-from hf_grow.errors import shown
+from hf_grow.errors import printable
 from hf_grow.methods import starting_loss as starting
 from hf_grow.methods.hybrid import ffn_axis
-from hf_grow.model.param_count import measure, short
+from hf_grow.model.param_count import count_parameters, format_count
 from hf_grow.publish.layer_map import layer_ranges
 
 if TYPE_CHECKING:
     from hf_grow.growth.plan import GrowthPlan
-    from hf_grow.methods.hybrid import Candidate, HybridOptions
+    from hf_grow.methods.hybrid import HybridCandidate, HybridOptions
     from hf_grow.model.architecture import Architecture
 
 MOST_COLUMNS = 4_000
@@ -37,7 +37,7 @@ class Screen(Console):
 
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(shown(segment.text, MOST_COLUMNS), segment.style)
+            yield segment if segment.control else Segment(printable(segment.text, MOST_COLUMNS), segment.style)
 
 
 # No markup: names of folders, files and tensors may hold brackets and colons.
@@ -69,7 +69,7 @@ def plan_facts(plan: GrowthPlan) -> dict[str, Any]:
         "active_parameters": [old.active, new.active],
         "bytes": [plan.source.nbytes, plan.nbytes],
         "further_sources": {
-            label: {"source": o.ref, "revision": o.revision, "parameters": measure(o.architecture).total, "bytes": o.nbytes}
+            label: {"source": o.ref, "revision": o.revision, "parameters": count_parameters(o.architecture).total, "bytes": o.nbytes}
             for label, o in plan.source.others.items()
         },
         "flops_per_token": [old.flops, new.flops],
@@ -77,7 +77,7 @@ def plan_facts(plan: GrowthPlan) -> dict[str, Any]:
         "guarantee": plan.guarantee.kind,
         "because": plan.guarantee.because,
         "starting_loss": asdict(start) | {"model": starting.MODEL}
-        if (start := starting.of(plan.growth, plan.source.architecture))
+        if (start := starting.nearest_starting_loss(plan.growth, plan.source.architecture))
         else None,
         "dropped": dict(plan.growth.dropped),
         "warnings": list(plan.growth.warnings),
@@ -91,13 +91,13 @@ def show_plan(plan: GrowthPlan) -> None:
     for column in ("", "source", "target"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("layers", str(a.layers), str(b.layers))
-    table.add_row("parameters", short(old.total), short(new.total))
+    table.add_row("parameters", format_count(old.total), format_count(new.total))
     if a.is_moe or b.is_moe:
-        table.add_row("active parameters", short(old.active), short(new.active))
+        table.add_row("active parameters", format_count(old.active), format_count(new.active))
     table.add_row("weights on disk", format_bytes(plan.source.nbytes), format_bytes(plan.nbytes))
     if more := len(plan.source.others):
         table.add_row(f"weights of {more} further source{'s' * (more > 1)}", format_bytes(plan.source_nbytes - plan.source.nbytes), "")
-    table.add_row("forward FLOPs a token", short(old.flops), short(new.flops))
+    table.add_row("forward FLOPs a token", format_count(old.flops), format_count(new.flops))
     table.add_row("KV cache a token (16 bit)", f"{old.kv_values / 512:.0f} KiB", f"{new.kv_values / 512:.0f} KiB")
     console.print(table)
     console.print(f"layers     {layer_ranges(plan.growth.layers)}", markup=False)
@@ -105,7 +105,7 @@ def show_plan(plan: GrowthPlan) -> None:
     console.print(f"tensors    {len(plan.targets)}: {copies} copied byte for byte, {len(plan.targets) - copies} computed")
     style = "green" if plan.guarantee.lossless else "yellow"
     console.print(Text.assemble("guarantee  ", (plan.guarantee.kind, style), f": {plan.guarantee.because}"))
-    if start := starting.of(plan.growth, a):
+    if start := starting.nearest_starting_loss(plan.growth, a):
         console.print(f"start      {start} (one model: guidance only)", style="yellow", markup=False)
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.growth.dropped.items():
@@ -116,9 +116,11 @@ def show_plan(plan: GrowthPlan) -> None:
         console.print(f"warning    {warning}", style="yellow", markup=False)
 
 
-def show_candidates(arch: Architecture, found: Sequence[Candidate], options: HybridOptions) -> None:
+def show_candidates(arch: Architecture, found: Sequence[HybridCandidate], options: HybridOptions) -> None:
     """The table of hybrid shapes, the chosen one marked."""
-    table = Table(title=f"shapes near {short(options.to)}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=f"shapes near {format_count(options.to)}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     ffn = ffn_axis(arch)
     for column in ("", "layers", "hidden", "FFN", "heads/kv", "size", "off", "hidden/layers"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -129,7 +131,7 @@ def show_candidates(arch: Architecture, found: Sequence[Candidate], options: Hyb
         str(arch.size("hidden")),
         str(arch.size(ffn)),
         f"{arch.heads}/{arch.size('kv')}",
-        short(measure(arch).total),
+        format_count(count_parameters(arch).total),
         "",
         f"{now:.0f}",
     )
@@ -140,7 +142,7 @@ def show_candidates(arch: Architecture, found: Sequence[Candidate], options: Hyb
             str(s.hidden),
             str(getattr(s, ffn)),
             f"{s.heads}/{s.kv}",
-            short(c.total),
+            format_count(c.total),
             f"{c.total / options.to - 1:+.1%}",
             f"{c.aspect:.0f}",
         ]
@@ -157,7 +159,7 @@ def bytes_bar(label: str, total: int, *, quiet: bool, then: str = "") -> Iterato
         return
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    with bar(notes, DownloadColumn, TransferSpeedColumn) as drawn:
+    with progress_bar(notes, DownloadColumn, TransferSpeedColumn) as drawn:
         task = drawn.add_task(label, total=total)
 
         def progress(nbytes: int) -> None:
@@ -169,10 +171,10 @@ def bytes_bar(label: str, total: int, *, quiet: bool, then: str = "") -> Iterato
 
 
 @contextmanager
-def tokens_bar(label: str, total: int, *, quiet: bool) -> Iterator[Counter]:
+def tokens_bar(label: str, total: int, *, quiet: bool) -> Iterator[TokenProgress]:
     """The same for tokens, whose number so far it shows; where stderr is no terminal, in a line now and then."""
     if quiet:
-        yield Counter()
+        yield TokenProgress()
         return
-    with counting(label, total, console=notes, note=note) as progress:
+    with token_progress(label, total, console=notes, note=note) as progress:
         yield progress

@@ -8,7 +8,7 @@ from pathlib import Path
 from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, add_source, enough_memory, print_json
-from hf_grow.common.extras import need
+from hf_grow.common.extras import require_packages
 from hf_grow.options import Options, parse
 from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.data.replay import Estimate, Replay, check_output, estimate, sample_replay
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = parse(ReplayOptions, flags.given(arguments, ReplayOptions), where="The command line", strict=False)
     how = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False)
     if options.prompts is not None:
-        need("datasets")
+        require_packages("datasets")
     out = Path(how.output).expanduser()
     if not how.dry_run:
         check_output(out, overwrite=how.overwrite)

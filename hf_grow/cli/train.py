@@ -19,8 +19,8 @@ from hf_grow.common import yaml_io as yaml_text
 from hf_grow.common.suggest import did_you_mean
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import ExecutionError, InputError
-from hf_grow.model.param_count import short
-from hf_grow.options import Needs, Options, Unless, parse
+from hf_grow.model.param_count import format_count
+from hf_grow.options import Excludes, Options, Requires, parse
 
 if TYPE_CHECKING:
     from hf_grow.training.distributed.launch import Launch
@@ -43,11 +43,11 @@ class RunOptions(Options):
     """Replace an earlier training in the output folder."""
     dry_run: bool = False
     """Print recipe, parameter groups, memory, tokens and FLOPs, and stop."""
-    time: Annotated[bool, Needs("dry_run"), Unless("accelerate"), Unless("processes")] = False
+    time: Annotated[bool, Requires("dry_run"), Excludes("accelerate"), Excludes("processes")] = False
     """Let --dry-run load the model and time a few real steps, on made-up tokens."""
-    accelerate: Annotated[Path | None, Needs("dry_run")] = None
+    accelerate: Annotated[Path | None, Requires("dry_run")] = None
     """--dry-run for the processes of this file of `accelerate launch`, which starts such a training."""
-    processes: Annotated[Annotated[int, Field(ge=1)] | None, Needs("dry_run")] = None
+    processes: Annotated[Annotated[int, Field(ge=1)] | None, Requires("dry_run")] = None
     """--dry-run for so many processes (without --accelerate: DDP)."""
 
 
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
     path = find_recipe(arguments.recipe)
     if int(os.environ.get("RANK", "0")) == 0 and not arguments.json:
         render.note(f"Reading {path} ...")  # what comes next imports torch and transformers, which takes seconds
-    from hf_grow.common.safe_files import plain
+    from hf_grow.common.safe_files import replace_nonfinite
     from hf_grow.training.config import train_config as recipe
     from hf_grow.training.train import dry_run, train
 
@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not first:
         return 0
     if arguments.json:
-        print_json(plain(result.to_json(), nonfinite=str))
+        print_json(replace_nonfinite(result.to_json(), nonfinite=str))
     else:
         _show_result(result)
     return 0
@@ -208,7 +208,7 @@ def _show_plan(facts: dict[str, Any]) -> None:
     for column in ("", "tensors", "parameters"):
         groups.add_column(column, justify="left" if not column else "right")
     for kind, tensors, parameters in facts["parameter_groups"]:
-        groups.add_row(kind, str(tensors), short(parameters))
+        groups.add_row(kind, str(tensors), format_count(parameters))
     out.print(groups)
     several = facts["processes"] > 1
     title = f"memory of each process ({facts['sharing']})" if several else "memory, all on one device"
@@ -220,7 +220,7 @@ def _show_plan(facts: dict[str, Any]) -> None:
             memory.add_row(f"{purpose} (estimated)" if purpose in ("activations", "gathered") else purpose, format_bytes(nbytes))
     out.print(memory)
     for text in facts["texts"]:
-        size = "size unknown" if text["tokens"] is None else f"about {short(text['tokens'])} tokens"
+        size = "size unknown" if text["tokens"] is None else f"about {format_count(text['tokens'])} tokens"
         out.print(f"{text['use']:<12} {text['label']}: {size}", markup=False)
 
 
@@ -228,10 +228,12 @@ def summary(facts: dict[str, Any]) -> list[str]:
     """What matters first: where to, how long, and whether it fits."""
     trainable, parameters = facts["parameters"]
     lines = [f"{'output':<12} {Path(facts['output']).absolute()} (nothing written: --dry-run)"]
-    lines.append(f"{'model':<12} {facts['model']}: {short(trainable)} of {short(parameters)} parameters train")
+    lines.append(f"{'model':<12} {facts['model']}: {format_count(trainable)} of {format_count(parameters)} parameters train")
     if facts["tokens"]:
         steps, each = facts["steps"], facts["tokens_a_step"]
-        lines.append(f"{'training':<12} {steps:,} steps of {each:,} tokens: {short(facts['tokens'])} tokens, {facts['flops']:.3g} FLOPs")
+        lines.append(
+            f"{'training':<12} {steps:,} steps of {each:,} tokens: {format_count(facts['tokens'])} tokens, {facts['flops']:.3g} FLOPs"
+        )
     if facts.get("time"):
         lines.append(f"{'time':<12} {_time(facts['time'])}")
     needs, free = facts["memory"]["total"], facts["free_memory"]
@@ -275,7 +277,7 @@ def _show_result(result: TrainResult) -> None:
         )
     why = f", ended by {result.stopped}" if result.stopped else ""
     out.print(
-        f"trained      {result.output}: {result.steps:,} steps, {short(result.tokens)} tokens, {result.flops:.3g} FLOPs, {result.seconds:.0f} s{why}",
+        f"trained      {result.output}: {result.steps:,} steps, {format_count(result.tokens)} tokens, {result.flops:.3g} FLOPs, {result.seconds:.0f} s{why}",
         markup=False,
     )
     for words in after_training(result.output):

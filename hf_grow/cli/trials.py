@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.cli import render
 from hf_grow.cli.fisher_options import RunOptions
-from hf_grow.common.extras import need
+from hf_grow.common.extras import require_packages
 from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.training.config.fisher_options import FisherOptions
@@ -41,7 +41,7 @@ class Trials:
 
 def trials_for(how: RunOptions, options: FisherOptions, out: Path) -> Trials:
     """As the recipe says, else with the defaults of recipes. Raises InputError for a recipe that cannot be tried."""
-    need("accelerate")
+    require_packages("accelerate")
     from hf_grow.cli.train import find_recipe
     from hf_grow.training.config.train_config import complain, load, read
     from hf_grow.training.setup.checks import arguments_for

@@ -17,7 +17,7 @@ from hf_grow.cli.commands import add_json, existing_folder, print_json
 from hf_grow.cli.flags import add_flags, given
 from hf_grow.cli.report import show_report
 from hf_grow.errors import InputError
-from hf_grow.options import Unless, parse
+from hf_grow.options import Excludes, parse
 from hf_grow.verification import Report, TaskOptions
 from hf_grow.verification.stored_report import kept
 
@@ -27,11 +27,11 @@ class CompareOptions(TaskOptions):
 
     structure_only: bool = False
     """Tables, bytes and digests only; needs no model in memory."""
-    text: Annotated[Path | None, Unless("structure_only")] = None
+    text: Annotated[Path | None, Excludes("structure_only")] = None
     """Text to compare the models on; default: a small built-in one."""
-    tokens: Annotated[int, Field(ge=2), Unless("structure_only")] = 2048
+    tokens: Annotated[int, Field(ge=2), Excludes("structure_only")] = 2048
     """Compare on at most this many tokens."""
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "float64"], Unless("structure_only")] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "float64"], Excludes("structure_only")] = "auto"
     """Dtype to compute in."""
     no_record: bool = False
     """Do not write the result into NEW/growth.json."""

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from hf_grow.errors import InputError
 
 
-def need(*packages: str) -> None:
+def require_packages(*packages: str) -> None:
     """Raises InputError that says how to install them, if any of `packages` (names to import) is missing."""
     missing = [p for p in packages if find_spec(p) is None]
     if missing:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-EVERY = 30.0
+LOG_INTERVAL = 30.0
 """Seconds between two lines of progress in a file."""
 
 
-def bar(console: Any, *counts: Any, facts: bool = False) -> Any:
+def progress_bar(console: Any, *counts: Any, facts: bool = False) -> Any:
     """A rich Progress of a label, the bar, ``counts`` (classes of columns) and the time left; with ``facts`` also the text of that field of a task, as far as it fits."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
@@ -26,7 +26,7 @@ def bar(console: Any, *counts: Any, facts: bool = False) -> Any:
     return Progress(*columns, console=console, transient=True, expand=True)
 
 
-class Counter:
+class TokenProgress:
     """Called with tokens that are done; `within` with how far the piece of work is that is under way. This one shows nothing."""
 
     def __call__(self, tokens: int) -> None:
@@ -37,7 +37,7 @@ class Counter:
 
 
 @contextmanager
-def counting(label: str, total: int, *, console: Any = None, note: Callable[[str], None]) -> Iterator[Counter]:
+def token_progress(label: str, total: int, *, console: Any = None, note: Callable[[str], None]) -> Iterator[TokenProgress]:
     """A bar on stderr that counts tokens, and a second one for what is under way; where stderr is no terminal, a line by ``note`` now and then."""
     if not sys.stderr.isatty():
         yield _Lines(label, total, note)
@@ -45,11 +45,11 @@ def counting(label: str, total: int, *, console: Any = None, note: Callable[[str
     from rich.console import Console
     from rich.progress import MofNCompleteColumn
 
-    with bar(console or Console(stderr=True), MofNCompleteColumn) as drawn:
+    with progress_bar(console or Console(stderr=True), MofNCompleteColumn) as drawn:
         yield _Bars(drawn, label, total)
 
 
-class _Bars(Counter):
+class _Bars(TokenProgress):
     def __init__(self, drawn: Any, label: str, total: int) -> None:
         self.drawn, self.whole, self.piece = drawn, drawn.add_task(f"{label}, tokens", total=total), None
 
@@ -65,7 +65,7 @@ class _Bars(Counter):
         self.drawn.update(self.piece, completed=step, total=of)
 
 
-class _Lines(Counter):
+class _Lines(TokenProgress):
     def __init__(self, label: str, total: int, note: Callable[[str], None]) -> None:
         self.label, self.total, self.note, self.done, self.told = label, total, note, 0, time.monotonic()
 
@@ -77,6 +77,6 @@ class _Lines(Counter):
         self._tell(f"; this batch: token {step:,} of at most {of:,}")
 
     def _tell(self, more: str) -> None:
-        if time.monotonic() - self.told >= EVERY:
+        if time.monotonic() - self.told >= LOG_INTERVAL:
             self.told = time.monotonic()
             self.note(f"{self.label}: {self.done:,} of {self.total:,} tokens{more}")

@@ -17,7 +17,7 @@ from typing import Any
 
 from hf_grow.errors import GrowError, SourceError
 
-MAX_FILE = 64_000_000
+MAX_FILE_BYTES = 64_000_000
 """Bytes of a configuration, an index, a tokenizer or a record."""
 MAX_DEPTH = 400
 """Lists and objects inside each other: few in a config, but growth.json gets two deeper with every training since the growth."""
@@ -49,7 +49,7 @@ def open_regular(path: Path, *, missing: str = "", error: type[GrowError] = Sour
     except FileNotFoundError:
         raise error(missing or f"{path} is missing.") from None
     except (OSError, ValueError) as problem:  # ValueError: a zero byte in the name
-        raise error(f"Cannot read {path}: {reason(problem)}.") from None
+        raise error(f"Cannot read {path}: {error_text(problem)}.") from None
 
 
 def _check_regular(path: Path, found: os.stat_result, error: type[GrowError]) -> None:
@@ -57,7 +57,7 @@ def _check_regular(path: Path, found: os.stat_result, error: type[GrowError]) ->
         raise error(f"Cannot read {path}: it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'something else')}, not a regular file.")
 
 
-def check_kinds(folder: Path, inner: str) -> None:
+def check_no_special_files(folder: Path, inner: str) -> None:
     """Raises SourceError if a folder, or its folder `inner`, holds a pipe, a device, a socket or a loop of links: some library would open it, and
     wait. Links that lead nowhere hold nobody up. Raises OSError where the folder itself cannot be read."""
     for path in (*folder.iterdir(), *folder.glob(f"{inner}/*")):
@@ -66,17 +66,17 @@ def check_kinds(folder: Path, inner: str) -> None:
         except FileNotFoundError:
             continue
         except OSError as problem:
-            raise SourceError(f"Cannot read {path}: {reason(problem)}.") from None
+            raise SourceError(f"Cannot read {path}: {error_text(problem)}.") from None
         if not stat.S_ISDIR(found.st_mode):
             _check_regular(path, found, SourceError)
 
 
-def reason(problem: OSError | ValueError) -> str:
+def error_text(problem: OSError | ValueError) -> str:
     """What the operating system says, without its number and the name of the file."""
     return (isinstance(problem, OSError) and problem.strerror) or str(problem)
 
 
-def read_bytes(path: Path, *, missing: str = "", most: int = MAX_FILE, error: type[GrowError] = SourceError) -> bytes:
+def read_bytes(path: Path, *, missing: str = "", most: int = MAX_FILE_BYTES, error: type[GrowError] = SourceError) -> bytes:
     """All of a regular file of at most `most` bytes. Raises `error`."""
     with open_regular(path, missing=missing, error=error) as file:
         try:
@@ -86,13 +86,13 @@ def read_bytes(path: Path, *, missing: str = "", most: int = MAX_FILE, error: ty
                 data += piece
             too_large = max(len(data), os.fstat(file.fileno()).st_size) > most
         except OSError as problem:
-            raise error(f"Cannot read {path}: {reason(problem)}.") from None
+            raise error(f"Cannot read {path}: {error_text(problem)}.") from None
     if too_large:
         raise error(f"{path} is larger than {most} bytes; that is no plausible file of its kind.")
     return bytes(data)
 
 
-def read_text(path: Path, *, missing: str = "", most: int = MAX_FILE, error: type[GrowError] = SourceError) -> str:
+def read_text(path: Path, *, missing: str = "", most: int = MAX_FILE_BYTES, error: type[GrowError] = SourceError) -> str:
     """The same as text. Raises `error`, also for what is not UTF-8."""
     data = read_bytes(path, missing=missing, most=most, error=error)
     try:
@@ -101,7 +101,7 @@ def read_text(path: Path, *, missing: str = "", most: int = MAX_FILE, error: typ
         raise error(f"{path} is not UTF-8 text (byte {problem.start}).") from None
 
 
-def read_json(path: Path, missing: str = "", *, most: int = MAX_FILE, error: type[GrowError] = SourceError) -> dict[str, Any]:
+def read_json(path: Path, missing: str = "", *, most: int = MAX_FILE_BYTES, error: type[GrowError] = SourceError) -> dict[str, Any]:
     """A JSON object. Raises `error` for any other value, and as `parse_json` does."""
     data = parse_json(read_bytes(path, missing=missing, most=most, error=error), str(path), error=error)
     if not isinstance(data, dict):
@@ -130,12 +130,12 @@ def to_json(data: Any, *, indent: int | None = 2) -> str:
     return json.dumps(data, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def plain(value: Any, nonfinite: Callable[[float], Any] = lambda number: None) -> Any:
+def replace_nonfinite(value: Any, nonfinite: Callable[[float], Any] = lambda number: None) -> Any:
     """JSON data at any depth, with `nonfinite` of NaN and infinities, which JSON does not have: None, or `str` for 'nan' and 'inf'."""
     if isinstance(value, Mapping):
-        return {str(k): plain(v, nonfinite) for k, v in value.items()}
+        return {str(k): replace_nonfinite(v, nonfinite) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v, nonfinite) for v in value]
+        return [replace_nonfinite(v, nonfinite) for v in value]
     return nonfinite(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

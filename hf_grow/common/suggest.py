@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Iterable
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
-    word: tuple(meant.split())
-    for words, meant in (
+    word: tuple(names.split())
+    for words, names in (
         # commands
         ("solar upscale depth_upscaling", "dus"),
         ("moe upcycle mixture", "experts"),
@@ -66,7 +66,7 @@ LONGEST = 100
 """Letters of a word that are looked at: comparing takes the square of its length, and no name of ours is half as long."""
 
 
-def meant(word: str, known: Iterable[str]) -> str | None:
+def closest(word: str, known: Iterable[str]) -> str | None:
     """The one of ``known`` that ``word`` stands for, or None. Dashes, underscores and case make no difference; of a dotted key the last part counts too."""
     names = {_plain(k): k for k in reversed(list(known))}
     wanted = _plain(word)
@@ -80,7 +80,7 @@ def meant(word: str, known: Iterable[str]) -> str | None:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' Did you mean dus?', to stand behind a sentence; empty where nothing is near."""
-    found = meant(word, known)
+    found = closest(word, known)
     return f" Did you mean {found}?" if found else ""
 
 

@@ -16,7 +16,7 @@ from typing import Any
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+\Z")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # by escapes; no file name holds them, and UTF-8 does not
 _TAG, _DATE = "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"
-MOST_DEPTH, MOST_NODES = 30, 50_000
+MAX_DEPTH, MAX_NODES = 30, 50_000
 """Levels inside each other, and values (100 characters of text count as one) with every alias counted as what it stands for."""
 
 
@@ -32,8 +32,8 @@ def _classes() -> tuple[Any, Any, Any]:
             self.sizes: dict[yaml.Node, int] = {}
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.depth == MOST_DEPTH:
-                raise yaml.YAMLError(f"it is nested deeper than {MOST_DEPTH} levels")
+            if self.depth == MAX_DEPTH:
+                raise yaml.YAMLError(f"it is nested deeper than {MAX_DEPTH} levels")
             before, alias = self.total, self.check_event(yaml.AliasEvent)
             self.depth += 1
             node: Any = super().compose_node(parent, index)
@@ -45,8 +45,8 @@ def _classes() -> tuple[Any, Any, Any]:
             if not alias:
                 self.sizes[node] = self.total - before + 1 + (len(node.value) // 100 if isinstance(node, yaml.ScalarNode) else 0)
             self.total = before + self.sizes[node]
-            if self.total > MOST_NODES:
-                raise yaml.YAMLError(f"with its aliases it holds more than {MOST_NODES} values")
+            if self.total > MAX_NODES:
+                raise yaml.YAMLError(f"with its aliases it holds more than {MAX_NODES} values")
             return node
 
         def compose_mapping_node(self, anchor: Any) -> Any:

@@ -34,11 +34,11 @@ from hf_grow.checkpoint.tensor_cache import TensorCache
 from hf_grow.checkpoint.tied_heads import check_heads
 from hf_grow.checkpoint.transfer import copy_range, digest, write_all
 from hf_grow.checkpoint.writer import DEFAULT_MEMORY, WORKERS, Progress, Shard, Slot, check_room
-from hf_grow.common.safe_files import open_regular, read_json, reason
+from hf_grow.common.safe_files import error_text, open_regular, read_json
 from hf_grow.convert.metadata import versions as versions
 from hf_grow.convert.metadata import write_rest
 from hf_grow.errors import ExecutionError, GrowError, OutputError, SourceError
-from hf_grow.growth.finite_check import NOT_FINITE, FiniteCheck
+from hf_grow.growth.finite_check import NOT_FINITE_HINT, FiniteCheck
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.tensormap import Fill, Noise
 
@@ -162,7 +162,7 @@ def explained(folder: PartialFolder) -> Iterator[None]:
         at = f" ({error.filename})" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ExecutionError(f"The disk of {folder.final} is full{at}.", hint=f"Free some space. {folder.go_on}") from None
-        raise ExecutionError(f"Writing {folder.final} failed: {reason(error)}{at}.", hint=folder.go_on) from None
+        raise ExecutionError(f"Writing {folder.final} failed: {error_text(error)}{at}.", hint=folder.go_on) from None
 
 
 def _write_shards(job: _Job, shards: Sequence[Shard], workers: int) -> dict[str, str]:
@@ -272,7 +272,7 @@ def _copy_tensor(job: _Job, name: str, slot: Slot, target: int) -> str:
             if not (values.finite or job.allow_nonfinite):
                 raise SourceError(
                     f"{name} in {stored.file} holds NaN or infinite values; a model grown from it would be broken.",
-                    hint=NOT_FINITE,
+                    hint=NOT_FINITE_HINT,
                 )
             job.digests[name] = found
         copy_range(handle, target, stored.start, slot.start, stored.stop - stored.start, job.stop)
@@ -301,16 +301,17 @@ def _blocks(job: _Job, slot: Slot) -> Iterator[memoryview | bytes]:
         for at in range(slot.start, slot.stop, len(zeros)):
             yield memoryview(zeros)[: slot.stop - at]
     elif isinstance(expr, Noise) and expr.like is None:
-        from hf_grow.growth.noise import NOISE_CHUNK, draw, stored
+        from hf_grow.growth.noise import NOISE_CHUNK, gaussian, to_dtype_bytes
 
         count = math.prod(expr.size)
         for first in range(0, count, NOISE_CHUNK):
-            values = draw(job.plan.growth.seed, expr.key, first, min(first + NOISE_CHUNK, count), expr.std)
-            yield stored(values, slot.info.dtype)
+            values = gaussian(job.plan.growth.seed, expr.key, first, min(first + NOISE_CHUNK, count), expr.std)
+            yield to_dtype_bytes(values, slot.info.dtype)
     else:
-        from hf_grow.growth.evaluate import one_thread_each, raw_bytes
+        from hf_grow.growth.evaluate import single_threaded_ops
+        from hf_grow.growth.tensors import raw_bytes
 
-        with one_thread_each():
+        with single_threaded_ops():
             for block in job.evaluator().blocks(expr, slot.info, job.memory_budget, allow_nonfinite=job.allow_nonfinite):
                 yield raw_bytes(block)
 

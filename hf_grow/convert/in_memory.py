@@ -8,10 +8,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 from hf_grow.errors import SourceError
-from hf_grow.growth.evaluate import Evaluator, HeldTensors
+from hf_grow.growth.evaluate import Evaluator
 from hf_grow.growth.plan import DTYPE_NAMES, HEAD, GrowthPlan, SourceInfo, TensorInfo
 from hf_grow.growth.tensormap import Source
-from hf_grow.model.loading import loading
+from hf_grow.growth.tensors import InMemoryTensors
+from hf_grow.model.loading import transformers_errors
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +89,7 @@ def grow_model(model: PreTrainedModel, plan: GrowthPlan, others: Mapping[str, Pr
             f"The plan is for another model: {wrong[0]} has another shape here, or is missing, or is tied ({len(wrong)} such tensors).",
             hint="Plan with hf_grow.plan(model, ...).",
         )
-    evaluator = Evaluator(plan, HeldTensors(held))
+    evaluator = Evaluator(plan, InMemoryTensors(held))
     copies = plan.copies()
     state = {
         name: held[copies[name]].clone() if name in copies else evaluator.whole(plan.growth.tensors[name], info)
@@ -107,7 +108,7 @@ def assemble(plan: GrowthPlan, state: Mapping[str, Tensor], dtype: torch.dtype, 
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     config = dict(plan.growth.config)
-    with loading("the grown model"):
+    with transformers_errors("the grown model"):
         target = AutoConfig.for_model(config.pop("model_type"), **config)
         made = MODEL_FOR_CAUSAL_LM_MAPPING[type(target)].from_pretrained(
             None, config=target, state_dict=dict(state), dtype=dtype, **implementations

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_grow.checkpoint.reader import Checkpoint
-from hf_grow.growth.evaluate import BLOCK, Tensors
+from hf_grow.growth.evaluate import BLOCK
+from hf_grow.growth.tensors import TensorRows
 from hf_grow.model.families import Dim
-from hf_grow.model.loading import loading, plain_outputs
+from hf_grow.model.loading import reset_output_flags, transformers_errors
 
 
-def embeddings(checkpoint: Checkpoint, tensors: Tensors, ids: Sequence[int]) -> Tensor:
+def embeddings(checkpoint: Checkpoint, tensors: TensorRows, ids: Sequence[int]) -> Tensor:
     """The input embeddings of some tokens, float32 [tokens, hidden]; only their rows are read."""
     table = next(n for n, e in checkpoint.info.architecture.tensors.items() if e.spec.dims[0] == Dim("in", ("vocab",)))
     rows = {i: tensors.rows(table, i, i + 1).to(torch.float32) for i in set(ids)}
@@ -27,7 +28,7 @@ def embeddings(checkpoint: Checkpoint, tensors: Tensors, ids: Sequence[int]) -> 
 
 def mlp_inputs(
     checkpoint: Checkpoint,
-    tensors: Tensors,
+    tensors: TensorRows,
     embedded: Mapping[str, Tensor],
     pool: Callable[[Tensor], Tensor],
     progress: Callable[[int], None],
@@ -62,9 +63,9 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig, AutoModel
 
     settings = dict(checkpoint.config)
-    with loading(f"the model of {checkpoint.ref}"):
+    with transformers_errors(f"the model of {checkpoint.ref}"):
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        plain_outputs(config)
+        reset_output_flags(config)
         with torch.device("meta"):
             model = AutoModel.from_config(config, dtype=torch.float32).eval()
         model.rotary_emb = type(model.rotary_emb)(config=config)
@@ -72,7 +73,9 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _read_layer(memory: dict[str, Tensor], index: int, checkpoint: Checkpoint, tensors: Tensors, progress: Callable[[int], None]) -> None:
+def _read_layer(
+    memory: dict[str, Tensor], index: int, checkpoint: Checkpoint, tensors: TensorRows, progress: Callable[[int], None]
+) -> None:
     """One layer's weights in fp32, by their names within it, in the memory that held those of the layer before: what is freed and asked for again
     does not always fit. They are read in blocks, so that no tensor is there twice."""
     for name, entry in checkpoint.info.architecture.tensors.items():

@@ -22,7 +22,7 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import InputError, PlanError, SourceError
 from hf_grow.growth.plan import check_source
 from hf_grow.methods.experts.prompts import PromptsFile
-from hf_grow.model.loading import TOKENIZER, load_tokenizer, loading
+from hf_grow.model.loading import TOKENIZER_HINT, load_tokenizer, transformers_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +103,7 @@ def _tokenized(checkpoint: Checkpoint, prompts: PromptsFile, notify: Callable[[s
         for side in ("positive", "negative")
         for j, text in enumerate(getattr(expert, side))
     }
-    with loading(f"the tokenizer of {checkpoint.ref}", TOKENIZER):
+    with transformers_errors(f"the tokenizer of {checkpoint.ref}", TOKENIZER_HINT):
         found = {text: [int(i) for i in tokenizer(text, verbose=False)["input_ids"]] for text in places}
         empty = [place for text, place in places.items() if not tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     if empty:

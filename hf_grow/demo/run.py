@@ -58,7 +58,7 @@ def run(options: DemoOptions, *, cache: Path | None = None, console: Console | N
     console.print("[bold]hf-grow demo[/]: train a small Llama on the text that comes with Python, grow it, train on. CPU only, no network.")
     with _environment(settings.threads):
         numbers = _story(settings, out, cache or caching.default_root(), options.fresh, console)
-    numbers |= {"options": options.given(), "seconds": round(time.perf_counter() - start, 1)}
+    numbers |= {"options": options.non_defaults(), "seconds": round(time.perf_counter() - start, 1)}
     _write_marker(out, numbers)
     _close(console, out, numbers["seconds"])
     return numbers

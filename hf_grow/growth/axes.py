@@ -21,7 +21,7 @@ from hf_grow.growth.tensormap import Quantity
 
 
 @dataclass(frozen=True)
-class Run:
+class AxisRun:
     start: int | None
     length: int
     a: float = 1.0
@@ -36,7 +36,7 @@ class Run:
 @dataclass(frozen=True)
 class AxisMap:
     source_size: int
-    runs: tuple[Run, ...]
+    runs: tuple[AxisRun, ...]
     dual: bool = True
     """Whether this grows an activation space, so that B^T A = I is expected; maps that only place or cut values are not."""
 
@@ -55,13 +55,13 @@ class AxisMap:
             for i in range(r.length):
                 yield (None if r.start is None else r.start + i), r.a, r.b
 
-    def window(self, start: int, stop: int) -> Iterator[Run]:
+    def window(self, start: int, stop: int) -> Iterator[AxisRun]:
         """The runs of target rows [start, stop)."""
         at = 0
         for r in self.runs:
             low, high = max(start, at), min(stop, at + r.length)
             if low < high:
-                yield Run(None if r.start is None else r.start + low - at, high - low, r.a, r.b)
+                yield AxisRun(None if r.start is None else r.start + low - at, high - low, r.a, r.b)
             at += r.length
 
     def is_exact(self) -> bool:
@@ -76,25 +76,25 @@ class AxisMap:
         """The map that does this one first, then `after`."""
         if after.source_size != self.target_size:
             raise ValueError(f"cannot follow a map to {self.target_size} by one from {after.source_size}")
-        runs: list[Run] = []
+        runs: list[AxisRun] = []
         for r in after.runs:
             if r.start is None:
                 runs.append(r)
                 continue
             for inner in self.window(r.start, r.start + r.length):
-                runs.append(Run(inner.start, inner.length, inner.a * r.a, inner.b * r.b))
-        return AxisMap(self.source_size, joined(runs))
+                runs.append(AxisRun(inner.start, inner.length, inner.a * r.a, inner.b * r.b))
+        return AxisMap(self.source_size, merge_runs(runs))
 
     def times(self, inner: AxisMap) -> AxisMap:
         """The map of the product axis self * inner (row-major: `self` is the slow one)."""
-        runs: list[Run] = []
+        runs: list[AxisRun] = []
         for source, a, b in self.rows():
             for r in inner.runs:
                 if source is None or r.start is None:
-                    runs.append(Run(None, r.length, 0.0, 0.0))
+                    runs.append(AxisRun(None, r.length, 0.0, 0.0))
                 else:
-                    runs.append(Run(source * inner.source_size + r.start, r.length, a * r.a, b * r.b))
-        return AxisMap(self.source_size * inner.source_size, joined(runs), self.dual and inner.dual)
+                    runs.append(AxisRun(source * inner.source_size + r.start, r.length, a * r.a, b * r.b))
+        return AxisMap(self.source_size * inner.source_size, merge_runs(runs), self.dual and inner.dual)
 
     def to_json(self) -> Any:
         return {"source_size": self.source_size, "dual": self.dual, "runs": [[r.start, r.length, r.a, r.b] for r in self.runs]}
@@ -107,40 +107,40 @@ class AxisMap:
             return kind(value)
 
         try:
-            runs = [Run(s if s is None else number(s), number(n), number(a, float), number(b, float)) for s, n, a, b in data["runs"]]
+            runs = [AxisRun(s if s is None else number(s), number(n), number(a, float), number(b, float)) for s, n, a, b in data["runs"]]
             return AxisMap(number(data["source_size"]), tuple(runs), bool(data["dual"]))
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not an axis map: {error}") from None
 
 
-def joined(runs: Iterable[Run]) -> tuple[Run, ...]:
+def merge_runs(runs: Iterable[AxisRun]) -> tuple[AxisRun, ...]:
     """Neighbouring runs that continue each other become one."""
-    out: list[Run] = []
+    out: list[AxisRun] = []
     for r in runs:
         last = out[-1] if out else None
         if last and (last.a, last.b) == (r.a, r.b) and (
             (last.start is None and r.start is None)
             or (last.start is not None and r.start is not None and last.start + last.length == r.start)
         ):  # fmt: skip
-            out[-1] = Run(last.start, last.length + r.length, r.a, r.b)
+            out[-1] = AxisRun(last.start, last.length + r.length, r.a, r.b)
         else:
             out.append(r)
     return tuple(out)
 
 
 def identity(size: int) -> AxisMap:
-    return AxisMap(size, (Run(0, size),))
+    return AxisMap(size, (AxisRun(0, size),))
 
 
 def select(size: int, indices: Sequence[int]) -> AxisMap:
     """Rows picked one by one with unit gains (a cut, a shard, a permutation)."""
-    return AxisMap(size, joined(Run(i, 1) for i in indices))
+    return AxisMap(size, merge_runs(AxisRun(i, 1) for i in indices))
 
 
 def tile(size: int, copies: int, pad: int = 0) -> AxisMap:
     """`copies` of the whole axis, each holding 1/copies of what readers see, then `pad` zero rows (LEMON; HyperCloning)."""
-    runs = [Run(0, size, 1.0, 1.0 / copies)] * copies
-    return AxisMap(size, (*runs, Run(None, pad, 0.0, 0.0)) if pad else tuple(runs))
+    runs = [AxisRun(0, size, 1.0, 1.0 / copies)] * copies
+    return AxisMap(size, (*runs, AxisRun(None, pad, 0.0, 0.0)) if pad else tuple(runs))
 
 
 def duplicate(size: int, sources: Sequence[int]) -> AxisMap:
@@ -148,4 +148,4 @@ def duplicate(size: int, sources: Sequence[int]) -> AxisMap:
     counts = [0] * size
     for s in sources:
         counts[s] += 1
-    return AxisMap(size, joined(Run(s, 1, 1.0, 1.0 / counts[s]) for s in sources))
+    return AxisMap(size, merge_runs(AxisRun(s, 1, 1.0, 1.0 / counts[s]) for s in sources))

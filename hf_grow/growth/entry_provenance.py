@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_grow.growth.axes import AxisMap
 from hf_grow.growth.evaluate import Evaluator
-from hf_grow.growth.noise import subset
+from hf_grow.growth.noise import random_subset
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.tensormap import Concat, Expr, Replace, Scope, Share, Source, Subset, Sum, Take, Vary
 
@@ -46,7 +46,7 @@ class Piece:
         """What a weight of the source is multiplied by on its way to each target entry (fp64, of the target's shape)."""
         out = outer(self.gain) * self.scale
         for by, index in self.vary:
-            out = out * (1 + pick(evaluator.rows(by, 0, by.shape(evaluator.scope)[0]).double(), index))
+            out = out * (1 + gather(evaluator.rows(by, 0, by.shape(evaluator.scope)[0]).double(), index))
         return out
 
     def gradient_coefficients(self) -> Tensor:
@@ -80,7 +80,7 @@ def outer(vectors: tuple[Tensor, ...]) -> Tensor:
     return out
 
 
-def pick(tensor: Tensor, index: Indices) -> Tensor:
+def gather(tensor: Tensor, index: Indices) -> Tensor:
     """Target entries from source entries; what reads nothing gets some value, which a gain of zero must remove."""
     for dim, at in enumerate(index):
         if len(at) != tensor.shape[dim] or not torch.equal(at.cpu(), torch.arange(len(at))):
@@ -88,7 +88,7 @@ def pick(tensor: Tensor, index: Indices) -> Tensor:
     return tensor
 
 
-def collect(tensor: Tensor, index: Indices, shape: tuple[int, ...]) -> Tensor:
+def scatter_add(tensor: Tensor, index: Indices, shape: tuple[int, ...]) -> Tensor:
     """Source entries as the sums of the target entries that read them: the adjoint of `pick`. What reads nothing must hold zero."""
     for dim, at in enumerate(index):
         if len(at) != shape[dim] or not torch.equal(at.cpu(), torch.arange(len(at))):
@@ -158,7 +158,7 @@ def _vectors(axis: AxisMap, role: str) -> tuple[Tensor, Tensor, Tensor]:
 @pieces.register
 def _(expr: Subset, plan: GrowthPlan) -> list[Piece]:
     scope = Scope(plan.source.scope_shapes, plan.growth.axes)
-    chosen = torch.from_numpy(subset(plan.growth.seed, expr.key, expr.of.shape(scope)[expr.dim], expr.count).copy())
+    chosen = torch.from_numpy(random_subset(plan.growth.seed, expr.key, expr.of.shape(scope)[expr.dim], expr.count).copy())
     return [_moved(p, expr.dim, lambda vector, nothing: vector[chosen]) for p in pieces(expr.of, plan)]
 
 
@@ -166,7 +166,7 @@ def _(expr: Subset, plan: GrowthPlan) -> list[Piece]:
 def _(expr: Replace, plan: GrowthPlan) -> list[Piece]:
     scope = Scope(plan.source.scope_shapes, plan.growth.axes)
     size, count = (e.shape(scope)[expr.dim] for e in (expr.of, expr.by))
-    chosen = torch.from_numpy(subset(plan.growth.seed, expr.key, size, count).copy())
+    chosen = torch.from_numpy(random_subset(plan.growth.seed, expr.key, size, count).copy())
 
     def placed(vector: Tensor, nothing: float) -> Tensor:
         return vector.new_full((size,), nothing).index_copy(0, chosen, vector)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from hf_grow.errors import ExecutionError, SourceError
-from hf_grow.growth.axes import AxisMap, Run
-from hf_grow.growth.finite_check import NOT_FINITE, FiniteCheck
-from hf_grow.growth.noise import draw, subset
+from hf_grow.growth.axes import AxisMap, AxisRun
+from hf_grow.growth.finite_check import NOT_FINITE_HINT, FiniteCheck
+from hf_grow.growth.noise import gaussian, random_subset
 from hf_grow.growth.plan import GrowthPlan, TensorInfo
 from hf_grow.growth.tensormap import (
     Concat,
@@ -40,10 +40,7 @@ from hf_grow.growth.tensormap import (
     Values,
     Vary,
 )
-from hf_grow.growth.tensors import HeldTensors as HeldTensors
-from hf_grow.growth.tensors import Tensors as Tensors
-from hf_grow.growth.tensors import raw_bytes as raw_bytes
-from hf_grow.growth.tensors import torch_dtype as torch_dtype
+from hf_grow.growth.tensors import TensorRows, raw_bytes, torch_dtype
 
 BLOCK = 8 << 20  # bytes of one block in the compute dtype
 MANY_RUNS = 16  # above this, one gather beats slice copies
@@ -52,7 +49,7 @@ MANY_RUNS = 16  # above this, one gather beats slice copies
 class Evaluator:
     """Evaluates one plan's expressions. ``quantity`` chooses what flows through the map: weights, gradients or squared gradients."""
 
-    def __init__(self, plan: GrowthPlan, tensors: Tensors, quantity: Quantity = "weight") -> None:
+    def __init__(self, plan: GrowthPlan, tensors: TensorRows, quantity: Quantity = "weight") -> None:
         self.tensors = tensors
         self.quantity = quantity
         self.seed = plan.growth.seed
@@ -110,7 +107,7 @@ def _not_finite(wide: Tensor, block: Tensor, dtype: str, allowed: bool) -> Tenso
     if bool((wide.isfinite() & ~block.isfinite()).any()):
         raise ExecutionError(f"a value is too large for {dtype}.", hint="Grow it without noise or averages, or from a source in F32.")
     if not allowed:
-        raise SourceError("a value is not finite: the source holds NaN or infinite values.", hint=NOT_FINITE)
+        raise SourceError("a value is not finite: the source holds NaN or infinite values.", hint=NOT_FINITE_HINT)
     return block.masked_fill(block.isnan(), math.nan)  # of one form: which bits arithmetic leaves in a NaN is the processor's affair
 
 
@@ -121,7 +118,7 @@ def evaluate(expr: Expr, ev: Evaluator, start: int, stop: int) -> Tensor:
 
 @evaluate.register
 def _(expr: Source, ev: Evaluator, start: int, stop: int) -> Tensor:
-    return ev.tensors.rows(expr.key, start, stop).to(ev.compute, copy=not ev.tensors.fresh)
+    return ev.tensors.rows(expr.key, start, stop).to(ev.compute, copy=not ev.tensors.writable)
 
 
 @evaluate.register
@@ -163,13 +160,13 @@ def _(expr: Take, ev: Evaluator, start: int, stop: int) -> Tensor:
     return result
 
 
-def _run_rows(run: Run, expr: Take, ev: Evaluator) -> Tensor:
+def _run_rows(run: AxisRun, expr: Take, ev: Evaluator) -> Tensor:
     assert run.start is not None
     rows, gain = ev.rows(expr.of, run.start, run.start + run.length), run.gain(expr.role, ev.quantity)
     return rows if gain == 1 else rows.mul_(gain)
 
 
-def _gathered(inner: Tensor, dim: int, runs: list[Run], offset: int, expr: Take, ev: Evaluator) -> Tensor:
+def _gathered(inner: Tensor, dim: int, runs: list[AxisRun], offset: int, expr: Take, ev: Evaluator) -> Tensor:
     """Many short runs at once: one index_select, one multiplication."""
     # Rows outside the range read row 0, times zero: there may be more of them than rows to read.
     index = torch.cat(
@@ -221,7 +218,7 @@ def _(expr: Concat, ev: Evaluator, start: int, stop: int) -> Tensor:
 
 @evaluate.register
 def _(expr: Subset, ev: Evaluator, start: int, stop: int) -> Tensor:
-    chosen = subset(ev.seed, expr.key, expr.of.shape(ev.scope)[expr.dim], expr.count)
+    chosen = random_subset(ev.seed, expr.key, expr.of.shape(ev.scope)[expr.dim], expr.count)
     if expr.dim > 0:
         return ev.rows(expr.of, start, stop).index_select(expr.dim, torch.from_numpy(chosen.copy()))
     if start == stop:
@@ -233,7 +230,7 @@ def _(expr: Subset, ev: Evaluator, start: int, stop: int) -> Tensor:
 @evaluate.register
 def _(expr: Replace, ev: Evaluator, start: int, stop: int) -> Tensor:
     out = ev.rows(expr.of, start, stop)
-    chosen = subset(ev.seed, expr.key, expr.of.shape(ev.scope)[expr.dim], expr.by.shape(ev.scope)[expr.dim])
+    chosen = random_subset(ev.seed, expr.key, expr.of.shape(ev.scope)[expr.dim], expr.by.shape(ev.scope)[expr.dim])
     if expr.dim > 0:
         return out.index_copy_(expr.dim, torch.from_numpy(chosen.copy()), ev.rows(expr.by, start, stop))
     first, last = (int(i) for i in np.searchsorted(chosen, (start, stop)))
@@ -254,7 +251,7 @@ def _(expr: Noise, ev: Evaluator, start: int, stop: int) -> Tensor:
     if ev.quantity != "weight":
         return torch.zeros(stop - start, *expr.size[1:], dtype=ev.compute)
     mean, spread = (0.0, 1.0) if expr.like is None else ev.moments(expr.like)
-    drawn = torch.from_numpy(draw(ev.seed, expr.key, start * row, stop * row, expr.std * spread)).to(ev.compute)
+    drawn = torch.from_numpy(gaussian(ev.seed, expr.key, start * row, stop * row, expr.std * spread)).to(ev.compute)
     return (drawn if expr.centered else drawn.add_(mean)).view(stop - start, *expr.size[1:])
 
 
@@ -279,7 +276,7 @@ def _(expr: Values, ev: Evaluator, start: int, stop: int) -> Tensor:
 
 
 @contextmanager
-def one_thread_each() -> Iterator[None]:
+def single_threaded_ops() -> Iterator[None]:
     """Inside, torch uses one thread for one operation: the tensors are what runs in parallel. (The setting is one of the whole process.)"""
     with _threads.lock:
         if _threads.inside == 0:

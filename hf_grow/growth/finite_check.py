@@ -9,7 +9,7 @@ _LIMITS = {"BF16": (np.int16, np.uint16, 0x7F80), "F16": (np.int16, np.uint16, 0
            "F32": (np.int32, np.uint32, 0x7F800000), "F64": (np.int64, np.uint64, 0x7FF0000000000000)}  # fmt: skip
 
 
-NOT_FINITE = "Use an undamaged checkpoint (or --allow-nonfinite --resume, if you know why they are there)."
+NOT_FINITE_HINT = "Use an undamaged checkpoint (or --allow-nonfinite --resume, if you know why they are there)."
 
 
 class FiniteCheck:

@@ -15,7 +15,7 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def draw(seed: int, key: str, first: int, last: int, std: float) -> Floats:
+def gaussian(seed: int, key: str, first: int, last: int, std: float) -> Floats:
     """Numbers [first, last) of the stream of `key`, N(0, std^2)."""
     quantiles = normal_quantiles() * np.float32(std)
     values = np.empty(last - first, dtype=np.float32)
@@ -26,7 +26,7 @@ def draw(seed: int, key: str, first: int, last: int, std: float) -> Floats:
     return values
 
 
-def stored(values: Floats, dtype: str) -> bytes:
+def to_dtype_bytes(values: Floats, dtype: str) -> bytes:
     """The bytes of the values in a dtype of safetensors, rounded to even as torch does."""
     match dtype:
         case "BF16":
@@ -46,7 +46,7 @@ def _random_bits(seed: int, key: str, chunk: int) -> np.ndarray[Any, np.dtype[np
 
 
 @lru_cache(maxsize=16)
-def subset(seed: int, key: str, size: int, count: int) -> Indices:
+def random_subset(seed: int, key: str, size: int, count: int) -> Indices:
     """`count` of the numbers below `size`, in order: those whose random 64-bit numbers are the smallest."""
     order = np.argsort(_philox(seed, key, "subset").random_raw(size), kind="stable")
     chosen = np.sort(order[:count]).astype(np.int64)

@@ -23,7 +23,7 @@ from hf_grow.growth.tensormap import Expr, Scope, Shape, Share, Source
 from hf_grow.growth.tensormap_json import from_json, to_json
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.families import DERIVED_BUFFERS
-from hf_grow.model.param_count import Size, beyond, measure
+from hf_grow.model.param_count import ModelSize, count_parameters, extrapolation_warnings
 
 FORMAT = 1
 """Version of growth.json. Raised when an older reader would misunderstand a newer file."""
@@ -123,9 +123,9 @@ class GrowthPlan:
         return self.growth.guarantee
 
     @cached_property
-    def sizes(self) -> tuple[Size, Size]:
+    def sizes(self) -> tuple[ModelSize, ModelSize]:
         """Sizes of source and target."""
-        return measure(self.source.architecture), measure(self.architecture)
+        return count_parameters(self.source.architecture), count_parameters(self.architecture)
 
     @property
     def nbytes(self) -> int:
@@ -257,7 +257,7 @@ def check_source(source: SourceInfo) -> dict[str, str]:
     return extra
 
 
-def own_head(ref: str) -> str:
+def untied_head_warning(ref: str) -> str:
     """What there is to know of a checkpoint whose config.json ties a head that is no copy of the embedding."""
     return (
         f"config.json of {ref} ties the head to the embedding, but the stored {HEAD} differs. It is kept and the result is untied, as "
@@ -270,7 +270,7 @@ def make_plan(source: SourceInfo, growth: Growth) -> GrowthPlan:
     extra = check_source(source)
     for other in source.others.values():
         check_source(other)
-    own = [own_head(s.ref) for s in (source, *source.others.values()) if s.head == "own"]
+    own = [untied_head_warning(s.ref) for s in (source, *source.others.values()) if s.head == "own"]
     growth = replace(growth, dropped={**growth.dropped, **extra}, warnings=(*growth.warnings, *own))
     scope = Scope(source.scope_shapes, growth.axes)
     try:
@@ -278,7 +278,7 @@ def make_plan(source: SourceInfo, growth: Growth) -> GrowthPlan:
     except SourceError as error:
         raise PlanError(f"The target config cannot be built: {error.message}", hint=error.hint) from None
     expected = target.tensors
-    growth = replace(growth, warnings=(*growth.warnings, *beyond(source.architecture, target)))
+    growth = replace(growth, warnings=(*growth.warnings, *extrapolation_warnings(source.architecture, target)))
     if growth.tensors.keys() != expected.keys():
         raise PlanError(f"The map and the table differ in {_some(sorted(growth.tensors.keys() ^ expected.keys()))}.")
     for name, expr in growth.tensors.items():

@@ -17,19 +17,19 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return found
 
 
-class Tensors(Protocol):
+class TensorRows(Protocol):
     """Where source tensors come from: rows [start, stop) of dimension 0, in their own dtype."""
 
-    fresh: bool
+    writable: bool
     """Whether what it gives may be changed in place."""
 
     def rows(self, key: str, start: int, stop: int) -> Tensor: ...
 
 
-class HeldTensors:
+class InMemoryTensors:
     """Source tensors that are in memory already."""
 
-    fresh = False
+    writable = False
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors

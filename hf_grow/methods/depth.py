@@ -25,8 +25,8 @@ from hf_grow.growth.growth import Growth, Guarantee, LayerOrigin, Method
 from hf_grow.growth.tensormap import Expr, Fill, Noise, Source, Sum
 from hf_grow.model.architecture import Architecture, Entry
 from hf_grow.model.config_compat import portable_config
-from hf_grow.model.param_count import block_parameters, check_target, measure, short
-from hf_grow.options import LayerList, Options, Size
+from hf_grow.model.param_count import block_parameters, check_target, count_parameters, format_count
+from hf_grow.options import LayerList, Options, ParameterCount
 
 MAX_FACTOR = 8  # growing further in one hop has no precedent in the literature
 
@@ -43,7 +43,7 @@ class DepthOptions(Options):
 
 
 class SizedOptions(DepthOptions):
-    to: Size | None = None
+    to: ParameterCount | None = None
     """Number of parameters to grow to, such as 10.7B; the nearest layer count is taken."""
     layers_to: Positive | None = None
     """Number of layers to grow to."""
@@ -143,15 +143,15 @@ def _target(
         raise PlanError(f"A model of {arch.layers} layers cannot be grown by this method.")
     best = min(sizes, key=lambda r: abs(sizes[r] - options.to))  # type: ignore[operator]
     near = sorted(sorted(sizes, key=lambda r: abs(sizes[r] - options.to))[:5])  # type: ignore[operator]
-    hint = "Reachable around it: " + ", ".join(f"{short(sizes[r])} ({r} layers)" for r in near) + "."
-    check_target(measure(arch).total, options.to, sizes[best], hint=hint)
+    hint = "Reachable around it: " + ", ".join(f"{format_count(sizes[r])} ({r} layers)" for r in near) + "."
+    check_target(count_parameters(arch).total, options.to, sizes[best], hint=hint)
     return best
 
 
 def _sizes(arch: Architecture, layout: Layout, reachable: Sequence[int]) -> dict[int, int]:
     """Parameters of the target at every reachable number of layers."""
     blocks = block_parameters(arch)
-    rest = measure(arch).total - sum(blocks)
+    rest = count_parameters(arch).total - sum(blocks)
     if len(set(blocks)) == 1:
         return {r: rest + r * blocks[0] for r in reachable}
     return {r: rest + sum(blocks[o.sources[0]] for o in layout(arch.layers, r)) for r in reachable}
@@ -235,7 +235,7 @@ def _build(arch: Architecture, method: str, options: DepthOptions, layers: list[
     used = {i for origin in layers for i in origin.sources}
     return Growth(
         method=method,
-        options=options.given(),
+        options=options.non_defaults(),
         config=config,
         tensors={name: _tensor(arch, entry, layers, options.noise) for name, entry in target.tensors.items()},
         guarantee=guarantee,

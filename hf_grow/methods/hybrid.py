@@ -18,23 +18,23 @@ from hf_grow.errors import GrowError, PlanError
 from hf_grow.growth.growth import Growth, Method, compose
 from hf_grow.methods.depth import DEPTH_METHODS
 from hf_grow.methods.width.width_methods import WIDTH_METHODS, explicit_sizes
-from hf_grow.methods.width.width_search import Shape, shape_of, widths, with_shape
+from hf_grow.methods.width.width_search import Widths, candidate_widths, widths_of, with_widths
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.families import MAX_LAYERS
-from hf_grow.model.param_count import TOLERANCE, block_parameters, check_target, measure, short
-from hf_grow.options import Options, Size
+from hf_grow.model.param_count import TOLERANCE, block_parameters, check_target, count_parameters, format_count
+from hf_grow.options import Options, ParameterCount
 
 ASPECT = (80.0, 140.0)
 """hidden_size / layers of well-known dense models from 1B to 70B: Llama 2 and 3, Mistral, Qwen 2.5 lie between."""
 FFN_RATIO = (0.8, 1.3)
 """How far intermediate_size / hidden_size may leave the source's."""
-LISTED = 5
+MAX_CANDIDATES = 5
 
 
 class HybridOptions(Options):
     """Growing depth and width to one size."""
 
-    to: Size
+    to: ParameterCount
     """Number of parameters to grow to, such as 20B."""
     choose: Annotated[int, Field(ge=1)] = 1
     """Which of the listed candidates to make."""
@@ -53,8 +53,8 @@ class HybridOptions(Options):
 
 
 @dataclass(frozen=True)
-class Candidate:
-    shape: Shape
+class HybridCandidate:
+    shape: Widths
     layers: int
     total: int
     cost: float
@@ -64,24 +64,24 @@ class Candidate:
         return self.shape.hidden / self.layers
 
 
-def candidates(arch: Architecture, options: HybridOptions) -> list[Candidate]:
+def rank_candidates(arch: Architecture, options: HybridOptions) -> list[HybridCandidate]:
     """The best shapes first, at most LISTED, no two of the same hidden_size. Raises PlanError if none comes within 5 %."""
-    best: dict[int, Candidate] = {}
-    nearest: Candidate | None = None
+    best: dict[int, HybridCandidate] = {}
+    nearest: HybridCandidate | None = None
     for c in _all(arch, options):
         if nearest is None or abs(c.total - options.to) < abs(nearest.total - options.to):
             nearest = c
         if abs(c.total / options.to - 1) <= TOLERANCE and (c.shape.hidden not in best or c.cost < best[c.shape.hidden].cost):
             best[c.shape.hidden] = c
-    now, hint = measure(arch).total, "Change --to, --max-depth or --multiple-of."
+    now, hint = count_parameters(arch).total, "Change --to, --max-depth or --multiple-of."
     if nearest is None and options.to > now:
         raise PlanError(
-            f"{short(options.to)} parameters cannot be met within {TOLERANCE:.0%}: the source has {short(now)}, and no depth and width within "
+            f"{format_count(options.to)} parameters cannot be met within {TOLERANCE:.0%}: the source has {format_count(now)}, and no depth and width within "
             "these limits come near.",
             hint=hint,
         )
     check_target(now, options.to, nearest.total if nearest else now, hint=hint)
-    return sorted(best.values(), key=lambda c: c.cost)[:LISTED]
+    return sorted(best.values(), key=lambda c: c.cost)[:MAX_CANDIDATES]
 
 
 def ffn_axis(arch: Architecture) -> str:
@@ -89,8 +89,8 @@ def ffn_axis(arch: Architecture) -> str:
     return "expert_inter" if all(map(arch.is_sparse, range(arch.layers))) else "inter"
 
 
-def _all(arch: Architecture, options: HybridOptions) -> Iterator[Candidate]:
-    old = shape_of(arch)
+def _all(arch: Architecture, options: HybridOptions) -> Iterator[HybridCandidate]:
+    old = widths_of(arch)
     low, high = options.min_depth or arch.layers, options.max_depth or 3 * arch.layers
     depths = [
         n
@@ -98,13 +98,13 @@ def _all(arch: Architecture, options: HybridOptions) -> Iterator[Candidate]:
         if options.depth_method != "dus" or n == arch.layers or (n % 2 == 0 and n <= 2 * arch.layers)
     ]
     axis = ffn_axis(arch)
-    for shape in (old, *widths(arch, multiple=options.multiple_of)):
+    for shape in (old, *candidate_widths(arch, multiple=options.multiple_of)):
         size, unit = getattr(shape, axis), _unit(getattr(old, axis), options.multiple_of)
-        base = with_shape(arch, shape)
+        base = with_widths(arch, shape)
         block = sum(block_parameters(base)) / arch.layers
-        more = with_shape(arch, replace(shape, **{axis: size + unit}))
+        more = with_widths(arch, replace(shape, **{axis: size + unit}))
         step = (sum(block_parameters(more)) / arch.layers - block) / unit  # parameters of a block for one more FFN unit
-        outside = measure(base).total - block * arch.layers
+        outside = count_parameters(base).total - block * arch.layers
         for layers in depths:
             missing = (options.to - outside) / layers - block
             fitted = size + round(missing / step / unit) * unit
@@ -114,7 +114,7 @@ def _all(arch: Architecture, options: HybridOptions) -> Iterator[Candidate]:
             total = round(outside + layers * (block + step * (fitted - size)))
             grown = replace(shape, **{axis: fitted})
             if (grown, layers) != (old, arch.layers):
-                yield Candidate(grown, layers, total, _cost(arch, grown, layers, total / options.to, ratio))
+                yield HybridCandidate(grown, layers, total, _cost(arch, grown, layers, total / options.to, ratio))
 
 
 def _unit(size: int, multiple: int) -> int:
@@ -123,7 +123,7 @@ def _unit(size: int, multiple: int) -> int:
     return multiple
 
 
-def _cost(arch: Architecture, shape: Shape, layers: int, share: float, ffn: float) -> float:
+def _cost(arch: Architecture, shape: Widths, layers: int, share: float, ffn: float) -> float:
     """Miss of the target counts most, then proportions that no known model has, then a changed FFN ratio and odd heads."""
     aspect = shape.hidden / layers
     own = arch.size("hidden") / arch.layers
@@ -136,18 +136,18 @@ def _cost(arch: Architecture, shape: Shape, layers: int, share: float, ffn: floa
 
 
 def build_hybrid(arch: Architecture, options: HybridOptions) -> Growth:
-    found = candidates(arch, options)
+    found = rank_candidates(arch, options)
     if options.choose > len(found):
         raise PlanError(
             f"There are {len(found)} candidates, not {options.choose}.", hint="hf-grow hybrid SOURCE --to SIZE --dry-run lists them."
         )
-    return grow_to(arch, found[options.choose - 1], options)
+    return build_candidate(arch, found[options.choose - 1], options)
 
 
-def grow_to(arch: Architecture, candidate: Candidate, options: HybridOptions) -> Growth:
+def build_candidate(arch: Architecture, candidate: HybridCandidate, options: HybridOptions) -> Growth:
     """The composed map to one candidate."""
     steps: list[Growth] = []
-    if candidate.shape != shape_of(arch):
+    if candidate.shape != widths_of(arch):
         width = next(m for m in WIDTH_METHODS if m.name == options.width_method)
         sizes = explicit_sizes(arch, candidate.shape)
         steps.append(width.build(arch, width.options.model_validate({**sizes, "seed": options.seed})))
@@ -156,12 +156,12 @@ def grow_to(arch: Architecture, candidate: Candidate, options: HybridOptions) ->
         wide = Architecture(steps[0].config) if steps else arch
         steps.append(depth.build(wide, depth.options.model_validate({"layers_to": candidate.layers, "seed": options.seed})))
     growth = steps[0] if len(steps) == 1 else compose(*steps)
-    return replace(growth, method="hybrid", options=options.given())
+    return replace(growth, method="hybrid", options=options.non_defaults())
 
 
 def _for_size(arch: Architecture, target: int) -> Options | None:
     try:
-        candidates(arch, HybridOptions(to=target))
+        rank_candidates(arch, HybridOptions(to=target))
     except GrowError:
         return None
     return HybridOptions(to=target)

@@ -19,11 +19,11 @@ from hf_grow.model.architecture import Architecture
 from hf_grow.options import Options
 
 
-def refuse_idle(method: Method, arch: Architecture, options: Options, others: Sequence[Architecture] = ()) -> None:
+def reject_ineffective_options(method: Method, arch: Architecture, options: Options, others: Sequence[Architecture] = ()) -> None:
     """Raises PlanError for options that differ from their defaults and change nothing here, whatever they say."""
     fields = {name: f.get_default(call_default_factory=True) for name, f in type(options).model_fields.items()}
     # Further checkpoints are read, and the options that name them go with `others`.
-    given = [name for name, default in fields.items() if getattr(options, name) not in (default, options.further())]
+    given = [name for name, default in fields.items() if getattr(options, name) not in (default, options.extra_sources())]
     if not given:
         return
     arch, growth = _probe(method, arch, options, others)

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from hf_grow.errors import InputError, PlanError
 from hf_grow.growth.growth import Growth, Method, compose
 from hf_grow.methods import METHODS
-from hf_grow.methods.no_effect import refuse_idle
+from hf_grow.methods.no_effect import reject_ineffective_options
 from hf_grow.model.architecture import Architecture
 from hf_grow.options import Options, parse
 
@@ -42,24 +42,24 @@ class PipelineOptions(Options):
     steps: Annotated[list[Annotated[Step, BeforeValidator(_step)]], Field(min_length=1)]
     """The steps in their order, each `method:` with the options of that method."""
 
-    def given(self) -> dict[str, Any]:
-        return {"steps": [{"method": s.method, **s.options.given()} for s in self.steps]}
+    def non_defaults(self) -> dict[str, Any]:
+        return {"steps": [{"method": s.method, **s.options.non_defaults()} for s in self.steps]}
 
-    def further(self) -> tuple[str, ...]:
-        return tuple(ref for s in self.steps for ref in s.options.further())
+    def extra_sources(self) -> tuple[str, ...]:
+        return tuple(ref for s in self.steps for ref in s.options.extra_sources())
 
 
 def build_pipeline(arch: Architecture, options: PipelineOptions, others: Sequence[Architecture] = ()) -> Growth:
     """One growth of all steps; ``others`` go to the step that names further checkpoints. Raises PlanError with the step that does not fit."""
-    if sum(bool(s.options.further()) for s in options.steps) > 1:
+    if sum(bool(s.options.extra_sources()) for s in options.steps) > 1:
         raise PlanError("Only one step may read further checkpoints.")
     grown: list[Growth] = []
     for number, step in enumerate(options.steps, 1):
         here = Architecture(grown[-1].config) if grown else arch
-        method, more = METHODS[step.method], others if step.options.further() else ()
+        method, more = METHODS[step.method], others if step.options.extra_sources() else ()
         try:
             grown.append(method.build(here, step.options, more) if more else method.build(here, step.options))
-            refuse_idle(method, here, step.options, more)
+            reject_ineffective_options(method, here, step.options, more)
         except PlanError as error:
             raise PlanError(f"Step {number} ({step.method}): {error.message}", hint=error.hint) from None
     if any(g.unmeasured() for g in grown[1:]):

@@ -20,7 +20,7 @@ VOCABULARY = 49152
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingLoss:
     """One measurement. ``kind`` and ``amount``: what grew and by how much, such as layers by 1.5 (see `of`)."""
 
     kind: str
@@ -42,36 +42,36 @@ class Start:
         return f"{MODEL} (30 layers of 576) began {rise} after {self.how}{worth}"
 
 
-STARTS = (
-    Start("dus", 32 / 30, "dus --layers-to 32", 0.10, 0.13),
-    Start("dus", 38 / 30, "dus --layers-to 38", 0.14, 0.31),
-    Start("dus", 44 / 30, "dus --layers-to 44", 0.32, 0.52),
-    Start("interleave", 32 / 30, "interleave --layers-to 32", 2.51, 2.55),
-    Start("interleave", 38 / 30, "interleave --layers-to 38", 2.94, 2.79),
-    Start("interleave", 44 / 30, "interleave --layers-to 44", 3.26, 3.09),
-    Start("interleave", 2.0, "interleave --layers-to 60", 5.14, 5.65),
-    Start("stack", 2.0, "stack", 4.92, 4.60),
-    Start("fpi", 4 / 3, "fpi --hidden 768 --heads 12 --kv-heads 3", 0.26, 0.27),
-    Start("net2net", 4 / 3, "net2net --hidden 768 --heads 12 --kv-heads 3", 0.08, 0.06),
-    Start("aki", 1.0, "aki --intermediate 3072", 7.60, 7.79),
-    Start("aki", 4 / 3, "aki --hidden 768 --heads 12 --kv-heads 3", 3.38, 3.83),
-    Start("aki", 2.0, "aki --factor 2", 8.53, 10.84),
-    Start("experts noise", 0.01, "experts --experts 8 --init noise --noise 0.01", 0.00, 0.00),
-    Start("experts noise", 0.1, "experts --experts 8 --init noise --noise 0.1", 0.08, 0.15),
-    Start("experts noise", 0.3, "experts --experts 8 --init noise --noise 0.3", 1.06, 1.53),
-    Start("experts drop", 0.1, "experts --experts 8 --init drop --drop 0.1", 0.59, 0.91),
-    Start("experts drop", 0.25, "experts --experts 8 --init drop --drop 0.25", 3.78, 3.94),
-    Start("experts drop", 0.5, "experts --experts 8 --init drop --drop 0.5", 8.44, 10.21),
-    Start("experts drop", 1.0, "experts --experts 8 --init drop --drop 1.0", 18.97, 21.25),
+STARTING_LOSSES = (
+    StartingLoss("dus", 32 / 30, "dus --layers-to 32", 0.10, 0.13),
+    StartingLoss("dus", 38 / 30, "dus --layers-to 38", 0.14, 0.31),
+    StartingLoss("dus", 44 / 30, "dus --layers-to 44", 0.32, 0.52),
+    StartingLoss("interleave", 32 / 30, "interleave --layers-to 32", 2.51, 2.55),
+    StartingLoss("interleave", 38 / 30, "interleave --layers-to 38", 2.94, 2.79),
+    StartingLoss("interleave", 44 / 30, "interleave --layers-to 44", 3.26, 3.09),
+    StartingLoss("interleave", 2.0, "interleave --layers-to 60", 5.14, 5.65),
+    StartingLoss("stack", 2.0, "stack", 4.92, 4.60),
+    StartingLoss("fpi", 4 / 3, "fpi --hidden 768 --heads 12 --kv-heads 3", 0.26, 0.27),
+    StartingLoss("net2net", 4 / 3, "net2net --hidden 768 --heads 12 --kv-heads 3", 0.08, 0.06),
+    StartingLoss("aki", 1.0, "aki --intermediate 3072", 7.60, 7.79),
+    StartingLoss("aki", 4 / 3, "aki --hidden 768 --heads 12 --kv-heads 3", 3.38, 3.83),
+    StartingLoss("aki", 2.0, "aki --factor 2", 8.53, 10.84),
+    StartingLoss("experts noise", 0.01, "experts --experts 8 --init noise --noise 0.01", 0.00, 0.00),
+    StartingLoss("experts noise", 0.1, "experts --experts 8 --init noise --noise 0.1", 0.08, 0.15),
+    StartingLoss("experts noise", 0.3, "experts --experts 8 --init noise --noise 0.3", 1.06, 1.53),
+    StartingLoss("experts drop", 0.1, "experts --experts 8 --init drop --drop 0.1", 0.59, 0.91),
+    StartingLoss("experts drop", 0.25, "experts --experts 8 --init drop --drop 0.25", 3.78, 3.94),
+    StartingLoss("experts drop", 0.5, "experts --experts 8 --init drop --drop 0.5", 8.44, 10.21),
+    StartingLoss("experts drop", 1.0, "experts --experts 8 --init drop --drop 1.0", 18.97, 21.25),
 )
 
 
-def of(growth: Growth, source: Architecture) -> Start | None:
+def nearest_starting_loss(growth: Growth, source: Architecture) -> StartingLoss | None:
     """The measurement nearest to a growth, or None for one that is lossless or unlike all that was measured (by 15 % and more)."""
     if growth.guarantee.lossless:
         return None
     kind, amount = _kind(growth.method, growth.options, source, Architecture(growth.config))
-    alike = [s for s in STARTS if s.kind == kind and abs(s.amount - amount) <= 0.15 * amount]
+    alike = [s for s in STARTING_LOSSES if s.kind == kind and abs(s.amount - amount) <= 0.15 * amount]
     return min(alike, key=lambda s: abs(s.amount - amount), default=None)
 
 

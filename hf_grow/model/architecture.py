@@ -10,9 +10,9 @@ from typing import Any
 
 from hf_grow.errors import SourceError
 from hf_grow.model.families import AXES, FAMILIES, MAX_LAYERS, MAX_TENSORS, PREDICATES, Config, Dim, TensorSpec
-from hf_grow.model.unsupported import why_not
+from hf_grow.model.unsupported import explain_unsupported
 
-OUTPUT_SWITCHES = ("return_dict", "output_attentions", "output_hidden_states")
+OUTPUT_FLAGS = ("return_dict", "output_attentions", "output_hidden_states")
 """Keys of every family that say what a model returns."""
 
 
@@ -45,7 +45,7 @@ class Architecture:
     def __init__(self, config: Config) -> None:
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
-            why, nearest = why_not(config, FAMILIES)
+            why, nearest = explain_unsupported(config, FAMILIES)
             raise SourceError(
                 f"model_type {model_type!r} is not supported: {why}.",
                 hint=f"Nearest is {nearest}. Supported families: {', '.join(FAMILIES)}.",
@@ -95,7 +95,7 @@ class Architecture:
         for key, default in self.family.defaults.items():
             if isinstance(default, bool) and not isinstance(self.get(key), bool):
                 refuse(key, "true or false")
-        for key in OUTPUT_SWITCHES:
+        for key in OUTPUT_FLAGS:
             if not isinstance(self.get(key), bool | None):
                 refuse(key, "true or false")
         if self.top_k > self.size("experts"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.model.loading import loading
+from hf_grow.model.loading import transformers_errors
 from hf_grow.model.meta_model import meta_model
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 
-def forward(config: Mapping[str, Any], length: int) -> float:
+def forward_flops(config: Mapping[str, Any], length: int) -> float:
     """Of the model of a config.json, of one token in a sequence of `length`."""
     import torch
 
@@ -26,7 +26,7 @@ def forward(config: Mapping[str, Any], length: int) -> float:
         return _count(meta_model(config), length)
 
 
-def training(model: Module, length: int) -> float:
+def training_flops(model: Module, length: int) -> float:
     """Forward and backward, of a model on the meta device (adapters and all) whose parameters say by requires_grad what trains."""
     return _count(model, length, backward=True)
 
@@ -44,7 +44,7 @@ def _count(model: Any, length: int, backward: bool = False) -> float:
     ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
     # A mask of its own: transformers would look at numbers to make one.
     mask = torch.zeros(1, 1, length, length, device="meta")
-    with loading("the model", does="run"), FlopCounterMode(display=False) as counter:
+    with transformers_errors("the model", does="run"), FlopCounterMode(display=False) as counter:
         logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         if backward:
             logits.backward(torch.empty_like(logits))  # type: ignore[no-untyped-call]

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hf_grow.errors import GrowError, SourceError
-from hf_grow.model.architecture import OUTPUT_SWITCHES
+from hf_grow.model.architecture import OUTPUT_FLAGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-CONFIG = "Compare its config.json with the one of a model of the same family that works."
-TOKENIZER = "Copy the files of the tokenizer, and config.json, from the original model again."
+CONFIG_HINT = "Compare its config.json with the one of a model of the same family that works."
+TOKENIZER_HINT = "Copy the files of the tokenizer, and config.json, from the original model again."
 
 
 @contextmanager
-def loading(what: str, hint: str = CONFIG, *, does: str = "load") -> Iterator[None]:
+def transformers_errors(what: str, hint: str = CONFIG_HINT, *, does: str = "load") -> Iterator[None]:
     """Raises SourceError for whatever is raised inside, except errors of ours, a lack of memory and an interruption."""
     try:
         yield
@@ -33,20 +33,20 @@ def loading(what: str, hint: str = CONFIG, *, does: str = "load") -> Iterator[No
             raise
         import transformers
 
-        raise SourceError(f"transformers {transformers.__version__} cannot {does} {what}: {one_line(error)}.", hint=hint) from error
+        raise SourceError(f"transformers {transformers.__version__} cannot {does} {what}: {one_line_error(error)}.", hint=hint) from error
 
 
-def plain_outputs(config: PreTrainedConfig) -> None:
+def reset_output_flags(config: PreTrainedConfig) -> None:
     """Has a model return an object with logits or a loss, and nothing else, whatever its config.json says."""
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
 
 
-def told_outputs(config: Mapping[str, Any]) -> dict[str, Any]:
+def output_flags(config: Mapping[str, Any]) -> dict[str, Any]:
     """What `plain_outputs` overrode, as a config.json says it: it goes back into the one that is written."""
-    return {k: config[k] for k in OUTPUT_SWITCHES if k in config}
+    return {k: config[k] for k in OUTPUT_FLAGS if k in config}
 
 
-def one_line(error: Exception) -> str:
+def one_line_error(error: Exception) -> str:
     """An error of a library in one line: its type, and what it says."""
     said = " ".join(str(error).split())[:400].rstrip(".")
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
@@ -57,7 +57,7 @@ def load_tokenizer(place: str | Path, ref: str = "", revision: str | None = None
     from transformers import AutoTokenizer
 
     local = Path(place).is_dir()
-    with loading(f"the tokenizer of {ref or place}", TOKENIZER):
+    with transformers_errors(f"the tokenizer of {ref or place}", TOKENIZER_HINT):
         tokenizer = AutoTokenizer.from_pretrained(str(place), revision=revision, trust_remote_code=False, local_files_only=local)
         tokenizer("a")
     return cast("PreTrainedTokenizerBase", tokenizer)

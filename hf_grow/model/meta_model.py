@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.model.loading import loading, plain_outputs
+from hf_grow.model.loading import reset_output_flags, transformers_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,15 +19,15 @@ def meta_model(config: Mapping[str, Any]) -> PreTrainedModel:
 
     settings = dict(config)
     kind = settings.pop("model_type")
-    with loading(f"a model of these settings ({kind})"), torch.device("meta"):
+    with transformers_errors(f"a model of these settings ({kind})"), torch.device("meta"):
         made = AutoConfig.for_model(kind, **settings)
-        plain_outputs(made)
+        reset_output_flags(made)
         # Not by from_config: under DeepSpeed that would cut the model into pieces, which have no shape.
         model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)](made)
     return model
 
 
-def memory_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_memory_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under names on disk -> under the model's names in memory (experts fused): they are loaded as if they were its weights."""
     import torch
 
@@ -38,7 +38,7 @@ def memory_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str
     return {n: p.detach() for n, p in loaded.named_parameters()}
 
 
-def trainer_groups(model: PreTrainedModel) -> list[list[str]]:
+def trainer_param_groups(model: PreTrainedModel) -> list[list[str]]:
     """Parameter names of Trainer's two groups, decayed and not, in the order of its optimizer."""
     from transformers import Trainer
 

@@ -27,7 +27,7 @@ MANY_EXPERTS = 64
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     total: int
     active: int
     kv_values: int
@@ -51,7 +51,7 @@ def _counts(arch: Architecture) -> Iterator[tuple[TensorSpec, int, list[int]]]:
         yield spec, each * (arch.size("experts") if "{expert}" in spec.name else 1), layers
 
 
-def measure(arch: Architecture) -> Size:
+def count_parameters(arch: Architecture) -> ModelSize:
     total, active = 0, 0.0
     for spec, count, layers in _counts(arch):
         total += count * len(layers)
@@ -59,7 +59,7 @@ def measure(arch: Architecture) -> Size:
             active += count * len(layers) * min(arch.top_k, arch.size("experts")) / arch.size("experts")
         elif spec.dims[0].axes != ("vocab",) or spec.dims[0].role == "out" or arch.tied:
             active += count * len(layers)
-    return Size(total, round(active), 2 * arch.layers * arch.size("kv") * arch.size("head_dim"))
+    return ModelSize(total, round(active), 2 * arch.layers * arch.size("kv") * arch.size("head_dim"))
 
 
 def block_parameters(arch: Architecture) -> list[int]:
@@ -77,24 +77,25 @@ def check_target(now: int, target: int, nearest: int, *, hint: str = "Give a lar
 
     Also where the source itself is as near: a model of 134.5 million is called 135M, and one of 142 million is no answer to that.
     """
-    if target <= now or short(target) == short(now):
-        raise PlanError(f"The source has {short(now)} parameters ({now:,}) already; {short(target)} is no growth.", hint=hint)
+    if target <= now or format_count(target) == format_count(now):
+        raise PlanError(f"The source has {format_count(now)} parameters ({now:,}) already; {format_count(target)} is no growth.", hint=hint)
     if abs(nearest - target) > TOLERANCE * target:
         raise PlanError(
-            f"{short(target)} parameters cannot be met within {TOLERANCE:.0%}: the source has {short(now)}, "
-            f"the nearest reachable size is {short(nearest)}.",
+            f"{format_count(target)} parameters cannot be met within {TOLERANCE:.0%}: the source has {format_count(now)}, "
+            f"the nearest reachable size is {format_count(nearest)}.",
             hint=hint,
         )
     if abs(target - now) <= abs(target - nearest):
         raise PlanError(
-            f"The source has {short(now)} parameters, nearer to {short(target)} than the nearest growth, {short(nearest)}.", hint=hint
+            f"The source has {format_count(now)} parameters, nearer to {format_count(target)} than the nearest growth, {format_count(nearest)}.",
+            hint=hint,
         )
 
 
-def beyond(old: Architecture, new: Architecture) -> list[str]:
+def extrapolation_warnings(old: Architecture, new: Architecture) -> list[str]:
     """What of a growth is farther than is known to work, in words."""
     out = []
-    times = measure(new).active / measure(old).active
+    times = count_parameters(new).active / count_parameters(old).active
     if times > LARGEST_STEP:
         out.append(
             f"Far beyond what is known to work: {times:.1f} times the active parameters in one step; more than {LARGEST_STEP:g} times counts as untried here. "
@@ -105,7 +106,7 @@ def beyond(old: Architecture, new: Architecture) -> list[str]:
     return out
 
 
-def short(count: float) -> str:
+def format_count(count: float) -> str:
     """10_731_524_096 -> '10.73B'."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if count >= 0.9995 * scale:  # 999_999 is 1.00M, not 1000K

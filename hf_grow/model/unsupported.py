@@ -10,7 +10,7 @@ _GPT = "it has LayerNorm with a bias and an FFN without a gate"
 _STATE = "not all of its layers are attention"
 _ENCODER = "it is no decoder that predicts the next token"
 
-FOREIGN: Mapping[str, tuple[str, str]] = {
+UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     name: (why, nearest)
     for names, why, nearest in (
         ("gpt2 gpt_neo gpt_neox gptj gpt_bigcode codegen opt bloom mpt falcon phi persimmon starcoder2", _GPT, "llama"),
@@ -37,7 +37,7 @@ FOREIGN: Mapping[str, tuple[str, str]] = {
 }  # fmt: skip
 
 
-def why_not(config: Mapping[str, Any], families: Collection[str]) -> tuple[str, str]:
+def explain_unsupported(config: Mapping[str, Any], families: Collection[str]) -> tuple[str, str]:
     """Of a config whose model_type is none of ``families``: a clause that says why, and the nearest family."""
     model_type = config.get("model_type")
     inner = config.get("text_config")
@@ -46,11 +46,11 @@ def why_not(config: Mapping[str, Any], families: Collection[str]) -> tuple[str, 
         known = isinstance(found, str) and found in families
         if known or not isinstance(found, str):
             return "it holds more than text; save its language model alone", found if isinstance(found, str) else next(iter(families))
-        why, nearest = why_not({"model_type": found}, families)
+        why, nearest = explain_unsupported({"model_type": found}, families)
         return f"it holds more than text, and of its language model {why}", nearest
     if not isinstance(model_type, str):
         return "config.json names no family that transformers could build", next(iter(families))
-    if model_type in FOREIGN:
-        return FOREIGN[model_type]
+    if model_type in UNSUPPORTED:
+        return UNSUPPORTED[model_type]
     near = difflib.get_close_matches(model_type, families, 1, 0)
     return "its tensors are not in the table of families", near[0] if near else next(iter(families))

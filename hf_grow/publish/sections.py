@@ -14,7 +14,7 @@ from hf_grow.growth.plan import GrowthPlan, SourceInfo
 from hf_grow.methods import METHODS
 from hf_grow.methods import starting_loss as starting
 from hf_grow.model.architecture import Architecture
-from hf_grow.model.param_count import short
+from hf_grow.model.param_count import format_count
 from hf_grow.publish import eval_section as measured
 from hf_grow.publish import licenses as licences
 from hf_grow.publish.inherited import Inherited
@@ -56,7 +56,7 @@ def _head(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name
     verification = record.get("verification")
     if measured.state(verification) == "failed":
         yield "> **The verification of this checkpoint failed** (below). Its weights are not what they should be: do not use it."
-    because, start = plain(plan.guarantee.because), starting.of(plan.growth, plan.source.architecture)
+    because, start = plain(plan.guarantee.because), starting.nearest_starting_loss(plan.growth, plan.source.architecture)
     if since:
         began = "It began as the same function as its source" if plan.guarantee.lossless else "Growing changed the function of the source"
         yield f"> {headline(since, lossless=plan.guarantee.lossless)} {began}: {because}. {measured.beside_source(verification)} Evaluate it for what you want of it before you use it."
@@ -74,12 +74,12 @@ def _head(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name
     source = _sources(plan)
     method = METHODS.get(plan.growth.method)
     paper = f" ({_paper(method.paper)})" if method and method.paper else ""
-    active = f", {short(new.active)} of them active for a token," if plan.architecture.is_moe else ""
+    active = f", {format_count(new.active)} of them active for a token," if plan.architecture.is_moe else ""
     made_by = record.get("made_by")
     version = made_by.get("hf_grow") if isinstance(made_by, Mapping) else None
     yield (
-        f"{plain(name.rsplit('/', 1)[-1], 100)} has {short(new.total)} parameters{active} in {plan.architecture.layers} layers. It was grown from "
-        f"{source} ({'each ' if plan.source.others else ''}{short(old.total)}, {plan.source.architecture.layers} layers) by {code(plan.growth.method, 60)}{paper}"
+        f"{plain(name.rsplit('/', 1)[-1], 100)} has {format_count(new.total)} parameters{active} in {plan.architecture.layers} layers. It was grown from "
+        f"{source} ({'each ' if plan.source.others else ''}{format_count(old.total)}, {plan.source.architecture.layers} layers) by {code(plan.growth.method, 60)}{paper}"
         f"{f' with hf-grow {plain(version, 30)}' if version else ''}. {_weights(record, since)}"
     )
 
@@ -151,13 +151,13 @@ def plan_table(plan: GrowthPlan) -> str:
             rows.append(row(title, lambda m, axis=axis: m.size(axis) or "-"))
     rows += [row("heads / key-value heads", lambda m: f"{m.heads} / {m.size('kv')}"), row("size of a head", lambda m: m.size("head_dim"))]
     rows += [row("experts", experts)] if a.is_moe or b.is_moe else []
-    rows.append(["parameters", f"{short(old.total)} ({old.total:,})", f"{short(new.total)} ({new.total:,})"])
+    rows.append(["parameters", f"{format_count(old.total)} ({old.total:,})", f"{format_count(new.total)} ({new.total:,})"])
     if a.is_moe or b.is_moe:
-        rows.append(["active parameters", short(old.active), short(new.active)])
+        rows.append(["active parameters", format_count(old.active), format_count(new.active)])
     rows.append(["weights on disk", format_bytes(plan.source.nbytes), format_bytes(plan.nbytes)])
     if more := len(plan.source.others):
         rows.append([f"weights of {more} further source{'s' * (more > 1)}", format_bytes(plan.source_nbytes - plan.source.nbytes), ""])
-    rows.append(["forward FLOPs a token", short(old.flops), short(new.flops)])
+    rows.append(["forward FLOPs a token", format_count(old.flops), format_count(new.flops)])
     rows.append(["KV cache a token (16 bit)", *(f"{2 * s.kv_values / 1024:.4g} KiB" for s in (old, new))])
     return table(["", "source", "grown"], rows)
 

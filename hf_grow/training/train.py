@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.common.extras import need
+from hf_grow.common.extras import require_packages
 from hf_grow.common.safe_files import read_json
 from hf_grow.convert.execute import versions
 from hf_grow.errors import OutputError, SourceError
 from hf_grow.model.config_compat import portable_config
-from hf_grow.model.loading import told_outputs
+from hf_grow.model.loading import output_flags
 from hf_grow.training.config.train_config import Read
 from hf_grow.training.dry_run.dry_run import dry_run
 from hf_grow.training.setup import result_dtype as storing
@@ -76,7 +76,7 @@ def train(
     ``resume`` goes on from the newest whole checkpoint in the output (from the start where there is none yet). ``notify`` gets what the user
     should know, ``show`` the progress where there is no terminal.
     """
-    need("accelerate", "datasets")
+    require_packages("accelerate", "datasets")
     began = time.perf_counter()
     checked = check(read, output=output, resume=resume, overwrite=overwrite, notify=notify)
     out, arguments = checked.out, checked.arguments
@@ -138,7 +138,7 @@ def _finish(trainer: BaseGrowTrainer, checked: TrainSetup, data: TrainData, foun
     if checked.arguments.should_save:
         config = read_json(out / "config.json")
         # Trainer turns the cache off, for training, and what a model returns was set to what is read here.
-        config |= told_outputs(checked.checkpoint.config)
+        config |= output_flags(checked.checkpoint.config)
         config |= {"use_cache": checked.checkpoint.config.get("use_cache", True), "dtype": storing.dtype_of(out)}
         write_json(out / "config.json", portable_config(config))
         note_files(out)

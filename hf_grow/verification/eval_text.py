@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.common.safe_files import read_text
 from hf_grow.errors import InputError
-from hf_grow.model.loading import TOKENIZER, load_tokenizer, loading
+from hf_grow.model.loading import TOKENIZER_HINT, load_tokenizer, transformers_errors
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def token_windows(old: Checkpoint, text: Path | None, tokens: int, vocab: int) -
         assert old.folder is not None
         words = builtin_text() if text is None else read_text(text, error=InputError)
         tokenizer = load_tokenizer(old.folder, old.ref)
-        with loading(f"the tokenizer of {old.ref}", TOKENIZER):
+        with transformers_errors(f"the tokenizer of {old.ref}", TOKENIZER_HINT):
             ids = tokenizer(words)["input_ids"]
         what = str(text) if text else BUILTIN
         ids = [i for i in ids if i < vocab][:tokens]

@@ -11,8 +11,8 @@ from hf_grow.common.units import format_bytes
 from hf_grow.convert.in_memory import assemble, untie_config
 from hf_grow.growth.plan import GrowthPlan, TensorInfo
 from hf_grow.model.architecture import Architecture
-from hf_grow.model.loading import loading, plain_outputs
-from hf_grow.model.param_count import measure
+from hf_grow.model.loading import reset_output_flags, transformers_errors
+from hf_grow.model.param_count import count_parameters
 from hf_grow.verification.routing import Routing
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def fits(old: Checkpoint, new: Checkpoint, copies: int = 1) -> bool:
 
 
 def _need(old: Checkpoint, new: Checkpoint, copies: int = 1) -> int:
-    return copies * 4 * max(measure(c.info.architecture).total for c in (old, new)) + LOGITS_BYTES
+    return copies * 4 * max(count_parameters(c.info.architecture).total for c in (old, new)) + LOGITS_BYTES
 
 
 def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
@@ -54,7 +54,7 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar of its own for each of two models tells nobody anything
-    with loading(f"the model of {checkpoint.ref}"):
+    with transformers_errors(f"the model of {checkpoint.ref}"):
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             dtype=getattr(torch, dtype),
@@ -63,7 +63,7 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
             **_plain(dtype, checkpoint.info.architecture),
         )
         untie_config(model)
-        plain_outputs(model.config)
+        reset_output_flags(model.config)
     return cast("PreTrainedModel", model.eval())
 
 
@@ -84,7 +84,7 @@ def mapped_model(plan: GrowthPlan, old: Checkpoint, dtype: str) -> PreTrainedMod
     evaluator, wide = Evaluator(plan, StoredTensors(old)), "F64" if dtype == "float64" else "F32"
     state = {n: evaluator.whole(e, TensorInfo(wide, plan.targets[n].shape)) for n, e in plan.growth.tensors.items()}
     model = assemble(plan, state, getattr(torch, dtype), **_plain(dtype, plan.architecture)).eval()
-    plain_outputs(model.config)
+    reset_output_flags(model.config)
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from hf_grow.common.safe_files import plain
+from hf_grow.common.safe_files import replace_nonfinite
 
 Status = Literal["pass", "fail", "skip"]
 
@@ -38,5 +38,5 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; what is no number (NaN of a broken model) becomes null."""
         data = {"ok": self.ok, **asdict(self)}
-        data["metrics"] = plain(self.metrics)
+        data["metrics"] = replace_nonfinite(self.metrics)
         return data

@@ -24,7 +24,7 @@ from hf_grow.common.safe_files import open_regular
 from hf_grow.errors import GrowError, SourceError
 from hf_grow.growth.plan import DTYPE_NAMES, HEAD, GrowthPlan, check_source
 from hf_grow.model.architecture import Architecture
-from hf_grow.model.loading import one_line
+from hf_grow.model.loading import one_line_error
 from hf_grow.verification.report import Report
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def check_builds(new: Checkpoint, report: Report) -> None:
         with torch.device("meta"):
             wanted = {n: tuple(t.shape) for n, t in disk_tensors(AutoModelForCausalLM.from_config(config)).items()}
     except Exception as error:  # whatever it raises: it does not build
-        report.add(name, False, one_line(error))
+        report.add(name, False, one_line_error(error))
         return
     stored = {n: t.shape for n, t in new.tensors.items()}
     differ = sorted(n for n in wanted.keys() | stored.keys() if wanted.get(n) != stored.get(n))
@@ -199,7 +199,8 @@ class _Rederivation:
         import torch
 
         from hf_grow.checkpoint.stored_tensors import StoredTensors
-        from hf_grow.growth.evaluate import Evaluator, raw_bytes
+        from hf_grow.growth.evaluate import Evaluator
+        from hf_grow.growth.tensors import raw_bytes
 
         with self.lock:
             if self.evaluator is None:

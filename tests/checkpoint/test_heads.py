@@ -23,7 +23,7 @@ from hf_grow.cli import main
 from hf_grow.convert.execute import execute
 from hf_grow.convert.in_memory import describe, grow_model
 from hf_grow.errors import SourceError
-from hf_grow.growth.plan import EMBEDDING, HEAD, own_head
+from hf_grow.growth.plan import EMBEDDING, HEAD, untied_head_warning
 from hf_grow.training.setup.prepare import load_model
 
 hub = hub_server.hub
@@ -76,7 +76,7 @@ def test_lossless_growth_keeps_the_head(case: str, method: str, options: dict[st
     before = logits(source)
     assert float((logits(tmp_path / "out") - before).abs().max()) < 1e-4 * float(before.abs().max())
     assert api.verify(source, tmp_path / "out").ok
-    assert own_head(str(source)) in json.loads((tmp_path / "out" / "growth.json").read_text())["growth"]["warnings"]
+    assert untied_head_warning(str(source)) in json.loads((tmp_path / "out" / "growth.json").read_text())["growth"]["warnings"]
 
 
 def test_a_head_that_differs_in_its_last_byte_is_another(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_in_memory(own: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(own)
     assert describe(model).head == "own"
     plan = api.plan(model, "tile", factor=2)
-    assert plan.growth.warnings[-1] == own_head(str(own))
+    assert plan.growth.warnings[-1] == untied_head_warning(str(own))
     grown = grow_model(model, plan)
     assert grown.config.tie_word_embeddings is False
     assert float((logits(grown) - logits(model)).abs().max()) < 1e-3

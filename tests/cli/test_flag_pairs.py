@@ -19,7 +19,7 @@ from hf_grow import api, cli
 from hf_grow.cli import main
 from hf_grow.demo.run import DemoOptions
 from hf_grow.errors import InputError
-from hf_grow.options import mistakes, unmet
+from hf_grow.options import unmet_requirements, validate
 from hf_grow.publish.push import Destination, Pushed
 from hf_grow.training.config.train_config import TrainRecipe
 
@@ -155,9 +155,9 @@ RECIPE = {"model": "m", "data": {"train": "t"}}
     ],
 )
 def test_a_key_without_what_it_belongs_to(given: dict[str, Any], told: str) -> None:
-    parsed, wrong = mistakes(TrainRecipe, {**RECIPE, **given})
+    parsed, wrong = validate(TrainRecipe, {**RECIPE, **given})
     assert wrong == [] and parsed is not None
-    assert [line for line in unmet(parsed) if line.startswith(told)]
+    assert [line for line in unmet_requirements(parsed) if line.startswith(told)]
 
 
 def test_a_key_beside_what_it_belongs_to() -> None:
@@ -165,12 +165,12 @@ def test_a_key_beside_what_it_belongs_to() -> None:
         "monitor": {"lr_factor": 0.1, "on_instability": "rollback"},
         "warmup": {"shape": "cosine", "alpha_start": 0.5, "alpha_steps": 2},
     }
-    parsed, wrong = mistakes(TrainRecipe, {**RECIPE, **both})
+    parsed, wrong = validate(TrainRecipe, {**RECIPE, **both})
     assert parsed is not None
-    assert wrong + unmet(parsed) == []
+    assert wrong + unmet_requirements(parsed) == []
 
 
 @pytest.mark.parametrize("key", ["name", "split", "revision", "files", "text_field", "limit"])
 def test_text_that_is_sampled_is_not_read_from_a_data_set(key: str) -> None:
-    _, wrong = mistakes(TrainRecipe, {"model": "m", "data": {"train": "t", "replay": {"self": {}, key: 3 if key == "limit" else "x"}}})
+    _, wrong = validate(TrainRecipe, {"model": "m", "data": {"train": "t", "replay": {"self": {}, key: 3 if key == "limit" else "x"}}})
     assert len(wrong) == 1 and f"{key} would do nothing" in wrong[0]

@@ -22,7 +22,7 @@ from hf_grow.cli.verify import CompareOptions
 from hf_grow.errors import GrowError
 from hf_grow.growth.tensormap import Expr, Noise, Orthogonal
 from hf_grow.methods import METHODS
-from hf_grow.options import Needs, Options, Unless, mistakes, unmet
+from hf_grow.options import Excludes, Options, Requires, unmet_requirements, validate
 from hf_grow.training.config.fisher_options import FisherOptions
 from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.config.train_config import TrainRecipe
@@ -281,9 +281,13 @@ def test_in_every_pair_of_verify_both_flags_are_heard_or_refused(
         assert not unheard(outcome, {a: COMPARE[a][0], b: COMPARE[b][0]}, COMPARE), (a, b)
 
 
-def declared(*models: type[Options]) -> list[tuple[type[Options], str, Needs | Unless]]:
+def declared(*models: type[Options]) -> list[tuple[type[Options], str, Requires | Excludes]]:
     return [
-        (m, name, rule) for m in models for name, f in m.model_fields.items() for rule in f.metadata if isinstance(rule, Needs | Unless)
+        (m, name, rule)
+        for m in models
+        for name, f in m.model_fields.items()
+        for rule in f.metadata
+        if isinstance(rule, Requires | Excludes)
     ]
 
 
@@ -306,7 +310,7 @@ def test_what_a_flag_needs_is_asked_for(
     assert found
     for model, name, rule in found:
         value = [] if rule.other == "structure_only" else TRAIN.get(rule.other, ["there"])[:1]
-        other = [] if isinstance(rule, Needs) else [f"--{rule.other.replace('_', '-')}", *value]
+        other = [] if isinstance(rule, Requires) else [f"--{rule.other.replace('_', '-')}", *value]
         flag = {**OUTPUT, **COMPARE, **TRAIN}.get(name, [_sample(model, name)])[0]
         status = main([w.format(source=sources["mistral"], tmp=tmp_path) for w in command] + words({name: flag}, tmp_path) + other)
         said = capsys.readouterr().err
@@ -328,9 +332,9 @@ def test_the_keys_of_a_training_recipe_are_asked_for_what_they_need() -> None:
         "distill": {"cache": "there"},
         "monitor": {"max_reactions": 1},
     }
-    parsed, wrong = mistakes(TrainRecipe, recipe)
+    parsed, wrong = validate(TrainRecipe, recipe)
     assert wrong == [] and parsed is not None
-    found = {line.split(": ")[0] for line in unmet(parsed)}
+    found = {line.split(": ")[0] for line in unmet_requirements(parsed)}
     assert found == {
         "data.replay.self.prompt_tokens", "data.replay.self.revision", "regularizer.lambda", "regularizer.storage", "regularizer.xi",
         "distill.cache", "monitor.max_reactions",

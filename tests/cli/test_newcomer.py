@@ -15,7 +15,7 @@ from hf_grow.cli.train import after_training
 from hf_grow.common import suggest
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.methods import METHODS
-from hf_grow.options import nested, parse_size
+from hf_grow.options import nested_keys, parse_size
 from hf_grow.publish.card import render_card
 from hf_grow.publish.reproduce import OWN_COMMAND, command, size
 from hf_grow.training.config.train_config import FLAGS, TrainRecipe, argument_model, read
@@ -116,7 +116,7 @@ def test_every_synonym_leads_somewhere() -> None:
     """No word of the table suggests what there is not."""
     options = {f for m in METHODS.values() for f in m.options.model_fields}
     other = {"output", "overwrite", "source", "device", "text", "dtype", "calibrate_lr", "batch", "batch_size"}  # flags of single commands
-    there = {*COMMANDS, *options, *other, *nested(TrainRecipe), *argument_model().model_fields, *FLAGS, "seq_length", "lambda"}
+    there = {*COMMANDS, *options, *other, *nested_keys(TrainRecipe), *argument_model().model_fields, *FLAGS, "seq_length", "lambda"}
     assert not [(word, m) for word, meant in suggest.SYNONYMS.items() for m in meant if m not in there]
     assert not [word for word in suggest.SYNONYMS if "-" in word or word != word.lower()]  # as they are looked up
 
@@ -200,6 +200,6 @@ def test_of_a_long_word_only_the_beginning_is_compared(monkeypatch: pytest.Monke
     compared: list[int] = []
     alike = suggest._alike
     monkeypatch.setattr(suggest, "_alike", lambda a, b: compared.append(len(a)) or alike(a, b))
-    assert suggest.meant("learning_rate" + "x" * 100_000, ["learning_rate", "seed"]) is None
+    assert suggest.closest("learning_rate" + "x" * 100_000, ["learning_rate", "seed"]) is None
     assert compared and max(compared) <= suggest.LONGEST
-    assert suggest.meant("learnig_rate", ["learning_rate", "seed"]) == "learning_rate"
+    assert suggest.closest("learnig_rate", ["learning_rate", "seed"]) == "learning_rate"

@@ -16,7 +16,7 @@ import torch
 from models import BY_NAME, make, save
 
 from hf_grow.cli import main
-from hf_grow.errors import MOST_COLUMNS, InputError, shown
+from hf_grow.errors import MAX_COLUMNS, InputError, printable
 
 HOSTILE = "\x1b[31mred\x1b]0;title\x07 \u202eback\x9b2J \ud800\r"
 
@@ -32,11 +32,11 @@ def speaks(text: str) -> list[str]:
 
 
 def test_shown_keeps_what_is_readable_and_escapes_the_rest() -> None:
-    assert shown("Größe 日本\nnext") == "Größe 日本\nnext"
-    assert not speaks(shown(HOSTILE))
-    assert "\\x1b[31mred" in shown(HOSTILE) and "\\u202e" in shown(HOSTILE) and "\\ud800" in shown(HOSTILE)
-    long = shown("a" * 200_000 + "\n" + "b" * 10)
-    assert len(long) <= MOST_COLUMNS + 11 and long.startswith("aaa") and long.endswith("a\nbbbbbbbbbb")
+    assert printable("Größe 日本\nnext") == "Größe 日本\nnext"
+    assert not speaks(printable(HOSTILE))
+    assert "\\x1b[31mred" in printable(HOSTILE) and "\\u202e" in printable(HOSTILE) and "\\ud800" in printable(HOSTILE)
+    long = printable("a" * 200_000 + "\n" + "b" * 10)
+    assert len(long) <= MAX_COLUMNS + 11 and long.startswith("aaa") and long.endswith("a\nbbbbbbbbbb")
 
 
 def test_every_message_is_fit_to_be_read() -> None:

@@ -13,7 +13,7 @@ from rich.progress import DownloadColumn, MofNCompleteColumn, TransferSpeedColum
 
 from hf_grow.cli import render
 from hf_grow.common import progress_bars as bars
-from hf_grow.common.progress_bars import bar
+from hf_grow.common.progress_bars import progress_bar
 from hf_grow.training.trainer import progress as training
 
 LONG = "loss 2.3141  tok/s 123,456  spent 61.2 PFLOP  old 3.2310  new 1.8876  forgetting +0.0123  KL 0.0456"
@@ -36,7 +36,7 @@ def lines(found: Any) -> list[str]:
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_steps_and_time_left_stay_whatever_the_facts(width: int) -> None:
     terminal = console(width)
-    with bar(terminal, MofNCompleteColumn, facts=True) as drawn:
+    with progress_bar(terminal, MofNCompleteColumn, facts=True) as drawn:
         task = drawn.add_task("training", total=123_456, completed=1_234, facts=LONG)
         drawn.update(task, completed=123_000, facts=LONG)
     drawn_lines = [line for line in lines(terminal) if "training" in line]
@@ -50,7 +50,7 @@ def test_steps_and_time_left_stay_whatever_the_facts(width: int) -> None:
 
 def test_bytes_keep_their_time_left_at_80_columns() -> None:
     terminal = console()
-    with bar(terminal, DownloadColumn, TransferSpeedColumn) as drawn:
+    with progress_bar(terminal, DownloadColumn, TransferSpeedColumn) as drawn:
         drawn.add_task("checking and sending", total=21_500_000_000, completed=10_000_000_000)
     for line in [line for line in lines(terminal) if "checking" in line]:
         assert len(line.rstrip()) <= 80
@@ -165,7 +165,7 @@ def test_a_batch_that_takes_long_is_seen_too(monkeypatch: pytest.MonkeyPatch) ->
     terminal = console()
     monkeypatch.setattr("sys.stderr", terminal.file)
     monkeypatch.setattr(render, "notes", terminal)
-    with bars.counting("sampling", 2_000_000, console=terminal, note=pytest.fail) as progress:
+    with bars.token_progress("sampling", 2_000_000, console=terminal, note=pytest.fail) as progress:
         progress(0)
         progress.within(300, 1024)
         progress.drawn.refresh()
@@ -176,8 +176,8 @@ def test_a_batch_that_takes_long_is_seen_too(monkeypatch: pytest.MonkeyPatch) ->
         assert not any("this batch" in line for line in lines(terminal))
     said: list[str] = []
     monkeypatch.setattr("sys.stderr", io.StringIO())
-    monkeypatch.setattr(bars, "EVERY", 0.0)
-    with bars.counting("sampling", 2_000_000, note=said.append) as progress:
+    monkeypatch.setattr(bars, "LOG_INTERVAL", 0.0)
+    with bars.token_progress("sampling", 2_000_000, note=said.append) as progress:
         progress(500)
         progress.within(300, 1024)
     assert said == ["sampling: 500 of 2,000,000 tokens", "sampling: 500 of 2,000,000 tokens; this batch: token 300 of at most 1,024"]

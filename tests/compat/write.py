@@ -25,7 +25,7 @@ from models import BY_NAME, CASES, Case, make, save, tokens
 
 from hf_grow import api
 from hf_grow.model.architecture import Architecture
-from hf_grow.model.param_count import measure
+from hf_grow.model.param_count import count_parameters
 
 LENGTH = 48  # many times the sliding windows, and far enough for the rotary settings to matter
 ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
@@ -51,7 +51,7 @@ def growths(arch: Architecture) -> dict[str, Steps]:
     kv = 10 if arch.size("group") == 1 else arch.size("kv")
     inter = "expert_intermediate" if "moe_intermediate_size" in arch.config else "intermediate"
     odd = {"hidden": 60, "heads": 10, "kv_heads": kv, inter: 50}
-    hybrid = {"to": 3 * measure(arch).total, "multiple_of": 4, "min_depth": arch.layers + 1, "max_depth": arch.layers + 2}
+    hybrid = {"to": 3 * count_parameters(arch).total, "multiple_of": 4, "min_depth": arch.layers + 1, "max_depth": arch.layers + 2}
     found: dict[str, Steps] = {
         "dus": [("dus", {})],
         "identity": [("identity", {})],

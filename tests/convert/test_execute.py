@@ -25,10 +25,11 @@ from hf_grow.checkpoint.writer import layout
 from hf_grow.convert import execute
 from hf_grow.convert.in_memory import describe, disk_tensors, grow_model
 from hf_grow.errors import ExecutionError, GrowError, OutputError, SourceError
-from hf_grow.growth.evaluate import Evaluator, HeldTensors, raw_bytes
-from hf_grow.growth.noise import draw, stored
+from hf_grow.growth.evaluate import Evaluator
+from hf_grow.growth.noise import gaussian, to_dtype_bytes
 from hf_grow.growth.plan import TensorInfo, make_plan
 from hf_grow.growth.tensormap import Noise
+from hf_grow.growth.tensors import InMemoryTensors, raw_bytes
 from hf_grow.model.architecture import Architecture
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -462,6 +463,6 @@ def test_plain_noise_without_torch_is_the_evaluator_s_bit_for_bit(dtype: str) ->
     growth = api.find_method("experts").build(Architecture(BY_NAME["llama"].config), api.find_method("experts").options(experts=4, seed=5))
     plan = make_plan(describe(make(BY_NAME["llama"])), growth)
     expr = Noise((1500, 48), 0.37, "key")  # more than one chunk
-    wanted = Evaluator(plan, HeldTensors({})).whole(expr, TensorInfo(dtype, expr.size))
-    found = stored(draw(growth.seed, "key", 0, 1500 * 48, 0.37), dtype)
+    wanted = Evaluator(plan, InMemoryTensors({})).whole(expr, TensorInfo(dtype, expr.size))
+    found = to_dtype_bytes(gaussian(growth.seed, "key", 0, 1500 * 48, 0.37), dtype)
     assert found == bytes(raw_bytes(wanted))

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_grow.growth.axes import AxisMap, Run, duplicate, identity, select, tile
+from hf_grow.growth.axes import AxisMap, AxisRun, duplicate, identity, select, tile
 
 GAINS = st.sampled_from([0.0, 1.0, 0.5, -2.0, 1 / 3, 2.0])
 
 
 @st.composite
-def runs_from(draw, size: int) -> Run:
+def runs_from(draw, size: int) -> AxisRun:
     length = draw(st.integers(1, size))
     start = draw(st.none() | st.integers(0, size - length))
-    return Run(start, length, draw(GAINS), draw(GAINS)) if start is not None else Run(None, length, 0.0, 0.0)
+    return AxisRun(start, length, draw(GAINS), draw(GAINS)) if start is not None else AxisRun(None, length, 0.0, 0.0)
 
 
 @st.composite
@@ -97,7 +97,7 @@ def test_weights_and_gradients_take_dual_gains(out: AxisMap, into: AxisMap):
         np.testing.assert_allclose(both, value, atol=1e-12)
 
 
-def taken(x: np.ndarray, run: Run) -> np.ndarray:
+def taken(x: np.ndarray, run: AxisRun) -> np.ndarray:
     return np.zeros((run.length, x.shape[1])) if run.start is None else x[run.start : run.start + run.length]
 
 
@@ -152,13 +152,13 @@ def test_products_and_chains_of_exact_maps_are_exact(n: int, copies: int, m: int
 
 
 def test_neighbouring_runs_are_joined():
-    assert select(9, range(2, 9)).runs == (Run(2, 7),)
+    assert select(9, range(2, 9)).runs == (AxisRun(2, 7),)
     assert identity(3).times(identity(4)) == identity(12)
-    assert select(4, [0, 1, 3]).runs == (Run(0, 2), Run(3, 1))
+    assert select(4, [0, 1, 3]).runs == (AxisRun(0, 2), AxisRun(3, 1))
 
 
-@pytest.mark.parametrize("run", [Run(0, 0), Run(0, -1), Run(-1, 1), Run(2, 2), Run(3, 1), Run(None, 0)], ids=str)
-def test_a_run_outside_its_axis_is_refused(run: Run):
+@pytest.mark.parametrize("run", [AxisRun(0, 0), AxisRun(0, -1), AxisRun(-1, 1), AxisRun(2, 2), AxisRun(3, 1), AxisRun(None, 0)], ids=str)
+def test_a_run_outside_its_axis_is_refused(run: AxisRun):
     with pytest.raises(ValueError, match="outside an axis of 3"):
         AxisMap(3, (run,))
 

@@ -14,7 +14,7 @@ from models import BY_NAME, make, save
 from hf_grow.cli import main
 from hf_grow.errors import GrowError
 from hf_grow.methods.width.activation_maps import check_heads, divisors, heads_feasible, nearest_heads
-from hf_grow.methods.width.width_search import check_shape, shape_of
+from hf_grow.methods.width.width_search import check_widths, widths_of
 from hf_grow.model.architecture import Architecture
 
 
@@ -68,10 +68,10 @@ def test_divisors() -> None:
 def test_the_hint_for_heads_that_do_not_divide_is_bounded() -> None:
     """Families whose hidden size divides by the heads."""
     arch = Architecture({**BY_NAME["llama"].config})
-    shape = shape_of(arch).changed(hidden=2**20).changed(heads=65_535, kv=3)
+    shape = widths_of(arch).changed(hidden=2**20).changed(heads=65_535, kv=3)
     began = time.process_time()
     with pytest.raises(GrowError) as told:
-        check_shape(arch, shape)
+        check_widths(arch, shape)
     assert time.process_time() - began < 2
     assert "--heads 65536" in told.value.hint
 

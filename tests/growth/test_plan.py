@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from models import SIZES
 
 from hf_grow.errors import PlanError, SourceError
-from hf_grow.growth.axes import AxisMap, Run, tile
+from hf_grow.growth.axes import AxisMap, AxisRun, tile
 from hf_grow.growth.growth import Growth, Guarantee
 from hf_grow.growth.plan import GrowthPlan, SourceInfo, TensorInfo, make_plan
 from hf_grow.growth.tensormap import Concat, Fill, Source, Take
@@ -60,7 +60,7 @@ def test_a_source_tensor_may_be_left_out_with_a_reason():
 
 
 def test_a_growth_cannot_claim_to_be_lossless_over_an_inexact_axis_map():
-    inexact = replace(STACK, axes={"x": AxisMap(2, (Run(0, 2), Run(0, 1)))}, guarantee=Guarantee("lossless", "so it says"))
+    inexact = replace(STACK, axes={"x": AxisMap(2, (AxisRun(0, 2), AxisRun(0, 1)))}, guarantee=Guarantee("lossless", "so it says"))
     with pytest.raises(PlanError, match="claims to be lossless, but the axis maps x are not exact"):
         make_plan(INFO, inexact)
     assert make_plan(INFO, replace(inexact, guarantee=STACK.guarantee))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_grow.growth.axes import AxisMap, Run, identity, tile
+from hf_grow.growth.axes import AxisMap, AxisRun, identity, tile
 from hf_grow.growth.tensormap import Concat, Expr, Fill, Noise, Replace, Scope, Shape, Source, Subset, Sum, Take, substitute
 from hf_grow.growth.tensormap_json import from_json, to_json
 
@@ -33,9 +33,9 @@ def named_axis(name: str) -> AxisMap:
     runs = []
     for _ in range(stop):
         if rng.random() < 0.3:
-            runs.append(Run(None, 1, 0.0, 0.0))
+            runs.append(AxisRun(None, 1, 0.0, 0.0))
         else:
-            runs.append(Run(int(rng.integers(start)), 1, float(rng.normal()), float(rng.normal())))
+            runs.append(AxisRun(int(rng.integers(start)), 1, float(rng.normal()), float(rng.normal())))
     return AxisMap(start, tuple(runs))
 
 

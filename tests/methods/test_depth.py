@@ -26,7 +26,7 @@ from hf_grow.growth.tensormap import Expr, Fill, Noise, Source, Sum
 from hf_grow.methods import METHODS
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.families import FAMILIES
-from hf_grow.model.param_count import measure
+from hf_grow.model.param_count import count_parameters
 from hf_grow.options import parse
 
 MISTRAL_7B = {
@@ -93,7 +93,7 @@ def test_solar_is_48_layers_and_10_7_billion_parameters():
     for options in ({"to": "10.7B"}, {"drop": 8}, {"layers_to": 48}, {}):
         growth = grow(MISTRAL_7B, "dus", **options)
         assert order(growth) == [*range(24), *range(8, 32)] == solar(32, 8)
-        assert measure(Architecture(growth.config)).total == 10_731_524_096
+        assert count_parameters(Architecture(growth.config)).total == 10_731_524_096
 
 
 @pytest.mark.parametrize("n", range(1, 13))
@@ -410,13 +410,13 @@ def test_the_nearest_reachable_size_is_taken(method: str):
     sizes = {}
     for layers in range(7, 49):
         with suppress(PlanError):
-            sizes[layers] = measure(Architecture(grow(config, method, layers_to=layers).config)).total
+            sizes[layers] = count_parameters(Architecture(grow(config, method, layers_to=layers).config)).total
     assert len(sizes) > 2
     for wanted in range(min(sizes.values()), max(sizes.values()), 5_003):
         best = min(sizes.values(), key=lambda s: abs(s - wanted))
         if abs(best - wanted) <= 0.05 * wanted:
             growth = grow(config, method, to=wanted)
-            assert abs(measure(Architecture(growth.config)).total - wanted) == abs(best - wanted)
+            assert abs(count_parameters(Architecture(growth.config)).total - wanted) == abs(best - wanted)
         else:
             with pytest.raises(PlanError):
                 grow(config, method, to=wanted)
@@ -425,7 +425,7 @@ def test_the_nearest_reachable_size_is_taken(method: str):
 def test_sizes_count_each_block_of_a_mixed_model_for_itself():
     config = BY_NAME["qwen3_moe-mixed"].config
     for layers in range(7, 20):
-        size = measure(Architecture(grow(config, "interleave", layers_to=layers).config)).total
+        size = count_parameters(Architecture(grow(config, "interleave", layers_to=layers).config)).total
         assert len(grow(config, "interleave", to=size).layers) == layers
 
 
@@ -435,7 +435,7 @@ def test_for_size_offers_options_that_the_method_takes(method: str):
     options = METHODS[method].for_size(arch, 14_000_000_000)
     assert options is not None
     growth = METHODS[method].build(arch, options)
-    assert measure(Architecture(growth.config)).total == pytest.approx(14e9, rel=0.02)
+    assert count_parameters(Architecture(growth.config)).total == pytest.approx(14e9, rel=0.02)
 
 
 def test_no_size_can_be_asked_of_a_free_list():
@@ -455,7 +455,7 @@ def test_a_large_mixture_is_sized_in_seconds():
             return super().values()
 
     arch.__dict__["tensors"] = Watched(arch.tensors)
-    assert METHODS["interleave"].for_size(arch, 2 * measure(arch).total) is not None
+    assert METHODS["interleave"].for_size(arch, 2 * count_parameters(arch).total) is not None
     assert counted["passes"] < 10
 
 
@@ -649,7 +649,7 @@ def test_any_depth_plan_is_complete_and_survives_json(config: dict[str, Any], da
     again = GrowthPlan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again == plan
     assert again.fingerprint == plan.fingerprint
-    assert again.sizes == plan.sizes == (measure(Architecture(config)), measure(plan.architecture))
+    assert again.sizes == plan.sizes == (count_parameters(Architecture(config)), count_parameters(plan.architecture))
 
 
 def through(first: Sequence[LayerOrigin], layer: LayerOrigin) -> dict[int, float]:

@@ -17,12 +17,13 @@ from hf_grow import api
 from hf_grow.checkpoint.provenance import record_text
 from hf_grow.convert.in_memory import disk_tensors, grow_model
 from hf_grow.errors import InputError, PlanError
-from hf_grow.growth.evaluate import Evaluator, HeldTensors
+from hf_grow.growth.evaluate import Evaluator
 from hf_grow.growth.plan import GrowthPlan, SourceInfo, TensorInfo, make_plan
 from hf_grow.growth.tensormap import Quantity
+from hf_grow.growth.tensors import InMemoryTensors
 from hf_grow.methods import METHODS
 from hf_grow.model.architecture import Architecture
-from hf_grow.model.param_count import measure
+from hf_grow.model.param_count import count_parameters
 
 DENSE = ["llama", "llama-tied", "llama-multi-head", "mistral", "mistral-tied", "qwen2", "qwen2-tied", "qwen3", "qwen3-tied", "qwen3-bias"]
 MOE = ["mixtral", "mixtral-tied", "qwen2_moe", "qwen2_moe-mixed", "qwen3_moe", "qwen3_moe-tied", "qwen3_moe-mixed", "qwen3_moe-bias"]
@@ -155,7 +156,7 @@ def test_drop_redraws_one_set_of_units_in_all_three_matrices_from_what_it_replac
 def test_redrawn_units_do_not_depend_on_the_blocks_they_are_computed_in(quantity: Quantity) -> None:
     model = make(BY_NAME["llama"], num_hidden_layers=1)
     plan = api.plan(model, "experts", experts=2, init="drop", drop=0.6)
-    evaluator = Evaluator(plan, HeldTensors(on_disk(model)), quantity)
+    evaluator = Evaluator(plan, InMemoryTensors(on_disk(model)), quantity)
     for name in (n for n in plan.targets if "experts" in n):
         expr, size = plan.growth.tensors[name], plan.targets[name].shape[0]
         whole = evaluator.rows(expr, 0, size)
@@ -237,7 +238,7 @@ def test_mistral_7b_with_eight_experts_has_the_published_size_of_mixtral() -> No
     config = {"model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
               "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}  # fmt: skip
     growth = api.find_method("experts").build(Architecture(config), api.find_method("experts").options(experts=8))
-    size = measure(Architecture(growth.config))
+    size = count_parameters(Architecture(growth.config))
     assert size.total == 46_702_792_704
     assert round(size.active / 1e9, 1) == 12.7  # 12.9B with the embedding table
 
@@ -331,6 +332,6 @@ def test_the_shared_expert_is_half_of_the_ffn_or_nothing_yet() -> None:
 def test_an_active_size_chooses_top_k() -> None:
     arch = Architecture(make(BY_NAME["llama"]).config.to_dict())
     search = api.find_method("experts").for_size
-    wanted = measure(Architecture(api.plan(make(BY_NAME["llama"]), "experts", experts=8, top_k=3).growth.config))
+    wanted = count_parameters(Architecture(api.plan(make(BY_NAME["llama"]), "experts", experts=8, top_k=3).growth.config))
     found = search(arch, wanted.total, wanted.active)
     assert (found.experts, found.top_k) == (8, 3)

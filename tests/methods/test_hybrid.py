@@ -12,10 +12,10 @@ from models import BY_NAME, CASES, Case, each_case, make, save, tokens
 from hf_grow import api
 from hf_grow.convert.in_memory import grow_model
 from hf_grow.errors import PlanError
-from hf_grow.methods.hybrid import HybridOptions, candidates, grow_to
+from hf_grow.methods.hybrid import HybridOptions, build_candidate, rank_candidates
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.families import FAMILIES
-from hf_grow.model.param_count import measure
+from hf_grow.model.param_count import count_parameters
 
 MISTRAL = {"model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
            "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}  # fmt: skip
@@ -24,7 +24,7 @@ MISTRAL = {"model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "i
 @each_case
 def test_every_family_reaches_twice_its_size_without_changing_its_function(case: Case, exact_math: None) -> None:
     model = make(case, dtype=torch.float64)
-    now = measure(Architecture(model.config.to_diff_dict() | {"model_type": case.family})).total
+    now = count_parameters(Architecture(model.config.to_diff_dict() | {"model_type": case.family})).total
     plan = api.plan(model, "hybrid", to=2 * now, multiple_of=8)
     assert abs(plan.sizes[1].total / (2 * now) - 1) <= 0.05
     assert plan.guarantee.lossless
@@ -35,17 +35,17 @@ def test_every_family_reaches_twice_its_size_without_changing_its_function(case:
 @pytest.mark.parametrize("to", [9_000_000_000, 13_000_000_000, 20_000_000_000, 34_000_000_000])
 def test_a_candidate_counts_what_its_growth_counts_and_the_best_stands_first(to: int) -> None:
     arch, options = Architecture(MISTRAL), HybridOptions(to=to)
-    found = candidates(arch, options)
+    found = rank_candidates(arch, options)
     assert [c.cost for c in found] == sorted(c.cost for c in found)
     assert len({c.shape.hidden for c in found}) == len(found)
     for c in found:
-        assert measure(Architecture(grow_to(arch, c, options).config)).total == c.total
+        assert count_parameters(Architecture(build_candidate(arch, c, options).config)).total == c.total
         assert abs(c.total / to - 1) <= 0.05
 
 
 def test_limits_are_kept() -> None:
     options = HybridOptions(to=20_000_000_000, max_depth=40, min_depth=36, multiple_of=256)
-    for c in candidates(Architecture(MISTRAL), options):
+    for c in rank_candidates(Architecture(MISTRAL), options):
         assert 36 <= c.layers <= 40
         assert c.shape.hidden % 256 == c.shape.inter % 256 == 0
         assert c.shape.head_dim == 128

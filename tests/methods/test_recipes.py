@@ -23,7 +23,7 @@ from hf_grow.cli import main
 from hf_grow.cli.grow import RECIPES
 from hf_grow.convert.in_memory import disk_tensors
 from hf_grow.model.architecture import Architecture
-from hf_grow.model.param_count import measure
+from hf_grow.model.param_count import count_parameters
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 PATHS = sorted(p for p in FOLDER.glob("*") if p.suffix in (".yaml", ".yml"))  # those of train/ have a test of their own
@@ -147,7 +147,7 @@ def test_the_recipe_grows_a_tiny_model_that_verifies(path: Path, tmp_path: Path,
             "tie_word_embeddings": real["tie_word_embeddings"]}  # fmt: skip
     source = save(make(tiny, dtype=torch.bfloat16), tmp_path / "tiny")
     layers = EXPECTED[path.stem][2]
-    target = measure(Architecture({**tiny, "num_hidden_layers": len(layers)})).total
+    target = count_parameters(Architecture({**tiny, "num_hidden_layers": len(layers)})).total
     recipe = recipe_for(path, source, tmp_path, **({"to": target} if "to" in data else {}))
     out = tmp_path / "out"
     found = run_json(capsys, "grow", recipe, "-o", out)

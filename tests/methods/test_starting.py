@@ -17,16 +17,16 @@ from hf_grow.cli import main
 from hf_grow.demo.pretrain import build_tokenizer
 from hf_grow.growth.growth import Growth
 from hf_grow.methods import METHODS
-from hf_grow.methods.starting_loss import MODEL, SOURCE_LOSS, STARTS, VOCABULARY, Start, of
+from hf_grow.methods.starting_loss import MODEL, SOURCE_LOSS, STARTING_LOSSES, VOCABULARY, StartingLoss, nearest_starting_loss
 from hf_grow.model.architecture import Architecture
 
 ROOT = Path(__file__).parents[2]
 RESULTS = (ROOT / "benchmarks" / "results" / "starting-loss.md").read_text()
-each_start = pytest.mark.parametrize("start", STARTS, ids=lambda s: s.how)
+each_start = pytest.mark.parametrize("start", STARTING_LOSSES, ids=lambda s: s.how)
 
 
 @each_start
-def test_a_figure_is_that_of_the_benchmark_and_of_the_documents(start: Start) -> None:
+def test_a_figure_is_that_of_the_benchmark_and_of_the_documents(start: StartingLoss) -> None:
     row = next(line for line in RESULTS.splitlines() if line.startswith(f"| `{start.how}` |"))
     cells = [c.strip() for c in row.strip("|").split("|")]
     assert cells[2] == "changes the function"
@@ -41,44 +41,44 @@ def test_the_source_is_that_of_the_benchmark() -> None:
 
 
 @each_start
-def test_a_growth_is_told_its_own_measurement(start: Start) -> None:
+def test_a_growth_is_told_its_own_measurement(start: StartingLoss) -> None:
     """The command of every measurement, planned on the shapes that it was made on."""
     words = start.how.split()
     options: dict[str, Any] = {}
     for flag, value in zip(words[1::2], words[2::2], strict=True):
         options[flag.removeprefix("--").replace("-", "_")] = float(value) if re.fullmatch(r"[\d.]+", value) else value
     options = {k: int(v) if isinstance(v, float) and v == int(v) and k not in ("drop", "factor") else v for k, v in options.items()}
-    assert of(grow(words[0], **options), SMALL) == start
+    assert nearest_starting_loss(grow(words[0], **options), SMALL) == start
 
 
 def test_lossless_growths_and_unmeasured_ones_are_told_nothing() -> None:
     ways: list[Growth] = [grow("identity"), grow("tile", factor=2), grow("aki", factor=2, lossless=True), grow("layers", layers="0-29,3")]
     mixture = Architecture(BY_NAME["mixtral"].config)
     more = METHODS["experts"].build(mixture, METHODS["experts"].options(experts=6))
-    assert [of(way, SMALL) for way in ways] == [None] * 4
-    assert of(more, mixture) is None and not more.guarantee.lossless
+    assert [nearest_starting_loss(way, SMALL) for way in ways] == [None] * 4
+    assert nearest_starting_loss(more, mixture) is None and not more.guarantee.lossless
 
 
 def test_the_nearest_measurement_is_taken() -> None:
-    near = of(grow("experts", experts=4, init="drop", drop=0.45), SMALL)
+    near = nearest_starting_loss(grow("experts", experts=4, init="drop", drop=0.45), SMALL)
     assert near is not None and near.how.endswith("--drop 0.5")
     assert near.knows_nothing and "knows nothing" in str(near)
-    small = of(grow("dus", layers_to=34), SMALL)
+    small = nearest_starting_loss(grow("dus", layers_to=34), SMALL)
     assert small is not None and not small.knows_nothing
 
 
 def test_twice_the_layers_by_dus_is_the_stack_and_far_growths_are_told_nothing() -> None:
-    twice = of(grow("dus", layers_to=60), SMALL)
+    twice = nearest_starting_loss(grow("dus", layers_to=60), SMALL)
     assert twice is not None and twice.how == "stack"
     for far in (grow("dus", layers_to=56), grow("interleave", layers_to=240), grow("aki", factor=3)):
-        assert of(far, SMALL) is None
+        assert nearest_starting_loss(far, SMALL) is None
 
 
 def test_plan_dry_run_and_json_tell_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save(make(BY_NAME["llama"]), tmp_path / "model")
     assert main(["depth", str(source), "--method", "stack", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert str(next(s for s in STARTS if s.kind == "stack")) in said
+    assert str(next(s for s in STARTING_LOSSES if s.kind == "stack")) in said
     assert "guidance only" in said
     assert main(["depth", str(source), "--method", "identity", "--dry-run"]) == 0
     assert MODEL not in capsys.readouterr().out

@@ -19,8 +19,8 @@ from hf_grow.errors import SourceError
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.config_compat import portable_config
 from hf_grow.model.families import FAMILIES, PREDICATES
-from hf_grow.model.param_count import block_parameters, measure, short
-from hf_grow.model.unsupported import FOREIGN
+from hf_grow.model.param_count import block_parameters, count_parameters, format_count
+from hf_grow.model.unsupported import UNSUPPORTED
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 Shapes = dict[str, tuple[int, ...]]
@@ -241,7 +241,7 @@ def test_junk_in_a_config_is_a_source_error_or_understood(case: Case, data):
     keys = [*case.config, *FAMILIES[case.family].defaults, "layer_types", "max_window_layers", "rope_scaling", "rope_parameters", "dtype"]
     config = {**case.config, data.draw(st.sampled_from(keys)): data.draw(JUNK)}
     with suppress(SourceError):
-        measure(Architecture(config))
+        count_parameters(Architecture(config))
         portable_config(config)
 
 
@@ -383,7 +383,7 @@ def test_a_model_loads_from_the_portable_config_with_the_same_logits(tmp_path):
 
 @each_case
 def test_the_number_of_parameters_is_that_of_the_real_model(case: Case):
-    assert measure(Architecture(case.config)).total == sum(p.numel() for p in make(case).parameters())
+    assert count_parameters(Architecture(case.config)).total == sum(p.numel() for p in make(case).parameters())
 
 
 @each_case
@@ -396,7 +396,7 @@ def test_active_parameters_are_those_that_one_token_meets(case: Case):
             count += p.numel() // p.shape[0] * model.config.num_experts_per_tok
         elif "embed_tokens" not in name or model.config.tie_word_embeddings:
             count += p.numel()
-    size = measure(Architecture(case.config))
+    size = count_parameters(Architecture(case.config))
     assert (size.active, size.flops) == (count, 2 * count)
 
 
@@ -406,7 +406,7 @@ def test_the_kv_cache_is_as_large_as_the_one_transformers_keeps(case: Case):
     with torch.no_grad():
         cache = model(tokens(model)[:1, :1], use_cache=True).past_key_values
     values = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    assert measure(Architecture(case.config)).kv_values == values
+    assert count_parameters(Architecture(case.config)).kv_values == values
 
 
 @each_case
@@ -428,7 +428,7 @@ def test_block_parameters_are_those_of_each_real_block(case: Case):
     ids=["llama-2-7b", "mistral-7b", "mixtral-8x7b"],
 )  # fmt: skip
 def test_published_models_have_their_published_sizes(config: dict[str, Any], total: int):
-    assert measure(Architecture(config)).total == total
+    assert count_parameters(Architecture(config)).total == total
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_published_models_have_their_published_sizes(config: dict[str, Any], tot
     ],
 )  # fmt: skip
 def test_short_numbers_have_three_digits_or_more_and_the_right_unit(count: float, text: str):
-    assert short(count) == text
+    assert format_count(count) == text
 
 
 # ---- the table itself ----------------------------------------------------------------------------------------------------------------
@@ -478,7 +478,7 @@ def test_an_unknown_family_is_told_why_and_what_is_nearest() -> None:
 def test_families_that_are_kept_out_are_transformers_own() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    assert not FOREIGN.keys() & FAMILIES.keys()
-    assert {nearest for _, nearest in FOREIGN.values()} <= FAMILIES.keys()
+    assert not UNSUPPORTED.keys() & FAMILIES.keys()
+    assert {nearest for _, nearest in UNSUPPORTED.values()} <= FAMILIES.keys()
     remote = {"internlm2", "baichuan", "chatglm"}  # code of their own, on the Hub
-    assert FOREIGN.keys() - CONFIG_MAPPING_NAMES.keys() == remote
+    assert UNSUPPORTED.keys() - CONFIG_MAPPING_NAMES.keys() == remote

@@ -37,16 +37,16 @@ def test_forward_and_everything_trained(case: str) -> None:
     config = real_config(BY_NAME[case])
     p = parts(config)
     once = config.num_hidden_layers * block(p) + p["head"]
-    assert flops.forward(config.to_dict(), LENGTH) == once
-    assert flops.training(meta_model(config.to_dict()), LENGTH) == 3 * once
+    assert flops.forward_flops(config.to_dict(), LENGTH) == once
+    assert flops.training_flops(meta_model(config.to_dict()), LENGTH) == 3 * once
 
 
 def test_rotary_frequencies_that_follow_the_length_are_no_more_work() -> None:
     """Which are in force is asked of the positions' numbers, and the model on the meta device has none."""
     config = real_config(BY_NAME["llama"]).to_dict()
     dynamic = {**config, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
-    assert flops.forward(dynamic, LENGTH) == flops.forward(config, LENGTH)
-    assert flops.training(meta_model(dynamic), LENGTH) == 3 * flops.forward(config, LENGTH)
+    assert flops.forward_flops(dynamic, LENGTH) == flops.forward_flops(config, LENGTH)
+    assert flops.training_flops(meta_model(dynamic), LENGTH) == 3 * flops.forward_flops(config, LENGTH)
 
 
 def test_of_a_mixture_the_experts_of_a_token_count() -> None:
@@ -54,7 +54,7 @@ def test_of_a_mixture_the_experts_of_a_token_count() -> None:
     p = parts(config)
     routed = config.num_experts_per_tok * p["ffn"] + 2 * config.hidden_size * config.num_local_experts
     once = config.num_hidden_layers * (p["projections"] + p["attention"] + routed) + p["head"]
-    assert flops.training(meta_model(config.to_dict()), LENGTH) == 3 * once
+    assert flops.training_flops(meta_model(config.to_dict()), LENGTH) == 3 * once
 
 
 @pytest.mark.parametrize("what", ["head", "last block", "norms of the last block", "first block"])
@@ -71,13 +71,13 @@ def test_the_backward_pass_goes_as_far_as_something_trains(what: str) -> None:
     }[what]
     for name, weight in model.named_parameters():
         weight.requires_grad_(wanted[0] in name)
-    assert flops.training(model, LENGTH) == wanted[1]
+    assert flops.training_flops(model, LENGTH) == wanted[1]
 
 
 def test_a_run_counts_what_its_recipe_trains_and_its_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path)
     config, source = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("grown", "source"))
-    whole, teacher = flops.training(meta_model(config), 16), flops.forward(source, 16)
+    whole, teacher = flops.training_flops(meta_model(config), 16), flops.forward_flops(source, 16)
     tokens = 6 * 2 * 16
     assert run(capsys, "train", recipe(tmp_path, model), "--dry-run")["flops"] == whole * tokens
     path = recipe(tmp_path, model, train="new", distill={})
@@ -95,7 +95,7 @@ def test_a_run_counts_what_its_recipe_trains_and_its_teacher(tmp_path: Path, cap
 
 def test_lora_adds_its_products_and_spares_gradients_of_what_is_frozen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path)
-    whole = flops.training(meta_model(json.loads((model / "config.json").read_text())), 16) * 6 * 2 * 16
+    whole = flops.training_flops(meta_model(json.loads((model / "config.json").read_text())), 16) * 6 * 2 * 16
     path = recipe(tmp_path, model, lora={"r": 2})
     dry = run(capsys, "train", path, "--dry-run")["flops"]
     assert whole / 2 < dry < whole

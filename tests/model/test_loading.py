@@ -15,7 +15,7 @@ from trained import FAST, text, tokenizer
 from hf_grow.cli import main
 from hf_grow.errors import InputError, SourceError
 from hf_grow.model.architecture import Architecture
-from hf_grow.model.loading import load_tokenizer, loading
+from hf_grow.model.loading import load_tokenizer, transformers_errors
 
 COMMANDS = {
     "verify": "verify source grown --tokens 16",
@@ -139,13 +139,13 @@ def test_a_model_has_a_whole_number_of_positions(length: Any) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), InputError("ours"), torch.OutOfMemoryError("of the GPU")])
 def test_what_says_nothing_of_the_file_passes(error: BaseException) -> None:
-    with pytest.raises(type(error)) as found, loading("it"):
+    with pytest.raises(type(error)) as found, transformers_errors("it"):
         raise error
     assert found.value is error
 
 
 def test_the_error_of_the_library_is_told_and_kept() -> None:
-    with pytest.raises(SourceError) as found, loading("the model of there", "Do this."):
+    with pytest.raises(SourceError) as found, transformers_errors("the model of there", "Do this."):
         raise TypeError("first line\n  second line")
     assert str(found.value).startswith("transformers ")
     assert str(found.value).endswith(" cannot load the model of there: TypeError: first line second line.\n  Do this.")

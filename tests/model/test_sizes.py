@@ -14,7 +14,7 @@ from hf_grow.errors import PlanError
 from hf_grow.growth.growth import Growth
 from hf_grow.methods import METHODS
 from hf_grow.model.architecture import Architecture
-from hf_grow.model.param_count import beyond, measure
+from hf_grow.model.param_count import count_parameters, extrapolation_warnings
 
 SMALL = Architecture(
     {
@@ -33,7 +33,7 @@ def grow(method: str, **options: Any) -> Growth:
 @pytest.mark.parametrize("size", ["1M", "134M", "134515008", "135M"])
 @pytest.mark.parametrize("method", SIZED)
 def test_the_size_that_the_source_has_is_no_growth(method: str, size: str) -> None:
-    assert measure(SMALL).total == 134_515_008
+    assert count_parameters(SMALL).total == 134_515_008
     with pytest.raises(PlanError, match=r"already; .* is no growth") as refused:
         grow(method, to=size)
     assert "134,515,008" in str(refused.value)
@@ -45,7 +45,7 @@ def test_a_growth_that_ends_farther_from_the_target_than_the_source_is_refused()
     with pytest.raises(PlanError, match="nearer to 138M than the nearest growth, 142M") as refused:
         grow("dus", to="138M")
     assert "142M (32 layers)" in refused.value.hint
-    assert measure(Architecture(grow("dus", to="139M").config)).total > 141e6
+    assert count_parameters(Architecture(grow("dus", to="139M").config)).total > 141e6
 
 
 @pytest.mark.parametrize(("method", "size"), [("dus", "14B"), ("tile", "14B"), ("hybrid", "14B"), ("experts", "160M"), ("experts", "250M")])
@@ -72,7 +72,7 @@ NEAR = [
 
 @pytest.mark.parametrize(("method", "options", "far"), [(*way, True) for way in FAR] + [(*way, False) for way in NEAR], ids=str)
 def test_what_is_far_beyond_the_papers_is_told(method: str, options: dict[str, Any], far: bool) -> None:
-    found = beyond(SMALL, Architecture(grow(method, **options).config))
+    found = extrapolation_warnings(SMALL, Architecture(grow(method, **options).config))
     assert bool(found) is far
     assert all(line.startswith("Far beyond what is known to work") for line in found)
 
@@ -80,7 +80,7 @@ def test_what_is_far_beyond_the_papers_is_told(method: str, options: dict[str, A
 def test_a_mixture_that_has_many_experts_already_may_keep_them() -> None:
     many = Architecture({**BY_NAME["mixtral"].config, "num_local_experts": 128})
     deeper = METHODS["identity"].build(many, METHODS["identity"].options(layers_to=5))
-    assert not beyond(many, Architecture(deeper.config))
+    assert not extrapolation_warnings(many, Architecture(deeper.config))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_plan_marks_what_is_far_and_names_the_steps_that_reach_it(folder: Path, 
 
 
 def test_plan_offers_no_growth_that_is_farther_from_the_target_than_the_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    now = measure(Architecture(BY_NAME["llama"].config)).total
+    now = count_parameters(Architecture(BY_NAME["llama"].config)).total
     status, said = run(capsys, "plan", folder, "--to", now + 1)
     assert status == 2 and "is no growth" in said
     status, said = run(capsys, "plan", folder, "--to", round(1.015 * now))

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from hf_grow.api import find_method
 from hf_grow.convert.in_memory import describe, disk_names, grow_model
-from hf_grow.growth.evaluate import Evaluator, HeldTensors
+from hf_grow.growth.evaluate import Evaluator
 from hf_grow.growth.growth import Growth, compose
 from hf_grow.growth.plan import GrowthPlan, make_plan
 from hf_grow.growth.tensormap import Quantity
+from hf_grow.growth.tensors import InMemoryTensors
 from hf_grow.model.architecture import Architecture
 from hf_grow.options import parse
 
@@ -42,7 +43,7 @@ def grown_by(model: PreTrainedModel, method: str, /, **options: Any) -> PreTrain
 
 def through(plan: GrowthPlan, tensors: dict[str, Tensor], quantity: Quantity) -> dict[str, Tensor]:
     """Every target tensor as the map makes it of source tensors, which may be weights, gradients or squared gradients."""
-    evaluator = Evaluator(plan, HeldTensors(tensors), quantity)
+    evaluator = Evaluator(plan, InMemoryTensors(tensors), quantity)
     return {name: evaluator.whole(expr, plan.targets[name]) for name, expr in plan.growth.tensors.items()}
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from hf_grow.errors import PlanError
 from hf_grow.growth.growth import Growth, Method
-from hf_grow.methods.experts.expert_options import MOST_EXPERTS, ExpertsOptions
+from hf_grow.methods.experts.expert_options import MAX_EXPERTS, ExpertsOptions
 from hf_grow.methods.experts.more_experts import experts_keys, more_experts
 from hf_grow.methods.experts.upcycle import UPCYCLED, upcycled, upcycled_config
 from hf_grow.model.architecture import Architecture
-from hf_grow.model.param_count import check_target, measure, short
+from hf_grow.model.param_count import check_target, count_parameters, format_count
 from hf_grow.options import Options
 
 
@@ -28,17 +28,17 @@ def build_experts(arch: Architecture, options: ExpertsOptions, others: Sequence[
             raise PlanError("--to cannot be met with --experts-from.", hint="The checkpoints say how many experts there are.")
         count = _nearest_count(arch, options.to, options)
         unit = _unit(options)
-        near = [c for c in (count - unit, count, count + unit) if max(2 * unit, arch.size("experts")) <= c <= MOST_EXPERTS]
-        sizes = {c: measure(_sized(arch, c, 1, unit)).total for c in near}
-        hint = "Reachable around it: " + ", ".join(f"{short(s)} ({c} experts)" for c, s in sizes.items()) + "."
-        check_target(measure(arch).total, options.to, sizes[count], hint=hint)
+        near = [c for c in (count - unit, count, count + unit) if max(2 * unit, arch.size("experts")) <= c <= MAX_EXPERTS]
+        sizes = {c: count_parameters(_sized(arch, c, 1, unit)).total for c in near}
+        hint = "Reachable around it: " + ", ".join(f"{format_count(s)} ({c} experts)" for c, s in sizes.items()) + "."
+        check_target(count_parameters(arch).total, options.to, sizes[count], hint=hint)
         options = options.model_copy(update={"experts": count, "to": None})
     return (more_experts if arch.is_moe else upcycled)(arch, options, others)
 
 
 def _check_meaning(arch: Architecture, options: ExpertsOptions) -> None:
     """Raises PlanError for an option that changes nothing here: whoever gave it expects something of it."""
-    given = options.given()
+    given = options.non_defaults()
     shared = not arch.is_moe and UPCYCLED.get(arch.family.model_type, ("",))[0] == "qwen2_moe"
     means = {
         "noise": (options.init == "noise", "belongs to --init noise"),
@@ -68,14 +68,14 @@ def _unit(options: ExpertsOptions) -> int:
 def _nearest_count(arch: Architecture, target: int, options: ExpertsOptions) -> int:
     """The number of experts whose total comes nearest to `target`; every expert adds the same."""
     unit = _unit(options)
-    two, three = (measure(_sized(arch, n * unit, 1, unit)).total for n in (2, 3))
+    two, three = (count_parameters(_sized(arch, n * unit, 1, unit)).total for n in (2, 3))
     count = 2 * unit + round((target - two) / (three - two)) * unit
-    return min(max(count, 2 * unit, arch.size("experts")), MOST_EXPERTS // unit * unit)
+    return min(max(count, 2 * unit, arch.size("experts")), MAX_EXPERTS // unit * unit)
 
 
 def _nearest_top_k(arch: Architecture, count: int, active: int) -> int:
     """The top_k whose active parameters come nearest to `active`. (Shards are chosen by whole groups, so they give no finer steps.)"""
-    return min(range(1, count + 1), key=lambda k: abs(measure(_sized(arch, count, k, 1)).active - active))
+    return min(range(1, count + 1), key=lambda k: abs(count_parameters(_sized(arch, count, k, 1)).active - active))
 
 
 def _for_size(arch: Architecture, target: int, active: int | None = None) -> Options | None:

@@ -14,11 +14,11 @@ from pydantic import BeforeValidator, Field
 from hf_grow.common.safe_files import parse_json, read_bytes
 from hf_grow.errors import InputError, SourceError
 from hf_grow.methods.experts.prompts import PromptsFile, load_prompts
-from hf_grow.options import LayerList, Options, Size
+from hf_grow.options import LayerList, Options, ParameterCount
 
-MOST_EXPERTS = 1024
+MAX_EXPERTS = 1024
 
-Positive = Annotated[int, Field(ge=1, le=MOST_EXPERTS)]
+Positive = Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
 Share = Annotated[float, Field(ge=0)]
 
 
@@ -53,11 +53,11 @@ def _list(value: Any) -> Any:
 class ExpertsOptions(Options):
     """From dense to experts, or to more experts."""
 
-    experts: Annotated[int, Field(ge=2, le=MOST_EXPERTS)] | None = None
+    experts: Annotated[int, Field(ge=2, le=MAX_EXPERTS)] | None = None
     """Number of experts of the target."""
-    add: Annotated[int, Field(ge=1, le=MOST_EXPERTS)] | None = None
+    add: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] | None = None
     """From a mixture: the number of experts to add."""
-    to: Size | None = None
+    to: ParameterCount | None = None
     """Total parameters to grow to, instead of a number of experts."""
     top_k: Positive | None = None
     """Experts a token passes through. Default: 2 from dense (times the shards, fine-grained); the source's from a mixture."""
@@ -67,7 +67,7 @@ class ExpertsOptions(Options):
     """Noise of init noise, in standard deviations of each matrix."""
     drop: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of intermediate units redrawn by init drop (r of the paper)."""
-    shards: Annotated[int, Field(ge=2, le=MOST_EXPERTS)] | None = None
+    shards: Annotated[int, Field(ge=2, le=MAX_EXPERTS)] | None = None
     """Shards of the FFN for init fine-grained (G of the paper); the number of experts must be a multiple."""
     experts_from: Annotated[tuple[str, ...], BeforeValidator(_list)] | None = None
     """Dense checkpoints (folders or Hub ids, with commas between) of the source's shape. From dense: each gives its FFN as an expert and all else is
@@ -94,5 +94,5 @@ class ExpertsOptions(Options):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random."""
 
-    def further(self) -> tuple[str, ...]:
+    def extra_sources(self) -> tuple[str, ...]:
         return self.experts_from or ()

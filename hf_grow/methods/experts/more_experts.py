@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 from hf_grow.errors import PlanError
-from hf_grow.growth.axes import AxisMap, Run, joined
+from hf_grow.growth.axes import AxisMap, AxisRun, merge_runs
 from hf_grow.growth.growth import Growth, Guarantee, LayerOrigin
 from hf_grow.growth.tensormap import Concat, Expr, Fill, Noise, Share, Source, Sum, Take
 from hf_grow.methods.experts.expert_options import ExpertsOptions
@@ -44,13 +44,13 @@ def more_experts(arch: Architecture, options: ExpertsOptions, others: Sequence[A
             tensors[name] = Concat((Source(name), new_rows(entry, new - old, options)), 0)
         elif entry.spec.dims[0].axes == ("experts",) and new > old:
             axis = "router.copies" if alike else f"router.copies.{entry.layer}"
-            rows[axis] = AxisMap(old, joined(Run(i, 1, 1.0, 1.0 / origin.count(i)) for i in origin))
+            rows[axis] = AxisMap(old, merge_runs(AxisRun(i, 1, 1.0, 1.0 / origin.count(i)) for i in origin))
             tensors[name] = _router(entry, axis, old, options)
         else:
             tensors[name] = Source(name)
     return Growth(
         method="experts",
-        options=options.given(),
+        options=options.non_defaults(),
         config=config,
         tensors=tensors,
         guarantee=_guarantee(arch, options, origins, top_k, len(others)),

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_grow.errors import PlanError
-from hf_grow.growth.axes import AxisMap, Run, joined, select
+from hf_grow.growth.axes import AxisMap, AxisRun, merge_runs, select
 from hf_grow.growth.growth import Growth, Guarantee, LayerOrigin
 from hf_grow.growth.tensormap import Expr, Fill, Noise, Replace, Share, Source, Subset, Sum, Take
 from hf_grow.methods.experts.expert_options import ExpertsOptions
@@ -69,7 +69,7 @@ def upcycled(arch: Architecture, options: ExpertsOptions, others: Sequence[Archi
     made = _Upcycling(arch, options, target.size("experts"), shards, weights, target.size("shared_inter") > 0)
     return Growth(
         method="experts",
-        options=options.given(),
+        options=options.non_defaults(),
         config=target.config,
         tensors={name: made.tensor(entry) for name, entry in target.tensors.items()},
         guarantee=_guarantee(options, shards, len(weights), target.size("shared_inter") > 0),
@@ -195,7 +195,9 @@ class _Upcycling:
         rows = new_rows(entry, groups, self.options)
         if self.shards == 1:
             return rows
-        self.axes["router.groups"] = AxisMap(groups, joined(Run(g, 1) for g in range(groups) for _ in range(self.shards)), dual=False)
+        self.axes["router.groups"] = AxisMap(
+            groups, merge_runs(AxisRun(g, 1) for g in range(groups) for _ in range(self.shards)), dual=False
+        )
         return Take(rows, 0, "router.groups", "out")
 
     def _expert(self, entry: Entry) -> Expr:

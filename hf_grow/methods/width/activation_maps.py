@@ -25,11 +25,11 @@ from functools import cached_property
 from itertools import pairwise
 
 from hf_grow.errors import PlanError
-from hf_grow.growth.axes import AxisMap, Run, duplicate, joined
+from hf_grow.growth.axes import AxisMap, AxisRun, duplicate, merge_runs
 
 
 @dataclass(frozen=True)
-class Space:
+class ActivationSpace:
     """One grown space. ``null``: target coordinates outside the range of A that hold random values on the side that may (`alive`)."""
 
     name: str
@@ -42,7 +42,7 @@ class Space:
 
     @cached_property
     def changed(self) -> bool:
-        return self.map.runs != (Run(0, self.map.source_size),)
+        return self.map.runs != (AxisRun(0, self.map.source_size),)
 
     @cached_property
     def scatter(self) -> AxisMap:
@@ -69,13 +69,13 @@ class Space:
             runs = []
             for source, a, _ in self.map.rows():
                 if source is None or not a or counts[source] <= j:
-                    runs.append(Run(None, 1, 0.0, 0.0))
+                    runs.append(AxisRun(None, 1, 0.0, 0.0))
                     continue
                 at = seen[source]
                 gain = 1.0 if at < j else -float(j) if at == j else 0.0
-                runs.append(Run(source, 1, 0.0, gain / math.sqrt(j * (j + 1))))
+                runs.append(AxisRun(source, 1, 0.0, gain / math.sqrt(j * (j + 1))))
                 seen[source] += 1
-            maps.append(AxisMap(self.map.source_size, joined(runs), dual=False))
+            maps.append(AxisMap(self.map.source_size, merge_runs(runs), dual=False))
         return maps
 
     @cached_property
@@ -84,67 +84,69 @@ class Space:
         seen: set[int] = set()
         first, added = [], []
         for source, a, b in self.map.rows():
-            nothing = Run(None, 1, 0.0, 0.0)
-            run = nothing if source is None else Run(source, 1, a, b)
+            nothing = AxisRun(None, 1, 0.0, 0.0)
+            run = nothing if source is None else AxisRun(source, 1, a, b)
             old = source is not None and source in seen
             first.append(nothing if old else run)
             added.append(run if old else nothing)
             if source is not None:
                 seen.add(source)
         size = self.map.source_size
-        return AxisMap(size, joined(first), dual=False), AxisMap(size, joined(added), dual=False)
+        return AxisMap(size, merge_runs(first), dual=False), AxisMap(size, merge_runs(added), dual=False)
 
 
 def _scatter(places: Sequence[int], size: int) -> AxisMap:
-    runs: list[Run] = []
+    runs: list[AxisRun] = []
     for at, (before, place) in enumerate(pairwise([-1, *places])):
         if place > before + 1:
-            runs.append(Run(None, place - before - 1, 0.0, 0.0))
-        runs.append(Run(at, 1))
+            runs.append(AxisRun(None, place - before - 1, 0.0, 0.0))
+        runs.append(AxisRun(at, 1))
     if places and places[-1] + 1 < size:
-        runs.append(Run(None, size - places[-1] - 1, 0.0, 0.0))
-    return AxisMap(len(places), joined(runs), dual=False)
+        runs.append(AxisRun(None, size - places[-1] - 1, 0.0, 0.0))
+    return AxisMap(len(places), merge_runs(runs), dual=False)
 
 
 # The residual stream
 
 
 @dataclass(frozen=True)
-class Hidden:
+class HiddenSpaces:
     """The four spaces of hidden_size, and what becomes of rms_norm_eps."""
 
-    residual: Space
-    normed: Space
-    gain: Space
-    final_gain: Space
+    residual: ActivationSpace
+    normed: ActivationSpace
+    gain: ActivationSpace
+    final_gain: ActivationSpace
     """For a head tied to the embedding: the final norm then carries the share that untied readers have in their columns."""
     eps: float
     """Factor on rms_norm_eps."""
     lossless: bool
 
 
-def tiled_hidden(size: int, target: int, copies: int, *, mode: str) -> Hidden:
+def tiled_hidden(size: int, target: int, copies: int, *, mode: str) -> HiddenSpaces:
     """`copies` of the residual stream, then zeros. Exact for every target size."""
     pad = target - copies * size
     ratio = copies * size / target
     write = 1.0 / math.sqrt(ratio) if mode == "scale" else 1.0
-    zeros = [Run(None, pad, 0.0, 0.0)] if pad else []
+    zeros = [AxisRun(None, pad, 0.0, 0.0)] if pad else []
     null = tuple(range(target - pad, target))
 
-    def space(a: float, b: float, name: str) -> Space:
-        return Space(name, AxisMap(size, (*[Run(0, size, a, b)] * copies, *zeros)), "in", null)
+    def space(a: float, b: float, name: str) -> ActivationSpace:
+        return ActivationSpace(name, AxisMap(size, (*[AxisRun(0, size, a, b)] * copies, *zeros)), "in", null)
 
     residual, normed = space(write, 1 / (copies * write), "residual"), space(1.0, 1.0 / copies, "normed")
     return _with_gains(residual, normed, math.sqrt(ratio), 1.0 if mode == "scale" else ratio, True)
 
 
-def duplicated_hidden(size: int, sources: Sequence[int]) -> Hidden:
+def duplicated_hidden(size: int, sources: Sequence[int]) -> HiddenSpaces:
     """Coordinate i copies sources[i] (function-preserving initialisation). Exact only if all are copied equally often."""
     plain = duplicate(size, sources)
-    return _with_gains(Space("residual", plain), Space("normed", plain), 1.0, 1.0, len(set(Counter(sources).values())) == 1)
+    return _with_gains(
+        ActivationSpace("residual", plain), ActivationSpace("normed", plain), 1.0, 1.0, len(set(Counter(sources).values())) == 1
+    )
 
 
-def _with_gains(residual: Space, normed: Space, root: float, eps: float, lossless: bool) -> Hidden:
+def _with_gains(residual: ActivationSpace, normed: ActivationSpace, root: float, eps: float, lossless: bool) -> HiddenSpaces:
     """The gains follow from the spaces before and after: gamma' = sqrt(r) A_normed gamma, its gradient by B_normed / sqrt(r).
 
     Where x' is zero the gain is free; it repeats old gains, since a zero would cut its coordinate off from learning for good.
@@ -152,42 +154,44 @@ def _with_gains(residual: Space, normed: Space, root: float, eps: float, lossles
 
     def gains(pairs: Iterable[tuple[int | None, float, float]]) -> AxisMap:
         size = residual.map.source_size
-        runs = [Run(i % size, 1, root, 0.0) if s is None else Run(s, 1, root * a, b / root) for i, (s, a, b) in enumerate(pairs)]
-        return AxisMap(size, joined(runs))
+        runs = [AxisRun(i % size, 1, root, 0.0) if s is None else AxisRun(s, 1, root * a, b / root) for i, (s, a, b) in enumerate(pairs)]
+        return AxisMap(size, merge_runs(runs))
 
     after_tied = ((s, b, a) for s, a, b in residual.map.rows())  # the head reads by A_residual, so the last norm must write its dual
-    return Hidden(residual, normed, Space("gain", gains(normed.map.rows())), Space("final_gain", gains(after_tied)), eps, lossless)
+    return HiddenSpaces(
+        residual, normed, ActivationSpace("gain", gains(normed.map.rows())), ActivationSpace("final_gain", gains(after_tied)), eps, lossless
+    )
 
 
 # Feed-forward units
 
 
-def ffn_space(name: str, size: int, target: int, *, null: bool, above: bool = False) -> Space:
+def ffn_space(name: str, size: int, target: int, *, null: bool, above: bool = False) -> ActivationSpace:
     """New units random in, zero out (null), or copies of the old ones in turn. ``above``: null ones with the rows of the next layer's, in turn."""
     if not null:
-        return Space(name, duplicate(size, [i % size for i in range(target)]))
-    axis = AxisMap(size, (Run(0, size), *([Run(None, target - size, 0.0, 0.0)] if target > size else [])))
+        return ActivationSpace(name, duplicate(size, [i % size for i in range(target)]))
+    axis = AxisMap(size, (AxisRun(0, size), *([AxisRun(None, target - size, 0.0, 0.0)] if target > size else [])))
     if above:
-        return Space(name, axis, above=_given(size, [None if i < size else i % size for i in range(target)]))
-    return Space(name, axis, "out", tuple(range(size, target)))
+        return ActivationSpace(name, axis, above=_given(size, [None if i < size else i % size for i in range(target)]))
+    return ActivationSpace(name, axis, "out", tuple(range(size, target)))
 
 
 def _given(size: int, sources: Sequence[int | None]) -> AxisMap:
     """The map that places rows of another layer, and nothing where the source is None. Nothing reads them, so no gradient reaches them (b = 0)."""
-    return AxisMap(size, joined(Run(None, 1, 0.0, 0.0) if s is None else Run(s, 1, 1.0, 0.0) for s in sources), dual=False)
+    return AxisMap(size, merge_runs(AxisRun(None, 1, 0.0, 0.0) if s is None else AxisRun(s, 1, 1.0, 0.0) for s in sources), dual=False)
 
 
 # Attention
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadSpaces:
     """The spaces of attention."""
 
-    query: Space
-    stored: Space
+    query: ActivationSpace
+    stored: ActivationSpace
     """Keys and values: what the KV cache stores."""
-    attended: Space
+    attended: ActivationSpace
 
 
 def check_heads(heads: int, kv: int, new_heads: int, new_kv: int) -> None:
@@ -246,7 +250,7 @@ def _place_heads(heads: int, kv: int, new_heads: int, new_kv: int, null: bool) -
     return owners, slots
 
 
-def head_spaces(heads: int, kv: int, new_heads: int, new_kv: int, head_dim: HeadDim, *, null: bool, above: bool = False) -> Heads:
+def head_spaces(heads: int, kv: int, new_heads: int, new_kv: int, head_dim: HeadDimSpace, *, null: bool, above: bool = False) -> HeadSpaces:
     """Attention with more heads. ``null``: spare heads have zero o_proj columns; otherwise they are copies that share them.
 
     ``above``: null heads are those of the next layer, and so are the kv heads that none but null heads read.
@@ -256,7 +260,7 @@ def head_spaces(heads: int, kv: int, new_heads: int, new_kv: int, head_dim: Head
     owners, slots = _place_heads(heads, kv, new_heads, new_kv, null)
     count = Counter(s for s in slots if s is not None)
     new_group = new_heads // new_kv
-    query = AxisMap(heads, joined(Run(None, 1, 0.0, 0.0) if s is None else Run(s, 1, 1.0, 1.0 / count[s]) for s in slots))
+    query = AxisMap(heads, merge_runs(AxisRun(None, 1, 0.0, 0.0) if s is None else AxisRun(s, 1, 1.0, 1.0 / count[s]) for s in slots))
     # The gradient of a kv head goes to its copies as their query heads share it: evenly where each copy serves the same heads.
     shares = []
     for i, owner in enumerate(owners):
@@ -265,7 +269,7 @@ def head_spaces(heads: int, kv: int, new_heads: int, new_kv: int, head_dim: Head
         assert all(s // (heads // kv) == owner for s in served)
     ours = [share > 0 or not above for share in shares]
     stored = AxisMap(
-        kv, joined(Run(o, 1, 1.0, s) if own else Run(None, 1, 0.0, 0.0) for o, s, own in zip(owners, shares, ours, strict=True))
+        kv, merge_runs(AxisRun(o, 1, 1.0, s) if own else AxisRun(None, 1, 0.0, 0.0) for o, s, own in zip(owners, shares, ours, strict=True))
     )
     null_heads = [i for i, s in enumerate(slots) if s is None]
     wide, padded = head_dim.size, head_dim.padded
@@ -277,16 +281,16 @@ def head_spaces(heads: int, kv: int, new_heads: int, new_kv: int, head_dim: Head
         copied = _place_heads(heads, kv, new_heads, new_kv, False)[1]
         queries_above = _given(heads, [c if s is None else None for c, s in zip(copied, slots, strict=True)]).times(head_dim.query)
         stored_above = _given(kv, [None if own else o for o, own in zip(owners, ours, strict=True)]).times(head_dim.stored)
-    return Heads(
-        Space("query", query.times(head_dim.query), "out", tuple(sorted(random_queries)), queries_above),
+    return HeadSpaces(
+        ActivationSpace("query", query.times(head_dim.query), "out", tuple(sorted(random_queries)), queries_above),
         # New coordinates are zero: neither scores nor values see them yet.
-        Space("stored", stored.times(head_dim.stored), above=stored_above),
-        Space("attended", query.times(head_dim.stored), "in", tuple(h * wide + p for h in used for p in padded)),
+        ActivationSpace("stored", stored.times(head_dim.stored), above=stored_above),
+        ActivationSpace("attended", query.times(head_dim.stored), "in", tuple(h * wide + p for h in used for p in padded)),
     )
 
 
 @dataclass(frozen=True)
-class HeadDim:
+class HeadDimSpace:
     """head_dim grown inside every head. RoPE pairs coordinates j and j + d/2 and turns pair j at frequency theta^(-2j/d)."""
 
     query: AxisMap
@@ -307,7 +311,7 @@ class HeadDim:
         return [i for i, (s, _, _) in enumerate(self.query.rows()) if s is None]
 
 
-def head_dim_space(size: int, target: int, *, normed: bool) -> HeadDim:
+def head_dim_space(size: int, target: int, *, normed: bool) -> HeadDimSpace:
     """Two exact recipes: pair j to slot n*j for a whole factor n (theta kept), else the front slots with theta^(d'/d).
 
     Scores divide by sqrt(d'), so query rows carry sqrt(d'/d). Under a norm over head_dim (Qwen3) q and k both carry sqrt(d'/d), which keeps the
@@ -321,19 +325,19 @@ def head_dim_space(size: int, target: int, *, normed: bool) -> HeadDim:
     root = math.sqrt(target / size)
 
     def placed(a: float, b: float) -> AxisMap:
-        rows: list[Run] = [Run(None, 1, 0.0, 0.0)] * target
+        rows: list[AxisRun] = [AxisRun(None, 1, 0.0, 0.0)] * target
         for source, place in enumerate(places):
-            rows[place] = Run(source, 1, a, b)
-        return AxisMap(size, joined(rows))
+            rows[place] = AxisRun(source, 1, a, b)
+        return AxisMap(size, merge_runs(rows))
 
     def gains(a: float) -> AxisMap:
-        rows = [Run(i % size, 1, a, 0.0) for i in range(target)]
+        rows = [AxisRun(i % size, 1, a, 0.0) for i in range(target)]
         for source, place in enumerate(places):
-            rows[place] = Run(source, 1, a, 1 / a)
-        return AxisMap(size, joined(rows))
+            rows[place] = AxisRun(source, 1, a, 1 / a)
+        return AxisMap(size, merge_runs(rows))
 
     quarter = (size / target) ** 0.25
-    return HeadDim(
+    return HeadDimSpace(
         query=placed(root, 1 / root),
         stored=placed(root, 1 / root) if normed else placed(1.0, 1.0),
         norm=gains(quarter),

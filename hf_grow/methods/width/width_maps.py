@@ -9,27 +9,27 @@ from typing import Literal
 
 from hf_grow.growth.axes import AxisMap
 from hf_grow.growth.tensormap import Expr, Noise, Source, Sum, Take, Vary
-from hf_grow.methods.width.activation_maps import HeadDim, Heads, Hidden, Space
+from hf_grow.methods.width.activation_maps import ActivationSpace, HeadDimSpace, HeadSpaces, HiddenSpaces
 from hf_grow.model.architecture import Architecture, Entry
 
 Symmetry = Literal["none", "noise", "split"]
 
 
 @dataclass(frozen=True)
-class Widening:
+class WidthMaps:
     """Everything that grows, by the dimension of the table it belongs to."""
 
     arch: Architecture
-    hidden: Hidden
-    heads: Heads
-    head_dim: HeadDim
-    ffn: Mapping[str, Space]
+    hidden: HiddenSpaces
+    heads: HeadSpaces
+    head_dim: HeadDimSpace
+    ffn: Mapping[str, ActivationSpace]
     symmetry: Symmetry
     strength: float
     next_layer: bool
     """AKI: all added rows come from the layer above (otherwise only those for which a space says so)."""
 
-    def space(self, entry: Entry, dim: int) -> Space | None:
+    def space(self, entry: Entry, dim: int) -> ActivationSpace | None:
         """The space of one dimension, or None where it does not grow."""
         role, axes = entry.spec.dims[dim].role, entry.spec.dims[dim].axes
         if axes == ("hidden",):
@@ -41,7 +41,7 @@ class Widening:
         elif axes == ("kv", "head_dim"):
             found = self.heads.stored
         elif axes == ("head_dim",):
-            found = Space("head_norm", self.head_dim.norm)
+            found = ActivationSpace("head_norm", self.head_dim.norm)
         elif axes[0] in self.ffn:
             found = self.ffn[axes[0]]
         else:
@@ -75,7 +75,7 @@ class Widening:
     def _out(self, entry: Entry, dim: int) -> bool:
         return entry.spec.dims[dim].role != "in"
 
-    def _rows(self, entry: Entry, source: Expr, found: Mapping[int, Space], axes: dict[str, AxisMap]) -> Expr:
+    def _rows(self, entry: Entry, source: Expr, found: Mapping[int, ActivationSpace], axes: dict[str, AxisMap]) -> Expr:
         """Dimension 0, where it is made here: by the space, and what is added from the layer above where AKI takes it there."""
         space = found.get(0)
         if space is None or not self._out(entry, 0):
@@ -92,7 +92,9 @@ class Widening:
         own = _take(source, 0, space.name if first is space.map else f"{space.name}.first", first, "out", axes)
         return Sum((own, _take(Source(above), 0, f"{space.name}.added", added, "out", axes)), (1.0, 1.0))
 
-    def _null(self, entry: Entry, source: Expr, found: Mapping[int, Space], dim: int, shape: list[int], axes: dict[str, AxisMap]) -> Expr:
+    def _null(
+        self, entry: Entry, source: Expr, found: Mapping[int, ActivationSpace], dim: int, shape: list[int], axes: dict[str, AxisMap]
+    ) -> Expr:
         """Random values on the null coordinates of one dimension, with the spread of the old weights at the old fan-in."""
         size = list(shape)
         size[dim] = len(found[dim].null)
@@ -107,7 +109,9 @@ class Widening:
                 expr = _take(expr, other, f"{space.name}.{'null' if other == dim else 'kept'}", placed, "out", axes)
         return expr
 
-    def _symmetry(self, entry: Entry, source: Expr, dim: int, space: Space, shape: list[int], axes: dict[str, AxisMap]) -> list[Expr]:
+    def _symmetry(
+        self, entry: Entry, source: Expr, dim: int, space: ActivationSpace, shape: list[int], axes: dict[str, AxisMap]
+    ) -> list[Expr]:
         """Noise on the columns of copies that adds up to zero over them, as itself or in proportion to each weight."""
         contrasts = space.contrasts
         split = self.symmetry == "split"

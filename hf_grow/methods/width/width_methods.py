@@ -24,13 +24,13 @@ from hf_grow.errors import PlanError, SourceError
 from hf_grow.growth.axes import AxisMap
 from hf_grow.growth.growth import Growth, Guarantee, LayerOrigin, Method
 from hf_grow.methods.width import activation_maps as spaces
-from hf_grow.methods.width.activation_maps import Hidden
-from hf_grow.methods.width.width_maps import Symmetry, Widening
-from hf_grow.methods.width.width_search import Shape, check_shape, nearest_shape, shape_of, shape_warnings
+from hf_grow.methods.width.activation_maps import HiddenSpaces
+from hf_grow.methods.width.width_maps import Symmetry, WidthMaps
+from hf_grow.methods.width.width_search import Widths, check_widths, nearest_widths, width_warnings, widths_of
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.config_compat import portable_config
 from hf_grow.model.families import FFN_AXES
-from hf_grow.options import Options, Size
+from hf_grow.options import Options, ParameterCount
 
 Positive = Annotated[int, Field(ge=1, le=2**20)]
 """A size: many times that of any model, and few enough to be counted through."""
@@ -39,7 +39,7 @@ Positive = Annotated[int, Field(ge=1, le=2**20)]
 class WidthOptions(Options):
     """What every width method takes."""
 
-    to: Size | None = None
+    to: ParameterCount | None = None
     """Number of parameters to grow to, such as 13B: all widths by one factor, as near as they get."""
     factor: Annotated[float, Field(ge=1, le=64)] | None = None
     """Grow hidden, FFN and heads by this factor."""
@@ -96,7 +96,7 @@ class AkiOptions(CopyOptions):
     """Not as published: only what new heads and FFN units read comes from the next layer, and nothing reads them yet; the hidden state as in tile."""
 
 
-def _asked(arch: Architecture, options: WidthOptions) -> Shape:
+def _asked(arch: Architecture, options: WidthOptions) -> Widths:
     """The shape asked for. Raises PlanError for contradictions and for what the family has not."""
     explicit = {
         "hidden": options.hidden,
@@ -120,9 +120,9 @@ def _asked(arch: Architecture, options: WidthOptions) -> Shape:
     given = {k: v for k, v in explicit.items() if v is not None}
     if sum(x is not None for x in (options.to, options.factor)) + bool(set(given) - {"head_dim"}) > 1 and (options.to or given):
         raise PlanError("--to, --factor and explicit sizes each set the widths; give one kind.")
-    old = shape_of(arch)
+    old = widths_of(arch)
     if options.to is not None:
-        return nearest_shape(arch, options.to, head_dim=options.head_dim)
+        return nearest_widths(arch, options.to, head_dim=options.head_dim)
     if options.factor is not None:
         return old.scaled(options.factor, options.head_dim)
     if not given:
@@ -131,9 +131,16 @@ def _asked(arch: Architecture, options: WidthOptions) -> Shape:
 
 
 def _build(
-    arch: Architecture, method: str, options: WidthOptions, shape: Shape, hidden: Hidden, symmetry: Symmetry, strength: float, kind: str
+    arch: Architecture,
+    method: str,
+    options: WidthOptions,
+    shape: Widths,
+    hidden: HiddenSpaces,
+    symmetry: Symmetry,
+    strength: float,
+    kind: str,
 ) -> Growth:
-    old = shape_of(arch)
+    old = widths_of(arch)
     head_dim = spaces.head_dim_space(old.head_dim, shape.head_dim, normed=arch.has_norm_over("head_dim"))
     above = kind == "silent aki"
     null = {
@@ -141,11 +148,11 @@ def _build(
         for axis in FFN_AXES
     }
     heads = spaces.head_spaces(old.heads, old.kv, shape.heads, shape.kv, head_dim, null=above or options.new_heads == "null", above=above)
-    check_shape(arch, shape)
+    check_widths(arch, shape)
     if shape.head_dim != old.head_dim:
         _check_rope(arch)
     config = _config(arch, shape, hidden.eps, head_dim.theta)
-    width = Widening(
+    width = WidthMaps(
         arch=arch,
         hidden=hidden,
         heads=heads,
@@ -163,18 +170,18 @@ def _build(
     tensors = {name: width.tensor(entry, axes) for name, entry in arch.tensors.items()}
     return Growth(
         method=method,
-        options=options.given(),
+        options=options.non_defaults(),
         config=config,
         tensors=tensors,
         guarantee=_guarantee(arch, shape, hidden, kind),
         layers=tuple(LayerOrigin((i,)) for i in range(arch.layers)),
         axes=axes,
-        warnings=tuple(shape_warnings(arch, shape)),
+        warnings=tuple(width_warnings(arch, shape)),
         seed=options.seed,
     )
 
 
-def _config(arch: Architecture, shape: Shape, eps: float, theta: float) -> dict[str, Any]:
+def _config(arch: Architecture, shape: Widths, eps: float, theta: float) -> dict[str, Any]:
     changes: dict[str, Any] = {"hidden_size": shape.hidden, "num_attention_heads": shape.heads}
     for axis in ("kv", "head_dim", *FFN_AXES):
         if arch.size(axis):
@@ -202,8 +209,8 @@ def _check_rope(arch: Architecture) -> None:
         )
 
 
-def _guarantee(arch: Architecture, shape: Shape, hidden: Hidden, kind: str) -> Guarantee:
-    old = shape_of(arch)
+def _guarantee(arch: Architecture, shape: Widths, hidden: HiddenSpaces, kind: str) -> Guarantee:
+    old = widths_of(arch)
     if kind == "aki" and shape != old:
         why = "AKI takes what it adds from the next layer, also in what writes the residual stream; --lossless keeps the function"
         return Guarantee("changes the function", why)
@@ -254,7 +261,7 @@ def build_exact(method: str) -> Any:
 
 
 def build_hypercloning(arch: Architecture, options: HyperCloningOptions) -> Growth:
-    shape, old = _asked(arch, options), shape_of(arch)
+    shape, old = _asked(arch, options), widths_of(arch)
     if old.kv == 1 and options.kv_heads is None:  # as the paper's code: multi-query attention stays what it is
         shape = shape.changed(kv=1)
     uneven = [a for a in ("hidden", *FFN_AXES, "heads", "kv") if getattr(shape, a) % max(1, getattr(old, a))]
@@ -267,7 +274,7 @@ def build_hypercloning(arch: Architecture, options: HyperCloningOptions) -> Grow
     copies = options.model_copy(update={"ffn": "copies"})
     strength = 0.0 if options.noise_db is None else 10 ** (-options.noise_db / 20)
     growth = _build(arch, "hypercloning", copies, shape, hidden, "noise" if strength else "none", strength, "exact")
-    return replace(growth, options=options.given())
+    return replace(growth, options=options.non_defaults())
 
 
 def build_copies(method: str) -> Any:
@@ -300,7 +307,7 @@ def _no_smaller(new: int, old: int) -> None:
         raise PlanError(f"hidden_size cannot shrink: {old} -> {new}.")
 
 
-def explicit_sizes(arch: Architecture, shape: Shape) -> dict[str, int]:
+def explicit_sizes(arch: Architecture, shape: Widths) -> dict[str, int]:
     """The options that ask for `shape`, only those that change something."""
     names = {
         "hidden": "hidden",
@@ -310,7 +317,7 @@ def explicit_sizes(arch: Architecture, shape: Shape) -> dict[str, int]:
         "heads": "heads",
         "kv": "kv_heads",
     }
-    old = shape_of(arch)
+    old = widths_of(arch)
     changed = {n: getattr(shape, a) for a, n in names.items() if getattr(shape, a) != getattr(old, a)}
     if "expert_intermediate" in changed and not old.inter:
         changed["intermediate"] = changed.pop("expert_intermediate")
@@ -320,7 +327,7 @@ def explicit_sizes(arch: Architecture, shape: Shape) -> dict[str, int]:
 def _for_size(options: type[WidthOptions], *, whole: bool) -> Any:
     def nearest(arch: Architecture, target: int) -> Options | None:
         try:
-            shape = nearest_shape(arch, target, whole=whole, strict=False)
+            shape = nearest_widths(arch, target, whole=whole, strict=False)
         except PlanError:
             return None
         changed = explicit_sizes(arch, shape)

@@ -11,13 +11,13 @@ from hf_grow.errors import PlanError
 from hf_grow.methods.width.activation_maps import divisors, heads_feasible
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.families import FFN_AXES
-from hf_grow.model.param_count import check_target, measure, short
+from hf_grow.model.param_count import check_target, count_parameters, format_count
 
 LARGEST_FACTOR = 4.0
 
 
 @dataclass(frozen=True)
-class Shape:
+class Widths:
     """hidden_size, FFN sizes (0 where the family has none), query heads, kv heads, head_dim."""
 
     hidden: int
@@ -28,14 +28,14 @@ class Shape:
     head_dim: int
     shared_inter: int = 0
 
-    def changed(self, **sizes: int) -> Shape:
+    def changed(self, **sizes: int) -> Widths:
         new = replace(self, **sizes)
         for name in (*FFN_AXES, "head_dim", "hidden"):
             if getattr(new, name) < getattr(self, name):
                 raise PlanError(f"{name} cannot shrink: {getattr(self, name)} -> {getattr(new, name)}.")
         return new
 
-    def scaled(self, factor: float, head_dim: int | None = None) -> Shape:
+    def scaled(self, factor: float, head_dim: int | None = None) -> Widths:
         """Everything but head_dim by one factor. Raises PlanError where that gives no whole numbers."""
 
         def by(name: str) -> int:
@@ -49,12 +49,12 @@ class Shape:
         return self.changed(**{n: by(n) for n in ("hidden", *FFN_AXES, "heads", "kv")}, head_dim=head_dim or self.head_dim)
 
 
-def shape_of(arch: Architecture) -> Shape:
+def widths_of(arch: Architecture) -> Widths:
     ffn = {axis: arch.size(axis) for axis in FFN_AXES}
-    return Shape(hidden=arch.size("hidden"), heads=arch.heads, kv=arch.size("kv"), head_dim=arch.size("head_dim"), **ffn)
+    return Widths(hidden=arch.size("hidden"), heads=arch.heads, kv=arch.size("kv"), head_dim=arch.size("head_dim"), **ffn)
 
 
-def with_shape(arch: Architecture, shape: Shape, layers: int | None = None) -> Architecture:
+def with_widths(arch: Architecture, shape: Widths, layers: int | None = None) -> Architecture:
     """The architecture with other widths (and another depth), for counting. Raises SourceError if the family refuses them."""
     config: dict[str, Any] = {**arch.config, "hidden_size": shape.hidden, "num_attention_heads": shape.heads}
     for axis in ("kv", "head_dim", *FFN_AXES):
@@ -65,7 +65,7 @@ def with_shape(arch: Architecture, shape: Shape, layers: int | None = None) -> A
     return Architecture(config)
 
 
-def head_options(old: Shape, hidden: int, divides: bool) -> list[tuple[int, int]]:
+def head_candidates(old: Widths, hidden: int, divides: bool) -> list[tuple[int, int]]:
     """Feasible (heads, kv heads) for a hidden size, the best first: heads in proportion to it, and as many query heads a kv head as before
     (more kv heads than that would swell the KV cache)."""
     wanted = old.heads * hidden / old.hidden
@@ -80,29 +80,29 @@ def head_options(old: Shape, hidden: int, divides: bool) -> list[tuple[int, int]
     return sorted(pairs, key=lambda p: abs(math.log(p[0] / wanted)) + 0.3 * abs(math.log(p[0] / p[1] / ratio)))
 
 
-def nearest_shape(
+def nearest_widths(
     arch: Architecture, target: int, *, head_dim: int | None = None, whole: bool = False, strict: bool = True, multiple: int = 128
-) -> Shape:
+) -> Widths:
     """Widths whose parameter count comes nearest to `target`, all by about one factor. Raises PlanError if none is within 5 %."""
-    now = measure(arch).total
-    best: tuple[float, Shape, int] | None = None
-    for shape in widths(arch, whole=whole, multiple=multiple):
+    now = count_parameters(arch).total
+    best: tuple[float, Widths, int] | None = None
+    for shape in candidate_widths(arch, whole=whole, multiple=multiple):
         shape = replace(shape, head_dim=head_dim or shape.head_dim)
-        total = measure(with_shape(arch, shape)).total
+        total = count_parameters(with_widths(arch, shape)).total
         off = abs(total / target - 1)
         if best is None or off < best[0]:
             best = off, shape, total
     hint = "hf-grow hybrid SOURCE --to SIZE grows depth and width together."
     if best is None:
-        raise PlanError(f"{short(target)} parameters cannot be met by width: no width near it is feasible.", hint=hint)
+        raise PlanError(f"{format_count(target)} parameters cannot be met by width: no width near it is feasible.", hint=hint)
     if strict:
         check_target(now, target, best[2], hint=hint if target > now else "Give a larger --to.")
     return best[1]
 
 
-def widths(arch: Architecture, *, whole: bool = False, multiple: int = 128) -> Iterator[Shape]:
+def candidate_widths(arch: Architecture, *, whole: bool = False, multiple: int = 128) -> Iterator[Widths]:
     """Shapes larger than the source, hidden by steps of `multiple` (or of whole factors), the rest in proportion."""
-    old = shape_of(arch)
+    old = widths_of(arch)
     step = old.hidden if whole else _step(old.hidden, multiple)
     for hidden in range(old.hidden + step, int(LARGEST_FACTOR * old.hidden) + 1, step):
         factor = hidden / old.hidden
@@ -112,7 +112,9 @@ def widths(arch: Architecture, *, whole: bool = False, multiple: int = 128) -> I
             return max(size, round(size * factor / unit) * unit)
 
         pairs = (
-            [(round(old.heads * factor), round(old.kv * factor))] if whole else head_options(old, hidden, arch.family.heads_divide_hidden)
+            [(round(old.heads * factor), round(old.kv * factor))]
+            if whole
+            else head_candidates(old, hidden, arch.family.heads_divide_hidden)
         )
         for heads, kv in pairs:
             if abs(heads / (old.heads * factor) - 1) <= 0.26:  # far fewer heads than width would starve attention
@@ -128,7 +130,7 @@ def _step(size: int, multiple: int) -> int:
     return multiple
 
 
-def check_shape(arch: Architecture, shape: Shape) -> None:
+def check_widths(arch: Architecture, shape: Widths) -> None:
     """Raises PlanError where the family's config class refuses the widths, with what it would take."""
     if arch.family.heads_divide_hidden and shape.hidden % shape.heads:
         pairs = [(h, g) for h in divisors(shape.hidden) for g in divisors(h) if heads_feasible(arch.heads, arch.size("kv"), h, g)]
@@ -142,9 +144,9 @@ def check_shape(arch: Architecture, shape: Shape) -> None:
         )
 
 
-def shape_warnings(arch: Architecture, shape: Shape) -> list[str]:
+def width_warnings(arch: Architecture, shape: Widths) -> list[str]:
     """What is allowed but hurts."""
-    old, out = shape_of(arch), []
+    old, out = widths_of(arch), []
     for name, unit in (("hidden", 128), ("inter", 128), ("expert_inter", 64), ("shared_inter", 128)):
         size = getattr(shape, name)
         if size != getattr(old, name) and getattr(old, name) % unit == 0 and size % unit:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hf_grow.options import Needs, Options, Size
+from hf_grow.options import Options, ParameterCount, Requires
 from hf_grow.training.config.replay_options import ReplayOptions
 
 
@@ -42,7 +42,7 @@ class TextOptions(Options):
     """Only these files of a data set on the Hub, as a glob inside it."""
     text_field: str | None = None
     """Column that holds the text. Default: text, else content, else the only column of strings."""
-    limit: Size | None = Field(default=None, gt=0)
+    limit: ParameterCount | None = Field(default=None, gt=0)
     """Documents to read at most, from the start; a data set on the Hub is then streamed, not downloaded whole."""
 
 
@@ -65,7 +65,7 @@ class SelfReplay(ReplayOptions):
 
     model: str | None = None
     """Checkpoint to sample from, folder or Hub id. Default: what the model was grown from, as its growth.json says."""
-    revision: Annotated[str | None, Needs("model")] = None
+    revision: Annotated[str | None, Requires("model")] = None
     """Branch, tag or commit of that model on the Hub."""
 
 

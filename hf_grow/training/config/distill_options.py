@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from hf_grow.options import Needs, Options
+from hf_grow.options import Options, Requires
 from hf_grow.training.config.schedules import Positive
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ class DistillOptions(Options):
     """Softens both distributions; the loss is multiplied by its square."""
     top_k: Positive | None = None
     """Take this many logits a position from a cache on disk, written beforehand. Default: teachers are in memory, with all their logits."""
-    cache: Annotated[str | None, Needs("top_k")] = None
+    cache: Annotated[str | None, Requires("top_k")] = None
     """Folder for such logits. Default: teacher-logits in the output folder."""
-    cache_dtype: Annotated[Literal["float16", "float32"], Needs("top_k")] = "float16"
+    cache_dtype: Annotated[Literal["float16", "float32"], Requires("top_k")] = "float16"
     """How they are stored (below the largest logit of their position, so that half precision is fine)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What teachers compute in. Default: auto, the dtype they are stored in."""

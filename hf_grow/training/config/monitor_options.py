@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hf_grow.options import Needs, Options
+from hf_grow.options import Options, Requires
 from hf_grow.training.config.schedules import Count, Positive
 
 Action = Literal["none", "lower_lr", "longer_warmup", "rollback"]
@@ -17,13 +17,13 @@ class MonitorOptions(Options):
 
     on_instability: Action = "none"
     """Reaction to a spike: none (only told), lower_lr, longer_warmup (of new parameters), or rollback to the last checkpoint, past the batches since then, with a rate that is lower for a while."""
-    lr_factor: Annotated[float, Field(gt=0, lt=1), Needs("on_instability", ("lower_lr", "rollback"))] = 0.5
+    lr_factor: Annotated[float, Field(gt=0, lt=1), Requires("on_instability", ("lower_lr", "rollback"))] = 0.5
     """What a reaction multiplies learning rates by."""
-    restore_steps: Annotated[Count, Needs("on_instability", ("rollback",))] = 100
+    restore_steps: Annotated[Count, Requires("on_instability", ("rollback",))] = 100
     """Steps after a rollback over which learning rates rise back. 0 leaves them lower."""
-    extra_warmup: Annotated[Count, Needs("on_instability", ("longer_warmup",))] = 100
+    extra_warmup: Annotated[Count, Requires("on_instability", ("longer_warmup",))] = 100
     """Steps that longer_warmup adds to the warm-up of new parameters, which begins anew."""
-    max_reactions: Annotated[Count, Needs("on_instability", ("lower_lr", "longer_warmup", "rollback"))] = 3
+    max_reactions: Annotated[Count, Requires("on_instability", ("lower_lr", "longer_warmup", "rollback"))] = 3
     """After so many reactions spikes are only told."""
     window: Annotated[int, Field(ge=8)] = 64
     """Steps of the past that a step is compared with."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from hf_grow.options import Needs, Options
+from hf_grow.options import Options, Requires
 
 
 def _paths(value: Any) -> Any:
@@ -16,7 +16,7 @@ def _paths(value: Any) -> Any:
     return tuple(Path(v) if isinstance(v, str) else v for v in values)
 
 
-_SOME = Needs("kind", ("ewc", "online-ewc", "si", "l2sp"))
+_SOME = Requires("kind", ("ewc", "online-ewc", "si", "l2sp"))
 
 
 class PenaltyOptions(Options):
@@ -41,7 +41,7 @@ class PenaltyOptions(Options):
     """After width growth: the penalty on B_out^T W A_in, the source's own coordinates, with the source's Fisher; F and w* then have its size."""
     decay: Annotated[float, Field(ge=0, le=1)] = 1.0
     """online-ewc: what an older task's Fisher counts for each task that came after it (gamma)."""
-    xi: Annotated[float, Field(gt=0), Needs("kind", ("si",))] = 1e-3
+    xi: Annotated[float, Field(gt=0), Requires("kind", ("si",))] = 1e-3
     """si: damping in omega / (distance^2 + xi)."""
     consolidate_every: Annotated[int, Field(ge=1)] | None = None
     """si: steps after which the path so far becomes importance, and w* the weights reached. Default: only when the run is over."""
@@ -67,5 +67,5 @@ class PenaltyOptions(Options):
             raise ValueError("; ".join(wrong))
         return self
 
-    def given(self) -> dict[str, Any]:
+    def non_defaults(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_defaults=True, by_alias=True)

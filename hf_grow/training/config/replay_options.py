@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from hf_grow.options import Needs, Options, Size, Unless
+from hf_grow.options import Excludes, Options, ParameterCount, Requires
 
 if TYPE_CHECKING:
     pass
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class ReplayOptions(Options):
     """How text is sampled from a model, and which of it is kept."""
 
-    tokens: Size = Field(default=1_000_000, gt=0)
+    tokens: ParameterCount = Field(default=1_000_000, gt=0)
     """Tokens of text to keep; more can be added later."""
     temperature: float = Field(default=1.0, gt=0, le=10)
     """Below 1 the text is more usual, above 1 more varied."""
@@ -29,11 +29,11 @@ class ReplayOptions(Options):
     """Texts sampled at once: the more, the faster, as long as memory holds them. Part of what decides the texts. Default: 32,768 tokens' worth, at most 64."""
     chat_share: float | None = Field(default=None, ge=0, le=1)
     """Part of the tokens that are conversations, sampled through the chat template. Default: half for a model that ends its texts as the template ends an answer, else none."""
-    start: Annotated[Literal["document", "random"], Unless("prompts")] = "document"
+    start: Annotated[Literal["document", "random"], Excludes("prompts")] = "document"
     """Begin each plain text as a document begins (BOS, else EOS, but no token of a chat template), or with a random token: for models that then always say the same."""
     prompts: str | None = None
     """Folder, file or glob of texts whose first tokens are continued instead."""
-    prompt_tokens: Annotated[int, Field(gt=0), Needs("prompts")] = 8
+    prompt_tokens: Annotated[int, Field(gt=0), Requires("prompts")] = 8
     """First tokens of each of these texts."""
     seed: int = Field(default=0, ge=0)
     """Decides what is drawn."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from hf_grow.options import Needs, Options
+from hf_grow.options import Options, Requires
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -38,9 +38,9 @@ class Warmup(Options):
     """Steps over which that multiple rises linearly from zero. Default: 0, no warm-up of their own."""
     alpha_steps: Count = 0
     """Steps over which the output of new blocks is blended in: h + alpha * (block(h) - h). Default: 0, at once."""
-    alpha_start: Annotated[Share, Needs("alpha_steps")] = 0.0
+    alpha_start: Annotated[Share, Requires("alpha_steps")] = 0.0
     """Where alpha starts."""
-    shape: Annotated[Literal["linear", "cosine"], Needs("alpha_steps")] = "linear"
+    shape: Annotated[Literal["linear", "cosine"], Requires("alpha_steps")] = "linear"
     """How alpha rises."""
 
     def lr_factor(self, step: int, extra: int = 0) -> float:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 from hf_grow.common.suggest import did_you_mean
 from hf_grow.errors import InputError
-from hf_grow.options import Options, load_yaml, mistakes, nested, unmet
+from hf_grow.options import Options, load_yaml, nested_keys, unmet_requirements, validate
 from hf_grow.training.config.data_options import DataOptions
 from hf_grow.training.config.distill_options import DistillOptions
 from hf_grow.training.config.lora_options import LoraOptions
@@ -195,16 +195,16 @@ def read(data: Mapping[str, Any], where: str = "The recipe") -> Read:
     known = argument_model().model_fields
     # YAML reads the word `no` as false.
     theirs = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in data.items() if k in known}
-    recipe, found = mistakes(TrainRecipe, own)
-    found += unmet(recipe) if recipe else []
-    _, more = mistakes(argument_model(), theirs)
+    recipe, found = validate(TrainRecipe, own)
+    found += unmet_requirements(recipe) if recipe else []
+    _, more = validate(argument_model(), theirs)
     found += more
     for key in data.keys() - own.keys() - theirs.keys():
         instead = OURS.get(key)
         if instead is not None:
             found.append(f"{key}: is set by hf-grow{f'; use {instead}' if instead else ''}.")
         else:
-            near = did_you_mean(key, [*nested(TrainRecipe), *known, *FLAGS])
+            near = did_you_mean(key, [*nested_keys(TrainRecipe), *known, *FLAGS])
             found.append(f"{key}: unknown key.{near} Known: {', '.join(TrainRecipe.model_fields)}, and TrainingArguments.")
     bad = {re.split(r"[.:]", line)[0] for line in found}
     theirs = {k: v for k, v in theirs.items() if k not in bad}

@@ -9,7 +9,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.common.extras import need
+from hf_grow.common.extras import require_packages
 from hf_grow.training.config.data_options import DataOptions, EvalSource, TextOptions
 from hf_grow.training.data import cache, packing
 from hf_grow.training.data.mixing import Pattern, rows_of
@@ -102,7 +102,7 @@ def build(
     `vocab_size`: of the model, which no token id may reach. `sequences`: rows of `train`; default: one pass through the new text.
     `model`: the checkpoint to be trained; its growth.json says what self-replay samples from. Raises InputError, OutputError.
     """
-    need("datasets")
+    require_packages("datasets")
     root = cache_root(options, cache)
     encoding = Encoding(tokenizer, options.bos)
     new = [find(s, notify=notify) for s in options.train]
@@ -128,7 +128,7 @@ def survey(
     `tokens` is an estimate from the size of the files, None on the Hub; of a named set at most what is measured on. Self-replay is told, not
     sampled. Raises as `build` does.
     """
-    need("datasets")
+    require_packages("datasets")
     encoding = Encoding(tokenizer, options.bos)
     uses: list[tuple[str, TextOptions]] = [("train", s) for s in options.train]
     uses += [(f"eval {name}", s) for name, s in options.eval.items()]

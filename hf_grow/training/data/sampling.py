@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import InputError
-from hf_grow.model.loading import load_tokenizer, loading
+from hf_grow.model.loading import load_tokenizer, transformers_errors
 from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.data.chat_template import PLAIN, Turns, begins_document, read_turns, special_ids
 from hf_grow.training.data.sample_filters import Sample, fault
@@ -152,7 +152,7 @@ class Sampler:
         )
         mask = torch.ones_like(starts) if there is None else there
         steps = LogitsProcessorList([_Step(self.drawing, starts.shape[1], new)])
-        with torch.inference_mode(), _without_own_settings(self.model), loading("the model", does="sample from"):
+        with torch.inference_mode(), _without_own_settings(self.model), transformers_errors("the model", does="sample from"):
             out = self.model.generate(starts, attention_mask=mask, generation_config=config, logits_processor=steps)
         drawn: list[list[int]] = out[:, starts.shape[1] :].tolist()
         return [row[: next((n for n, i in enumerate(row) if i in self.ends), len(row) - 1) + 1] for row in drawn]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hf_grow.checkpoint.reader import GROWTH
 from hf_grow.checkpoint.source import open_source
-from hf_grow.common.progress_bars import counting
+from hf_grow.common.progress_bars import token_progress
 from hf_grow.common.safe_files import read_json
 from hf_grow.errors import InputError, SourceError
 from hf_grow.training.config.data_options import SelfReplay
@@ -58,7 +58,7 @@ def sampled_from(options: SelfReplay, root: Path, *, seq_length: int, trained: s
             notify(f"Sampling {sampling.tokens:,} tokens from {ref}; they are kept in {folder}.")
             checkpoint = open_source(checkpoint.ref, revision=checkpoint.revision or None, weights=True, notify=notify)
             model, tokenizer = load(checkpoint, sampling.dtype)
-            with counting("sampling", sampling.tokens, note=notify) as progress:
+            with token_progress("sampling", sampling.tokens, note=notify) as progress:
                 sample_replay(
                     model, tokenizer, folder, sampling, ref=ref, revision=revision or "", progress=progress, drawing=progress.within
                 )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint import hub
 from hf_grow.checkpoint.model_ids import path_because
-from hf_grow.common.extras import need
+from hf_grow.common.extras import require_packages
 from hf_grow.common.safe_files import read_text
 from hf_grow.errors import GrowError, InputError, SourceError
 from hf_grow.training.config.data_options import TextOptions
@@ -189,7 +189,7 @@ def _formats() -> str:
 
 
 def _on_the_hub(ref: str, options: TextOptions, notify: Notify) -> Source:
-    need("datasets")
+    require_packages("datasets")
     if "://" in ref:
         raise InputError(f"{ref} is an address.", hint="Give the id of the data set alone: OWNER/NAME.")
     if ref.count("/") != 1:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from hf_grow.checkpoint.source import open_source
-from hf_grow.common.extras import need
+from hf_grow.common.extras import require_packages
 from hf_grow.common.free_memory import available_memory
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import ExecutionError, GrowError
@@ -45,7 +45,7 @@ def dry_run(
     ``started``: the processes to reckon with; by default those that the launcher tells of. ``timed``: also load the model and time some steps
     (of this process's kind); the texts may be missing then. Raises ExecutionError where the steps to be timed need more main memory than is free.
     """
-    need("accelerate", "datasets")
+    require_packages("accelerate", "datasets")
     started = started or launched()
     checked = check(read, output=output, resume=resume, overwrite=overwrite, notify=notify, started=started, texts=not timed)
     recipe, arguments, info = checked.recipe, checked.arguments, checked.checkpoint.info
@@ -92,7 +92,8 @@ def dry_run(
         "tokens_a_step": step,
         "tokens": tokens,
         "steps": arguments.max_steps if arguments.max_steps > 0 else tokens and max(1, tokens // step),
-        "flops": tokens and tokens * flops.training(counted, recipe.data.seq_length) + _beside(checked, texts, tokens, one_pass or tokens),
+        "flops": tokens
+        and tokens * flops.training_flops(counted, recipe.data.seq_length) + _beside(checked, texts, tokens, one_pass or tokens),
     }
     if timed:
         facts["time"] = _time(checked, facts, notify)
@@ -142,7 +143,7 @@ def _beside(checked: TrainSetup, texts: Sequence[Mapping[str, Any]], tokens: int
 
     def once(teacher: Teacher) -> float:
         ref, revision = resolve(teacher, checked.plan)
-        return flops.forward(open_source(ref, revision=revision, weights=False).info.config, length)
+        return flops.forward_flops(open_source(ref, revision=revision, weights=False).info.config, length)
 
     if recipe.distill is not None:
         read = tokens if recipe.distill.top_k is None else min(tokens, one_pass)

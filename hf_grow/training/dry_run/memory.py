@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.model.architecture import Architecture
-from hf_grow.model.param_count import block_parameters, measure
+from hf_grow.model.param_count import block_parameters, count_parameters
 from hf_grow.training.distributed.launch import Launch
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def gathered(arch: Architecture, launch: Launch, width: int, gradients: int) -> 
     if launch.sharing == "ddp" and launch.processes > 1:
         return gradients
     if launch.sharing == "zero3":
-        return width * (min(measure(arch).total, LIVE) + 4 * arch.size("hidden") ** 2)
+        return width * (min(count_parameters(arch).total, LIVE) + 4 * arch.size("hidden") ** 2)
     if launch.sharing in ("zero1", "zero2"):
         return width * 2 * arch.size("hidden") ** 2
     if launch.sharing != "fsdp2":

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.common.safe_files import read_bytes
 from hf_grow.errors import ExecutionError, InputError, SourceError
 from hf_grow.growth.plan import GrowthPlan
-from hf_grow.model.meta_model import meta_model, trainer_groups
+from hf_grow.model.meta_model import meta_model, trainer_param_groups
 from hf_grow.training.growth_state import trajectory
 from hf_grow.training.growth_state.moments import Policy, grow_state
 from hf_grow.training.growth_state.optimizer_files import (
@@ -177,7 +177,7 @@ def _candidates(
         return [[list(g) for g in names]]
     if all("param_names" in g for g in groups):
         return [[list(g["param_names"]) for g in groups]]
-    return [trainer_groups(model), [[n for n, _ in model.named_parameters()]]]
+    return [trainer_param_groups(model), [[n for n, _ in model.named_parameters()]]]
 
 
 def _layout(
@@ -210,7 +210,7 @@ def _names_after(
 ) -> list[list[str]]:
     """The target's parameters in groups like the source's: Trainer's own, all in one, or each where its origin was."""
     if names is None and not all("param_names" in g for g in groups):
-        return trainer_groups(target) if len(groups) == 2 else [[n for n, _ in target.named_parameters()]]
+        return trainer_param_groups(target) if len(groups) == 2 else [[n for n, _ in target.named_parameters()]]
     group_of = {n: i for i, members in enumerate(_candidates(groups, source, names)[0]) for n in members}
     out: list[list[str]] = [[] for _ in groups]
     for name, _ in target.named_parameters():

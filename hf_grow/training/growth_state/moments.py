@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from hf_grow.errors import SourceError
-from hf_grow.growth.axes import AxisMap, Run, joined
+from hf_grow.growth.axes import AxisMap, AxisRun, merge_runs
 from hf_grow.growth.plan import GrowthPlan, TensorInfo
 from hf_grow.growth.tensormap import Expr, Fill, Quantity, Share, Source, Sum, Take
-from hf_grow.model.meta_model import memory_names
+from hf_grow.model.meta_model import to_memory_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,8 @@ def grow_state(
     import torch
 
     from hf_grow.convert.in_memory import disk_names
-    from hf_grow.growth.evaluate import Evaluator, HeldTensors
+    from hf_grow.growth.evaluate import Evaluator
+    from hf_grow.growth.tensors import InMemoryTensors
 
     if not state:
         raise SourceError("The optimizer state is empty.", hint="It was saved before the first step; grow without it.")
@@ -51,7 +52,7 @@ def grow_state(
         held = disk_names(source, {n: s[moment] for n, s in state.items()})
         zeroing = policy == "keep-and-zero" and (moment == "exp_avg" or beta2 <= SAFE_BETA2)
         chosen = kept if zeroing else plan
-        evaluator = Evaluator(chosen, HeldTensors(held), quantity)
+        evaluator = Evaluator(chosen, InMemoryTensors(held), quantity)
         on_disk = {}
         for name, info in plan.targets.items():
             expr = chosen.growth.tensors[name]
@@ -60,7 +61,7 @@ def grow_state(
                 on_disk[name] = torch.zeros(info.shape)
             else:
                 on_disk[name] = evaluator.whole(expr, TensorInfo("F32", info.shape))
-        for name, value in memory_names(target, on_disk).items():
+        for name, value in to_memory_names(target, on_disk).items():
             found.setdefault(name, {"step": step.clone()})[moment] = value
     fresh = {n for n, origin in _origins(target, plan).items() if origin <= fresh_on_disk}
     return {n: s for n, s in found.items() if n not in fresh}, len(fresh), int(step)
@@ -80,10 +81,10 @@ def _kept_only(plan: GrowthPlan) -> GrowthPlan:
         runs = []
         for source, a, b in axis.rows():
             new = source is None or source in seen or not (a and b)
-            runs.append(Run(None, 1, 0.0, 0.0) if new else Run(source, 1, 1.0, 1.0))
+            runs.append(AxisRun(None, 1, 0.0, 0.0) if new else AxisRun(source, 1, 1.0, 1.0))
             if source is not None:
                 seen.add(source)
-        return AxisMap(axis.source_size, joined(runs), dual=False)
+        return AxisMap(axis.source_size, merge_runs(runs), dual=False)
 
     def simplify(expr: Expr) -> Expr:
         # What is not dual places noise, or rows of another layer: all of it new.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_grow.errors import SourceError
-from hf_grow.model.meta_model import trainer_groups
+from hf_grow.model.meta_model import trainer_param_groups
 
 POSITIONS, NAMES = "optimizer.pt", "optimizer.bin"
 SCHEDULER, SCALER, TRAINER_STATE = "scheduler.pt", "scaler.pt", "trainer_state.json"
@@ -94,7 +94,7 @@ def put_optimizer(path: Path, model: Any, optimizer: Any) -> None:
     try:
         if sharded and not named:
             given = [g.pop("param_names", None) for g in groups]
-            names = [list(g) for g in given if g] if all(given) else trainer_groups(model)
+            names = [list(g) for g in given if g] if all(given) else trainer_param_groups(model)
             saved = by_name(groups, state, names)
         elif named and not sharded:
             called = {p: n for n, p in model.named_parameters()}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.growth.plan import GrowthPlan, TensorInfo
 from hf_grow.growth.tensormap import Expr, Noise, Quantity
-from hf_grow.model.meta_model import memory_names, meta_model, trainer_groups
+from hf_grow.model.meta_model import meta_model, to_memory_names, trainer_param_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +33,7 @@ class Steps:
 def rule(plan: GrowthPlan) -> dict[str, Steps]:
     """The factors of every parameter of the grown model, by its name in memory."""
     target = meta_model(plan.growth.config)
-    lr, eps = (_common(memory_names(target, _of_ones(plan, q))) for q in ("weight", "grad"))
+    lr, eps = (_common(to_memory_names(target, _of_ones(plan, q))) for q in ("weight", "grad"))
     return {name: Steps(lr[name], eps[name]) for name in lr}
 
 
@@ -41,12 +41,13 @@ def _of_ones(plan: GrowthPlan, quantity: Quantity) -> dict[str, Any]:
     """What the map makes of source tensors that are one everywhere; noise left out."""
     import torch
 
-    from hf_grow.growth.evaluate import Evaluator, HeldTensors
+    from hf_grow.growth.evaluate import Evaluator
+    from hf_grow.growth.tensors import InMemoryTensors
 
     def quiet(expr: Expr) -> Expr:
         return replace(expr, std=0.0, like=None) if isinstance(expr, Noise) else expr.map_children(quiet)
 
-    held = HeldTensors({n: torch.ones(t.shape) for n, t in plan.source.by_key.items()})
+    held = InMemoryTensors({n: torch.ones(t.shape) for n, t in plan.source.by_key.items()})
     evaluator = Evaluator(plan, held, quantity)
     return {n: evaluator.whole(quiet(e), TensorInfo("F32", plan.targets[n].shape)) for n, e in plan.growth.tensors.items()}
 
@@ -76,6 +77,6 @@ def groups(model: PreTrainedModel, plan: GrowthPlan, *, lr: float, weight_decay:
     parameters, steps = dict(model.named_parameters()), rule(plan)
     return [
         {"params": [(n, parameters[n]) for n in chosen], "lr": lr * s.lr, "weight_decay": decay / s.lr, "eps": eps * s.eps}
-        for members, decay in zip(trainer_groups(model), (weight_decay, 0.0), strict=True)
+        for members, decay in zip(trainer_param_groups(model), (weight_decay, 0.0), strict=True)
         for s, chosen in by_steps(members, steps)
     ]

@@ -19,7 +19,7 @@ from hf_grow.checkpoint.provenance import after_training, record_text
 from hf_grow.checkpoint.reader import GROWTH, files_of
 from hf_grow.checkpoint.source import companions, open_source
 from hf_grow.checkpoint.writer import check_room
-from hf_grow.common.extras import need
+from hf_grow.common.extras import require_packages
 from hf_grow.common.safe_files import read_json
 from hf_grow.convert.execute import explained, versions
 from hf_grow.errors import InputError, SourceError
@@ -27,7 +27,7 @@ from hf_grow.growth.growth import Growth
 from hf_grow.growth.plan import GrowthPlan, check_source, make_plan
 from hf_grow.methods import METHODS
 from hf_grow.model.config_compat import portable_config
-from hf_grow.model.loading import loading, plain_outputs, told_outputs
+from hf_grow.model.loading import output_flags, reset_output_flags, transformers_errors
 from hf_grow.options import parse
 from hf_grow.training.config.lora_options import LoraOptions
 from hf_grow.training.param_updates.masks import Mask
@@ -41,7 +41,7 @@ IN_FULL = "trained_in_full.safetensors"
 
 def wrap(model: PreTrainedModel, options: LoraOptions, new: Mapping[str, Mask]) -> Any:
     """The peft model. Raises InputError if no module gets an update."""
-    need("peft")
+    require_packages("peft")
     from peft import LoraConfig, get_peft_model
     from torch.nn import Linear
 
@@ -132,7 +132,7 @@ def merge_adapter(
     `base` is the checkpoint the adapter was made for; by default the one that its config names. With `layer_replication` the layers are
     real afterwards: the plan of that growth goes into growth.json. Raises InputError (SourceError, OutputError).
     """
-    need("peft")
+    require_packages("peft")
     found = read_adapter(adapter)
     PartialFolder.check(out, resume=False, overwrite=overwrite, resumable=False)
     ref = base or found.config.base_model_name_or_path
@@ -156,7 +156,7 @@ def merge_adapter(
         explained(folder),
     ):
         merged.save_pretrained(folder.path)
-        folder.write_json("config.json", portable_config(read_json(folder.path / "config.json") | told_outputs(source.config)))
+        folder.write_json("config.json", portable_config(read_json(folder.path / "config.json") | output_flags(source.config)))
         for relative in companions(source.folder):
             folder.copy_in(source.folder, relative)
         facts = {"adapter": found.told(), "merged_into": ref}
@@ -176,11 +176,11 @@ def _merged(base: Path, plan: GrowthPlan | None, adapter: Adapter, dtype: str) -
 
     from hf_grow.convert.in_memory import grow_model
 
-    with loading(f"the model of {base}"):
+    with transformers_errors(f"the model of {base}"):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False)
     if plan is not None:
         model = grow_model(model, plan)
-    plain_outputs(model.config)
+    reset_output_flags(model.config)
     config = LoraConfig(**adapter.for_peft())
     try:
         with _calm():

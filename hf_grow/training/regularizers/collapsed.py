@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_grow.errors import InputError
-from hf_grow.growth.entry_provenance import Piece, collect, pick, trace
-from hf_grow.growth.evaluate import Evaluator, HeldTensors
+from hf_grow.growth.entry_provenance import Piece, gather, scatter_add, trace
+from hf_grow.growth.evaluate import Evaluator
 from hf_grow.growth.plan import GrowthPlan
+from hf_grow.growth.tensors import InMemoryTensors
 from hf_grow.training.param_updates.parameter_map import ParameterRows, parameters
 from hf_grow.training.regularizers.fisher_file import Importance
 from hf_grow.training.regularizers.penalty import Anchored
@@ -31,11 +32,11 @@ class _Reader:
 
     def collapse(self, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Its share of C: entries of the source's shape."""
-        return collect(_scaled(weight, self.piece), self.piece.index, shape)
+        return scatter_add(_scaled(weight, self.piece), self.piece.index, shape)
 
     def spread(self, gradient: Tensor) -> Tensor:
         """A gradient of the source's coordinates as one of this tensor's entries."""
-        return _scaled(pick(gradient, self.piece.index), self.piece)
+        return _scaled(gather(gradient, self.piece.index), self.piece)
 
 
 def _scaled(tensor: Tensor, piece: Piece) -> Tensor:
@@ -134,7 +135,7 @@ def _readers(plan: GrowthPlan) -> dict[str, list[_Reader]]:
 
 
 def _check_undone(plan: GrowthPlan, readers: Mapping[str, list[_Reader]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    evaluator = Evaluator(plan, HeldTensors({}))
+    evaluator = Evaluator(plan, InMemoryTensors({}))
     for source, shape in shapes.items():
         if source not in readers:
             raise InputError(
@@ -143,7 +144,7 @@ def _check_undone(plan: GrowthPlan, readers: Mapping[str, list[_Reader]], shapes
         total = torch.zeros(shape, dtype=torch.float64)
         for reader in readers[source]:
             reached = reader.piece.coefficients(evaluator) * reader.piece.gradient_coefficients()
-            total += collect(reached, reader.piece.index, tuple(shape))
+            total += scatter_add(reached, reader.piece.index, tuple(shape))
         if len({r.name for r in readers[source]}) > 1 or not torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-5):
             raise InputError(
                 f"Collapsed coordinates do not undo this growth ({plan.growth.method}): {source} is not where it was.",

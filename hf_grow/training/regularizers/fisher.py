@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.common.extras import need
+from hf_grow.common.extras import require_packages
 from hf_grow.errors import ExecutionError, InputError
 from hf_grow.training.config.fisher_options import FisherOptions
 
@@ -35,7 +35,7 @@ def sequences(
 
     Raises InputError for text that cannot be read, or fills no sequence.
     """
-    need("datasets")
+    require_packages("datasets")
     import numpy as np
     import torch
 

@@ -56,8 +56,8 @@ def samples_on_disk(checkpoint: Checkpoint) -> str:
     """The same for a checkpoint on this machine, read value by value: no model is made."""
     import torch
 
-    from hf_grow.growth.evaluate import torch_dtype
     from hf_grow.growth.plan import DTYPE_BYTES
+    from hf_grow.growth.tensors import torch_dtype
 
     found: dict[str, Tensor] = {}
     for name in checkpoint.info.architecture.tensors:
@@ -172,7 +172,7 @@ def write_importance(
     """
     import torch
 
-    from hf_grow.growth.evaluate import raw_bytes, torch_dtype
+    from hf_grow.growth.tensors import raw_bytes, torch_dtype
 
     dtype = STORAGE[storage]
     metadata = {"format": FORMAT, "made_by": f"hf-grow {__version__}", **{k: str(v) for k, v in facts.items()}}

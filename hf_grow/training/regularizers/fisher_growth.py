@@ -21,15 +21,16 @@ from torch import Tensor
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.stored_tensors import StoredTensors
 from hf_grow.errors import InputError
-from hf_grow.growth.entry_provenance import Piece, collect, outer, pick, trace
-from hf_grow.growth.evaluate import Evaluator, HeldTensors
+from hf_grow.growth.entry_provenance import Piece, gather, outer, scatter_add, trace
+from hf_grow.growth.evaluate import Evaluator
 from hf_grow.growth.plan import GrowthPlan
+from hf_grow.growth.tensors import InMemoryTensors
 from hf_grow.training.regularizers.fisher_file import SAMPLES, Importance, check_model, decode
 
 
 def grow_importance(plan: GrowthPlan, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
     """F' of every target tensor (fp64), as `read` gives F of source tensors by name. In the order in which they are complete."""
-    evaluator = Evaluator(plan, HeldTensors({}))
+    evaluator = Evaluator(plan, InMemoryTensors({}))
     pieces = {name: _pieces(plan, name) for name in plan.targets}
     readers: dict[str, list[tuple[str, int]]] = {}
     for name, found in pieces.items():
@@ -68,7 +69,7 @@ def _spread(
     """Sum of c^2 over all entries that each entry of a source went to."""
     total = torch.zeros(shape, dtype=torch.float64)
     for name, at in members:
-        total += collect(_squared(pieces[name][at], evaluator), pieces[name][at].index, tuple(shape))
+        total += scatter_add(_squared(pieces[name][at], evaluator), pieces[name][at].index, tuple(shape))
     return total
 
 
@@ -87,10 +88,10 @@ class _Sum:
     def add(self, share: Tensor, piece: Piece, evaluator: Evaluator) -> None:
         self.left -= 1
         if not self.several:
-            self.top = pick(share, piece.index) * outer(piece.alive())
+            self.top = gather(share, piece.index) * outer(piece.alive())
             return
         weight = _squared(piece, evaluator)
-        asked = pick(share, piece.index) * weight
+        asked = gather(share, piece.index) * weight
         self.top = asked if self.top is None else self.top.add_(asked)
         self.bottom = weight if self.bottom is None else self.bottom.add_(weight)
 

@@ -13,7 +13,7 @@ from hf_grow.convert.in_memory import untie_config
 from hf_grow.errors import InputError, SourceError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.model import flops
-from hf_grow.model.loading import loading, plain_outputs
+from hf_grow.model.loading import reset_output_flags, transformers_errors
 from hf_grow.model.meta_model import meta_model
 from hf_grow.training.config.distill_options import DistillOptions, Teacher
 from hf_grow.training.config.train_config import TrainRecipe
@@ -57,7 +57,7 @@ def load_model(ref: str, revision: str | None, dtype: str, attention: str | None
     held = open_source(ref, revision=revision, weights=True, notify=notify)
     assert held.folder is not None
     options = {} if attention is None else {"attn_implementation": attention}
-    with loading(f"the model of {ref}"):
+    with transformers_errors(f"the model of {ref}"):
         model, found = AutoModelForCausalLM.from_pretrained(
             held.folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
         )
@@ -66,7 +66,7 @@ def load_model(ref: str, revision: str | None, dtype: str, attention: str | None
         raise SourceError(f"The weights of {ref} lack {missing[0]} ({len(missing)} tensors); they would be random.")
     loaded: PreTrainedModel = model
     untie_config(loaded)
-    plain_outputs(loaded.config)
+    reset_output_flags(loaded.config)
     return loaded
 
 
@@ -121,7 +121,7 @@ def training_flops(checked: TrainSetup) -> float:
     who.updates.freeze(model)
     if checked.recipe.lora is not None:
         model, _ = with_lora(model, who, checked.recipe)
-    return flops.training(model, checked.recipe.data.seq_length)
+    return flops.training_flops(model, checked.recipe.data.seq_length)
 
 
 def distiller(checked: TrainSetup, data: Any, notify: Notify) -> tuple[Distiller | None, float, list[dict[str, Any]]]:
@@ -134,7 +134,7 @@ def distiller(checked: TrainSetup, data: Any, notify: Notify) -> tuple[Distiller
         ref, revision = resolve(teacher, checked.plan)
         if options.top_k is None:
             model = load_model(ref, revision, options.dtype, checked.recipe.attn_implementation, notify)
-            cost += flops.forward(open_source(ref, revision=revision, weights=False).info.config, checked.recipe.data.seq_length)
+            cost += flops.forward_flops(open_source(ref, revision=revision, weights=False).info.config, checked.recipe.data.seq_length)
             speakers.append(in_memory(model))
             events.append({"model": ref, "cache": "", "covered": 1.0})
             continue

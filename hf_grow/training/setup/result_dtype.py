@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_grow.checkpoint.reader import Checkpoint, open_folder
-from hf_grow.growth.evaluate import torch_dtype
+from hf_grow.growth.tensors import torch_dtype
 from hf_grow.model.meta_model import meta_model
 from hf_grow.training.distributed.launch import launched
 from hf_grow.training.param_updates.masks import local

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_grow.common.safe_files import plain
+from hf_grow.common.safe_files import replace_nonfinite
 
 EVENTS_FILE = "events.jsonl"
 MAX_NOTIFIED = 10
@@ -56,7 +56,7 @@ class EventLog:
         assert event in EVENTS, event
         if self.path is None:
             return
-        line = {"event": event, "step": step, "time": round(time.time(), 3), **plain(facts, nonfinite=str)}
+        line = {"event": event, "step": step, "time": round(time.time(), 3), **replace_nonfinite(facts, nonfinite=str)}
         with self.path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         said = format_event(event, facts)

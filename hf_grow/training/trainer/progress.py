@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
-from hf_grow.common.progress_bars import EVERY, bar
+from hf_grow.common.progress_bars import LOG_INTERVAL, progress_bar
 
 
 def scientific(flops: float) -> str:
@@ -47,7 +47,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             from rich.console import Console
             from rich.progress import MofNCompleteColumn
 
-            self.bar = bar(Console(stderr=True), MofNCompleteColumn, facts=True)
+            self.bar = progress_bar(Console(stderr=True), MofNCompleteColumn, facts=True)
             self.task = self.bar.add_task("training", total=state.max_steps or None, completed=state.global_step, facts="")
             self.bar.start()
 
@@ -66,7 +66,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             if self.evaluation is None:
                 self.evaluation = self.bar.add_task("evaluating", total=total, facts="")
             self.bar.update(self.evaluation, completed=self.batches, total=total)
-        elif time.monotonic() - self.told >= EVERY:
+        elif time.monotonic() - self.told >= LOG_INTERVAL:
             self.told = time.monotonic()
             self.show(f"evaluating: batch {self.batches}" + (f" of {total}" if total else ""))
 

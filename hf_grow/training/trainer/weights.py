@@ -12,7 +12,7 @@ from typing import Any
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.convert.in_memory import disk_tensors
 from hf_grow.errors import InputError
-from hf_grow.model.loading import loading
+from hf_grow.model.loading import transformers_errors
 from hf_grow.model.meta_model import meta_model
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -52,7 +52,7 @@ def load_weights(model: Any, folder: Path) -> None:
 
     check_weights(model, folder)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
-    with loading(f"the weights in {folder}"):
+    with transformers_errors(f"the weights in {folder}"):
         state = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype, trust_remote_code=False).state_dict()
     if any(isinstance(p, DTensor) for p in model.parameters()):
         set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=True))

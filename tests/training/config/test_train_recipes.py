@@ -18,7 +18,7 @@ from trained import run, text, tokenizer
 from hf_grow import api
 from hf_grow.cli.grow import RECIPES as GROWTHS
 from hf_grow.cli.train import RECIPES
-from hf_grow.model.param_count import measure, short
+from hf_grow.model.param_count import count_parameters, format_count
 from hf_grow.training.config.train_config import read
 from hf_grow.training.trainer.events import read_events
 
@@ -68,7 +68,7 @@ def test_default_names_of_grown_models_are_those_that_recipes_train() -> None:
         ("llama_pro_8b3", "llama_pro_domain", 8_357_482_496),
     ):
         grown = yaml.safe_load(GROWTHS[growth].read_text())
-        expected = f"{grown['source'].rpartition('/')[2]}-{grown['method']}-{short(size)}"
+        expected = f"{grown['source'].rpartition('/')[2]}-{grown['method']}-{format_count(size)}"
         assert yaml.safe_load((FOLDER / f"{recipe}.yaml").read_text())["model"] == expected
 
 
@@ -157,7 +157,7 @@ def test_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [logs[s].get("lr_factor", 1.0) for s in (7, 8, 9, 10)] == [0.5, 0.5, 0.75, 1.0]
     assert [logs[s].get("lr_factor_new", 1.0) for s in (7, 8, 9)] == [0.5, 1.0, 1.0]
     assert next(e for e in events if e["event"] == "start")["grown_at"] == 6
-    small, large = (measure(api.plan(p, "identity", layers_to=8).source.architecture).total for p in (old, tmp_path / "out"))
+    small, large = (count_parameters(api.plan(p, "identity", layers_to=8).source.architecture).total for p in (old, tmp_path / "out"))
     assert large > 2 * small
 
 

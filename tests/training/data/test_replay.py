@@ -452,7 +452,7 @@ def test_the_command_writes_what_the_function_does(
 def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bars, "EVERY", 0.0)
+    monkeypatch.setattr(bars, "LOG_INTERVAL", 0.0)
     assert main(command(saved, tmp_path / "out")) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sampling: ")]
     done = [int(line.split()[1].replace(",", "")) for line in lines]

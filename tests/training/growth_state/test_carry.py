@@ -15,8 +15,9 @@ from hf_grow import api
 from hf_grow.cli import main
 from hf_grow.convert.in_memory import disk_names, grow_model
 from hf_grow.errors import ExecutionError, InputError, SourceError
-from hf_grow.growth.evaluate import Evaluator, HeldTensors
-from hf_grow.model.meta_model import trainer_groups
+from hf_grow.growth.evaluate import Evaluator
+from hf_grow.growth.tensors import InMemoryTensors
+from hf_grow.model.meta_model import trainer_param_groups
 from hf_grow.training.growth_state import trajectory
 from hf_grow.training.growth_state.grow_optimizer import Policy, grow_trainer_state
 
@@ -36,7 +37,9 @@ def adamw(
 ) -> torch.optim.AdamW:
     if groups is None:
         parameters = dict(model.named_parameters())
-        groups = [{"params": [parameters[n] for n in g], "weight_decay": w} for g, w in zip(trainer_groups(model), (0.1, 0.0), strict=True)]
+        groups = [
+            {"params": [parameters[n] for n in g], "weight_decay": w} for g, w in zip(trainer_param_groups(model), (0.1, 0.0), strict=True)
+        ]
     return torch.optim.AdamW(groups, lr=1e-3, betas=betas, fused=fused)
 
 
@@ -88,7 +91,7 @@ def test_mapped_moments_lie_where_the_optimizer_of_the_grown_model_looks_for_the
     for moment, quantity in (("exp_avg", "grad"), ("exp_avg_sq", "grad2")):
         found = moments(grown, after, moment)
         held = moments(model, optimizer, moment)
-        evaluator = Evaluator(plan, HeldTensors(held), quantity)
+        evaluator = Evaluator(plan, InMemoryTensors(held), quantity)
         identity = {i for i, o in enumerate(plan.growth.layers) if o.identity}
         for name, info in plan.targets.items():
             if plan.architecture.tensors[name].layer in identity:
@@ -125,7 +128,7 @@ def test_keep_and_zero_maps_the_second_moment_where_beta2_is_large(tmp_path: Pat
     up = next(
         p
         for n, p in zip(
-            [n for g in trainer_groups(grow_model(model, plan)) for n in g],
+            [n for g in trainer_param_groups(grow_model(model, plan)) for n in g],
             [p for g in after.param_groups for p in g["params"]],
             strict=True,
         )

@@ -21,7 +21,7 @@ from hf_grow import api
 from hf_grow.cli import main
 from hf_grow.convert.in_memory import grow_model
 from hf_grow.errors import InputError, SourceError
-from hf_grow.model.meta_model import trainer_groups
+from hf_grow.model.meta_model import trainer_param_groups
 from hf_grow.training.growth_state.grow_optimizer import grow_trainer_state
 from hf_grow.training.growth_state.optimizer_files import NAMES, POSITIONS, by_name, by_position, read_optimizer
 from hf_grow.training.trainer.events import read_events
@@ -227,7 +227,7 @@ def test_state_by_name_grows_as_state_by_position_does(case: Any, growth: str, p
             named(model, optimizer, tmp_path)
         grow_trainer_state(tmp_path, tmp_path / out, plan, policy)
     larger = grow_model(model, plan)
-    names = trainer_groups(larger)
+    names = trainer_param_groups(larger)
     groups, state = read_optimizer(tmp_path / "by-position" / POSITIONS)
     expected = by_name(groups, state, names)["state"]
     found_groups, found = read_optimizer(tmp_path / "by-name" / NAMES)
@@ -250,7 +250,7 @@ def test_a_run_of_one_process_goes_on_from_state_by_name(tmp_path: Path, capsys:
     path = recipe(tmp_path, start, resume_from_checkpoint=str(start), **{**SMALL, "max_steps": 8})
     run(capsys, "train", path, "-o", tmp_path / "one")
     groups, state = read_optimizer(start / POSITIONS)
-    torch.save(by_name(groups, state, trainer_groups(AutoModelForCausalLM.from_pretrained(start))), start / NAMES)
+    torch.save(by_name(groups, state, trainer_param_groups(AutoModelForCausalLM.from_pretrained(start))), start / NAMES)
     (start / POSITIONS).unlink()
     run(capsys, "train", path, "-o", tmp_path / "two")
     one, two = (load_file(tmp_path / f / "model.safetensors") for f in ("one", "two"))
