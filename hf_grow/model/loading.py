@@ -42,7 +42,7 @@ def reset_output_flags(config: PreTrainedConfig) -> None:
 
 
 def output_flags(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `plain_outputs` overrode, as a config.json says it: it goes back into the one that is written."""
+    """The output flags of a config.json, to restore after `reset_output_flags`."""
     return {k: config[k] for k in OUTPUT_FLAGS if k in config}
 
 

@@ -95,7 +95,7 @@ def test_the_first_evaluation_is_seen_while_it_runs_and_its_result_stays(monkeyp
 
 
 def test_without_a_terminal_an_evaluation_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "EVERY", 0.0)
+    monkeypatch.setattr(training, "LOG_INTERVAL", 0.0)
     said: list[str] = []
     shown = training.Progress(1024, said.append)
     for _ in range(2):
