@@ -26,9 +26,9 @@ import transformers
 from hf_grow.training.config.fisher_options import FisherOptions
 from hf_grow.training.config.regularizer_options import PenaltyOptions
 from hf_grow.training.regularizers.build import make_penalty
-from hf_grow.training.regularizers.fisher import estimate, on_disk
-from hf_grow.training.regularizers.fisher_file import samples, write_importance
-from hf_grow.training.regularizers.penalty import Penalty, Quadratic
+from hf_grow.training.regularizers.fisher import by_names_on_disk, estimate_fisher
+from hf_grow.training.regularizers.importance_file import model_fingerprint, write_importance
+from hf_grow.training.regularizers.penalty import Penalty, QuadraticPenalty
 
 SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -80,7 +80,7 @@ def step(model: Any, optimizer: Any, ids: torch.Tensor, arm: Arm) -> tuple[float
     optimizer.zero_grad()
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     if arm.in_loss:
-        assert isinstance(arm.penalty, Quadratic)
+        assert isinstance(arm.penalty, QuadraticPenalty)
         loss = loss + arm.penalty.term()
     loss.backward()
     if arm.penalty is not None and not arm.in_loss:
@@ -113,9 +113,11 @@ def main() -> None:
     ids = torch.randint(0, VOCAB, (options.batch, options.length))
     with tempfile.TemporaryDirectory() as folder:
         fisher = Path(folder) / "fisher.safetensors"
-        found, _ = estimate(model, ids[:4], FisherOptions(batch=4))
-        tensors = dict(on_disk(model, found))
-        write_importance(fisher, {n: tuple(t.shape) for n, t in tensors.items()}, iter(tensors.items()), {"sample": samples(model)})
+        found, _ = estimate_fisher(model, ids[:4], FisherOptions(batch=4))
+        tensors = dict(by_names_on_disk(model, found))
+        write_importance(
+            fisher, {n: tuple(t.shape) for n, t in tensors.items()}, iter(tensors.items()), {"sample": model_fingerprint(model)}
+        )
         del found, tensors
         chosen = arms(model, fisher)
         for arm in chosen:

@@ -55,7 +55,7 @@ def key_of(arm: Arm, stage: Stage) -> str:
 
 def run(arm: Arm, stage: Stage) -> dict[str, Any]:
     """One training, as `hf-grow train` does it; its trajectory and its memory."""
-    read = recipe.read(arm.recipe(stage), arm.name)
+    read = recipe.read_recipe(arm.recipe(stage), arm.name)
     with tempfile.TemporaryDirectory(prefix="hf-grow-forgetting-") as folder:
         out = Path(folder) / "out"
         memory = dry_run(read, output=str(out), notify=lambda message: None)["memory"]
@@ -88,7 +88,7 @@ def step_seconds(arm: Arm, stage: Stage) -> float:
         tempfile.TemporaryDirectory(prefix="hf-grow-forgetting-") as folder,
         contextlib.redirect_stderr(io.StringIO()),
     ):  # no terminal: no bar
-        train(recipe.read(given, arm.name), output=str(Path(folder) / "out"), show=lambda line: ticks.append(time.process_time()))
+        train(recipe.read_recipe(given, arm.name), output=str(Path(folder) / "out"), show=lambda line: ticks.append(time.process_time()))
     return min(b - a for a, b in pairwise(ticks)) / TIMED
 
 

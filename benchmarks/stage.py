@@ -111,8 +111,8 @@ def _pretrain(stage: Stage, found: domains.Domains) -> None:
 
     from hf_grow.training.config.regularizer_options import PenaltyOptions
     from hf_grow.training.regularizers.build import make_penalty
-    from hf_grow.training.regularizers.fisher import on_disk
-    from hf_grow.training.regularizers.fisher_file import samples, write_importance
+    from hf_grow.training.regularizers.fisher import by_names_on_disk
+    from hf_grow.training.regularizers.importance_file import model_fingerprint, write_importance
     from hf_grow.training.regularizers.si import SynapticIntelligence
     from hf_grow.training.trainer.trainer import BaseGrowTrainer, Growing
 
@@ -137,8 +137,8 @@ def _pretrain(stage: Stage, found: domains.Domains) -> None:
     penalty.consolidate()
     model.save_pretrained(stage.model(""))
     tokenizer.save_pretrained(stage.model(""))
-    tensors = dict(on_disk(model, penalty.importances()))
-    facts = {"kind": "si", "tokens": wanted * s.length, "model": "source", "sample": samples(model)}
+    tensors = dict(by_names_on_disk(model, penalty.importances()))
+    facts = {"kind": "si", "tokens": wanted * s.length, "model": "source", "sample": model_fingerprint(model)}
     write_importance(Path(stage.fisher("si", "")), {n: t.shape for n, t in tensors.items()}, tensors.items(), facts)
 
 

@@ -225,7 +225,7 @@ def train(
     from hf_grow.training import train as run
     from hf_grow.training.config import train_config as recipes
 
-    read = recipes.read({**recipe, **changes}) if isinstance(recipe, Mapping) else recipes.load(Path(recipe), changes)
+    read = recipes.read_recipe({**recipe, **changes}) if isinstance(recipe, Mapping) else recipes.load_recipe(Path(recipe), changes)
     return run.train(read, output=None if output is None else str(output), resume=resume, overwrite=overwrite, notify=notify)
 
 

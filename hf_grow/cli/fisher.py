@@ -24,8 +24,8 @@ from hf_grow.model.param_count import count_parameters, format_count
 from hf_grow.options import parse, unmet_requirements
 from hf_grow.training.config.data_options import TextOptions
 from hf_grow.training.config.fisher_options import FisherOptions
-from hf_grow.training.regularizers.fisher import memory
-from hf_grow.training.regularizers.fisher_file import open_importance
+from hf_grow.training.regularizers.fisher import estimation_memory
+from hf_grow.training.regularizers.importance_file import open_importance
 from hf_grow.training.setup.warnings import RECOVER, damaged
 
 
@@ -86,20 +86,20 @@ def _check(how: RunOptions, options: FisherOptions, out: Path) -> None:
         wrong += [f"--{n} needs --text" for n in ("merge", "utility", "calibrate") if getattr(how, n) is not None]
     if (how.calibrate is None) != (how.on is None):
         wrong.append("--calibrate NATS and --on NEW_DATA go together")
-    from hf_grow.training.config.train_config import collect, complain
+    from hf_grow.training.config.train_config import collect_mistakes, raise_mistakes
     from hf_grow.training.data.sources import find
 
     wrong = [*(f"{w}." for w in wrong), *unmet_requirements(how, options)]
     for key, path in (("output", out), ("utility", how.utility)):
         if path is not None:
-            collect(wrong, f"--{key}", partial(_writable, path, how))
+            collect_mistakes(wrong, f"--{key}", partial(_writable, path, how))
     for key, text in (("text", how.text), ("on", how.on)):
         if text is not None:
-            collect(wrong, f"--{key}", partial(find, TextOptions(path=[text]), notify=render.note))
+            collect_mistakes(wrong, f"--{key}", partial(find, TextOptions(path=[text]), notify=render.note))
     for key, file in (("merge", how.merge), ("from-growth", how.from_growth)):
         if file is not None:
-            collect(wrong, f"--{key}", partial(open_importance, file))
-    complain("The command line", wrong)
+            collect_mistakes(wrong, f"--{key}", partial(open_importance, file))
+    raise_mistakes("The command line", wrong)
 
 
 def _room(checkpoint: Checkpoint, options: FisherOptions, out: Path) -> None:
@@ -125,7 +125,7 @@ def _dry(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) -> dic
     from hf_grow.model.meta_model import meta_model
 
     length = min(options.seq_length, checkpoint.config.get("max_position_embeddings") or options.seq_length)
-    needs = memory(total, {"bfloat16": 2, "float64": 8}.get(options.dtype, 4))
+    needs = estimation_memory(total, {"bfloat16": 2, "float64": 8}.get(options.dtype, 4))
     return {
         "dry_run": True, "parameters": total, "tokens": options.tokens, "file_bytes": stored,
         "memory_bytes": {**needs, "total": sum(needs.values())}, "flops": flops.training_flops(meta_model(checkpoint.info.config), length) * options.tokens,
@@ -135,8 +135,8 @@ def _dry(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) -> dic
 
 def _mapped(checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, out: Path) -> dict[str, Any]:
     from hf_grow.training.param_updates.param_provenance import check_fits
-    from hf_grow.training.regularizers.fisher_file import samples_on_disk, write_importance
-    from hf_grow.training.regularizers.fisher_growth import check_of_source, grow_importance
+    from hf_grow.training.regularizers.importance_file import checkpoint_fingerprint, write_importance
+    from hf_grow.training.regularizers.importance_growth import check_importance_of_source, grow_importance
 
     assert how.from_growth is not None
     if checkpoint.growth is None:
@@ -144,11 +144,11 @@ def _mapped(checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, out
     plan = GrowthPlan.from_json(checkpoint.growth)
     check_fits(plan, checkpoint)
     source = open_importance(how.from_growth)
-    check_of_source(source, plan, checkpoint)
+    check_importance_of_source(source, plan, checkpoint)
     shapes = {n: t.shape for n, t in plan.targets.items()}
     facts = {
         **{k: v for k, v in source.metadata.items() if k not in ("format", "made_by", "sample", "model", "revision")},
-        "model": checkpoint.ref, "revision": checkpoint.revision, "sample": samples_on_disk(checkpoint),
+        "model": checkpoint.ref, "revision": checkpoint.revision, "sample": checkpoint_fingerprint(checkpoint),
         "mapped_from": source.metadata.get("model", ""), "mapped_by": plan.growth.method,
     }  # fmt: skip
     write_importance(out, shapes, grow_importance(plan, source.read), facts, storage=options.storage)
@@ -160,24 +160,24 @@ def _estimated(
 ) -> dict[str, Any]:
     require_packages("datasets")
     from hf_grow.training.data.sampling import load
-    from hf_grow.training.regularizers.fisher import estimate, merged, on_disk, sequences, utility
-    from hf_grow.training.regularizers.fisher_file import Importance, check_model, samples, write_importance
+    from hf_grow.training.regularizers.fisher import by_names_on_disk, estimate_fisher, expert_utility, merge_online, sample_sequences
+    from hf_grow.training.regularizers.importance_file import ImportanceFile, check_same_model, model_fingerprint, write_importance
 
-    old: Importance | None = None
+    old: ImportanceFile | None = None
     shapes = {n: t.shape for n, t in checkpoint.info.tensors.items() if n in checkpoint.info.architecture.tensors}
     if how.merge is not None:
         old = open_importance(how.merge)
-        check_model(old, shapes, None)
+        check_same_model(old, shapes, None)
     model, tokenizer = load(checkpoint, _dtype(options, how.device), how.device)
     length = min(options.seq_length, model.config.max_position_embeddings)
     wanted = -(-options.tokens // length)
     assert how.text is not None
     apart = MEASURED if how.calibrate is not None else 0
-    rows = sequences([how.text], model, tokenizer, length=length, count=wanted + apart, seed=options.seed)
+    rows = sample_sequences([how.text], model, tokenizer, length=length, count=wanted + apart, seed=options.seed)
     new = None
     if how.on is not None and trials is not None:
         count = how.calibrate_steps * trials.batch + MEASURED
-        new = sequences([how.on], model, tokenizer, length=length, count=count, seed=options.seed)
+        new = sample_sequences([how.on], model, tokenizer, length=length, count=count, seed=options.seed)
         for label, some in ((how.text, rows), (how.on, new)):
             if len(some) < 8:
                 raise InputError(
@@ -187,23 +187,23 @@ def _estimated(
     if len(rows) < wanted:
         render.note(f"{how.text} gives {rows.numel():,} tokens, not the {options.tokens:,} asked for.")
     with render.tokens_bar("Fisher", rows.numel(), quiet=quiet) as progress:
-        found, tokens = estimate(model, rows, options, progress=progress)
+        found, tokens = estimate_fisher(model, rows, options, progress=progress)
     facts = {
         "kind": options.kind, "exact": options.exact or options.kind == "empirical", "tokens": tokens, "seq_length": length,
         "batch": options.batch, "seed": options.seed, "dtype": str(model.dtype).removeprefix("torch."),
-        "model": checkpoint.ref, "revision": checkpoint.revision, "sample": samples(model),
+        "model": checkpoint.ref, "revision": checkpoint.revision, "sample": model_fingerprint(model),
     }  # fmt: skip
     if old is not None:
         facts |= {"merged": old.metadata.get("model", ""), "decay": how.decay}
-    tensors = on_disk(model, found)
-    write_importance(out, shapes, tensors if old is None else merged(tensors, old.read, how.decay), facts, storage=options.storage)
+    tensors = by_names_on_disk(model, found)
+    write_importance(out, shapes, tensors if old is None else merge_online(tensors, old.read, how.decay), facts, storage=options.storage)
     told: dict[str, Any] = {k: v for k, v in facts.items() if k != "sample"}
     count = sum(t.numel() for t in found.values())
     told["mean"] = sum(float(t.sum(dtype=t.dtype).double()) for t in found.values()) / count
     told["bytes"] = out.stat().st_size
     if how.utility is not None:
         arch = checkpoint.info.architecture
-        table = utility(arch.layers, arch.size("experts"), on_disk(model, found), arch.tensors)
+        table = expert_utility(arch.layers, arch.size("experts"), by_names_on_disk(model, found), arch.tensors)
         how.utility.write_text(to_json({"utility": table}, indent=None), encoding="utf-8")
         told["utility"] = str(how.utility)
     if new is not None and trials is not None:

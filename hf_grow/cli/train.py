@@ -21,6 +21,7 @@ from hf_grow.common.units import format_bytes
 from hf_grow.errors import ExecutionError, InputError
 from hf_grow.model.param_count import format_count
 from hf_grow.options import Excludes, Options, Requires, parse
+from hf_grow.training.distributed.launch import is_main_process
 
 if TYPE_CHECKING:
     from hf_grow.training.distributed.launch import Launch
@@ -116,7 +117,7 @@ def overrides(words: list[str]) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> int:
     path = find_recipe(arguments.recipe)
-    if int(os.environ.get("RANK", "0")) == 0 and not arguments.json:
+    if is_main_process() and not arguments.json:
         render.note(f"Reading {path} ...")  # what comes next imports torch and transformers, which takes seconds
     from hf_grow.common.safe_files import replace_nonfinite
     from hf_grow.training.config import train_config as recipe
@@ -124,9 +125,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     how = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False)
     _quiet()
-    read = recipe.load(path, overrides(arguments.overrides))
+    read = recipe.load_recipe(path, overrides(arguments.overrides))
     settings: dict[str, Any] = {"output": how.output, "resume": how.resume, "overwrite": how.overwrite}
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = is_main_process()
     if how.dry_run:
         with explained():
             facts = dry_run(read, notify=render.note if first else _silent, started=_launch(how), timed=how.time, **settings)
@@ -150,10 +151,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _launch(how: RunOptions) -> Launch | None:
     """The processes that a dry run is told to reckon with; None leaves it to the launcher's environment."""
-    from hf_grow.training.distributed.launch import Launch, from_file
+    from hf_grow.training.distributed.launch import Launch, launch_from_file
 
     if how.accelerate is not None:
-        return from_file(how.accelerate, how.processes)
+        return launch_from_file(how.accelerate, how.processes)
     return None if how.processes is None else Launch(how.processes, "ddp" if how.processes > 1 else "one")
 
 
@@ -162,11 +163,11 @@ def explained() -> Iterator[None]:
     """Turns what memory and disk say while training into what the user can do."""
     from safetensors import SafetensorError
 
-    from hf_grow.training.dry_run.dry_run import SMALLER
+    from hf_grow.training.dry_run.dry_run import OUT_OF_MEMORY_HINT
 
     go_on = "Go on with --resume from the last checkpoint."
     try:
-        with enough_memory(SMALLER):
+        with enough_memory(OUT_OF_MEMORY_HINT):
             yield
     except (OSError, RuntimeError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(

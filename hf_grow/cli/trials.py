@@ -43,15 +43,15 @@ def trials_for(how: RunOptions, options: FisherOptions, out: Path) -> Trials:
     """As the recipe says, else with the defaults of recipes. Raises InputError for a recipe that cannot be tried."""
     require_packages("accelerate")
     from hf_grow.cli.train import find_recipe
-    from hf_grow.training.config.train_config import complain, load, read
+    from hf_grow.training.config.train_config import load_recipe, raise_mistakes, read_recipe
     from hf_grow.training.setup.checks import arguments_for
 
     default = {
         "model": "", "data": {"train": "new"}, "regularizer": {"kind": "l2sp"}, "learning_rate": how.calibrate_lr or 1e-4,
         "per_device_train_batch_size": options.batch, "max_steps": how.calibrate_steps,
     }  # fmt: skip
-    found = load(find_recipe(how.recipe), {}) if how.recipe is not None else read(default)
-    complain(found.where, found.mistakes)
+    found = load_recipe(find_recipe(how.recipe), {}) if how.recipe is not None else read_recipe(default)
+    raise_mistakes(found.where, found.mistakes)
     assert found.recipe is not None
     penalty = found.recipe.regularizer if how.recipe is not None else PenaltyOptions()
     if penalty.collapsed or penalty.kind in ("si", "online-ewc"):
@@ -72,11 +72,11 @@ def calibrated(
 ) -> dict[str, Any]:
     from hf_grow.training.regularizers.build import make_penalty
     from hf_grow.training.regularizers.calibrate import calibrate
-    from hf_grow.training.regularizers.penalty import Quadratic
+    from hf_grow.training.regularizers.penalty import QuadraticPenalty
 
     plan = None if checkpoint.growth is None else GrowthPlan.from_json(checkpoint.growth)
     penalty = make_penalty(trials.penalty, model, plan)
-    assert isinstance(penalty, Quadratic) and how.calibrate is not None
+    assert isinstance(penalty, QuadraticPenalty) and how.calibrate is not None
     penalty.attach(model)
     measured = min(MEASURED, len(new) // 2)
     with render.tokens_bar("calibrating", 6 * how.calibrate_steps * trials.batch * new.shape[1], quiet=quiet) as progress:

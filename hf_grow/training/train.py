@@ -18,7 +18,7 @@ from hf_grow.convert.execute import versions
 from hf_grow.errors import OutputError, SourceError
 from hf_grow.model.config_compat import portable_config
 from hf_grow.model.loading import output_flags
-from hf_grow.training.config.train_config import Read
+from hf_grow.training.config.train_config import RecipeData
 from hf_grow.training.dry_run.dry_run import dry_run
 from hf_grow.training.setup import result_dtype as storing
 from hf_grow.training.setup.assembly import bring_companions, facts, make_trainer, prepare, tokens_of
@@ -63,7 +63,7 @@ class TrainResult:
 
 
 def train(
-    read: Read,
+    read: RecipeData,
     *,
     output: str | None = None,
     resume: bool = False,

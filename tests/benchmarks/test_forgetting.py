@@ -76,12 +76,12 @@ def test_every_arm_reads_as_a_recipe_and_says_whether_it_needs_old_text() -> Non
     from stage import QUICK, Stage
     from tradeoff import PAIRS, YARDSTICK
 
-    from hf_grow.training.config.train_config import read
+    from hf_grow.training.config.train_config import read_recipe
 
     stage = Stage(QUICK, 0, Path("/nowhere"))
     for name, arm in ARMS.items():
         recipe = arm.recipe(stage)
-        assert not read(recipe, name).mistakes, name
+        assert not read_recipe(recipe, name).mistakes, name
         named = json.dumps({k: v for k, v in recipe.items() if k != "data"}) + json.dumps(recipe["data"].get("replay", ""))
         assert arm.old_data == any(word in named for word in ("fisher-old", "fisher-mapped", "fisher-si", "old.jsonl")), name
     assert {*YARDSTICK, *(n for pair in PAIRS for n in pair)} <= ARMS.keys()

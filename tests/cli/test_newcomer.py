@@ -18,7 +18,7 @@ from hf_grow.methods import METHODS
 from hf_grow.options import nested_keys, parse_size
 from hf_grow.publish.card import render_card
 from hf_grow.publish.reproduce import OWN_COMMAND, command, size
-from hf_grow.training.config.train_config import FLAGS, TrainRecipe, argument_model, read
+from hf_grow.training.config.train_config import COMMAND_FLAGS, TrainRecipe, read_recipe, training_arguments_model
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +94,12 @@ KEYS = {
 
 @pytest.mark.parametrize("key", KEYS)
 def test_near_misses_in_a_training_recipe(key: str) -> None:
-    (mistake,) = [m for m in read({"model": "m", "data": {"train": "t"}, key: 1}).mistakes if m.startswith(key)]
+    (mistake,) = [m for m in read_recipe({"model": "m", "data": {"train": "t"}, key: 1}).mistakes if m.startswith(key)]
     assert mistake.startswith(f"{key}: unknown key. Did you mean {KEYS[key]}? Known: ")
 
 
 def test_near_misses_deeper_in_a_recipe_and_in_growth_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = read({"model": "m", "data": {"train": "t", "seqlength": 3}, "regularizer": {"kind": "ewc", "lamda": 3}}).mistakes
+    found = read_recipe({"model": "m", "data": {"train": "t", "seqlength": 3}, "regularizer": {"kind": "ewc", "lamda": 3}}).mistakes
     assert any("data.seqlength: unknown key. Did you mean seq_length?" in m for m in found)
     assert any("regularizer.lamda: unknown key. Did you mean lambda?" in m for m in found)
     file = tmp_path / "recipe.yaml"
@@ -116,7 +116,16 @@ def test_every_synonym_leads_somewhere() -> None:
     """No word of the table suggests what there is not."""
     options = {f for m in METHODS.values() for f in m.options.model_fields}
     other = {"output", "overwrite", "source", "device", "text", "dtype", "calibrate_lr", "batch", "batch_size"}  # flags of single commands
-    there = {*COMMANDS, *options, *other, *nested_keys(TrainRecipe), *argument_model().model_fields, *FLAGS, "seq_length", "lambda"}
+    there = {
+        *COMMANDS,
+        *options,
+        *other,
+        *nested_keys(TrainRecipe),
+        *training_arguments_model().model_fields,
+        *COMMAND_FLAGS,
+        "seq_length",
+        "lambda",
+    }
     assert not [(word, m) for word, meant in suggest.SYNONYMS.items() for m in meant if m not in there]
     assert not [word for word in suggest.SYNONYMS if "-" in word or word != word.lower()]  # as they are looked up
 

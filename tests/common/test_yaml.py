@@ -52,7 +52,7 @@ def test_growth_recipes_training_recipes_and_the_command_line_read_it_alike(tmp_
     file.write_text("noise: 1e-2\n")
     assert parse(IdentityOptions, load_yaml(file), where="it").noise == 0.01
     file.write_text("model: there\nlearning_rate: 2e-5\ndata: {train: here}\nregularizer: {kind: l2sp, lambda: 1e-3}\n")
-    read = training.load(file, overrides(["--weight_decay", "1e-2", "--warmup.lr=5e-1"]))
+    read = training.load_recipe(file, overrides(["--weight_decay", "1e-2", "--warmup.lr=5e-1"]))
     assert read.mistakes == ()
     assert read.recipe is not None
     assert (read.arguments["learning_rate"], read.arguments["weight_decay"]) == (2e-5, 1e-2)
@@ -60,7 +60,7 @@ def test_growth_recipes_training_recipes_and_the_command_line_read_it_alike(tmp_
 
 
 def test_a_word_that_looks_like_a_number_is_told_how_to_be_written() -> None:
-    found = training.read(yaml_text.loads("attn_implementation: 1e5\nmodel: m\ndata: {train: x}")).mistakes
+    found = training.read_recipe(yaml_text.loads("attn_implementation: 1e5\nmodel: m\ndata: {train: x}")).mistakes
     assert found == ("attn_implementation: 100000.0 is read as a number; put quotes around a word.",)
 
 

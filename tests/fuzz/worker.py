@@ -61,10 +61,10 @@ def warm() -> None:
     import torch
     import transformers  # noqa: F401
 
-    from hf_grow.training.config.train_config import argument_model
+    from hf_grow.training.config.train_config import training_arguments_model
 
     torch.set_num_threads(1)
-    argument_model()
+    training_arguments_model()
 
 
 def run_case(made: Case, seed: int, base: Path, keep: Path | None = None) -> Ending:

@@ -13,7 +13,7 @@ from trained import grown, recipe, run
 from hf_grow.model import flops
 from hf_grow.model.meta_model import meta_model
 from hf_grow.training.config.distill_options import DistillOptions, Teacher
-from hf_grow.training.dry_run import memory as estimate
+from hf_grow.training.dry_run import memory
 
 LENGTH = 12
 
@@ -105,9 +105,9 @@ def test_lora_adds_its_products_and_spares_gradients_of_what_is_frozen(tmp_path:
 def test_the_logits_of_distillation_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """2.1 GB each at 4096 positions and 128k tokens."""
     two = DistillOptions(teachers=[Teacher(model="a"), Teacher(model="b")])
-    assert estimate.distillation(DistillOptions(), 128_256, 4096, 4, 4) == 2 * 4096 * 128_256 * 4
-    assert estimate.distillation(two, 128_256, 4096, 2, 4) == 4096 * 128_256 * (2 + 2 * 4)
-    assert estimate.distillation(DistillOptions(top_k=64), 128_256, 4096, 2, 4) == 4096 * (64 * (2 + 8) + 128_256 * 4)
+    assert memory.distillation_bytes(DistillOptions(), 128_256, 4096, 4, 4) == 2 * 4096 * 128_256 * 4
+    assert memory.distillation_bytes(two, 128_256, 4096, 2, 4) == 4096 * 128_256 * (2 + 2 * 4)
+    assert memory.distillation_bytes(DistillOptions(top_k=64), 128_256, 4096, 2, 4) == 4096 * (64 * (2 + 8) + 128_256 * 4)
     model = grown(tmp_path)
     plain = run(capsys, "train", recipe(tmp_path, model), "--dry-run")["memory"]
     taught = run(capsys, "train", recipe(tmp_path, model, distill={}), "--dry-run")["memory"]

@@ -152,11 +152,11 @@ def measure_training(work: Path) -> dict[str, Any]:
     with contextlib.chdir(work):
         settings = {"use_cpu": True, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "max_steps": 300}
         data = {"train": "corpus/old.jsonl", "seq_length": 16, "cache": "cache"}
-        train(recipe.read({"model": "random", "output": str(source), "data": data, **settings}))
+        train(recipe.read_recipe({"model": "random", "output": str(source), "data": data, **settings}))
         api.grow(source, "Llama-tiny-identity", "identity", **example.options)
         before = told_of(api.verify(source, "Llama-tiny-identity"), source, "identity", example.ref)
         given = {"model": "Llama-tiny-identity", "output": TRAINED, "use_cpu": True, "eval_steps": 30, "save_steps": 60, **TRAINING}
-        train(recipe.read({**given, "data": {**TRAINING["data"], "cache": "cache"}}))
+        train(recipe.read_recipe({**given, "data": {**TRAINING["data"], "cache": "cache"}}))
         report = api.verify(source, TRAINED)
         assert report.ok
         section = json.loads(Path(TRAINED, "growth.json").read_text())["training"]

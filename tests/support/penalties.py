@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_grow.convert.in_memory import disk_names
-from hf_grow.training.regularizers.fisher_file import samples, write_importance
+from hf_grow.training.regularizers.importance_file import model_fingerprint, write_importance
 
 Tensors = dict[str, Tensor]
 
@@ -23,7 +23,7 @@ def random_importance(model: PreTrainedModel, path: Path, *, seed: int = 1, stor
     if storage == "bf16":
         values = {n: v.bfloat16() for n, v in values.items()}
     shapes = {n: tuple(v.shape) for n, v in values.items()}
-    write_importance(path, shapes, iter(values.items()), {"sample": samples(model), "model": "random", **facts}, storage=storage)
+    write_importance(path, shapes, iter(values.items()), {"sample": model_fingerprint(model), "model": "random", **facts}, storage=storage)
     return values
 
 

@@ -92,10 +92,10 @@ class TrainRecipe(Options):
     """sdpa, eager, flash_attention_2: as from_pretrained takes it."""
 
 
-OURS = {"output_dir": "output", "do_train": "", "do_eval": "", "do_predict": "", "local_rank": "", "remove_unused_columns": "", "train_sampling_strategy": "",
+SET_BY_HF_GROW = {"output_dir": "output", "do_train": "", "do_eval": "", "do_predict": "", "local_rank": "", "remove_unused_columns": "", "train_sampling_strategy": "",
         "label_names": "", "ignore_data_skip": "", "push_to_hub": "hf-grow push OUTPUT afterwards"}  # fmt: skip
 """TrainingArguments that hf-grow sets itself, with the key to use instead, if there is one."""
-FLAGS = ("--resume", "--overwrite", "--dry-run", "--json", "--accelerate", "--processes")
+COMMAND_FLAGS = ("--resume", "--overwrite", "--dry-run", "--json", "--accelerate", "--processes")
 """What `hf-grow train` takes that is no key; only to be suggested."""
 DEFAULTS: Mapping[str, Any] = {
     "per_device_train_batch_size": 8, "num_train_epochs": 1.0, "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.05,
@@ -103,10 +103,15 @@ DEFAULTS: Mapping[str, Any] = {
     "report_to": "none",
 }  # fmt: skip
 """Where they are not those of TrainingArguments."""
+STEPS_ONLY: Mapping[str, Any] = {
+    "save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False, "report_to": "none",
+    "resume_from_checkpoint": None,
+}  # fmt: skip
+"""TrainingArguments of a short run that is measured and thrown away."""
 
 
 @dataclass(frozen=True)
-class Read:
+class RecipeData:
     """A recipe as far as it could be read."""
 
     where: str
@@ -118,7 +123,7 @@ class Read:
     mistakes: tuple[str, ...]
 
 
-def _between(low: float, below: float = math.inf, *, open: bool = False) -> AfterValidator:
+def _in_range(low: float, below: float = math.inf, *, open: bool = False) -> AfterValidator:
     """low <= value < below (open: low < value), where there is a value."""
     words = f"should be {'more than' if open else 'at least'} {low:g}" + (f" and less than {below:g}" if below < math.inf else "")
 
@@ -130,24 +135,24 @@ def _between(low: float, below: float = math.inf, *, open: bool = False) -> Afte
     return AfterValidator(check)
 
 
-def _steps(value: int) -> int:
+def _valid_max_steps(value: int) -> int:
     if value < 1 and value != -1:
         raise ValueError(f"{value} steps train nothing. Leave it out (or -1) to go by num_train_epochs.")
     return value
 
 
 RANGES: Mapping[str, AfterValidator] = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit"), _between(1)),
-    **dict.fromkeys(("weight_decay", "max_grad_norm", "save_steps", "eval_steps", "logging_steps", "warmup_steps", "seed"), _between(0)),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), _between(0, 1)),
-    **dict.fromkeys(("learning_rate", "num_train_epochs", "adam_epsilon"), _between(0, open=True)),
-    "max_steps": AfterValidator(_steps),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit"), _in_range(1)),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "save_steps", "eval_steps", "logging_steps", "warmup_steps", "seed"), _in_range(0)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _in_range(0, 1)),
+    **dict.fromkeys(("learning_rate", "num_train_epochs", "adam_epsilon"), _in_range(0, open=True)),
+    "max_steps": AfterValidator(_valid_max_steps),
 }  # fmt: skip
 """What numbers TrainingArguments takes without a word, and fails on later."""
 
 
 @cache
-def argument_model() -> type[Options]:
+def training_arguments_model() -> type[Options]:
     """TrainingArguments' fields as an options class, for the same strict reading and the same messages."""
     import dataclasses
     import enum
@@ -161,7 +166,7 @@ def argument_model() -> type[Options]:
     for field in dataclasses.fields(TrainingArguments):
         kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
         enums = [k for k in kinds if isinstance(k, type) and issubclass(k, enum.Enum)]
-        if field.name in OURS or any("parallelism_config" in str(k) or "DebugOption" in str(k) for k in kinds):
+        if field.name in SET_BY_HF_GROW or any("parallelism_config" in str(k) or "DebugOption" in str(k) for k in kinds):
             continue
         # An enum is given by one of its words.
         kind: Any = Literal[tuple(str(m.value) for m in enums[0])] if enums else hints[field.name]
@@ -172,50 +177,50 @@ def argument_model() -> type[Options]:
     return model
 
 
-def load(path: Path, overrides: Mapping[str, Any]) -> Read:
+def load_recipe(path: Path, overrides: Mapping[str, Any]) -> RecipeData:
     """The recipe of a file, with what the command line sets instead ("data.seq_length": 128). Raises InputError if the file cannot be read."""
     data = load_yaml(path)
     for key, value in overrides.items():
-        data = put(data, key.split("."), value, key)
-    return read(data, str(path))
+        data = set_key(data, key.split("."), value, key)
+    return read_recipe(data, str(path))
 
 
-def put(data: Any, keys: list[str], value: Any, whole: str) -> dict[str, Any]:
+def set_key(data: Any, keys: list[str], value: Any, whole: str) -> dict[str, Any]:
     """A copy of nested data with one value set. Raises InputError where the way leads through something that holds no keys."""
     if data is not None and not isinstance(data, dict):
         raise InputError(f"--{whole}: {keys[0]} cannot be set inside {str(data)[:40]!r}.")
     inside = dict(data or {})
-    inside[keys[0]] = value if len(keys) == 1 else put(inside.get(keys[0]), keys[1:], value, whole)
+    inside[keys[0]] = value if len(keys) == 1 else set_key(inside.get(keys[0]), keys[1:], value, whole)
     return inside
 
 
-def read(data: Mapping[str, Any], where: str = "The recipe") -> Read:
+def read_recipe(data: Mapping[str, Any], where: str = "The recipe") -> RecipeData:
     """Types and keys, nothing else; no file is opened."""
     own = {k: v for k, v in data.items() if k in TrainRecipe.model_fields}
-    known = argument_model().model_fields
+    known = training_arguments_model().model_fields
     # YAML reads the word `no` as false.
     theirs = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in data.items() if k in known}
     recipe, found = validate(TrainRecipe, own)
     found += unmet_requirements(recipe) if recipe else []
-    _, more = validate(argument_model(), theirs)
+    _, more = validate(training_arguments_model(), theirs)
     found += more
     for key in data.keys() - own.keys() - theirs.keys():
-        instead = OURS.get(key)
+        instead = SET_BY_HF_GROW.get(key)
         if instead is not None:
             found.append(f"{key}: is set by hf-grow{f'; use {instead}' if instead else ''}.")
         else:
-            near = did_you_mean(key, [*nested_keys(TrainRecipe), *known, *FLAGS])
+            near = did_you_mean(key, [*nested_keys(TrainRecipe), *known, *COMMAND_FLAGS])
             found.append(f"{key}: unknown key.{near} Known: {', '.join(TrainRecipe.model_fields)}, and TrainingArguments.")
     bad = {re.split(r"[.:]", line)[0] for line in found}
     theirs = {k: v for k, v in theirs.items() if k not in bad}
     if recipe is None:
-        recipe = _as_far_as_it_goes(own)
+        recipe = _without_invalid_keys(own)
     if recipe is not None and "data" not in bad:
         found += _contradictions(recipe, theirs)
-    return Read(where, data, recipe, theirs, tuple(found))
+    return RecipeData(where, data, recipe, theirs, tuple(found))
 
 
-def _as_far_as_it_goes(own: Mapping[str, Any]) -> TrainRecipe | None:
+def _without_invalid_keys(own: Mapping[str, Any]) -> TrainRecipe | None:
     """The recipe without its wrong keys, so that files, Fisher and the like can be looked at all the same."""
     data = copy.deepcopy(dict(own))
     while True:
@@ -224,11 +229,11 @@ def _as_far_as_it_goes(own: Mapping[str, Any]) -> TrainRecipe | None:
         try:
             return TrainRecipe.model_validate(data, strict=True)
         except ValidationError as error:
-            if not _without(data, error.errors()[0]["loc"]):
+            if not _remove_key(data, error.errors()[0]["loc"]):
                 return None
 
 
-def _without(data: Any, place: tuple[str | int, ...]) -> bool:
+def _remove_key(data: Any, place: tuple[str | int, ...]) -> bool:
     """Takes out what stands at a place in nested data, or as near above it as there is something; False where there is nothing."""
     inside, last = None, None
     for key in place:
@@ -287,14 +292,14 @@ def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[s
     return found
 
 
-def complain(where: str, found: list[str] | tuple[str, ...]) -> None:
+def raise_mistakes(where: str, found: list[str] | tuple[str, ...]) -> None:
     """Raises InputError with all mistakes, one a line, if there are any."""
     if found:
         lines = "\n".join(f"  {line}" for line in dict.fromkeys(found))
         raise InputError(f"{where} has {len(set(found))} mistake{'s' * (len(set(found)) > 1)}:\n{lines}")
 
 
-def collect(found: list[str], key: str, work: Callable[[], Any]) -> Any:
+def collect_mistakes(found: list[str], key: str, work: Callable[[], Any]) -> Any:
     """What `work` returns; an InputError of its becomes one of the mistakes, and None."""
     try:
         return work()
@@ -303,5 +308,5 @@ def collect(found: list[str], key: str, work: Callable[[], Any]) -> Any:
         return None
 
 
-def tokens_a_step(arguments: TrainingArguments, length: int, processes: int = 1) -> int:
+def tokens_per_step(arguments: TrainingArguments, length: int, processes: int = 1) -> int:
     return int(arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes * length)

@@ -52,20 +52,20 @@ class Distiller:
         """Summed over the positions that have a label and divided by `tokens`, or by their number here where that is None."""
         import torch
 
-        from hf_grow.training.distillation.divergence import summed
+        from hf_grow.training.distillation.kl_divergence import summed_kl_divergence
 
         counted = torch.zeros_like(labels, dtype=torch.bool)
         counted[:, :-1] = labels[:, 1:] != -100
         total: Any = 0
         for weight, speak in self.teachers:
             said, chosen = speak(input_ids)
-            total = total + weight * summed(logits, said, self.temperature, counted, chosen)
+            total = total + weight * summed_kl_divergence(logits, said, self.temperature, counted, chosen)
             del said, chosen  # before the next one speaks
         found: Tensor = total / (counted.sum() if tokens is None else tokens)
         return found
 
 
-def in_memory(model: PreTrainedModel) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+def teacher_from_model(model: PreTrainedModel) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
     """A teacher that computes; it is put where its first batch lies."""
     import torch
 
@@ -103,7 +103,7 @@ class LogitCache:
         import torch
 
         try:
-            rows = [self.at[row_key(row)] for row in ids.cpu().numpy()]
+            rows = [self.at[hash_row(row)] for row in ids.cpu().numpy()]
         except KeyError:
             raise ExecutionError(
                 f"{self.folder} has no logits for a training row.", hint="The data changed since they were written: remove the folder."
@@ -112,11 +112,11 @@ class LogitCache:
         return torch.from_numpy(logits).to(ids.device), torch.from_numpy(chosen).to(ids.device, torch.int64)
 
 
-def row_key(row: np.ndarray[Any, Any]) -> bytes:
+def hash_row(row: np.ndarray[Any, Any]) -> bytes:
     return hashlib.blake2b(row.astype("<i8").tobytes(), digest_size=16).digest()
 
 
-def write_cache(
+def write_logit_cache(
     model: PreTrainedModel,
     rows: Sequence[Mapping[str, Any]],
     folder: Path,
@@ -159,7 +159,7 @@ def write_cache(
         covered += float((top.values.logsumexp(-1) - logits.logsumexp(-1)).exp().mean(-1).sum())
         files[0][at : at + len(ids)] = (top.values - top.values[..., :1]).cpu().numpy()
         files[1][at : at + len(ids)] = top.indices.cpu().numpy()
-        keys += [row_key(row) for row in ids]
+        keys += [hash_row(row) for row in ids]
         at += len(ids)
         progress(len(ids))
     for file in files:

@@ -1,10 +1,13 @@
-"""How many processes train one model, and how they share it: told by `accelerate launch` (or torchrun), or read from one of accelerate's files.
+"""How many processes train one model, and how they share it: from the environment of `accelerate launch` or torchrun, or from an accelerate config file.
 
-    ddp      every process holds everything
-    fsdp2    parameters, gradients, optimizer, Fisher and anchor are cut into as many pieces as there are processes (DTensor)
-    zero1, zero2, zero3    DeepSpeed: the optimizer, also the gradients, also the parameters are cut
+    ddp                     every process holds everything
+    fsdp2                   parameters, gradients, optimizer state, Fisher and anchor are sharded (DTensor)
+    zero1, zero2, zero3     DeepSpeed shards the optimizer state; also gradients; also parameters
 
-DeepSpeed keeps gradients and the optimizer's step to itself, so whatever hf-grow does between a backward pass and a step is refused there.
+DeepSpeed keeps gradients and the optimizer step to itself, so everything that hf-grow does between a backward pass and a step is refused there.
+
+The environment is read directly: accelerate's PartialState starts a process group, and AcceleratorState knows of FSDP and DeepSpeed only once an
+Accelerator was made, but a recipe is checked before.
 """
 
 from __future__ import annotations
@@ -13,37 +16,35 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_grow.common.safe_files import read_json
 from hf_grow.errors import InputError
 from hf_grow.options import load_yaml
 
-if TYPE_CHECKING:
-    pass
-
-CUT = {
+SHARDED = {
     "one": (), "ddp": (), "zero1": ("optimizer",), "zero2": ("optimizer", "gradients"),
     "zero3": ("optimizer", "gradients", "weights"), "fsdp2": ("optimizer", "gradients", "weights", "penalty", "rows"),
 }  # fmt: skip
-"""What each way of sharing cuts into pieces, by the names of `estimate.Memory`."""
+"""What each way of sharing shards, by field of `MemoryEstimate`."""
+_CONFIG_HINT = "Use a file from recipes/accelerate, or one that `accelerate config` wrote."
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Processes of all machines together, and how they share the model."""
+    """The processes of all machines together, and how they share the model."""
 
     processes: int = 1
     sharing: str = "one"
-    """A key of CUT, or fsdp1, which is refused."""
-    saves_whole: bool = True
-    """FSDP: whether a model is saved as plain safetensors (FULL_STATE_DICT)."""
-    loads_once: bool = False
-    """FSDP: whether only one process of a machine loads the weights."""
+    """A key of SHARDED, or fsdp1, which is refused."""
+    full_state_dict: bool = True
+    """FSDP: whether models are saved as plain safetensors (FULL_STATE_DICT)."""
+    cpu_ram_efficient_loading: bool = False
+    """FSDP: whether only one process per machine loads the weights."""
 
-    def pieces(self, what: str) -> int:
-        """Into how many pieces weights, gradients, optimizer, penalty or rows are cut."""
-        return self.processes if what in CUT[self.sharing] else 1
+    def shards(self, purpose: str) -> int:
+        """Number of shards of the weights, gradients, optimizer, penalty or rows."""
+        return self.processes if purpose in SHARDED[self.sharing] else 1
 
     @property
     def deepspeed(self) -> bool:
@@ -51,74 +52,75 @@ class Launch:
 
     def __str__(self) -> str:
         names = {"one": "one process", "ddp": "DDP", "fsdp2": "FSDP2", "fsdp1": "FSDP1"}
-        how = names.get(self.sharing, f"DeepSpeed ZeRO-{self.sharing[-1]}")
-        return how if self.processes == 1 and self.sharing == "one" else f"{how}, {self.processes} processes"
+        name = names.get(self.sharing, f"DeepSpeed ZeRO-{self.sharing[-1]}")
+        return name if self.processes == 1 and self.sharing == "one" else f"{name}, {self.processes} processes"
 
 
-def launched(environment: Mapping[str, str] | None = None) -> Launch:
-    """What the launcher of this process told it by its environment."""
+def is_main_process() -> bool:
+    """Whether this is the first of all processes, before any process group exists."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
+def current_launch(environment: Mapping[str, str] | None = None) -> Launch:
+    """The launch that this process belongs to, from its environment (``environment``: another one)."""
     env = os.environ if environment is None else environment
     processes = int(env.get("WORLD_SIZE") or 1)
-    if _true(env, "ACCELERATE_USE_DEEPSPEED"):
+    if _flag(env, "ACCELERATE_USE_DEEPSPEED"):
         file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-        stage = _stage(Path(file)) if file.lower() not in ("", "none") else env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        stage = _zero_stage(Path(file)) if file.lower() not in ("", "none") else env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         return Launch(processes, f"zero{stage}" if str(stage) != "0" else "ddp")
-    if _true(env, "ACCELERATE_USE_FSDP"):
-        whole = env.get("FSDP_STATE_DICT_TYPE") == "FULL_STATE_DICT"
-        return Launch(processes, f"fsdp{env.get('FSDP_VERSION', '1')}", whole, _true(env, "FSDP_CPU_RAM_EFFICIENT_LOADING"))
+    if _flag(env, "ACCELERATE_USE_FSDP"):
+        full = env.get("FSDP_STATE_DICT_TYPE") == "FULL_STATE_DICT"
+        return Launch(processes, f"fsdp{env.get('FSDP_VERSION', '1')}", full, _flag(env, "FSDP_CPU_RAM_EFFICIENT_LOADING"))
     return Launch(processes, "ddp" if processes > 1 else "one")
 
 
-def from_file(path: Path, processes: int | None = None) -> Launch:
-    """What `accelerate launch --config_file PATH` would tell, with `--num_processes` if given. Raises InputError for any other file."""
+def launch_from_file(path: Path, processes: int | None = None) -> Launch:
+    """What `accelerate launch --config_file PATH` would start, with ``processes`` as --num_processes. Raises InputError for any other file."""
     data = load_yaml(path)
     kind, count = str(data.get("distributed_type")), processes or data.get("num_processes")
     known = {"NO": "one", "MULTI_GPU": "ddp", "FSDP": "fsdp", "DEEPSPEED": "zero"}
     if kind not in known:
         raise InputError(
-            f"{path}: distributed_type is {data.get('distributed_type')!r}; known are {', '.join(known)}.",
-            hint="Give a file of recipes/accelerate, or one that `accelerate config` made.",
+            f"{path}: distributed_type is {data.get('distributed_type')!r}; supported are {', '.join(known)}.", hint=_CONFIG_HINT
         )
     if kind == "NO":
         return Launch()
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise InputError(f"{path}: num_processes is {count!r}.", hint="Give it there, or by --processes.")
-    sharing, whole, once = known[kind], True, False
+        raise InputError(f"{path}: num_processes is {count!r}.", hint="Set it in the file, or with --processes.")
+    sharing, full, efficient = known[kind], True, False
     if sharing == "fsdp":
         section = _section(path, data, "fsdp_config")
         sharing += str(section.get("fsdp_version", 1))
-        whole = section.get("fsdp_state_dict_type") == "FULL_STATE_DICT"
-        once = bool(section.get("fsdp_cpu_ram_efficient_loading", True))
+        full = section.get("fsdp_state_dict_type") == "FULL_STATE_DICT"
+        efficient = bool(section.get("fsdp_cpu_ram_efficient_loading", True))
     elif sharing == "zero":
         section = _section(path, data, "deepspeed_config")
         file = section.get("deepspeed_config_file")
         if not isinstance(file, str | None):
-            raise InputError(f"{path}: deepspeed_config.deepspeed_config_file is {file!r}, and the name of a file belongs there.")
-        stage = _stage(Path(file)) if file else section.get("zero_stage", 2)
+            raise InputError(f"{path}: deepspeed_config.deepspeed_config_file is {file!r}, not a file name.")
+        stage = _zero_stage(Path(file)) if file else section.get("zero_stage", 2)
         sharing = f"zero{stage}" if str(stage) != "0" else "ddp"
-    if sharing not in CUT and sharing != "fsdp1":
-        raise InputError(f"{path}: there is no {sharing}.", hint="FSDP has versions 1 and 2, ZeRO stages 0 to 3.")
-    return Launch(count, sharing, whole, once)
+    if sharing not in SHARDED and sharing != "fsdp1":
+        raise InputError(f"{path}: {sharing} does not exist.", hint="FSDP has versions 1 and 2, ZeRO stages 0 to 3.")
+    return Launch(count, sharing, full, efficient)
 
 
 def _section(path: Path, data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A part of accelerate's file, empty where it is left out. Raises InputError for what holds no keys."""
+    """A mapping inside an accelerate config file, empty if missing. Raises InputError for any other value."""
     section = data.get(key)
     if not isinstance(section, dict | None):
-        raise InputError(
-            f"{path}: {key} is {section!r}, and `key: value` lines belong there.",
-            hint="Give a file of recipes/accelerate, or one that `accelerate config` made.",
-        )
+        raise InputError(f"{path}: {key} is {section!r}, not a mapping.", hint=_CONFIG_HINT)
     return section or {}
 
 
-def _true(env: Mapping[str, str], name: str) -> bool:
+def _flag(env: Mapping[str, str], name: str) -> bool:
     return env.get(name, "").lower() in ("true", "1", "yes")
 
 
-def _stage(file: Path) -> Any:
-    """ZeRO's stage in a file of DeepSpeed's own. Raises InputError if it cannot be read."""
+def _zero_stage(file: Path) -> Any:
+    """The ZeRO stage of a DeepSpeed config file. Raises InputError if it cannot be read."""
     try:
         return read_json(file, error=InputError).get("zero_optimization", {}).get("stage", 0)
     except (InputError, AttributeError) as error:
-        raise InputError(f"DeepSpeed's file {file} cannot be read: {error}") from None
+        raise InputError(f"The DeepSpeed config file {file} cannot be read: {error}") from None

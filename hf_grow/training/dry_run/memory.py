@@ -1,15 +1,14 @@
-"""What a training will need, from shapes alone: memory of each process by purpose, tokens. For `--dry-run`; estimates are called so.
+"""Estimated memory of each training process by purpose, from shapes alone.
 
-Weights, gradients, optimizer, penalty and copies of rows are counted, and divided where several processes share them. Activations are estimated:
-what PyTorch keeps for the backward pass of a Llama block and of the loss, with fused attention (no matrix of scores). tests/training/trainer/test_train.py compares
-them with what is kept. What is gathered for a moment is an upper estimate of what each library holds at once (docs/scale.md).
+Weights, gradients, optimizer state, penalty and row copies are counted, and divided where the launch shards them. Activations are estimated as what
+PyTorch keeps for the backward pass of a Llama block and of the loss with fused attention (no score matrix); tests/training/trainer/test_train.py
+compares them with what is kept. `gathered` is an upper bound of what each library holds unsharded at a time (docs/scale.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.param_count import block_parameters, count_parameters
@@ -20,12 +19,15 @@ if TYPE_CHECKING:
 
     from hf_grow.training.config.distill_options import DistillOptions
 
-OPTIMIZER_BYTES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "sgd": 0, "adagrad": 1, "adafactor": 0}
-"""Numbers an optimizer holds for every weight, in the weight's dtype, by the first word of its name; 8-bit ones hold a byte for each."""
+OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "sgd": 0, "adagrad": 1, "adafactor": 0}
+"""State tensors of each parameter by the first word of the optimizer's name, in the parameter's dtype (8-bit optimizers: one byte per value)."""
+
+ZERO3_MAX_LIVE_PARAMETERS = 1_000_000_000
+"""Default of DeepSpeed's stage3_max_live_parameters."""
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes on the device of each process."""
 
     weights: int
@@ -33,41 +35,43 @@ class Memory:
     optimizer: int
     penalty: int
     rows: int
-    """Old values of rows that have a rate of their own or are frozen, during a step."""
+    """Values saved around an optimizer step: frozen rows, and rows with a learning-rate multiplier."""
     teachers: int
     distillation: int
-    """Logits of one teacher for a micro-batch, and the gradients of the student's, one for each teacher."""
+    """Logits of one teacher for a micro-batch, and one gradient of the student's logits per teacher."""
     activations: int
     gathered: int
-    """What a process holds whole for a moment: blocks of shared parameters and their gradients, or the buckets in which gradients travel."""
+    """Unsharded parameters and gradients at a time (FSDP2, ZeRO), or gradient buckets (DDP)."""
 
     @property
     def total(self) -> int:
         return sum(asdict(self).values())
 
+    def to_json(self) -> dict[str, int]:
+        return {**asdict(self), "total": self.total}
 
-LIVE = 1_000_000_000
-"""stage3_max_live_parameters of DeepSpeed: so many gathered parameters may be held before some are given back."""
 
+def activation_bytes(arch: Architecture, batch: int, length: int, width: int, *, checkpointing: bool) -> int:
+    """Bytes kept for the backward pass of one micro-batch of [batch, length] tokens.
 
-def activations(arch: Architecture, batch: int, length: int, width: int, *, checkpointing: bool) -> int:
-    """Bytes kept for the backward pass of one micro-batch. ``width``: bytes of the dtype that is computed in."""
-    h, tokens = arch.size("hidden"), batch * length
+    ``width``: bytes per value of the compute dtype. ``checkpointing``: only block inputs are kept, and one block or the loss at a time.
+    """
+    hidden, tokens = arch.size("hidden"), batch * length
     q, kv = arch.heads * arch.size("head_dim"), arch.size("kv") * arch.size("head_dim")
-    norms = 2 * (4 * h + 2 * width * h)  # fp32 inputs, normalised values, and what goes into the projections
-    attention = width * (2 * q + 2 * kv) + 4 * arch.heads  # q, k, v after rotation, the output, and one fp32 number a head
-    each = []
+    norms = 2 * (4 * hidden + 2 * width * hidden)  # fp32 inputs, normalised values, and inputs of the projections
+    attention = width * (2 * q + 2 * kv) + 4 * arch.heads  # q, k, v after rotation, the output, and one fp32 number per head
+    blocks = []
     for layer in range(arch.layers):
         experts = arch.top_k * (arch.size("expert_inter") or arch.size("inter"))
         inter = experts if arch.is_sparse(layer) else arch.size("inter")
-        each.append(norms + attention + 4 * width * inter)
-    loss = arch.size("vocab") * (width + 4 + 4) + 4 * h + 2 * width * h
-    if checkpointing:  # the loss has gone by the time that the first block is computed again
-        return tokens * (arch.layers * h * width + max(loss, *each))
-    return tokens * (sum(each) + loss)
+        blocks.append(norms + attention + 4 * width * inter)
+    loss = arch.size("vocab") * (width + 4 + 4) + 4 * hidden + 2 * width * hidden
+    if checkpointing:  # the loss is freed before the first block is recomputed
+        return tokens * (arch.layers * hidden * width + max(loss, *blocks))
+    return tokens * (sum(blocks) + loss)
 
 
-def estimate(
+def estimate_memory(
     arch: Architecture,
     arguments: TrainingArguments,
     *,
@@ -79,43 +83,49 @@ def estimate(
     rows: int = 0,
     teachers: int = 0,
     distillation: int = 0,
-    launch: Launch = Launch(),  # noqa: B008 - cannot change
-) -> Memory:
-    """``parameters`` and ``trainable`` count weights; ``width`` is the bytes of one of them. ``penalty`` and ``rows`` are bytes of the whole model."""
+    launch: Launch = Launch(),  # noqa: B008 - immutable
+) -> MemoryEstimate:
+    """The memory of one process.
+
+    ``parameters`` and ``trainable`` are parameter counts, ``width`` bytes per parameter, ``length`` tokens per sequence. ``penalty`` and ``rows``
+    are bytes for the whole model, before sharding; ``teachers`` and ``distillation`` bytes per process.
+    """
     optim = str(getattr(arguments.optim, "value", arguments.optim))
-    kept = OPTIMIZER_BYTES.get(optim.split("_")[0], 2)
-    half = bool(arguments.bf16 or arguments.fp16)
-    computed = 2 if half else width
-    own = 4 if half and launch.sharing not in ("one", "ddp") else width  # FSDP2 and DeepSpeed then train in fp32 whatever was loaded
-    whole = {
-        "weights": trainable * own + (parameters - trainable) * width,
-        "gradients": trainable * own,
-        "optimizer": trainable * kept * (1 if "8bit" in optim else own),
+    states = OPTIMIZER_STATES.get(optim.split("_")[0], 2)
+    mixed_precision = bool(arguments.bf16 or arguments.fp16)
+    compute_width = 2 if mixed_precision else width
+    # Under mixed precision FSDP2 and DeepSpeed train in fp32, whatever dtype was loaded.
+    train_width = 4 if mixed_precision and launch.sharing not in ("one", "ddp") else width
+    unsharded = {
+        "weights": trainable * train_width + (parameters - trainable) * width,
+        "gradients": trainable * train_width,
+        "optimizer": trainable * states * (1 if "8bit" in optim else train_width),
         "penalty": penalty,
         "rows": rows,
     }
-    if launch.deepspeed and half:  # the module is in 16 bits, and its optimizer keeps the weights in 32 beside its own numbers
-        whole |= {"weights": parameters * 2, "gradients": trainable * 2, "optimizer": whole["optimizer"] + trainable * 4}
-    cut = {what: nbytes // launch.pieces(what) for what, nbytes in whole.items()}
-    return Memory(
-        **cut,
+    if launch.deepspeed and mixed_precision:  # a 16-bit module, and fp32 master weights in the optimizer
+        unsharded |= {"weights": parameters * 2, "gradients": trainable * 2, "optimizer": unsharded["optimizer"] + trainable * 4}
+    return MemoryEstimate(
+        **{purpose: nbytes // launch.shards(purpose) for purpose, nbytes in unsharded.items()},
         teachers=teachers,
         distillation=distillation,
-        activations=activations(arch, arguments.per_device_train_batch_size, length, computed, checkpointing=checkpoints(arguments)),
-        gathered=gathered(arch, launch, computed, trainable * own),
+        activations=activation_bytes(
+            arch, arguments.per_device_train_batch_size, length, compute_width, checkpointing=uses_gradient_checkpointing(arguments)
+        ),
+        gathered=gathered_bytes(arch, launch, compute_width, trainable * train_width),
     )
 
 
-def gathered(arch: Architecture, launch: Launch, width: int, gradients: int) -> int:
-    """FSDP2: two blocks (the next is fetched while one is computed) and the head, with the gradients of two of the largest units.
+def gathered_bytes(arch: Architecture, launch: Launch, width: int, gradients: int) -> int:
+    """Bytes held unsharded at a time. ``width``: bytes per value of the compute dtype; ``gradients``: bytes of all gradients.
 
-    DDP: buckets as large as all ``gradients`` (bytes). ZeRO-3: up to LIVE parameters, and buckets of hidden^2 numbers (transformers' default).
-    ``width``: bytes of the dtype that is computed in.
+    FSDP2: two blocks (the next is prefetched) and the head, with the gradients of the two largest units. DDP: buckets as large as all gradients.
+    ZeRO-3: up to ZERO3_MAX_LIVE_PARAMETERS and buckets of hidden^2 values (transformers' default).
     """
     if launch.sharing == "ddp" and launch.processes > 1:
         return gradients
     if launch.sharing == "zero3":
-        return width * (min(count_parameters(arch).total, LIVE) + 4 * arch.size("hidden") ** 2)
+        return width * (min(count_parameters(arch).total, ZERO3_MAX_LIVE_PARAMETERS) + 4 * arch.size("hidden") ** 2)
     if launch.sharing in ("zero1", "zero2"):
         return width * 2 * arch.size("hidden") ** 2
     if launch.sharing != "fsdp2":
@@ -124,19 +134,15 @@ def gathered(arch: Architecture, launch: Launch, width: int, gradients: int) -> 
     return width * (2 * block + head + 2 * max(block, head))
 
 
-def checkpoints(arguments: TrainingArguments) -> bool:
-    """Whether blocks are computed twice; the argument has two names."""
+def uses_gradient_checkpointing(arguments: TrainingArguments) -> bool:
+    """Whether activations are recomputed; the argument has two names."""
     return any(getattr(arguments, name, None) for name in ("gradient_checkpointing", "activation_checkpointing"))
 
 
-def distillation(options: DistillOptions, vocabulary: int, tokens: int, teacher: int, student: int) -> int:
-    """Bytes of logits that learning from teachers adds for a micro-batch of `tokens`. ``teacher``, ``student``: bytes of one logit."""
+def distillation_bytes(options: DistillOptions, vocabulary: int, tokens: int, teacher: int, student: int) -> int:
+    """Bytes of logits for a micro-batch of ``tokens`` tokens. ``teacher``, ``student``: bytes per logit."""
     if options.top_k is None:
-        said = vocabulary * teacher
+        per_token = vocabulary * teacher
     else:
-        said = min(options.top_k, vocabulary) * ({"float16": 2, "float32": 4}[options.cache_dtype] + 8)
-    return tokens * (said + len(options.teachers) * vocabulary * student)
-
-
-def as_json(memory: Memory) -> Mapping[str, Any]:
-    return {**asdict(memory), "total": memory.total}
+        per_token = min(options.top_k, vocabulary) * ({"float16": 2, "float32": 4}[options.cache_dtype] + 8)  # and int64 token ids
+    return tokens * (per_token + len(options.teachers) * vocabulary * student)

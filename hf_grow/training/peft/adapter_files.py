@@ -27,7 +27,7 @@ IGNORED = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 """Keys that change nothing of the merged weights, or say what the names in the weights say."""
-HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
+PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 """init_lora_weights that leave the base as it is; the others subtract something from it."""
 _PLAIN = re.compile(r"\^?[A-Za-z0-9_.]{1,500}")
 _UPDATE = re.compile(r"base_model\.model\.(.+?)\.lora_(A|embedding_A)(?:\.weight)?")
@@ -84,14 +84,16 @@ def read_adapter(folder: Path) -> Adapter:
     known = {k: v for k, v in data.items() if k in AdapterConfig.model_fields and v is not None}
     start = data.get("init_lora_weights")
     asked = [
-        k for k, v in data.items() if k not in AdapterConfig.model_fields and k not in IGNORED and k != "init_lora_weights" and _asks(v)
+        k
+        for k, v in data.items()
+        if k not in AdapterConfig.model_fields and k not in IGNORED and k != "init_lora_weights" and _has_effect(v)
     ]
     if asked:
         raise SourceError(
             f"{folder / ADAPTER} sets {', '.join(sorted(asked)[:6])}, which hf-grow does not merge.",
             hint="Merge it with peft, if you trust it.",
         )
-    if start is not None and not any(start is s or (isinstance(s, str) and start == s) for s in HARMLESS_STARTS):
+    if start is not None and not any(start is s or (isinstance(s, str) and start == s) for s in PLAIN_INITIALIZATIONS):
         raise SourceError(
             f"{folder / ADAPTER} has init_lora_weights {start!r}, which changes the base model as well.",
             hint="Save it again with save_pretrained(DIR, path_initial_model_for_weight_conversion=...), which makes it plain LoRA.",
@@ -103,15 +105,15 @@ def read_adapter(folder: Path) -> Adapter:
     odd = [p for p in (*config.rank_pattern, *config.alpha_pattern, *(config.modules_to_save or ())) if not _PLAIN.fullmatch(p)]
     if odd:
         raise SourceError(f"{folder / ADAPTER} names the modules {odd[0][:80]!r}; only plain names can be merged here.")
-    return Adapter(folder, config, _modules(folder, config), replicated(config.layer_replication))
+    return Adapter(folder, config, _updated_modules(folder, config), replicated_layers(config.layer_replication))
 
 
-def _asks(value: Any) -> bool:
+def _has_effect(value: Any) -> bool:
     """Whether a key that is none of ours wants something: not null, false, zero or empty, nor a mapping of such values."""
-    return any(map(_asks, value.values())) if isinstance(value, Mapping) else bool(value)
+    return any(map(_has_effect, value.values())) if isinstance(value, Mapping) else bool(value)
 
 
-def _modules(folder: Path, config: AdapterConfig) -> tuple[str, ...]:
+def _updated_modules(folder: Path, config: AdapterConfig) -> tuple[str, ...]:
     """The modules that the weights update. Raises SourceError where a rank is not the config's: peft would make room for that."""
     if not (folder / WEIGHTS).is_file():
         raise SourceError(f"{folder} has no {WEIGHTS}.", hint="Pickled adapters are not loaded; save it again with peft.")
@@ -122,18 +124,18 @@ def _modules(folder: Path, config: AdapterConfig) -> tuple[str, ...]:
     if not found:
         raise SourceError(f"{folder / WEIGHTS} holds no updates of LoRA.")
     for module, rank in found.items():
-        wanted = next((r for p, r in config.rank_pattern.items() if _names(p, module)), config.r)
+        wanted = next((r for p, r in config.rank_pattern.items() if _rank_pattern_matches(p, module)), config.r)
         if rank != wanted:
             raise SourceError(f"{folder / WEIGHTS} updates {module} with rank {rank}, but {ADAPTER} says {wanted}.")
     return tuple(found)
 
 
-def _names(pattern: str, module: str) -> bool:
+def _rank_pattern_matches(pattern: str, module: str) -> bool:
     """Whether peft takes a key of rank_pattern for this module: the whole name with ^, else its last parts."""
     return module == pattern[1:] if pattern.startswith("^") else f".{module}".endswith(f".{pattern}")
 
 
-def replicated(pairs: Any) -> tuple[int, ...] | None:
+def replicated_layers(pairs: Any) -> tuple[int, ...] | None:
     """The layers of `layer_replication` ([[0, 3], [1, 4]]: ends do not count), or None where the adapter has none."""
     if pairs is None:
         return None

@@ -36,10 +36,10 @@ from hf_grow.training.peft.adapter_files import Adapter, read_adapter
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IN_FULL = "trained_in_full.safetensors"
+FULLY_TRAINED_FILE = "trained_in_full.safetensors"
 
 
-def wrap(model: PreTrainedModel, options: LoraOptions, new: Mapping[str, Mask]) -> Any:
+def add_lora(model: PreTrainedModel, options: LoraOptions, new: Mapping[str, Mask]) -> Any:
     """The peft model. Raises InputError if no module gets an update."""
     require_packages("peft")
     from peft import LoraConfig, get_peft_model
@@ -62,7 +62,7 @@ def wrap(model: PreTrainedModel, options: LoraOptions, new: Mapping[str, Mask]) 
         r=options.r, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules="|".join(map(re.escape, old)),
         bias="none", task_type="CAUSAL_LM",
     )  # fmt: skip
-    with _calm():
+    with silence_warnings():
         wrapped = get_peft_model(model, config)
     for name, p in wrapped.named_parameters():
         if name.removeprefix("base_model.model.") in full:
@@ -71,41 +71,41 @@ def wrap(model: PreTrainedModel, options: LoraOptions, new: Mapping[str, Mask]) 
 
 
 @contextmanager
-def _calm() -> Iterator[None]:
+def silence_warnings() -> Iterator[None]:
     """peft calls what transformers wants called by another name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
-def trained_in_full(model: Any) -> dict[str, Any]:
+def fully_trained_parameters(model: Any) -> dict[str, Any]:
     """The parameters that train and are none of peft's, by name."""
     return {n: p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
 
 
-def save_in_full(model: Any, folder: Path) -> None:
+def save_fully_trained(model: Any, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    tensors = {n: p.detach().cpu().contiguous() for n, p in trained_in_full(model).items()}
+    tensors = {n: p.detach().cpu().contiguous() for n, p in fully_trained_parameters(model).items()}
     if tensors:
-        save_file(tensors, folder / IN_FULL)
+        save_file(tensors, folder / FULLY_TRAINED_FILE)
 
 
-def load_in_full(model: Any, folder: Path) -> None:
+def load_fully_trained(model: Any, folder: Path) -> None:
     """Raises SourceError where the file is not of this model."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    own = trained_in_full(model)
+    own = fully_trained_parameters(model)
     if not own:
         return
     try:
-        held = load_file(folder / IN_FULL)
+        held = load_file(folder / FULLY_TRAINED_FILE)
     except (OSError, ValueError, SafetensorError) as error:
-        raise SourceError(f"{folder / IN_FULL} cannot be read: {error}.") from None
+        raise SourceError(f"{folder / FULLY_TRAINED_FILE} cannot be read: {error}.") from None
     if held.keys() != own.keys():
-        raise SourceError(f"{folder / IN_FULL} holds other parameters than those that train in full here.")
+        raise SourceError(f"{folder / FULLY_TRAINED_FILE} holds other parameters than those that train in full here.")
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(held[name])
@@ -115,7 +115,7 @@ def load_in_full(model: Any, folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeResult:
     """What was merged: into which base, and by which growth, if layers were replicated."""
 
     base: str
@@ -126,7 +126,7 @@ class Merged:
 def merge_adapter(
     adapter: Path, out: Path, *, base: str | None = None, revision: str | None = None, overwrite: bool = False,
     dtype: str = "auto", notify: Callable[[str], None] = lambda message: None,
-) -> Merged:  # fmt: skip
+) -> MergeResult:  # fmt: skip
     """Writes the plain checkpoint that computes what peft's model of `base` and the adapter computes.
 
     `base` is the checkpoint the adapter was made for; by default the one that its config names. With `layer_replication` the layers are
@@ -150,7 +150,7 @@ def merge_adapter(
         plan = make_plan(source.info, growth)
     check_room(out, plan.nbytes if plan else sum(t.info.nbytes for t in source.tensors.values()))
     assert source.folder is not None
-    merged = _merged(source.folder, plan, found, dtype)
+    merged = _merged_model(source.folder, plan, found, dtype)
     with (
         PartialFolder(out, f"merge {adapter}", resume=False, overwrite=overwrite, resumable=False) as folder,
         explained(folder),
@@ -166,10 +166,10 @@ def merge_adapter(
                 GROWTH, record_text(after_training(record, {**facts, "files": files_of(folder.path), "made_by": versions()})).encode()
             )
         folder.finish({p.name for p in folder.path.iterdir() if not p.name.startswith(".")})
-    return Merged(ref, merged.config.num_hidden_layers, plan)
+    return MergeResult(ref, merged.config.num_hidden_layers, plan)
 
 
-def _merged(base: Path, plan: GrowthPlan | None, adapter: Adapter, dtype: str) -> PreTrainedModel:
+def _merged_model(base: Path, plan: GrowthPlan | None, adapter: Adapter, dtype: str) -> PreTrainedModel:
     from peft import LoraConfig, PeftModel
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -183,22 +183,22 @@ def _merged(base: Path, plan: GrowthPlan | None, adapter: Adapter, dtype: str) -
     reset_output_flags(model.config)
     config = LoraConfig(**adapter.for_peft())
     try:
-        with _calm():
+        with silence_warnings():
             wrapped = PeftModel.from_pretrained(model, adapter.folder, config=config)
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise SourceError(f"The adapter {adapter.folder} does not fit {base}: {' '.join(str(error).split())[:200]}") from None
-    load_if_there(wrapped, adapter.folder)
+    load_fully_trained_if_present(wrapped, adapter.folder)
     merged: PreTrainedModel = wrapped.merge_and_unload()
     return merged
 
 
-def load_if_there(model: Any, adapter: Path) -> None:
+def load_fully_trained_if_present(model: Any, adapter: Path) -> None:
     """Weights that were trained in full beside the adapter, where a training of ours left some."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = adapter / IN_FULL
+    path = adapter / FULLY_TRAINED_FILE
     if not path.is_file():
         return
     own = dict(model.named_parameters())

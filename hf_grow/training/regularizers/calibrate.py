@@ -22,7 +22,7 @@ from hf_grow.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
-    from hf_grow.training.regularizers.penalty import Quadratic
+    from hf_grow.training.regularizers.penalty import QuadraticPenalty
 
 MOST = 1e6
 """Largest lambda tried."""
@@ -54,7 +54,7 @@ class Calibration:
 
 def calibrate(
     model: PreTrainedModel,
-    penalty: Quadratic,
+    penalty: QuadraticPenalty,
     *,
     old: Tensor,
     train: Tensor,
@@ -142,7 +142,7 @@ def optimizer_for(model: PreTrainedModel, how: TrainingArguments) -> torch.optim
 
 
 def _train(
-    model: PreTrainedModel, penalty: Quadratic, rows: Tensor, steps: int, how: TrainingArguments, progress: Callable[[int], None]
+    model: PreTrainedModel, penalty: QuadraticPenalty, rows: Tensor, steps: int, how: TrainingArguments, progress: Callable[[int], None]
 ) -> None:
     optimizer = optimizer_for(model, how)
     rates = schedule(optimizer, how, steps)

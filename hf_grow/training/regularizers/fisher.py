@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BATCH = 64
+DOCUMENTS_PER_BATCH = 64
 """Documents tokenised at once."""
-SPREAD = 16
+MAX_OVERSAMPLING = 16
 """Sequences are chosen evenly from up to this many times as many, so that they are not all from the first document."""
 
 
-def sequences(
+def sample_sequences(
     text: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, length: int, count: int, seed: int
 ) -> Tensor:
     """Up to `count` sequences of `length` tokens, evenly spread over (the start of) the text and shuffled: int64 [n, length].
@@ -50,11 +50,11 @@ def sequences(
     encoding = packing.Encoding(tokenizer, "tokenizer")
     found, rest, tokens = [], np.empty(0, np.int32), 0
     with readable(source.label):
-        for batch in packing.batches(source.documents(), BATCH):
+        for batch in packing.batches(source.documents(), DOCUMENTS_PER_BATCH):
             rows, rest = packing.cut(rest, encoding(batch), length)
             found.append(rows)
             tokens += rows.size
-            if tokens >= SPREAD * count * length:
+            if tokens >= MAX_OVERSAMPLING * count * length:
                 break
     rows = np.concatenate(found) if found else np.empty((0, length), np.int32)
     if not len(rows):
@@ -64,7 +64,7 @@ def sequences(
     return chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))]
 
 
-def estimate(
+def estimate_fisher(
     model: PreTrainedModel, rows: Tensor, options: FisherOptions, *, progress: Callable[[int], None] = lambda tokens: None
 ) -> tuple[dict[str, Tensor], int]:
     """F of every parameter by its name in memory, on the model's device, and the number of tokens that it was estimated on.
@@ -78,7 +78,7 @@ def estimate(
     model.eval().requires_grad_(True)
     device = model.device
     generator = torch.Generator(device).manual_seed(options.seed)
-    squares = {n: torch.zeros(p.shape, dtype=_wide(p), device=p.device) for n, p in model.named_parameters()}
+    squares = {n: torch.zeros(p.shape, dtype=_accumulation_dtype(p), device=p.device) for n, p in model.named_parameters()}
     size = 1 if options.exact or options.kind == "empirical" else options.batch
     total = 0
     try:
@@ -113,13 +113,13 @@ def _backward(model: PreTrainedModel, ids: Tensor, from_model: bool, generator: 
     if not from_model:
         logits, labels = logits[:, :-1], ids[:, 1:]
     else:
-        labels = _drawn(logits.detach(), generator)
+        labels = _sample_labels(logits.detach(), generator)
     flat = logits.reshape(-1, logits.shape[-1])
     F.cross_entropy(flat if flat.element_size() >= 4 else flat.float(), labels.reshape(-1)).backward()  # type: ignore[no-untyped-call]
     return int(labels.numel())
 
 
-def _drawn(logits: Tensor, generator: Any) -> Tensor:
+def _sample_labels(logits: Tensor, generator: Any) -> Tensor:
     """A token at every place, from the model's own distribution; one sequence at a time, for memory."""
     import torch
 
@@ -134,13 +134,13 @@ def _drawn(logits: Tensor, generator: Any) -> Tensor:
     return torch.stack(drawn)
 
 
-def _wide(p: Tensor) -> Any:
+def _accumulation_dtype(p: Tensor) -> Any:
     import torch
 
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
-def on_disk(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def by_names_on_disk(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Tensors by names in memory -> by names on disk, as views, one at a time."""
     from hf_grow.training.param_updates.parameter_map import parameter_map
 
@@ -148,13 +148,13 @@ def on_disk(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Iterator[t
         yield name, place.of(tensors[place.parameter])
 
 
-def merged(new: Iterable[tuple[str, Tensor]], old: Callable[[str], Tensor], decay: float) -> Iterator[tuple[str, Tensor]]:
+def merge_online(new: Iterable[tuple[str, Tensor]], old: Callable[[str], Tensor], decay: float) -> Iterator[tuple[str, Tensor]]:
     """The running Fisher of online EWC at a new task (Schwarz et al. 2018, arXiv 1805.06370): decay * old + new."""
     for name, tensor in new:
         yield name, old(name).to(tensor.device, tensor.dtype).mul_(decay).add_(tensor)
 
 
-def utility(layers: int, experts: int, tensors: Iterable[tuple[str, Tensor]], entries: Mapping[str, Any]) -> list[list[float]]:
+def expert_utility(layers: int, experts: int, tensors: Iterable[tuple[str, Tensor]], entries: Mapping[str, Any]) -> list[list[float]]:
     """Squared gradients added up for each expert: a list for each layer, zeros where it is dense. Expert Upcycling (arXiv 2604.19835) copies
     those with the most."""
     found = [[0.0] * experts for _ in range(layers)]
@@ -165,6 +165,6 @@ def utility(layers: int, experts: int, tensors: Iterable[tuple[str, Tensor]], en
     return found
 
 
-def memory(parameters: int, dtype_bytes: int) -> dict[str, int]:
+def estimation_memory(parameters: int, dtype_bytes: int) -> dict[str, int]:
     """Bytes that an estimation takes, without activations: weights, their gradients, fp32 squares."""
     return {"weights": parameters * dtype_bytes, "gradients": parameters * dtype_bytes, "squares": parameters * 4}

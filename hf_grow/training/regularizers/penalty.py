@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from hf_grow.errors import InputError
 from hf_grow.training.param_updates.parameter_map import parameters
-from hf_grow.training.regularizers.fisher_file import full
+from hf_grow.training.regularizers.importance_file import full_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK = 1 << 18
 """Values worked on at a time on a CPU: they stay in the cache between operations."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Rate = float | Mapping[Tensor, float]
+STORAGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LearningRate = float | Mapping[Tensor, float]
 
 
 class Penalty(ABC):
@@ -46,7 +46,7 @@ class Penalty(ABC):
     def before_step(self) -> None:  # noqa: B027 (nothing by default)
         """Just before optimizer.step."""
 
-    def after_step(self, lr: Rate, settle: Callable[[], None] = lambda: None) -> None:
+    def after_step(self, lr: LearningRate, settle: Callable[[], None] = lambda: None) -> None:
         """Just after optimizer.step, with its learning rate, or one for each parameter.
 
         ``settle`` is called once: it puts back what must not move. A proximal step comes before it, what looks at the step that was done after.
@@ -74,7 +74,7 @@ class Penalty(ABC):
             raise InputError(f"The checkpoint was saved with penalty {state.get('name')!r}, the recipe asks for {self.name!r}.")
 
 
-def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor on the parameter's device, sharded as the parameter is."""
     if not hasattr(parameter, "placements"):
         return tensor.to(parameter.device)
@@ -106,7 +106,7 @@ def chunks(tensors: tuple[Tensor | float, ...]) -> Iterator[tuple[Any, ...]]:
 
 
 @dataclass
-class Held:
+class HeldParameter:
     """One parameter with its importance (a tensor, or one number) and its anchor."""
 
     parameter: nn.Parameter
@@ -114,17 +114,17 @@ class Held:
     anchor: Tensor
 
 
-class Anchored(Penalty):
+class AnchoredPenalty(Penalty):
     """A penalty that holds weights near those that training started from; a run is only resumed near the same ones."""
 
     anchors: dict[str, Tensor]
     """w*, whole tensors by name."""
 
     def state_dict(self) -> dict[str, Any]:
-        from hf_grow.training.regularizers.fisher_file import encode, sample
+        from hf_grow.training.regularizers.importance_file import encode_samples, sample_values
 
         # Anchors are the weights that training starts from, which a resumed run loads first as well; this tells whether they are the same.
-        return super().state_dict() | {"anchors": encode({n: sample(a) for n, a in self.anchors.items()})}
+        return super().state_dict() | {"anchors": encode_samples({n: sample_values(a) for n, a in self.anchors.items()})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
@@ -135,7 +135,7 @@ class Anchored(Penalty):
             )
 
 
-class Quadratic(Anchored):
+class QuadraticPenalty(AnchoredPenalty):
     """1/2 lambda sum F (w - w*)^2 over parameters.
 
     ``anchors``: w* by bare parameter name, whole tensors. ``importance``: gives F of a parameter, whole, when it is attached.
@@ -155,7 +155,7 @@ class Quadratic(Anchored):
         """``even``: F is one number, for `nbytes`."""
         self.name, self.strength, self.proximal, self.storage, self.even = name, strength, proximal, storage, even
         self.anchors, self.importance = anchors, importance
-        self.held: dict[str, Held] = {}
+        self.held: dict[str, HeldParameter] = {}
 
     def attach(self, model: nn.Module) -> None:
         found = parameters(model)
@@ -169,13 +169,13 @@ class Quadratic(Anchored):
             raise InputError("Penalties do not work under DeepSpeed, which keeps the gradients to itself.", hint="Use FSDP2 or DDP.")
         self.held = {n: self._hold(n, found[n]) for n in self.anchors if n in found}
 
-    def _hold(self, name: str, p: nn.Parameter) -> Held:
-        anchor = placed_like(full(self.anchors[name]), p)
+    def _hold(self, name: str, p: nn.Parameter) -> HeldParameter:
+        anchor = shard_like(full_tensor(self.anchors[name]), p)
         self.anchors[name] = anchor  # one copy, wherever it lies now
         importance = self.importance(name)
         if isinstance(importance, Tensor):
-            importance = placed_like(importance.to(self.storage), p)
-        return Held(p, importance, anchor)
+            importance = shard_like(importance.to(self.storage), p)
+        return HeldParameter(p, importance, anchor)
 
     def add_gradient(self, scale: float = 1.0) -> None:
         if not self.proximal:
@@ -192,7 +192,7 @@ class Quadratic(Anchored):
             of = h.importance
             parts = (local(h.parameter.grad), local(h.parameter), local(h.anchor), local(of) if isinstance(of, Tensor) else of)
             for grad, p, anchor, f in chunks(parts):
-                away = _away(p, anchor)
+                away = _difference(p, anchor)
                 if isinstance(f, float):
                     grad.add_(away, alpha=weight * f)
                 elif grad.dtype == away.dtype == f.dtype:
@@ -200,13 +200,13 @@ class Quadratic(Anchored):
                 else:
                     grad.add_(away.mul_(f), alpha=weight)
 
-    def after_step(self, lr: Rate, settle: Callable[[], None] = lambda: None) -> None:
+    def after_step(self, lr: LearningRate, settle: Callable[[], None] = lambda: None) -> None:
         if self.proximal:
             self._pull(lr)
         settle()
 
     @torch.no_grad()
-    def _pull(self, lr: Rate) -> None:
+    def _pull(self, lr: LearningRate) -> None:
         """w <- (w + t w*) / (1 + t) with t = lr lambda F, the proximal operator of lr times the penalty."""
         for h in self.held.values():
             rate = lr if isinstance(lr, int | float) else lr.get(h.parameter, 0.0)
@@ -214,7 +214,7 @@ class Quadratic(Anchored):
                 continue
             of = h.importance
             for p, anchor, f in chunks((local(h.parameter), local(h.anchor), local(of) if isinstance(of, Tensor) else of)):
-                back = _away(p, anchor)
+                back = _difference(p, anchor)
                 if isinstance(f, float):
                     t = rate * self.strength * f
                     p.sub_(back, alpha=t / (1 + t))
@@ -232,9 +232,9 @@ class Quadratic(Anchored):
             p = local(h.parameter)
             total = torch.zeros((), dtype=torch.float64 if p.dtype == torch.float64 else torch.float32, device=p.device)
             for w, anchor, f in chunks((p, local(h.anchor), local(of) if isinstance(of, Tensor) else of)):
-                away = _away(w, anchor)
+                away = _difference(w, anchor)
                 total += (away * away * f).sum()
-            terms.append(_over_shards(total, h.parameter))
+            terms.append(_sum_over_shards(total, h.parameter))
         return 0.5 * self.strength * float(torch.stack(terms).double().sum())
 
     def term(self) -> Tensor:
@@ -249,12 +249,12 @@ class Quadratic(Anchored):
         return sum(a.numel() * a.element_size() for a in self.anchors.values()) + (0 if self.even else count * self.storage.itemsize)
 
 
-def _away(p: Tensor, anchor: Tensor) -> Tensor:
+def _difference(p: Tensor, anchor: Tensor) -> Tensor:
     """w - w*, at least in fp32: differences of bf16 weights would be rounded once more."""
     return p - anchor if p.element_size() >= 4 else p.float() - anchor.float()
 
 
-def _over_shards(total: Tensor, parameter: Tensor) -> Tensor:
+def _sum_over_shards(total: Tensor, parameter: Tensor) -> Tensor:
     """The sum over the processes that hold different rows of a parameter; replicas count once."""
     if not hasattr(parameter, "placements"):
         return total

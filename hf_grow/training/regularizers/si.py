@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_grow.training.regularizers.fisher import on_disk
-from hf_grow.training.regularizers.fisher_file import full, samples, write_importance
-from hf_grow.training.regularizers.penalty import Penalty, Quadratic, Rate, chunks, local, placed_like
+from hf_grow.training.regularizers.fisher import by_names_on_disk
+from hf_grow.training.regularizers.importance_file import full_tensor, model_fingerprint, write_importance
+from hf_grow.training.regularizers.penalty import LearningRate, Penalty, QuadraticPenalty, chunks, local, shard_like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FILE = "importance.safetensors"
-_KEPT = ("omega", "start")
+IMPORTANCE_FILE = "importance.safetensors"
+_SAVED_TENSORS = ("omega", "start")
 
 
-class SynapticIntelligence(Quadratic):
+class SynapticIntelligence(QuadraticPenalty):
     """``every``: consolidate after so many steps. ``collect``: whether the path is followed at all."""
 
     def __init__(
@@ -57,7 +57,7 @@ class SynapticIntelligence(Quadratic):
         if self.collect:
             self.path = {
                 n: {
-                    "omega": torch.zeros_like(h.parameter, dtype=_wide(h.parameter)).detach(),
+                    "omega": torch.zeros_like(h.parameter, dtype=_accumulation_dtype(h.parameter)).detach(),
                     "start": h.parameter.detach().clone(),
                     "gradient": torch.zeros_like(h.parameter).detach(),
                     "before": h.parameter.detach().clone(),
@@ -86,7 +86,7 @@ class SynapticIntelligence(Quadratic):
             local(kept["before"]).copy_(local(self.held[n].parameter))
 
     @torch.no_grad()
-    def after_step(self, lr: Rate, settle: Callable[[], None] = lambda: None) -> None:
+    def after_step(self, lr: LearningRate, settle: Callable[[], None] = lambda: None) -> None:
         super().after_step(lr, settle)
         for n, kept in self.path.items():
             tensors = (local(kept["omega"]), local(kept["gradient"]), local(self.held[n].parameter), local(kept["before"]))
@@ -111,19 +111,19 @@ class SynapticIntelligence(Quadratic):
 
     def importances(self) -> dict[str, Tensor]:
         """F by parameter name, whole tensors on the CPU. Where parameters are sharded, every process must ask."""
-        return {n: full(h.importance).cpu() for n, h in self.held.items() if isinstance(h.importance, Tensor)}
+        return {n: full_tensor(h.importance).cpu() for n, h in self.held.items() if isinstance(h.importance, Tensor)}
 
     def finish(self, folder: Path, model: PreTrainedModel) -> None:
         """Consolidates, and writes FILE: the `fisher` of a later run that begins at these weights."""
         if not self.collect:
             return
         self.consolidate()
-        found, identity = self.importances(), samples(model)
+        found, identity = self.importances(), model_fingerprint(model)
         if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
             return
-        tensors = dict(on_disk(model, found))
+        tensors = dict(by_names_on_disk(model, found))
         facts = {"kind": "si", "steps": self.steps, "xi": self.xi, "model": str(folder), "sample": identity}
-        write_importance(folder / FILE, {n: tuple(t.shape) for n, t in tensors.items()}, iter(tensors.items()), facts)
+        write_importance(folder / IMPORTANCE_FILE, {n: tuple(t.shape) for n, t in tensors.items()}, iter(tensors.items()), facts)
 
     def nbytes(self) -> int:
         count = sum(a.numel() for a in self.anchors.values())
@@ -132,9 +132,9 @@ class SynapticIntelligence(Quadratic):
     def state_dict(self) -> dict[str, Any]:
         state = {"name": self.name, "steps": self.steps}
         if self.collect:
-            state["anchor"] = {n: full(h.anchor).cpu().clone() for n, h in self.held.items()}
+            state["anchor"] = {n: full_tensor(h.anchor).cpu().clone() for n, h in self.held.items()}
             state["importance"] = {n: t.clone() for n, t in self.importances().items()}
-            state["path"] = {n: {k: full(kept[k]).cpu().clone() for k in _KEPT} for n, kept in self.path.items()}
+            state["path"] = {n: {k: full_tensor(kept[k]).cpu().clone() for k in _SAVED_TENSORS} for n, kept in self.path.items()}
         else:
             state |= super().state_dict()
         return state
@@ -151,11 +151,11 @@ class SynapticIntelligence(Quadratic):
             for own, saved in (
                 (h.anchor, state["anchor"][n]),
                 (h.importance, state["importance"][n]),
-                *((self.path[n][k], state["path"][n][k]) for k in _KEPT),
+                *((self.path[n][k], state["path"][n][k]) for k in _SAVED_TENSORS),
             ):
-                local(own).copy_(local(placed_like(saved, h.parameter)))
+                local(own).copy_(local(shard_like(saved, h.parameter)))
 
 
-def _wide(p: Tensor) -> torch.dtype:
+def _accumulation_dtype(p: Tensor) -> torch.dtype:
     """Sums of many small terms are not kept in 16 bits."""
     return p.dtype if p.element_size() >= 4 else torch.float32

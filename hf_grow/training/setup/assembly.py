@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.source import TOKENIZER_CONFIG, companion_bytes, companions
 from hf_grow.model.meta_model import meta_model
-from hf_grow.training.config.train_config import tokens_a_step
+from hf_grow.training.config.train_config import tokens_per_step
 from hf_grow.training.data import build
-from hf_grow.training.distributed.launch import launched
-from hf_grow.training.distributed.one_first import one_ahead
-from hf_grow.training.peft import lora as adapters
+from hf_grow.training.distributed.launch import current_launch
+from hf_grow.training.distributed.process_order import local_main_process_first
+from hf_grow.training.peft import lora
 from hf_grow.training.regularizers.build import make_penalty
 from hf_grow.training.setup import result_dtype as storing
 from hf_grow.training.setup.prepare import (
@@ -57,8 +57,8 @@ def texts(checked: TrainSetup, notify: Notify) -> TrainData:
     recipe, arguments = checked.recipe, checked.arguments
     rows = None
     if arguments.max_steps > 0:
-        rows = arguments.max_steps * tokens_a_step(arguments, 1, arguments.world_size)
-    with one_ahead(arguments, "the texts"):
+        rows = arguments.max_steps * tokens_per_step(arguments, 1, arguments.world_size)
+    with local_main_process_first(arguments, "the texts"):
         data = build(
             recipe.data,
             checked.tokenizer,
@@ -83,7 +83,7 @@ def prepare(checked: TrainSetup, notify: Notify, read: Callable[[TrainSetup, Not
     set_seed(arguments.seed)  # adapters are drawn before Trainer does this
     model = load_model(recipe.model, recipe.revision, weights_dtype(recipe, checked.checkpoint), recipe.attn_implementation, notify)
     # Under ZeRO-3 the model that is loaded is in pieces without a shape.
-    who = plan_updates(meta_model(checked.checkpoint.info.config) if launched().sharing == "zero3" else model, checked.plan, recipe)
+    who = plan_updates(meta_model(checked.checkpoint.info.config) if current_launch().sharing == "zero3" else model, checked.plan, recipe)
     blend = make_residual_scale(model, who, recipe)
     if recipe.warmup.zero_init and checked.plan is not None:
         zero_new_blocks(model, checked.plan)
@@ -109,7 +109,7 @@ def make_trainer(checked: TrainSetup, ready: Ready, notify: Notify, show: Callab
     recipe, arguments, data = checked.recipe, checked.arguments, ready.data
     arch = checked.checkpoint.info.architecture
     events = EventLog(checked.out / EVENTS_FILE if arguments.should_save else None, notify)
-    with one_ahead(arguments, "the teachers"):
+    with local_main_process_first(arguments, "the teachers"):
         teach, flops, told = distiller(checked, data, notify)
     for about in told:
         events.write("teacher", 0, **about)
@@ -126,10 +126,10 @@ def make_trainer(checked: TrainSetup, ready: Ready, notify: Notify, show: Callab
         base = ready.model.get_base_model() if recipe.lora is not None else ready.model
         base.router_aux_loss_coef = growing.aux_loss
     if recipe.lora is not None:
-        growing.save_extra = lambda folder: adapters.save_in_full(ready.model, folder)
-        growing.load_extra = lambda folder: adapters.load_in_full(ready.model, folder)
+        growing.save_extra = lambda folder: lora.save_fully_trained(ready.model, folder)
+        growing.load_extra = lambda folder: lora.load_fully_trained(ready.model, folder)
     beside_the_source(checked, data, growing, notify, resumed=resumed)
-    progress = Progress(tokens_a_step(arguments, data.seq_length, arguments.world_size), show)
+    progress = Progress(tokens_per_step(arguments, data.seq_length, arguments.world_size), show)
     growing.told = progress.evaluated
     trainer = BaseGrowTrainer(
         model=ready.model,
@@ -161,7 +161,7 @@ def bring_companions(checked: TrainSetup, folder: Path) -> None:
 
 
 def tokens_of(checked: TrainSetup, steps: int) -> int:
-    return steps * tokens_a_step(checked.arguments, checked.recipe.data.seq_length, checked.arguments.world_size)
+    return steps * tokens_per_step(checked.arguments, checked.recipe.data.seq_length, checked.arguments.world_size)
 
 
 def facts(checked: TrainSetup, data: TrainData, growing: Growing, steps: int) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from hf_grow.growth.plan import GrowthPlan
 from hf_grow.model import loading
 from hf_grow.training.config.data_options import TextOptions
 from hf_grow.training.config.distill_options import SOURCE, Teacher
-from hf_grow.training.config.train_config import DEFAULTS, Read, TrainRecipe, collect, complain
+from hf_grow.training.config.train_config import DEFAULTS, RecipeData, TrainRecipe, collect_mistakes, raise_mistakes
 from hf_grow.training.data.sources import find
 from hf_grow.training.distillation.distill import check_teacher
 from hf_grow.training.distributed import launch
 from hf_grow.training.param_updates import param_provenance
 from hf_grow.training.param_updates.masks import EVERYTHING
-from hf_grow.training.regularizers.fisher_file import check_model, open_importance, samples_on_disk
+from hf_grow.training.regularizers.importance_file import check_same_model, checkpoint_fingerprint, open_importance
 from hf_grow.training.setup.launch_checks import mistakes as launch_mistakes
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
 from hf_grow.training.setup.warnings import advise
@@ -37,7 +37,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 
 def check(
-    read: Read,
+    read: RecipeData,
     *,
     output: str | None,
     resume: bool,
@@ -51,19 +51,19 @@ def check(
     ``started``: the processes; by default those that the launcher tells of. ``texts``: whether the texts must be there.
     """
     found = list(read.mistakes)
-    started = started or launch.launched()
+    started = started or launch.current_launch()
     recipe, name = read.recipe, read.given.get("model")
     checkpoint: Checkpoint | None = None
     plan: GrowthPlan | None = None
     tokenizer = None
     if isinstance(name, str):
         revision = recipe.revision if recipe else None
-        checkpoint = collect(found, "model", lambda: open_source(name, revision=revision, weights=False, notify=notify))
+        checkpoint = collect_mistakes(found, "model", lambda: open_source(name, revision=revision, weights=False, notify=notify))
     if checkpoint is not None:
         opened = checkpoint
-        if collect(found, "model", lambda: opened.info.architecture.layers) is None:
+        if collect_mistakes(found, "model", lambda: opened.info.architecture.layers) is None:
             checkpoint = None
-        plan = collect(found, "model", lambda: _plan(opened)) if checkpoint is not None else None
+        plan = collect_mistakes(found, "model", lambda: _plan(opened)) if checkpoint is not None else None
     if recipe is not None:
         if checkpoint is not None:
             tokenizer = _tokenizer(recipe, checkpoint, found)
@@ -77,15 +77,15 @@ def check(
             _regularizer(recipe, checkpoint, plan, found)
             _teachers(recipe, checkpoint, plan, tokenizer, found, notify)
     out = Path(output or (recipe.output if recipe else None) or default_output(str(name)))
-    collect(found, "output", lambda: check_output(out, resume=resume, overwrite=overwrite))
+    collect_mistakes(found, "output", lambda: check_output(out, resume=resume, overwrite=overwrite))
     arguments = None
     if recipe is not None:
         usable = recipe
-        arguments = collect(found, "arguments", lambda: arguments_for(usable, read.arguments, out))
+        arguments = collect_mistakes(found, "arguments", lambda: arguments_for(usable, read.arguments, out))
         if arguments is not None:
             found += launch_mistakes(started, recipe, arguments, resume=resume or bool(read.arguments.get("resume_from_checkpoint")))
         _resumable(read.arguments.get("resume_from_checkpoint"), found)
-    complain(read.where, found)
+    raise_mistakes(read.where, found)
     assert recipe is not None and checkpoint is not None and arguments is not None
     checked = TrainSetup(read, recipe, arguments, checkpoint, plan, tokenizer, out)
     advise(checked, notify)
@@ -143,7 +143,7 @@ def _tokenizer(recipe: TrainRecipe, checkpoint: Checkpoint, found: list[str]) ->
     own = None
     if recipe.tokenizer is None or own_there:
         place = str(checkpoint.folder or checkpoint.ref)
-        own = collect(
+        own = collect_mistakes(
             found if recipe.tokenizer is None else [],
             "tokenizer",
             lambda: load_tokenizer(place, recipe.revision if checkpoint.folder is None else None),
@@ -151,7 +151,7 @@ def _tokenizer(recipe: TrainRecipe, checkpoint: Checkpoint, found: list[str]) ->
     tokenizer = own
     if recipe.tokenizer is not None:
         named = recipe.tokenizer
-        tokenizer = collect(found, "tokenizer", lambda: load_tokenizer(named, None))
+        tokenizer = collect_mistakes(found, "tokenizer", lambda: load_tokenizer(named, None))
     if tokenizer is None:
         return None
     if len(tokenizer) > vocabulary:
@@ -179,7 +179,7 @@ def _data(recipe: TrainRecipe, found: list[str], notify: Notify) -> None:
     if data.replay is not None and data.replay.self is None:
         sources.append(("data.replay", data.replay))
     for key, source in sources:
-        collect(found, key, partial(find, source, notify=notify))
+        collect_mistakes(found, key, partial(find, source, notify=notify))
 
 
 def _regularizer(recipe: TrainRecipe, checkpoint: Checkpoint, plan: GrowthPlan | None, found: list[str]) -> None:
@@ -198,12 +198,12 @@ def _regularizer(recipe: TrainRecipe, checkpoint: Checkpoint, plan: GrowthPlan |
     )
     for i, path in enumerate(options.fisher):
         newest = i == len(options.fisher) - 1 and not options.collapsed and checkpoint.folder is not None
-        identity = samples_on_disk(checkpoint) if newest else None
-        collect(found, "regularizer.fisher", partial(_fisher, path, shapes, identity))
+        identity = checkpoint_fingerprint(checkpoint) if newest else None
+        collect_mistakes(found, "regularizer.fisher", partial(_fisher, path, shapes, identity))
 
 
 def _fisher(path: Path, shapes: Mapping[str, tuple[int, ...]], identity: str | None) -> None:
-    check_model(open_importance(path), shapes, identity)
+    check_same_model(open_importance(path), shapes, identity)
 
 
 def _teachers(
@@ -214,7 +214,9 @@ def _teachers(
     if wants_source and not any(t.model == SOURCE for t in teachers):
         teachers.append(Teacher())
     for teacher in teachers:
-        collect(found, "distill.teachers" if recipe.distill else "monitor", partial(_teacher, teacher, checkpoint, plan, tokenizer, notify))
+        collect_mistakes(
+            found, "distill.teachers" if recipe.distill else "monitor", partial(_teacher, teacher, checkpoint, plan, tokenizer, notify)
+        )
 
 
 def _teacher(teacher: Teacher, checkpoint: Checkpoint, plan: GrowthPlan | None, tokenizer: Any, notify: Notify) -> None:

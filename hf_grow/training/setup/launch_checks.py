@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_grow.training.distributed.launch import Launch, launched
+from hf_grow.training.distributed.launch import Launch, current_launch
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 def mistakes(launch: Launch, recipe: TrainRecipe, arguments: TrainingArguments, *, resume: bool) -> list[str]:
     """What a recipe asks for that cannot be done by these processes, one line each."""
     found = []
-    if (started := launched().processes) > 1 and arguments.world_size == 1:
+    if (started := current_launch().processes) > 1 and arguments.world_size == 1:
         found.append(
             f"launch: {started} processes were started, but this machine has no GPU: each would train by itself. Add use_cpu: true."
         )
-    if launch == launched() and launch.processes == 1 and arguments.n_gpu > 1:
+    if launch == current_launch() and launch.processes == 1 and arguments.n_gpu > 1:
         count = arguments.n_gpu
         found.append(
             f"launch: {count} GPUs and one process: Trainer would copy the model to all of them (DataParallel) and train on other batches than the "
@@ -27,11 +27,11 @@ def mistakes(launch: Launch, recipe: TrainRecipe, arguments: TrainingArguments, 
         )
     if launch.sharing == "fsdp1":
         found.append("launch: FSDP1 makes flat vectors of all parameters, in which nothing can be told apart. Set fsdp_version: 2.")
-    if launch.sharing == "fsdp2" and not launch.saves_whole:
+    if launch.sharing == "fsdp2" and not launch.full_state_dict:
         found.append(
             "launch: the model would be saved in pieces that from_pretrained cannot read. Set fsdp_state_dict_type: FULL_STATE_DICT."
         )
-    if launch.sharing == "fsdp2" and launch.loads_once:
+    if launch.sharing == "fsdp2" and launch.cpu_ram_efficient_loading:
         found.append("launch: every process needs the weights that training starts from. Set fsdp_cpu_ram_efficient_loading: false.")
     if launch.sharing in ("fsdp2", "zero3") and recipe.regularizer.collapsed:
         found.append(

@@ -17,13 +17,13 @@ from hf_grow.model.loading import reset_output_flags, transformers_errors
 from hf_grow.model.meta_model import meta_model
 from hf_grow.training.config.distill_options import DistillOptions, Teacher
 from hf_grow.training.config.train_config import TrainRecipe
-from hf_grow.training.distillation.distill import Distiller, in_memory, write_cache
+from hf_grow.training.distillation.distill import Distiller, teacher_from_model, write_logit_cache
 from hf_grow.training.param_updates import param_provenance
 from hf_grow.training.param_updates.masks import EVERYTHING, Mask, select
 from hf_grow.training.param_updates.parameter_map import parameter_map
 from hf_grow.training.param_updates.residual_scale import ResidualScale
 from hf_grow.training.param_updates.updates import ParamUpdates
-from hf_grow.training.peft import lora as adapters
+from hf_grow.training.peft import lora
 from hf_grow.training.setup.checks import resolve
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
 
@@ -108,8 +108,8 @@ def make_residual_scale(model: Any, who: Who, recipe: TrainRecipe) -> ResidualSc
 def with_lora(model: PreTrainedModel, who: Who, recipe: TrainRecipe) -> tuple[Any, ParamUpdates]:
     """The peft model, and who trains in it under its names."""
     assert recipe.lora is not None
-    wrapped = adapters.wrap(model, recipe.lora, who.new)
-    full = set(adapters.trained_in_full(wrapped))
+    wrapped = lora.add_lora(model, recipe.lora, who.new)
+    full = set(lora.fully_trained_parameters(wrapped))
     names = {n: bool(p.requires_grad) for n, p in wrapped.named_parameters()}
     return wrapped, ParamUpdates(names, {n: n in full for n in names})
 
@@ -135,7 +135,7 @@ def distiller(checked: TrainSetup, data: Any, notify: Notify) -> tuple[Distiller
         if options.top_k is None:
             model = load_model(ref, revision, options.dtype, checked.recipe.attn_implementation, notify)
             cost += flops.forward_flops(open_source(ref, revision=revision, weights=False).info.config, checked.recipe.data.seq_length)
-            speakers.append(in_memory(model))
+            speakers.append(teacher_from_model(model))
             events.append({"model": ref, "cache": "", "covered": 1.0})
             continue
         folder = _cache_folder(options, checked.out, i)
@@ -161,7 +161,7 @@ def _cached(checked: TrainSetup, options: DistillOptions, teacher: Teacher, data
     model = load_model(ref, revision, options.dtype, checked.recipe.attn_implementation, notify)
     model.to(checked.arguments.device)
     rows = Collated(data.train, data.collator)
-    return write_cache(model, rows, folder, top_k=options.top_k, dtype=options.cache_dtype, identity=identity)
+    return write_logit_cache(model, rows, folder, top_k=options.top_k, dtype=options.cache_dtype, identity=identity)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_grow.checkpoint.reader import Checkpoint, open_folder
 from hf_grow.growth.tensors import torch_dtype
 from hf_grow.model.meta_model import meta_model
-from hf_grow.training.distributed.launch import launched
+from hf_grow.training.distributed.launch import current_launch
 from hf_grow.training.param_updates.masks import local
 from hf_grow.training.param_updates.parameter_map import bare, parameter_map, parameters
 
@@ -41,7 +41,7 @@ def settle(trainer: BaseGrowTrainer, checked: TrainSetup) -> bool:
         return False
     g.stored = lambda state: stored(state, dtypes)
     # ZeRO's pieces are rounded when they are gathered to be stored.
-    return not launched().deepspeed and round_weights(model, dtypes)
+    return not current_launch().deepspeed and round_weights(model, dtypes)
 
 
 def result_dtypes(checkpoint: Checkpoint, wanted: str, model: Module) -> dict[str, torch.dtype]:

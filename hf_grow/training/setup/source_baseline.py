@@ -15,7 +15,7 @@ from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import GrowError, SourceError
 from hf_grow.training.config.distill_options import Teacher
 from hf_grow.training.distillation.distill import check_teacher
-from hf_grow.training.distributed.launch import launched
+from hf_grow.training.distributed.launch import current_launch
 from hf_grow.training.setup.checks import resolve
 from hf_grow.training.setup.prepare import load_model
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
@@ -62,7 +62,7 @@ def beside_the_source(checked: TrainSetup, data: TrainData, growing: Growing, no
 def _check_source(checked: TrainSetup, ref: str, revision: str | None) -> None:
     """Raises SourceError where what lies at the source's place is not the checkpoint that was grown, as far as headers and sizes tell."""
     assert checked.plan is not None
-    if launched().deepspeed:
+    if current_launch().deepspeed:
         raise SourceError("DeepSpeed cuts every model that is loaded.")
     held = open_source(ref, revision=revision, weights=False)
     if dict(held.info.by_key) != dict(checked.plan.source.by_key):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
-from hf_grow.training.config.train_config import Read, TrainRecipe
+from hf_grow.training.config.train_config import RecipeData, TrainRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -22,7 +22,7 @@ Notify = Callable[[str], None]
 class TrainSetup:
     """A recipe that can be carried out, and what was opened on the way (config and headers; no weights)."""
 
-    read: Read
+    read: RecipeData
     recipe: TrainRecipe
     arguments: TrainingArguments
     checkpoint: Checkpoint

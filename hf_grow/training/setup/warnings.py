@@ -11,7 +11,7 @@ from hf_grow.common.safe_files import read_json
 from hf_grow.errors import InputError
 from hf_grow.training.data.chat_template import read_turns
 from hf_grow.training.data.replay_files import read_record
-from hf_grow.training.regularizers.fisher_file import open_importance
+from hf_grow.training.regularizers.importance_file import open_importance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

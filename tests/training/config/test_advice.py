@@ -12,7 +12,7 @@ from test_train_recipe import fisher_of
 from trained import grown, recipe, tokenizer
 
 from hf_grow.cli import main
-from hf_grow.training.config.train_config import load
+from hf_grow.training.config.train_config import load_recipe
 from hf_grow.training.setup.checks import check
 
 DAMAGE, DECAY, CHAT = "holds the damage", "pulls to zero what the penalty holds", "unlearns to chat"
@@ -20,7 +20,7 @@ DAMAGE, DECAY, CHAT = "holds the damage", "pulls to zero what the penalty holds"
 
 def told(path: Path) -> str:
     notes: list[str] = []
-    check(load(path, {}), output=None, resume=False, overwrite=False, notify=notes.append)
+    check(load_recipe(path, {}), output=None, resume=False, overwrite=False, notify=notes.append)
     return "\n".join(notes)
 
 
@@ -54,7 +54,7 @@ def test_decay_is_off_beside_a_penalty_and_told_where_it_is_on(tmp_path: Path) -
     model = grown(tmp_path)
 
     def decay(**keys: object) -> float:
-        read = load(recipe(tmp_path, model, **keys), {})
+        read = load_recipe(recipe(tmp_path, model, **keys), {})
         return check(read, output=None, resume=False, overwrite=False, notify=lambda m: None).arguments.weight_decay
 
     held = {"regularizer": {"kind": "l2sp"}}
@@ -72,7 +72,7 @@ def test_an_instruct_model_that_is_trained_on_plain_text(tmp_path: Path) -> None
     chatty.save_pretrained(model)
     path = recipe(tmp_path, model)
     assert CHAT in told(path)
-    data = load(path, {}).given["data"]
+    data = load_recipe(path, {}).given["data"]
 
     def with_replay(**replay: object) -> Path:
         return recipe(tmp_path, model, data={**data, "replay": replay})

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from hf_grow.cli import main
 from hf_grow.cli.train import RECIPES, overrides
 from hf_grow.errors import InputError
-from hf_grow.training.config.train_config import OURS, TrainRecipe, argument_model, read
-from hf_grow.training.regularizers.fisher_file import samples, samples_on_disk
+from hf_grow.training.config.train_config import SET_BY_HF_GROW, TrainRecipe, read_recipe, training_arguments_model
+from hf_grow.training.regularizers.importance_file import checkpoint_fingerprint, model_fingerprint
 from hf_grow.training.setup.checks import arguments_for
 
 
@@ -59,11 +59,11 @@ def fisher_of(model: Path, path: Path, *, twin: Any = None) -> Path:
     """A file of importances of a checkpoint."""
     from transformers import AutoModelForCausalLM
 
-    import hf_grow.training.regularizers.fisher_file as files
+    import hf_grow.training.regularizers.importance_file as files
 
     held = AutoModelForCausalLM.from_pretrained(model) if twin is None else twin
     tensors = {n: torch.ones_like(t, dtype=torch.float32) for n, t in load_file(model / "model.safetensors").items()}
-    save_file(tensors, path, metadata={"format": files.FORMAT, "sample": samples(held), "model": str(model), "kind": "fisher"})
+    save_file(tensors, path, metadata={"format": files.FORMAT, "sample": model_fingerprint(held), "model": str(model), "kind": "fisher"})
     return path
 
 
@@ -82,14 +82,14 @@ def test_a_fisher_of_the_same_shape_but_other_weights(tmp_path: Path, capsys: py
 def stored_samples_of(folder: Path) -> str:
     from hf_grow.checkpoint.reader import open_folder
 
-    return samples_on_disk(open_folder(folder))
+    return checkpoint_fingerprint(open_folder(folder))
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "mixtral", "qwen3_moe-mixed", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_identity_of_a_folder_is_that_of_its_model(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = make(BY_NAME[case], dtype=dtype)
-    assert stored_samples_of(save(model, tmp_path / "m", sharded=True)) == samples(model)
+    assert stored_samples_of(save(model, tmp_path / "m", sharded=True)) == model_fingerprint(model)
 
 
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
@@ -148,7 +148,7 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("key", "value"), NUMBERS, ids=str)
 def test_numbers_that_cannot_be(key: str, value: float) -> None:
-    found = read({"model": "m", "data": {"train": "t"}, key: value}).mistakes
+    found = read_recipe({"model": "m", "data": {"train": "t"}, key: value}).mistakes
     assert len(found) == 1 and found[0].startswith(f"{key}: ")
 
 
@@ -162,7 +162,7 @@ def test_numbers_at_the_edge_and_words_that_yaml_takes_for_false() -> None:
         "max_grad_norm": 0.0,
         "eval_steps": None,
     }
-    found = read({**whole, **yaml.safe_load("save_strategy: no\nlogging_strategy: no")})
+    found = read_recipe({**whole, **yaml.safe_load("save_strategy: no\nlogging_strategy: no")})
     assert not found.mistakes
     made = arguments_for(
         TrainRecipe.model_validate({"model": "m", "data": {"train": "t"}}), {**found.arguments, "use_cpu": True}, Path("out")
@@ -282,16 +282,16 @@ def test_every_argument_of_trainer_may_stand_in_a_recipe() -> None:
 
     from transformers import TrainingArguments
 
-    known = set(argument_model().model_fields)
-    left = {f.name for f in fields(TrainingArguments)} - known - set(OURS)
+    known = set(training_arguments_model().model_fields)
+    left = {f.name for f in fields(TrainingArguments)} - known - set(SET_BY_HF_GROW)
     assert left == {"parallelism_config", "debug"}
     assert not known & set(TrainRecipe.model_fields)
-    assert set(OURS) <= {f.name for f in fields(TrainingArguments)}
+    assert set(SET_BY_HF_GROW) <= {f.name for f in fields(TrainingArguments)}
 
 
 def test_defaults_and_what_follows_from_a_recipe(tmp_path: Path) -> None:
     data = {"model": "m", "data": {"train": "t", "eval": {"old": "o", "new": "n"}}, **FAST, "early_stopping_patience": 3}
-    found = read(data)
+    found = read_recipe(data)
     assert found.mistakes == ()
     assert found.recipe is not None
     arguments = arguments_for(found.recipe, found.arguments, tmp_path)

@@ -19,7 +19,7 @@ from hf_grow import api
 from hf_grow.cli.grow import RECIPES as GROWTHS
 from hf_grow.cli.train import RECIPES
 from hf_grow.model.param_count import count_parameters, format_count
-from hf_grow.training.config.train_config import read
+from hf_grow.training.config.train_config import read_recipe
 from hf_grow.training.trainer.events import read_events
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "train"
@@ -44,7 +44,7 @@ def test_a_recipe_says_its_paper_what_trains_and_what_it_needs(name: str) -> Non
 @each
 def test_a_recipe_has_no_mistake_of_its_own(name: str) -> None:
     """As written: all that is missing are the user's model and texts."""
-    found = read(yaml.safe_load((FOLDER / f"{name}.yaml").read_text()))
+    found = read_recipe(yaml.safe_load((FOLDER / f"{name}.yaml").read_text()))
     assert found.mistakes == ()
 
 

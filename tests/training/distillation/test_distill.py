@@ -15,9 +15,9 @@ from trained import WORDS, grown, recipe, run, source, tokenizer
 
 from hf_grow.errors import ExecutionError, InputError
 from hf_grow.training.config.distill_options import DistillOptions, Teacher
-from hf_grow.training.distillation import divergence as chunked
-from hf_grow.training.distillation.distill import Distiller, LogitCache, in_memory, write_cache
-from hf_grow.training.distillation.divergence import divergence, summed
+from hf_grow.training.distillation import kl_divergence as chunked
+from hf_grow.training.distillation.distill import Distiller, LogitCache, teacher_from_model, write_logit_cache
+from hf_grow.training.distillation.kl_divergence import kl_divergence, summed_kl_divergence
 from hf_grow.training.trainer.events import read_events
 from hf_grow.training.trainer.state import Growing
 
@@ -40,10 +40,10 @@ def test_divergence_is_the_sum_written_out(temperature: float) -> None:
         for i in range(3):
             p, q = (np.exp(x[b, i] / temperature) / np.exp(x[b, i] / temperature).sum() for x in (z, y))
             expected[b, i] = temperature**2 * sum(p[v] * (np.log(p[v]) - np.log(q[v])) for v in range(7))
-    found = divergence(torch.tensor(y), torch.tensor(z), temperature)
+    found = kl_divergence(torch.tensor(y), torch.tensor(z), temperature)
     assert torch.allclose(found, torch.tensor(expected, dtype=found.dtype), atol=1e-5)
     every = torch.arange(7).flip(0).expand(2, 3, 7)
-    assert torch.allclose(divergence(torch.tensor(y), torch.tensor(z).flip(-1), temperature, every), found, atol=1e-5)
+    assert torch.allclose(kl_divergence(torch.tensor(y), torch.tensor(z).flip(-1), temperature, every), found, atol=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
@@ -58,16 +58,16 @@ def test_chunks_give_the_plain_formula_and_its_gradient(top_k: int | None, posit
     if top_k is not None:
         teacher, chosen = teacher.topk(top_k, dim=-1)
     counted = torch.rand(2, 7, generator=draw) > 0.3
-    plain = (divergence(student, teacher, 2.5, chosen) * counted).sum()
+    plain = (kl_divergence(student, teacher, 2.5, chosen) * counted).sum()
     (expected,) = torch.autograd.grad(plain * 0.7, student)
-    found = summed(student, teacher, 2.5, counted, chosen)
+    found = summed_kl_divergence(student, teacher, 2.5, counted, chosen)
     (gradient,) = torch.autograd.grad(found * 0.7, student)
     torch.testing.assert_close(found, plain, rtol=1e-13, atol=0)
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
     assert not gradient[~counted].any() and gradient[counted].any()
-    assert torch.autograd.gradcheck(lambda s: summed(s, teacher, 2.5, counted, chosen), student)
+    assert torch.autograd.gradcheck(lambda s: summed_kl_divergence(s, teacher, 2.5, counted, chosen), student)
     with torch.no_grad():
-        torch.testing.assert_close(summed(student, teacher, 2.5, counted, chosen), plain.detach(), rtol=1e-13, atol=0)
+        torch.testing.assert_close(summed_kl_divergence(student, teacher, 2.5, counted, chosen), plain.detach(), rtol=1e-13, atol=0)
 
 
 def test_no_wide_copy_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,10 +88,10 @@ def test_no_wide_copy_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> 
     student, teacher = (torch.randn(2, 64, 97, dtype=torch.bfloat16) for _ in range(2))
     student.requires_grad_()
     with Largest() as seen:
-        summed(student, teacher, 1.0, torch.ones(2, 64, dtype=torch.bool)).backward()
+        summed_kl_divergence(student, teacher, 1.0, torch.ones(2, 64, dtype=torch.bool)).backward()
     assert (seen.whole > 0, seen.wide) == (True, 0)
     with Largest() as plain:
-        divergence(student, teacher, 1.0).sum().backward()
+        kl_divergence(student, teacher, 1.0).sum().backward()
     assert plain.wide > 0
 
 
@@ -104,7 +104,7 @@ def test_the_loss_in_closed_form() -> None:
     labels[0, 3] = -100
     options = DistillOptions(teachers=[Teacher(model="a", weight=1.0), Teacher(model="b", weight=3.0)], alpha=0.3, temperature=2.0)
     logits = model(ids).logits
-    found = Distiller(options, [in_memory(one), in_memory(two)]).loss(logits, ids, labels, None)
+    found = Distiller(options, [teacher_from_model(one), teacher_from_model(two)]).loss(logits, ids, labels, None)
     total, count = 0.0, 0
     for b in range(2):
         for i in range(5):
@@ -117,9 +117,9 @@ def test_the_loss_in_closed_form() -> None:
             count += 1
     assert count == 9
     assert float(found) == pytest.approx(total / 9, rel=1e-5)
-    assert float(Distiller(options, [in_memory(one), in_memory(two)]).loss(logits, ids, labels, torch.tensor(18))) == pytest.approx(
-        total / 18, rel=1e-5
-    )
+    assert float(
+        Distiller(options, [teacher_from_model(one), teacher_from_model(two)]).loss(logits, ids, labels, torch.tensor(18))
+    ) == pytest.approx(total / 18, rel=1e-5)
 
 
 def test_gradients_of_the_whole_loss_with_accumulation(tmp_path: Path) -> None:
@@ -128,7 +128,9 @@ def test_gradients_of_the_whole_loss_with_accumulation(tmp_path: Path) -> None:
         model, teacher, twin = (make(BY_NAME[case], seed=s, num_hidden_layers=2) for s in (0, 1, 0))
         options = DistillOptions(teachers=[Teacher(model="t")], alpha=0.3, temperature=2.0)
         mixture = {} if case == "llama" else {"output_router_logits": True}
-        growing = Growing(distiller=Distiller(options, [in_memory(teacher)]), aux_loss=model.router_aux_loss_coef if mixture else None)
+        growing = Growing(
+            distiller=Distiller(options, [teacher_from_model(teacher)]), aux_loss=model.router_aux_loss_coef if mixture else None
+        )
         found, _ = gradients_of_first_step(model, tmp_path / case, growing, gradient_accumulation_steps=4)
         from test_train import Rows
 
@@ -152,11 +154,11 @@ def test_gradients_of_the_whole_loss_with_accumulation(tmp_path: Path) -> None:
 def test_a_full_cache_is_the_teacher(top_k: int, dtype: str, tolerance: float, tmp_path: Path) -> None:
     model, teacher = (make(BY_NAME["llama"], seed=s, num_hidden_layers=2) for s in range(2))
     some = rows()
-    cache = write_cache(teacher, some, tmp_path / "cache", top_k=top_k, dtype=dtype, identity="t")
+    cache = write_logit_cache(teacher, some, tmp_path / "cache", top_k=top_k, dtype=dtype, identity="t")
     options = DistillOptions(teachers=[Teacher(model="t")], temperature=1.5)
     mixed = ids_of([some[i] for i in (7, 2, 11)])  # in any order
     logits = model(mixed).logits
-    here, there = (Distiller(options, [t]).loss(logits, mixed, mixed, None) for t in (in_memory(teacher), cache))
+    here, there = (Distiller(options, [t]).loss(logits, mixed, mixed, None) for t in (teacher_from_model(teacher), cache))
     assert float(there) == pytest.approx(float(here), rel=tolerance)
     assert cache.meta["covered"] == pytest.approx(1, abs=1e-5)
 
@@ -165,7 +167,7 @@ def test_a_full_cache_is_the_teacher(top_k: int, dtype: str, tolerance: float, t
 def test_a_small_cache_keeps_the_largest_and_says_how_much_they_cover(tmp_path: Path) -> None:
     model, teacher = (make(BY_NAME["llama"], seed=s, num_hidden_layers=2) for s in range(2))
     some = rows()
-    cache = write_cache(teacher, some, tmp_path / "cache", top_k=5, dtype="float32", identity="t", batch=5)
+    cache = write_logit_cache(teacher, some, tmp_path / "cache", top_k=5, dtype="float32", identity="t", batch=5)
     ids = ids_of(some)
     p = teacher(ids).logits.softmax(-1)
     top, chosen = p.topk(5, dim=-1)
@@ -181,15 +183,15 @@ def test_a_small_cache_keeps_the_largest_and_says_how_much_they_cover(tmp_path: 
 def test_a_cache_is_taken_again_only_where_it_fits(tmp_path: Path) -> None:
     teacher = make(BY_NAME["llama"], num_hidden_layers=2)
     folder = tmp_path / "cache"
-    write_cache(teacher, rows(), folder, top_k=4, dtype="float16", identity="t")
+    write_logit_cache(teacher, rows(), folder, top_k=4, dtype="float16", identity="t")
     stamp = (folder / "logits.npy").stat().st_mtime_ns
-    assert write_cache(teacher, rows(), folder, top_k=4, dtype="float16", identity="t").meta["rows"] == 12
+    assert write_logit_cache(teacher, rows(), folder, top_k=4, dtype="float16", identity="t").meta["rows"] == 12
     assert (folder / "logits.npy").stat().st_mtime_ns == stamp
     for changed in ({"identity": "u"}, {"top_k": 5}, {"dtype": "float32"}):
         with pytest.raises(InputError, match="another teacher, data or setting"):
-            write_cache(teacher, rows(), folder, **{"top_k": 4, "dtype": "float16", "identity": "t", **changed})  # type: ignore[arg-type]
+            write_logit_cache(teacher, rows(), folder, **{"top_k": 4, "dtype": "float16", "identity": "t", **changed})  # type: ignore[arg-type]
     with pytest.raises(InputError, match="another teacher, data or setting"):
-        write_cache(teacher, rows(seed=9), folder, top_k=4, dtype="float16", identity="t")
+        write_logit_cache(teacher, rows(seed=9), folder, top_k=4, dtype="float16", identity="t")
     with pytest.raises(ExecutionError, match="no logits for a training row"):
         LogitCache(folder)(ids_of(rows(1, seed=9)))
     (folder / "keys.npy").write_bytes(b"\x93NUMPY\x01")
@@ -199,7 +201,7 @@ def test_a_cache_is_taken_again_only_where_it_fits(tmp_path: Path) -> None:
 
 def test_no_pickle_is_read_from_a_cache(tmp_path: Path) -> None:
     teacher = make(BY_NAME["llama"], num_hidden_layers=2)
-    write_cache(teacher, rows(), tmp_path / "cache", top_k=4, dtype="float16", identity="t")
+    write_logit_cache(teacher, rows(), tmp_path / "cache", top_k=4, dtype="float16", identity="t")
     np.save(tmp_path / "cache" / "keys.npy", np.array([{"an": "object"}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="cannot be read"):
         LogitCache(tmp_path / "cache")

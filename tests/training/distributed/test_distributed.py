@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_grow import api
 from hf_grow.errors import InputError
-from hf_grow.training.config.train_config import read
-from hf_grow.training.distributed.launch import Launch, from_file, launched
-from hf_grow.training.dry_run import memory as estimate
+from hf_grow.training.config.train_config import read_recipe
+from hf_grow.training.distributed.launch import Launch, current_launch, launch_from_file
+from hf_grow.training.dry_run import memory
 from hf_grow.training.param_updates.masks import Selection
 from hf_grow.training.setup.checks import arguments_for
 from hf_grow.training.trainer.events import read_events
@@ -293,12 +293,12 @@ TOLD = {"one_gpu": Launch(), "ddp": Launch(8, "ddp"), "fsdp2": Launch(8, "fsdp2"
 def test_every_file_is_one_that_accelerate_reads() -> None:
     assert {p.stem for p in FILES.glob("*.yaml")} == TOLD.keys()
     for name, launch in TOLD.items():
-        assert from_file(FILES / f"{name}.yaml") == launch
+        assert launch_from_file(FILES / f"{name}.yaml") == launch
         if name not in ("one_gpu", "multi_node") and not (launch.deepspeed and find_spec("deepspeed") is None):
-            assert launched({**environment(name, 8), "WORLD_SIZE": "8"}) == launch
-    assert from_file(FILES / "ddp.yaml", 3) == Launch(3, "ddp")
+            assert current_launch({**environment(name, 8), "WORLD_SIZE": "8"}) == launch
+    assert launch_from_file(FILES / "ddp.yaml", 3) == Launch(3, "ddp")
     with pytest.raises(InputError, match="num_processes"):
-        from_file(FILES / "ddp.yaml", -1)
+        launch_from_file(FILES / "ddp.yaml", -1)
 
 
 @pytest.mark.parametrize(
@@ -306,11 +306,11 @@ def test_every_file_is_one_that_accelerate_reads() -> None:
     [
         ("FSDP", {"fsdp_config": [1]}, "fsdp_config is \\[1\\]"),
         ("FSDP", {"fsdp_config": "x"}, "fsdp_config is 'x'"),
-        ("FSDP", {"fsdp_config": {"fsdp_version": [2]}}, "there is no fsdp\\[2\\]"),
+        ("FSDP", {"fsdp_config": {"fsdp_version": [2]}}, "fsdp\\[2\\] does not exist"),
         ("DEEPSPEED", {"deepspeed_config": 3}, "deepspeed_config is 3"),
         ("DEEPSPEED", {"deepspeed_config": {"deepspeed_config_file": 3}}, "deepspeed_config_file is 3"),
         ("DEEPSPEED", {"deepspeed_config": {"deepspeed_config_file": "."}}, "cannot be read"),
-        ("DEEPSPEED", {"deepspeed_config": {"zero_stage": {}}}, "there is no zero{}"),
+        ("DEEPSPEED", {"deepspeed_config": {"zero_stage": {}}}, "zero{} does not exist"),
         (["FSDP"], {}, "distributed_type is"),
         ("MULTI_GPU", {"num_processes": [8]}, "num_processes is"),
     ],
@@ -319,14 +319,14 @@ def test_a_file_of_accelerate_with_parts_of_another_type(kind: object, rest: dic
     path = tmp_path / "accelerate.yaml"
     path.write_text(json.dumps({"distributed_type": kind, "num_processes": 2, **rest}))
     with pytest.raises(InputError, match=says):
-        from_file(path)
+        launch_from_file(path)
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_parts_of_a_file_of_accelerate_may_be_left_out(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "accelerate.yaml"
     path.write_text(json.dumps({"distributed_type": kind, "num_processes": 2}))
-    assert from_file(path).processes == 2
+    assert launch_from_file(path).processes == 2
 
 
 def test_the_memory_of_solar_on_eight_gpus(tmp_path: Path) -> None:
@@ -347,14 +347,14 @@ def test_the_memory_of_solar_on_eight_gpus(tmp_path: Path) -> None:
         "per_device_train_batch_size": 1,
         "use_cpu": True,
     }
-    found = read(given)
+    found = read_recipe(given)
     assert found.recipe is not None
     arguments = arguments_for(found.recipe, found.arguments, tmp_path)
 
-    def memory(launch: Launch) -> estimate.Memory:
-        return estimate.estimate(arch, arguments, parameters=p, trainable=p, width=4, length=4096, penalty=4 * p, launch=launch)
+    def estimate_for(launch: Launch) -> memory.MemoryEstimate:
+        return memory.estimate_memory(arch, arguments, parameters=p, trainable=p, width=4, length=4096, penalty=4 * p, launch=launch)
 
-    one, ddp, fsdp, zero = (memory(x) for x in (Launch(), Launch(8, "ddp"), Launch(8, "fsdp2"), Launch(8, "zero3")))
+    one, ddp, fsdp, zero = (estimate_for(x) for x in (Launch(), Launch(8, "ddp"), Launch(8, "fsdp2"), Launch(8, "zero3")))
     assert one.weights + one.gradients + one.optimizer == 16 * p and one.penalty == 4 * p and one.gathered == 0
     assert ddp.gathered == 4 * p and ddp.total == one.total + 4 * p
     assert fsdp.weights + fsdp.gradients + fsdp.optimizer + fsdp.penalty == pytest.approx(20 * p / 8)
@@ -387,7 +387,7 @@ def test_the_estimate_of_fsdp2_is_near_what_torch_tracks(layers: int, length: in
               "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}  # fmt: skip
     arch = Architecture(config)
     shared = 8 * sum(math.prod(e.shape) for e in arch.tensors.values()) // 8  # weights and gradients in fp32, an eighth of each
-    found = shared + estimate.activations(arch, 1, length, 2, checkpointing=True) + estimate.gathered(arch, Launch(8, "fsdp2"), 2, 0)
+    found = shared + memory.activation_bytes(arch, 1, length, 2, checkpointing=True) + memory.gathered_bytes(arch, Launch(8, "fsdp2"), 2, 0)
     assert 1.0 < found / float(done.stdout.split()[-1]) < 1.3
 
 

@@ -13,9 +13,8 @@ from trained import grown, recipe, run, source
 
 from hf_grow.cli import main
 from hf_grow.training.distillation.distill import Distiller
-from hf_grow.training.dry_run import dry_run as reckon
-from hf_grow.training.dry_run import step_time as timing
-from hf_grow.training.regularizers.penalty import Quadratic
+from hf_grow.training.dry_run import dry_run, step_time
+from hf_grow.training.regularizers.penalty import QuadraticPenalty
 from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
 DURATIONS = [100.0, 3.0, 1.0, 2.0, 9.0, 4.0]
@@ -42,8 +41,8 @@ def steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[int, ..
 
 def clock_says(monkeypatch: pytest.MonkeyPatch, durations: list[float]) -> None:
     ends = iter([sum(durations[: i + 1]) for i in range(len(durations))])
-    real = timing.time_steps
-    monkeypatch.setattr(timing, "time_steps", lambda checked, notify: real(checked, notify, clock=lambda: next(ends)))
+    real = step_time.time_steps
+    monkeypatch.setattr(step_time, "time_steps", lambda checked, notify: real(checked, notify, clock=lambda: next(ends)))
 
 
 def everything(folder: Path) -> set[Path]:
@@ -108,7 +107,7 @@ def test_the_steps_are_those_of_the_recipe(
 ) -> None:
     """Whatever acts on a step acts on these."""
     acted: dict[str, int] = {"penalty": 0, "teacher": 0, "adapters": 0}
-    penalty, taught, step = Quadratic.add_gradient, Distiller.loss, BaseGrowTrainer.training_step
+    penalty, taught, step = QuadraticPenalty.add_gradient, Distiller.loss, BaseGrowTrainer.training_step
 
     def counted(what: str, real: Any) -> Any:
         def call(self: Any, *a: Any, **k: Any) -> Any:
@@ -121,7 +120,7 @@ def test_the_steps_are_those_of_the_recipe(
         acted["adapters"] += any("lora_" in n for n, p in self.model.named_parameters() if p.requires_grad)
         return step(self, *a, **k)
 
-    monkeypatch.setattr(Quadratic, "add_gradient", counted("penalty", penalty))
+    monkeypatch.setattr(QuadraticPenalty, "add_gradient", counted("penalty", penalty))
     monkeypatch.setattr(Distiller, "loss", counted("teacher", taught))
     monkeypatch.setattr(BaseGrowTrainer, "training_step", trained)
     more = {k: {**v, "cache": str(tmp_path / "logits")} if k == "distill" and "cache" in v else v for k, v in more.items()}
@@ -141,7 +140,7 @@ def test_texts_need_not_be_there(steps: list[Any], tmp_path: Path, capsys: pytes
     assert "nowhere.txt" in run(capsys, "train", path, "--dry-run", status=2)["error"]
     assert main(["train", str(path), "--dry-run", "--time"]) == 0
     said = capsys.readouterr()
-    assert "How much text there is cannot be told" in said.out + said.err
+    assert "How much text there is is unknown" in said.out + said.err
     assert "3 s a step, 11 tokens/s (median of 5); how many steps there are is not known" in said.out
     assert len(steps) == len(DURATIONS)
 
@@ -151,9 +150,9 @@ def test_what_does_not_fit_the_memory_is_one_message(
 ) -> None:
     path = recipe(tmp_path, source(tmp_path / "model"))
     with monkeypatch.context() as patched:
-        patched.setattr(reckon, "free_memory", lambda arguments: {"device": "cpu", "bytes": 1000})
+        patched.setattr(dry_run, "device_free_memory", lambda arguments: {"device": "cpu", "bytes": 1000})
         said = run(capsys, "train", path, "--dry-run", "--time", status=1)["error"]
-        assert "none is timed" in said and "per_device_train_batch_size" in said and steps == []
+        assert "no step is timed" in said and "per_device_train_batch_size" in said and steps == []
     for full, words in (
         (torch.OutOfMemoryError("full"), "The accelerator is out of memory"),
         (
@@ -173,7 +172,7 @@ def test_what_does_not_fit_the_memory_is_one_message(
 
 
 def test_a_clock_may_stand_still() -> None:
-    zero = timing.Timed((0.0,) * 3, 64).to_json(10, [])
+    zero = step_time.StepTimes((0.0,) * 3, 64).to_json(10, [])
     assert zero["tokens_a_second"] is None and zero["seconds"] == 0.0
 
 

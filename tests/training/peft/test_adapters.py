@@ -19,8 +19,8 @@ from hf_grow.cli import main
 from hf_grow.convert.in_memory import grow_model
 from hf_grow.training.config.lora_options import LoraOptions
 from hf_grow.training.param_updates import param_provenance
-from hf_grow.training.peft.adapter_files import replicated
-from hf_grow.training.peft.lora import IN_FULL, wrap
+from hf_grow.training.peft.adapter_files import replicated_layers
+from hf_grow.training.peft.lora import FULLY_TRAINED_FILE, add_lora
 
 
 def adapter(base: Path, folder: Path, *, pairs: list[list[int]] | None, seed: int = 0, **options: object) -> PeftModel:
@@ -112,14 +112,14 @@ def test_merging_refuses_what_it_cannot_merge(tmp_path: Path, capsys: pytest.Cap
     torn = changed("torn") / "adapter_model.safetensors"
     torn.write_bytes(torn.read_bytes()[:-9])
     assert "truncated" in said(tmp_path / "torn")
-    (changed("beside") / IN_FULL).write_bytes(b"nothing")
-    assert f"{IN_FULL} cannot be read" in said(tmp_path / "beside")
+    (changed("beside") / FULLY_TRAINED_FILE).write_bytes(b"nothing")
+    assert f"{FULLY_TRAINED_FILE} cannot be read" in said(tmp_path / "beside")
     run(capsys, "merge", tmp_path / "adapter", "-o", tmp_path / "out")
     assert "exists" in said(tmp_path / "adapter")
     assert main(["merge", str(tmp_path / "adapter"), "-o", str(tmp_path / "out"), "--overwrite"]) == 0
     assert "merged" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.partial"))
-    assert replicated(None) is None
+    assert replicated_layers(None) is None
 
 
 MODULE = """
@@ -223,6 +223,6 @@ def test_lora_where_nothing_is_new_or_nothing_is_old(tmp_path: Path, capsys: pyt
     model = make(BY_NAME["llama"], num_hidden_layers=2)
     plan = api.plan(model, "identity", layers_to=4)
     grown_one = grow_model(model, plan)
-    wrapped = wrap(grown_one, LoraOptions(new_in_full=False), param_provenance.new_masks(grown_one, plan))
+    wrapped = add_lora(grown_one, LoraOptions(new_in_full=False), param_provenance.new_masks(grown_one, plan))
     assert all("lora_" in n for n, p in wrapped.named_parameters() if p.requires_grad)
     assert torch.isfinite(wrapped(tokens(model)).logits).all()

@@ -24,11 +24,11 @@ from hf_grow.training.config.regularizer_options import PenaltyOptions
 from hf_grow.training.data.sampling import load
 from hf_grow.training.regularizers.build import make_penalty
 from hf_grow.training.regularizers.calibrate import calibrate, loss_on
-from hf_grow.training.regularizers.fisher import estimate, sequences
-from hf_grow.training.regularizers.fisher import on_disk as by_disk_names
-from hf_grow.training.regularizers.fisher_file import open_importance, write_importance
-from hf_grow.training.regularizers.fisher_growth import grow_importance
-from hf_grow.training.regularizers.penalty import Quadratic
+from hf_grow.training.regularizers.fisher import by_names_on_disk as by_disk_names
+from hf_grow.training.regularizers.fisher import estimate_fisher, sample_sequences
+from hf_grow.training.regularizers.importance_file import open_importance, write_importance
+from hf_grow.training.regularizers.importance_growth import grow_importance
+from hf_grow.training.regularizers.penalty import QuadraticPenalty
 
 WORDS = [
     "the",
@@ -93,7 +93,7 @@ def test_drawn_labels_lead_to_the_definition(name: str, exact: bool) -> None:
         model.lm_head.weight.mul_(0.2)  # no token is so rare that it is never drawn, and would matter
     ids = rows(model, 3, 4)
     right = by_definition(model, ids)
-    found, tokens = estimate(model, ids.repeat(120, 1), options(batch=3, exact=exact))
+    found, tokens = estimate_fisher(model, ids.repeat(120, 1), options(batch=3, exact=exact))
     assert tokens == 1440
     for n, f in right.items():
         if f.any():
@@ -105,14 +105,14 @@ def test_one_scale_for_every_batch_size() -> None:
     """Token-normalised: without N the sums would differ sixteenfold."""
     model = small()
     ids = rows(model, 128, 8)
-    sums = [float(sum(f.sum() for f in estimate(model, ids, options(batch=b))[0].values())) for b in (1, 4, 16)]
+    sums = [float(sum(f.sum() for f in estimate_fisher(model, ids, options(batch=b))[0].values())) for b in (1, 4, 16)]
     assert max(sums) / min(sums) < 1.15
 
 
 def test_empirical_is_the_squared_gradient_of_each_sequence() -> None:
     model = small("mixtral")
     ids = rows(model, 5, 9)
-    found, tokens = estimate(model, ids, options(kind="empirical", batch=4))
+    found, tokens = estimate_fisher(model, ids, options(kind="empirical", batch=4))
     assert tokens == 5 * 8
     total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for row in ids:
@@ -129,7 +129,7 @@ def test_the_same_seed_gives_the_same_numbers_and_the_model_is_left_alone() -> N
     model = small("mixtral").train()
     model.model.embed_tokens.weight.requires_grad_(False)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    one, other, third = (estimate(model, rows(model, 6), options(batch=2, seed=s))[0] for s in (1, 1, 2))
+    one, other, third = (estimate_fisher(model, rows(model, 6), options(batch=2, seed=s))[0] for s in (1, 1, 2))
     assert all(torch.equal(one[n], other[n]) for n in one) and any(not torch.equal(one[n], third[n]) for n in one)
     assert one["model.embed_tokens.weight"].any()
     assert model.training and not model.model.embed_tokens.weight.requires_grad
@@ -138,8 +138,8 @@ def test_the_same_seed_gives_the_same_numbers_and_the_model_is_left_alone() -> N
 
 def test_squares_are_added_up_in_fp32_under_bf16() -> None:
     model = small(dtype=torch.bfloat16)
-    found, _ = estimate(model, rows(model, 8), options())
-    wide, _ = estimate(small(dtype=torch.bfloat16).float(), rows(model, 8), options())
+    found, _ = estimate_fisher(model, rows(model, 8), options())
+    wide, _ = estimate_fisher(small(dtype=torch.bfloat16).float(), rows(model, 8), options())
     assert all(f.dtype == torch.float32 for f in found.values())
     assert float(sum(f.sum() for f in found.values()) / sum(f.sum() for f in wide.values())) == pytest.approx(1, rel=0.3)
 
@@ -150,7 +150,7 @@ def test_weights_that_are_broken_are_told(recwarn: Any) -> None:
         model.lm_head.weight[0, 0] = 1e30
         model.model.norm.weight.fill_(1e30)
     with pytest.raises((ExecutionError, RuntimeError)):
-        estimate(model, rows(model, 2), options())
+        estimate_fisher(model, rows(model, 2), options())
 
 
 # ---- through growth ---------------------------------------------------------------------------------------------------------------------
@@ -284,8 +284,8 @@ def test_the_command_writes_what_the_penalty_reads(folder: Path, tmp_path: Path,
     model, read = load(open_folder(folder), "float32", "cpu")
     file = open_importance(out)
     assert file.metadata["tokens"] == "512"
-    ids = sequences([str(old)], model, read, length=16, count=32, seed=0)
-    found, _ = estimate(model, ids, options(batch=8))
+    ids = sample_sequences([str(old)], model, read, length=16, count=32, seed=0)
+    found, _ = estimate_fisher(model, ids, options(batch=8))
     assert all(torch.equal(file.read(n), f) for n, f in by_disk_names(model, found))
     penalty = make_penalty(PenaltyOptions(kind="ewc", fisher=(out,)), small())
     assert penalty is not None
@@ -396,7 +396,7 @@ def test_an_accelerator_out_of_memory_is_one_message(folder: Path, tmp_path: Pat
     def full(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr("hf_grow.training.regularizers.fisher.estimate", full)
+    monkeypatch.setattr("hf_grow.training.regularizers.fisher.estimate_fisher", full)
     assert fisher(folder, "--text", text(tmp_path / "t.txt", 0), "-o", tmp_path / "f.safetensors") == 1
     said = capsys.readouterr().err
     assert "out of memory" in said and "--batch" in said and "Traceback" not in said
@@ -414,8 +414,8 @@ def test_calibration_finds_the_smallest_lambda_tried_that_keeps_the_old_loss(tmp
         optimizer.step()
         optimizer.zero_grad()
     data[20:] += 32  # the new text has other words
-    found, _ = estimate(model, data[:16], options())
-    penalty = Quadratic("ewc", 1.0, {n: p.detach().clone() for n, p in model.named_parameters()}, lambda n: found[n])
+    found, _ = estimate_fisher(model, data[:16], options())
+    penalty = QuadraticPenalty("ewc", 1.0, {n: p.detach().clone() for n, p in model.named_parameters()}, lambda n: found[n])
     penalty.attach(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     settings: dict[str, Any] = {
@@ -434,7 +434,7 @@ def test_calibration_finds_the_smallest_lambda_tried_that_keeps_the_old_loss(tmp
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert done.old == pytest.approx(loss_on(model, data[:8], 3))
     with pytest.raises(InputError, match="cannot be had"):
-        calibrate(model, Quadratic("ewc", 1.0, dict(before), lambda n: 0.0), tolerated=1e-6, **settings)
+        calibrate(model, QuadraticPenalty("ewc", 1.0, dict(before), lambda n: 0.0), tolerated=1e-6, **settings)
 
 
 def training(folder: Path, **more: Any) -> TrainingArguments:
@@ -460,7 +460,7 @@ def test_a_trial_is_a_run_of_the_trainer(tmp_path: Path) -> None:
     )  # fmt: skip
     one, two = small(), small()
     data = rows(one, 36, 12)
-    penalty = Quadratic("ewc", 0.0, {n: p.detach().clone() for n, p in one.named_parameters()}, lambda n: 0.0)
+    penalty = QuadraticPenalty("ewc", 0.0, {n: p.detach().clone() for n, p in one.named_parameters()}, lambda n: 0.0)
     penalty.attach(one)
     calibration._train(one, penalty, data, 6, how, lambda tokens: None)
     Trainer(model=two, args=how, train_dataset=[{"input_ids": r, "labels": r} for r in data]).train()

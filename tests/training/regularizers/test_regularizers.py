@@ -23,7 +23,7 @@ from hf_grow.training.config.regularizer_options import PenaltyOptions
 from hf_grow.training.param_updates.param_provenance import new_masks
 from hf_grow.training.param_updates.parameter_map import parameters
 from hf_grow.training.regularizers.build import make_penalty, penalty_bytes
-from hf_grow.training.regularizers.penalty import Penalty, Quadratic
+from hf_grow.training.regularizers.penalty import Penalty, QuadraticPenalty
 from hf_grow.training.regularizers.si import SynapticIntelligence
 
 LAMBDA = 7.0
@@ -68,7 +68,7 @@ def test_gradient_and_value_are_those_of_the_closed_form(name: str, tmp_path: Pa
 def test_the_gradient_is_that_of_the_term_in_a_loss(tmp_path: Path) -> None:
     model = small("llama-tied")
     penalty, _ = ewc(model, tmp_path)
-    assert isinstance(penalty, Quadratic)
+    assert isinstance(penalty, QuadraticPenalty)
     shaken(model)
     penalty.add_gradient()
     found = {n: p.grad for n, p in model.named_parameters()}
@@ -566,9 +566,9 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     save_file({n: t.half() for n, t in on_disk(model).items()}, path, meta)
     with pytest.raises(InputError, match="squares overflow F16"):
         make_penalty(chosen, model)
-    from hf_grow.training.regularizers.fisher_file import samples
+    from hf_grow.training.regularizers.importance_file import model_fingerprint
 
-    save_file(on_disk(model), path, meta | {"sample": samples(model)})
+    save_file(on_disk(model), path, meta | {"sample": model_fingerprint(model)})
     penalty = make_penalty(chosen, model)
     assert penalty is not None
     with pytest.raises(InputError, match="negative or not finite"):

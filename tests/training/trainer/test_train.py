@@ -30,7 +30,7 @@ from hf_grow import api
 from hf_grow.cli import main
 from hf_grow.convert.in_memory import disk_names, grow_model
 from hf_grow.training.config.schedules import AfterGrowth, Phase, Warmup, phase_at
-from hf_grow.training.dry_run.memory import activations
+from hf_grow.training.dry_run.memory import activation_bytes
 from hf_grow.training.param_updates import param_provenance
 from hf_grow.training.param_updates.masks import Selection, both, either, inverse, select
 from hf_grow.training.param_updates.residual_scale import ResidualScale, decoder_layers
@@ -223,9 +223,9 @@ def test_estimated_activations_are_near_those_that_are_kept(case: str, checkpoin
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = model(ids, labels=ids, use_cache=False).loss
     assert loss.requires_grad
-    found = activations(api.plan(model, "identity", layers_to=6).source.architecture, 4, 64, 4, checkpointing=checkpointing)
+    found = activation_bytes(api.plan(model, "identity", layers_to=6).source.architecture, 4, 64, 4, checkpointing=checkpointing)
     if checkpointing:  # inside a checkpointed block nothing is kept until the backward pass, which then holds one block
-        block = found - activations(api.plan(model, "identity", layers_to=6).source.architecture, 4, 64, 4, checkpointing=False)
+        block = found - activation_bytes(api.plan(model, "identity", layers_to=6).source.architecture, 4, 64, 4, checkpointing=False)
         assert block < 0
         assert sum(kept.values()) < found
     else:

@@ -25,7 +25,7 @@ from hf_grow.growth.entry_provenance import Piece, gather, outer, scatter_add, t
 from hf_grow.growth.evaluate import Evaluator
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.tensors import InMemoryTensors
-from hf_grow.training.regularizers.fisher_file import SAMPLES, Importance, check_model, decode
+from hf_grow.training.regularizers.importance_file import SAMPLES_PER_TENSOR, ImportanceFile, check_same_model, decode_samples
 
 
 def grow_importance(plan: GrowthPlan, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -36,18 +36,18 @@ def grow_importance(plan: GrowthPlan, read: Callable[[str], Tensor]) -> Iterator
     for name, found in pieces.items():
         for at, piece in enumerate(found):
             readers.setdefault(piece.source, []).append((name, at))
-    waiting: dict[str, _Sum] = {}
+    waiting: dict[str, _WeightedMean] = {}
     for source, members in readers.items():
         shape = plan.source.by_key[source].shape
         # Only the main source's importances are known; weights of further checkpoints are held by none.
         share = (
-            read(source).double() / _spread(plan, evaluator, members, pieces, shape)
+            read(source).double() / _squared_coefficient_sum(plan, evaluator, members, pieces, shape)
             if source in plan.source.tensors
             else torch.zeros(shape)
         )
         share = share.nan_to_num(0.0, 0.0, 0.0)  # what went nowhere alive
         for name, at in members:
-            total = waiting.setdefault(name, _Sum(len(pieces[name])))
+            total = waiting.setdefault(name, _WeightedMean(len(pieces[name])))
             total.add(share, pieces[name][at], evaluator)
             if total.left == 0:
                 yield name, waiting.pop(name).result()
@@ -63,21 +63,21 @@ def _pieces(plan: GrowthPlan, name: str) -> list[Piece]:
     return [p for p in trace(plan, name) if bool(outer(p.alive()).any())]
 
 
-def _spread(
+def _squared_coefficient_sum(
     plan: GrowthPlan, evaluator: Evaluator, members: list[tuple[str, int]], pieces: dict[str, list[Piece]], shape: tuple[int, ...]
 ) -> Tensor:
     """Sum of c^2 over all entries that each entry of a source went to."""
     total = torch.zeros(shape, dtype=torch.float64)
     for name, at in members:
-        total += scatter_add(_squared(pieces[name][at], evaluator), pieces[name][at].index, tuple(shape))
+        total += scatter_add(_squared_coefficients(pieces[name][at], evaluator), pieces[name][at].index, tuple(shape))
     return total
 
 
-def _squared(piece: Piece, evaluator: Evaluator) -> Tensor:
+def _squared_coefficients(piece: Piece, evaluator: Evaluator) -> Tensor:
     return piece.coefficients(evaluator).square_() * outer(piece.alive())
 
 
-class _Sum:
+class _WeightedMean:
     """The mean over the pieces of one target tensor, each counting by its c^2; where there is one piece, what it asks for."""
 
     def __init__(self, left: int) -> None:
@@ -90,7 +90,7 @@ class _Sum:
         if not self.several:
             self.top = gather(share, piece.index) * outer(piece.alive())
             return
-        weight = _squared(piece, evaluator)
+        weight = _squared_coefficients(piece, evaluator)
         asked = gather(share, piece.index) * weight
         self.top = asked if self.top is None else self.top.add_(asked)
         self.bottom = weight if self.bottom is None else self.bottom.add_(weight)
@@ -100,17 +100,17 @@ class _Sum:
         return self.top if self.bottom is None else (self.top / self.bottom).nan_to_num_(0.0, 0.0, 0.0)
 
 
-def check_of_source(found: Importance, plan: GrowthPlan, grown: Checkpoint) -> None:
+def check_importance_of_source(found: ImportanceFile, plan: GrowthPlan, grown: Checkpoint) -> None:
     """Raises InputError if the importances are not those of the source that `grown` was grown from.
 
     The source need not be there: its sampled values are looked up where growth put them, in tensors that were not varied.
     """
     shapes = {n: t.shape for n, t in plan.source.tensors.items() if n in plan.source.architecture.tensors}
-    check_model(found, shapes, None)
-    saved = decode(found.metadata["sample"])
+    check_same_model(found, shapes, None)
+    saved = decode_samples(found.metadata["sample"])
     stored = StoredTensors(grown)
     wrong = compared = at = 0
-    places = {n: (at, at := at + min(SAMPLES, math.prod(shapes[n]))) for n in sorted(shapes)}
+    places = {n: (at, at := at + min(SAMPLES_PER_TENSOR, math.prod(shapes[n]))) for n in sorted(shapes)}
     for name in plan.targets:
         pieces = trace(plan, name)
         if len(pieces) != 1 or pieces[0].vary or pieces[0].source not in places:
@@ -119,7 +119,7 @@ def check_of_source(found: Importance, plan: GrowthPlan, grown: Checkpoint) -> N
         start, stop = places.pop(piece.source)
         spots = torch.linspace(0, math.prod(shape) - 1, stop - start, dtype=torch.float64).long()
         for spot, value in zip(spots.tolist(), saved[start:stop].tolist(), strict=True):
-            target = [_where(i, a, c) for i, a, c in zip(piece.index, piece.alive(), _unravel(spot, shape), strict=True)]
+            target = [_target_index(i, a, c) for i, a, c in zip(piece.index, piece.alive(), _unravel_index(spot, shape), strict=True)]
             if any(t is None for t in target):
                 continue
             row = stored.rows(name, int(target[0] or 0), int(target[0] or 0) + 1)[0].double()
@@ -134,12 +134,12 @@ def check_of_source(found: Importance, plan: GrowthPlan, grown: Checkpoint) -> N
         )
 
 
-def _where(index: Tensor, alive: Tensor, coordinate: int) -> int | None:
+def _target_index(index: Tensor, alive: Tensor, coordinate: int) -> int | None:
     found = torch.nonzero((index == coordinate) & alive)
     return int(found[0]) if len(found) else None
 
 
-def _unravel(spot: int, shape: tuple[int, ...]) -> list[int]:
+def _unravel_index(spot: int, shape: tuple[int, ...]) -> list[int]:
     out = []
     for size in reversed(shape):
         spot, rest = divmod(spot, size)

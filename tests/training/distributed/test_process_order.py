@@ -14,7 +14,7 @@ from test_distributed import model, together
 from trained import recipe
 
 from hf_grow.errors import ExecutionError
-from hf_grow.training.distributed.one_first import one_ahead
+from hf_grow.training.distributed.process_order import local_main_process_first
 
 HANG = 600
 """Seconds after which something waits that nobody will wake; whatever this machine is busy with."""
@@ -72,7 +72,7 @@ def test_the_others_wait_in_no_collective(collectives: dict[str, int], monkeypat
     monkeypatch.setattr(filelock, "FileLock", Told)
 
     def process(rank: int) -> None:
-        with one_ahead(Place(rank), "the texts"):  # type: ignore[arg-type]
+        with local_main_process_first(Place(rank), "the texts"):  # type: ignore[arg-type]
             if rank == 0:
                 assert all(asked.acquire(timeout=HANG) for _ in range(3)), "its own, and both others are at the lock"
                 assert order == [] and collectives["inside"] == 0
@@ -87,7 +87,7 @@ def test_a_first_process_that_fails_stops_the_others(collectives: dict[str, int]
 
     def process(rank: int) -> None:
         try:
-            with one_ahead(Place(rank), "the texts"):  # type: ignore[arg-type]
+            with local_main_process_first(Place(rank), "the texts"):  # type: ignore[arg-type]
                 assert rank == 0, "the others do not begin"
                 raise ValueError("no room")
         except (ValueError, ExecutionError) as error:
@@ -100,7 +100,7 @@ def test_a_first_process_that_fails_stops_the_others(collectives: dict[str, int]
 
 def test_one_process_alone_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerate.utils, "broadcast_object_list", lambda *a: pytest.fail("a collective"))
-    with one_ahead(Place(0, 1), "the texts"):  # type: ignore[arg-type]
+    with local_main_process_first(Place(0, 1), "the texts"):  # type: ignore[arg-type]
         pass
 
 

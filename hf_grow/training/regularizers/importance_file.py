@@ -26,33 +26,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT = "hf-grow importance 1"
-SAMPLES = 16
+SAMPLES_PER_TENSOR = 16
 STORAGE = {"fp32": "F32", "bf16": "BF16"}
 
 
-def sample(tensor: Tensor) -> Tensor:
+def sample_values(tensor: Tensor) -> Tensor:
     """The values of one tensor that identify it: SAMPLES of them, evenly spread, in bf16 on the CPU (all of a smaller tensor)."""
     import torch
 
-    flat = full(tensor.detach()).reshape(-1)
-    return flat[_places(flat.numel()).to(flat.device)].to("cpu", torch.bfloat16)
+    flat = full_tensor(tensor.detach()).reshape(-1)
+    return flat[_sample_positions(flat.numel()).to(flat.device)].to("cpu", torch.bfloat16)
 
 
-def _places(count: int) -> Tensor:
+def _sample_positions(count: int) -> Tensor:
     import torch
 
-    return torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float64).long()
+    return torch.linspace(0, count - 1, min(SAMPLES_PER_TENSOR, count), dtype=torch.float64).long()
 
 
-def samples(model: PreTrainedModel) -> str:
+def model_fingerprint(model: PreTrainedModel) -> str:
     """What identifies the weights of a model, as one string; see `same_model`."""
     from hf_grow.training.param_updates.parameter_map import parameter_map, parameters
 
     held = parameters(model)
-    return encode({n: sample(place.of(full(held[place.parameter].detach()))) for n, place in parameter_map(model).items()})
+    return encode_samples(
+        {n: sample_values(place.of(full_tensor(held[place.parameter].detach()))) for n, place in parameter_map(model).items()}
+    )
 
 
-def samples_on_disk(checkpoint: Checkpoint) -> str:
+def checkpoint_fingerprint(checkpoint: Checkpoint) -> str:
     """The same for a checkpoint on this machine, read value by value: no model is made."""
     import torch
 
@@ -64,32 +66,32 @@ def samples_on_disk(checkpoint: Checkpoint) -> str:
         stored = checkpoint.tensors[name]
         width, count = DTYPE_BYTES[stored.dtype], math.prod(stored.shape)
         with open_regular(checkpoint.path(stored.file)) as file:
-            data = b"".join(os.pread(file.fileno(), width, stored.start + width * at) for at in _places(count).tolist())
+            data = b"".join(os.pread(file.fileno(), width, stored.start + width * at) for at in _sample_positions(count).tolist())
         found[name] = torch.frombuffer(bytearray(data), dtype=torch_dtype(stored.dtype)).to(torch.bfloat16)
-    return encode(found)
+    return encode_samples(found)
 
 
-def encode(tensors: Mapping[str, Tensor]) -> str:
+def encode_samples(tensors: Mapping[str, Tensor]) -> str:
     import torch
 
     values = torch.cat([tensors[n] for n in sorted(tensors)])
     return base64.b64encode(values.view(torch.uint8).numpy().tobytes()).decode()
 
 
-def decode(text: str) -> Tensor:
+def decode_samples(text: str) -> Tensor:
     import torch
 
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.bfloat16)
 
 
-def full(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor (every process must ask for it); any other as it is."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole
 
 
 @dataclass(frozen=True)
-class Importance:
+class ImportanceFile:
     """An open file of importances, whose header was read and found sound."""
 
     path: Path
@@ -107,7 +109,7 @@ class Importance:
         return tensor
 
 
-def open_importance(path: Path) -> Importance:
+def open_importance(path: Path) -> ImportanceFile:
     """Raises InputError for a file that is missing, damaged, or holds something else."""
     from safetensors import SafetensorError, safe_open
 
@@ -126,10 +128,10 @@ def open_importance(path: Path) -> Importance:
         raise InputError(f"{path} is no file of importances.", hint="They are made by hf-grow fisher MODEL --text OLD_DATA -o FILE.")
     if not dtypes <= {"F32", "BF16"}:
         raise InputError(f"{path} holds {', '.join(sorted(dtypes - {'F32', 'BF16'}))}; importances are F32 or BF16 (squares overflow F16).")
-    return Importance(path, metadata, shapes, file)
+    return ImportanceFile(path, metadata, shapes, file)
 
 
-def check_model(found: Importance, shapes: Mapping[str, tuple[int, ...]], identity: str | None, *, close: bool = False) -> None:
+def check_same_model(found: ImportanceFile, shapes: Mapping[str, tuple[int, ...]], identity: str | None, *, close: bool = False) -> None:
     """Raises InputError if the file is of another model. ``shapes``: the model's tensors by names on disk; ``identity``: its `samples`.
 
     ``close``: the weights were computed, so rounding may move one of a thousand values by more than it may move any.
@@ -145,14 +147,14 @@ def check_model(found: Importance, shapes: Mapping[str, tuple[int, ...]], identi
                 f"{found.path} is of another model ({of}): {name} has shape {list(found.shapes[name])} there, {list(shape)} here.",
                 hint=hint,
             )
-    if identity is not None and not _same(found.metadata["sample"], identity, close):
+    if identity is not None and not _same_samples(found.metadata["sample"], identity, close):
         raise InputError(f"{found.path} is of another model ({of}): the shapes agree, the weights do not.", hint=hint)
 
 
-def _same(one: str, other: str, close: bool) -> bool:
+def _same_samples(one: str, other: str, close: bool) -> bool:
     if not close or len(one) != len(other):
         return one == other
-    a, b = decode(one).double(), decode(other).double()
+    a, b = decode_samples(one).double(), decode_samples(other).double()
     near = (a - b).abs() <= 2.0**-6 * a.abs() + 1e-6
     return bool(near.double().mean() > 0.999)
 

@@ -19,12 +19,12 @@ from hf_grow.growth.evaluate import Evaluator
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.tensors import InMemoryTensors
 from hf_grow.training.param_updates.parameter_map import ParameterRows, parameters
-from hf_grow.training.regularizers.fisher_file import Importance
-from hf_grow.training.regularizers.penalty import Anchored
+from hf_grow.training.regularizers.importance_file import ImportanceFile
+from hf_grow.training.regularizers.penalty import AnchoredPenalty
 
 
 @dataclass
-class _Reader:
+class _CopyOfSource:
     """A target tensor that holds (part of) a source tensor."""
 
     name: str
@@ -47,7 +47,7 @@ def _scaled(tensor: Tensor, piece: Piece) -> Tensor:
     return tensor if factor == 1 else tensor * factor
 
 
-class Collapsed(Anchored):
+class SourceCoordinatePenalty(AnchoredPenalty):
     """``weights``: the grown model's at the start, by names on disk. Raises InputError for a growth that C does not undo."""
 
     name = "ewc-collapsed"
@@ -58,14 +58,14 @@ class Collapsed(Anchored):
         plan: GrowthPlan,
         weights: Mapping[str, Tensor],
         places: Mapping[str, ParameterRows],
-        fisher: Importance,
+        fisher: ImportanceFile,
         *,
         storage: torch.dtype = torch.float32,
     ) -> None:
         self.strength, self.places, self.storage = strength, places, storage
         self.shapes = {n: t.shape for n, t in plan.source.tensors.items() if n not in plan.growth.dropped}
-        self.readers = _readers(plan)
-        _check_undone(plan, self.readers, self.shapes)
+        self.readers = _copies_of_sources(plan)
+        _check_inverse(plan, self.readers, self.shapes)
         self.anchors = {n: self._collapsed(n, weights).to(storage) for n in self.readers}
         self.fisher = fisher
         self.importance: dict[str, Tensor] = {}
@@ -88,7 +88,7 @@ class Collapsed(Anchored):
         return place.of(of[place.parameter].detach())
 
     def _collapsed(self, source: str, weights: Mapping[str, Tensor]) -> Tensor:
-        parts = [r.collapse(_wide(weights[r.name]), self.shapes[source]) for r in self.readers[source]]
+        parts = [r.collapse(_at_least_fp32(weights[r.name]), self.shapes[source]) for r in self.readers[source]]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     def _away(self, source: str) -> Tensor:
@@ -117,24 +117,24 @@ class Collapsed(Anchored):
         return 2 * self.storage.itemsize * sum(a.numel() for a in self.anchors.values())
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor if tensor.element_size() >= 4 else tensor.float()
 
 
-def _readers(plan: GrowthPlan) -> dict[str, list[_Reader]]:
+def _copies_of_sources(plan: GrowthPlan) -> dict[str, list[_CopyOfSource]]:
     """Of every source tensor, the tensors it went to; identity blocks pass nothing back and are free."""
-    found: dict[str, list[_Reader]] = {}
+    found: dict[str, list[_CopyOfSource]] = {}
     for name in plan.targets:
         layer = plan.architecture.tensors[name].layer
         if layer >= 0 and plan.growth.layers[layer].identity:
             continue
         for piece in trace(plan, name):
             if any(bool(b.any()) for b in piece.back):
-                found.setdefault(piece.source, []).append(_Reader(name, piece))
+                found.setdefault(piece.source, []).append(_CopyOfSource(name, piece))
     return found
 
 
-def _check_undone(plan: GrowthPlan, readers: Mapping[str, list[_Reader]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_inverse(plan: GrowthPlan, readers: Mapping[str, list[_CopyOfSource]], shapes: Mapping[str, tuple[int, ...]]) -> None:
     evaluator = Evaluator(plan, InMemoryTensors({}))
     for source, shape in shapes.items():
         if source not in readers:

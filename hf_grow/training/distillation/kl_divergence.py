@@ -17,7 +17,7 @@ CHUNK = 1 << 24
 """Logits worked on at once; 64 MB in fp32 for each of about four intermediate tensors."""
 
 
-def divergence(student: Tensor, teacher: Tensor, temperature: float, chosen: Tensor | None = None) -> Tensor:
+def kl_divergence(student: Tensor, teacher: Tensor, temperature: float, chosen: Tensor | None = None) -> Tensor:
     """The plain formula: T^2 KL(teacher || student) at every position, [...]. Logits: student [..., V]; teacher [..., V], or [..., k] of the
     tokens `chosen`. In fp32, or fp64 where the student is."""
     wide = torch.promote_types(student.dtype, torch.float32)
@@ -28,13 +28,13 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float, chosen: Ten
     return (said.exp() * (said - own)).sum(-1) * temperature**2
 
 
-def summed(student: Tensor, teacher: Tensor, temperature: float, counted: Tensor, chosen: Tensor | None = None) -> Tensor:
+def summed_kl_divergence(student: Tensor, teacher: Tensor, temperature: float, counted: Tensor, chosen: Tensor | None = None) -> Tensor:
     """`divergence` summed over the positions where `counted` [B, L] is true; the same gradient for `student` [B, L, V], once."""
-    apply: Callable[..., Tensor] = _Summed.apply
+    apply: Callable[..., Tensor] = _SummedKLDivergence.apply
     return apply(student, teacher, temperature, counted, chosen)
 
 
-class _Summed(torch.autograd.Function):
+class _SummedKLDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, counted: Tensor, chosen: Tensor | None) -> Tensor:
         wide = torch.promote_types(student.dtype, torch.float32)
@@ -47,7 +47,7 @@ class _Summed(torch.autograd.Function):
                 here = (row, slice(start, start + step))
                 some = None if chosen is None else chosen[here]
                 mask = counted[here].to(wide)[:, None]
-                total += (divergence(student[here], teacher[here], temperature, some)[:, None] * mask).sum()
+                total += (kl_divergence(student[here], teacher[here], temperature, some)[:, None] * mask).sum()
                 if gradient is None:
                     continue
                 slope = (student[here].to(wide) / temperature).softmax(-1)
