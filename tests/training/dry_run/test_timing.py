@@ -140,7 +140,7 @@ def test_texts_need_not_be_there(steps: list[Any], tmp_path: Path, capsys: pytes
     assert "nowhere.txt" in run(capsys, "train", path, "--dry-run", status=2)["error"]
     assert main(["train", str(path), "--dry-run", "--time"]) == 0
     said = capsys.readouterr()
-    assert "How much text there is is unknown" in said.out + said.err
+    assert "The size of the texts is unknown" in said.out + said.err
     assert "3 s a step, 11 tokens/s (median of 5); how many steps there are is not known" in said.out
     assert len(steps) == len(DURATIONS)
 
