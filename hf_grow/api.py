@@ -13,13 +13,13 @@ from hf_grow.checkpoint.reader import Checkpoint, open_folder
 from hf_grow.checkpoint.source import open_source
 from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, Progress, layout
 from hf_grow.common.suggest import did_you_mean
-from hf_grow.errors import InputError, PlanError
+from hf_grow.convert.measure import measure
+from hf_grow.errors import InputError
 from hf_grow.growth.growth import Method
 from hf_grow.growth.plan import GrowthPlan, SourceInfo, check_source, make_plan
 from hf_grow.methods import METHODS
-from hf_grow.methods.experts.expert_options import ExpertsOptions
 from hf_grow.methods.no_effect import reject_ineffective_options
-from hf_grow.methods.pipeline import PIPELINE, PipelineOptions
+from hf_grow.methods.pipeline import PIPELINE
 from hf_grow.options import Options, parse
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from hf_grow.verification import Report
 
 Notify = Callable[[str], None]
-MOST_DATA = 48 << 20  # growth.json must stay readable
 
 
 def _quiet(message: str) -> None:
@@ -52,7 +51,7 @@ def plan_for(info: SourceInfo, method: Method, options: Options) -> GrowthPlan:
         check_source(other)
     others = [other.architecture for other in info.others.values()]
     plan = make_plan(info, method.build(info.architecture, options, others) if others else method.build(info.architecture, options))
-    if method is not PIPELINE:  # which asks for each of its steps
+    if not method.checks_own_options:
         reject_ineffective_options(method, info.architecture, options, others)
     return plan
 
@@ -64,26 +63,6 @@ def open_sources(ref: str, options: Options, *, revision: str | None = None, wei
     """
     main = open_source(ref, revision=revision, weights=weights, notify=notify)
     return with_others(main, named(options.extra_sources()), weights=weights, notify=notify)
-
-
-def measured(plan: GrowthPlan, checkpoint: Checkpoint, options: Options, *, notify: Notify = _quiet) -> GrowthPlan:
-    """The plan with the numbers that must be measured on the source's weights (router rows from prompts); most plans need none."""
-    if not plan.growth.unmeasured():
-        return plan
-    if isinstance(options, PipelineOptions):
-        options = options.steps[0].options
-    import base64
-
-    from hf_grow.convert.router_init import router_rows
-
-    assert isinstance(options, ExpertsOptions) and options.prompts is not None and options.router in ("prompts", "cheap-embed")
-    rows = router_rows(checkpoint, options.prompts, kind=options.router, pooling=options.prompt_pooling, notify=notify)
-    # In 16 bit: what a router begins with need not be finer, and another number of threads then gives the same bytes.
-    packed = {layer: base64.b64encode(r.numpy().astype("<f2").tobytes()).decode() for layer, r in rows.items()}
-    data = {key: packed[int(key.partition(".")[2] or 0)] for key in plan.growth.unmeasured()}
-    if sum(map(len, data.values())) > MOST_DATA:
-        raise PlanError("So many router rows do not fit into growth.json.", hint="Use --router cheap-embed, or normal.")
-    return replace(plan, growth=replace(plan.growth, data=data))
 
 
 def plan(
@@ -131,7 +110,7 @@ def grow(
     found = find_method(method)
     parsed = parse(found.options, options, where=f"method {method}", strict=False)
     checkpoint = open_sources(str(source), parsed, revision=revision, weights=True, notify=notify)
-    plan = measured(plan_for(checkpoint.info, found, parsed), checkpoint, parsed, notify=notify)
+    plan = measure(plan_for(checkpoint.info, found, parsed), checkpoint, notify=notify)
     return execute(
         plan,
         checkpoint,

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import hf_grow
+from hf_grow.methods import METHODS
+from hf_grow.methods.pipeline import PIPELINE
 from hf_grow.model.families import FAMILIES, PREDICATES, Dim, Family, TensorSpec
 
 ROOT = Path(hf_grow.__file__).parent
@@ -97,6 +99,18 @@ def test_the_floor_test_sees_imports():
     assert imports("growth.plan")["model.param_count"] is True
     assert imports("growth.axes") == {"growth.tensormap": True}
     assert len([m for m in MODULES if imports(m)]) > 10
+
+
+def test_no_module_outside_methods_knows_the_options_of_a_method():
+    """It knows them as `Method.options`, and reads what a Growth carries."""
+    classes = {m.options.__name__ for m in (*METHODS.values(), PIPELINE)}
+    assert classes > {"PipelineOptions", "ExpertsOptions", "HybridOptions"}
+    for module, path in MODULES.items():
+        if place_of(module) != "methods":
+            nodes = list(ast.walk(ast.parse(path.read_text())))
+            names = {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+            names |= {alias.name for n in nodes if isinstance(n, ast.ImportFrom) for alias in n.names}
+            assert not names & classes, f"{module} knows {names & classes}"
 
 
 LIGHT = [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from hf_grow.api import find_method, measured, open_sources, plan_for
+from hf_grow.api import find_method, open_sources, plan_for
 from hf_grow.checkpoint.partial_folder import PartialFolder
 from hf_grow.checkpoint.shard_sink import local_bytes
 from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, DEFAULT_SOURCE_CACHE, WORKERS, check_room, layout
@@ -22,11 +22,11 @@ from hf_grow.cli.push import PublishOptions, push_with_bar, pushed_facts, show_p
 from hf_grow.cli.streamed import fetch_small, heads_compared, streamed
 from hf_grow.common.suggest import did_you_mean
 from hf_grow.common.units import format_bytes
+from hf_grow.convert.measure import measure
 from hf_grow.errors import InputError
 from hf_grow.growth.growth import Method
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.methods import METHODS
-from hf_grow.methods.hybrid import HybridOptions, rank_candidates
 from hf_grow.model.param_count import format_count
 from hf_grow.options import Bytes, Options, Requires, load_yaml, parse, raise_errors, unmet_requirements
 from hf_grow.publish.card import forewarn
@@ -180,8 +180,8 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
     if output.stream_push and output.with_optimizer:
         raise InputError("--stream-push sends the model only, and --with-optimizer writes more.", hint="Leave one of them out.")
     if not as_json:
-        if isinstance(options, HybridOptions):
-            render.show_candidates(checkpoint.info.architecture, rank_candidates(checkpoint.info.architecture, options), options)
+        if plan.growth.candidates:
+            render.show_candidates(plan.growth.candidates)
         render.show_plan(plan)
     cache, companions = None, None
     if output.stream_source and not output.dry_run:
@@ -202,7 +202,7 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
         checkpoint = open_sources(checkpoint.ref, options, revision=checkpoint.revision, weights=True, notify=render.note)
         checkpoint, plan = _with_heads(checkpoint, plan, method, options)
         shards = layout(plan.targets, output.shard_size)
-    plan = measured(plan, checkpoint, options, notify=render.note)
+    plan = measure(plan, checkpoint, notify=render.note)
     if to:
         to = prepare(to)  # before the work: a token that may not write is told now
     from hf_grow.convert.execute import execute

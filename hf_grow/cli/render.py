@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,12 @@ from hf_grow.common.progress_bars import TokenProgress, progress_bar, token_prog
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import printable
 from hf_grow.methods import starting_loss as starting
-from hf_grow.methods.hybrid import ffn_axis
 from hf_grow.model.param_count import count_parameters, format_count
 from hf_grow.publish.layer_map import layer_ranges
 
 if TYPE_CHECKING:
+    from hf_grow.growth.growth import CandidateTable
     from hf_grow.growth.plan import GrowthPlan
-    from hf_grow.methods.hybrid import HybridCandidate, HybridOptions
-    from hf_grow.model.architecture import Architecture
 
 MOST_COLUMNS = 4_000
 """The longest piece of a line on the terminal: a list of all layers of a large model fits."""
@@ -116,39 +114,16 @@ def show_plan(plan: GrowthPlan) -> None:
         console.print(f"warning    {warning}", style="yellow", markup=False)
 
 
-def show_candidates(arch: Architecture, found: Sequence[HybridCandidate], options: HybridOptions) -> None:
-    """The table of hybrid shapes, the chosen one marked."""
-    table = Table(
-        title=f"shapes near {format_count(options.to)}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    ffn = ffn_axis(arch)
-    for column in ("", "layers", "hidden", "FFN", "heads/kv", "size", "off", "hidden/layers"):
+def show_candidates(candidates: CandidateTable) -> None:
+    """The shapes that a method ranked, with the chosen one in bold."""
+    table = Table(title=candidates.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", *candidates.columns):
         table.add_column(column, justify="right", no_wrap=True)
-    now = arch.size("hidden") / arch.layers
-    table.add_row(
-        "now",
-        str(arch.layers),
-        str(arch.size("hidden")),
-        str(arch.size(ffn)),
-        f"{arch.heads}/{arch.size('kv')}",
-        format_count(count_parameters(arch).total),
-        "",
-        f"{now:.0f}",
-    )
-    for at, c in enumerate(found, 1):
-        s = c.shape
-        cells = [
-            str(c.layers),
-            str(s.hidden),
-            str(getattr(s, ffn)),
-            f"{s.heads}/{s.kv}",
-            format_count(c.total),
-            f"{c.total / options.to - 1:+.1%}",
-            f"{c.aspect:.0f}",
-        ]
-        table.add_row(str(at), *cells, style="bold" if at == options.choose else "")
+    table.add_row("now", *candidates.source)
+    for number, cells in enumerate(candidates.rows, 1):
+        table.add_row(str(number), *cells, style="bold" if number == candidates.chosen else "")
     console.print(table)
-    console.print("Another of these: --choose N", style="dim")
+    console.print(candidates.hint, style="dim")
 
 
 @contextmanager

@@ -31,9 +31,11 @@ def streamed(
     if not _remote(checkpoint):
         render.note("The source is on this machine; --stream-source has nothing to fetch.")
         return checkpoint, None
-    if plan.growth.unmeasured():
+    if plan.growth.measurements:
+        what = " and ".join(wanted.kind for wanted in plan.growth.measurements)
         raise InputError(
-            "Routers from prompts run the source, so its weights must be here.", hint="Leave --stream-source out, or take --router normal."
+            f"--stream-source does not work with {what} that are measured on the source's weights.",
+            hint="Leave --stream-source out, or use --router normal.",
         )
     from hf_grow.checkpoint.tensor_cache import TensorCache
 

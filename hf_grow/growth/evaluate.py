@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_grow.errors import ExecutionError, SourceError
+from hf_grow.errors import ExecutionError, PlanError, SourceError
 from hf_grow.growth.axes import AxisMap, AxisRun
 from hf_grow.growth.finite_check import NOT_FINITE_HINT, FiniteCheck
 from hf_grow.growth.noise import gaussian, random_subset
@@ -50,6 +50,9 @@ class Evaluator:
     """Evaluates one plan's expressions. ``quantity`` chooses what flows through the map: weights, gradients or squared gradients."""
 
     def __init__(self, plan: GrowthPlan, tensors: TensorRows, quantity: Quantity = "weight") -> None:
+        if plan.growth.measurements:
+            kinds = " and ".join(m.kind for m in plan.growth.measurements)
+            raise PlanError(f"The plan needs {kinds} measured on the source's weights.", hint="hf_grow.grow measures them.")
         self.tensors = tensors
         self.quantity = quantity
         self.seed = plan.growth.seed

@@ -5,12 +5,13 @@ Nothing here knows a method by name, reads a weight or imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from hf_grow.errors import PlanError
 from hf_grow.growth.axes import AxisMap
-from hf_grow.growth.tensormap import Expr, Noise, Orthogonal, Replace, Subset, Take, Values, substitute
+from hf_grow.growth.tensormap import Expr, Noise, Orthogonal, Replace, Subset, Take, substitute
 from hf_grow.model.architecture import Architecture
 from hf_grow.options import Options
 
@@ -43,6 +44,36 @@ class LayerOrigin:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """Numbers that must be measured on the source's weights before a growth can be written: those of some of its `Values` nodes."""
+
+    kind: str
+    """A key of `hf_grow.convert.measure.MEASUREMENTS`."""
+    layers: Mapping[str, int]
+    """Key of a `Values` node -> layer of the source in which it is measured."""
+    parameters: Mapping[str, Any]
+    """Keyword arguments of the measuring function."""
+    source: str = ""
+    """Label of the checkpoint to measure on, as in `Source.checkpoint`; empty for the main one."""
+
+
+@dataclass(frozen=True)
+class CandidateTable:
+    """The target shapes that a method ranked, as text for the terminal."""
+
+    title: str
+    columns: tuple[str, ...]
+    source: tuple[str, ...]
+    """The source's row."""
+    rows: tuple[tuple[str, ...], ...]
+    """A row for each candidate, best first."""
+    chosen: int
+    """Number of the candidate that the growth makes, from 1."""
+    hint: str
+    """How to choose another."""
+
+
+@dataclass(frozen=True)
 class Growth:
     method: str
     options: Mapping[str, Any]
@@ -60,24 +91,20 @@ class Growth:
     seed: int = 0
     data: Mapping[str, str] = field(default_factory=dict)
     """Numbers of `Values` nodes by their key: float16, little endian, base64. Empty until they are measured."""
-
-    def unmeasured(self) -> list[str]:
-        """The keys of `Values` nodes whose numbers are not there yet."""
-        return sorted({v.key for e in self.tensors.values() for v in _values(e)} - self.data.keys())
-
-
-def _values(expr: Expr) -> Iterator[Values]:
-    if isinstance(expr, Values):
-        yield expr
-    for child in expr.children():
-        yield from _values(child)
+    measurements: tuple[Measurement, ...] = ()
+    """What must still be measured; `hf_grow.convert.measure.measure` puts the results into `data`."""
+    candidates: CandidateTable | None = None
+    """What the method chose the target from, if it ranked several."""
 
 
 def compose(first: Growth, second: Growth) -> Growth:
     """The growth that does `first`, then `second`, as one map: no intermediate checkpoint, one pass over the weights.
 
     Exact by substitution. Noise and axis maps of the second step get names of their own where the two would be confused.
+    Raises PlanError if the second step needs measurements: only the first one reads a checkpoint that exists.
     """
+    if second.measurements:
+        raise PlanError(f"{second.method} needs measurements of the source ({second.measurements[0].kind}), so it must be the first step.")
     clash = {n: f"{n}@{first.method}+{second.method}" for n in first.axes.keys() & second.axes.keys() if first.axes[n] != second.axes[n]}
 
     def rename(expr: Expr) -> Expr:
@@ -103,6 +130,7 @@ def compose(first: Growth, second: Growth) -> Growth:
         warnings=first.warnings + second.warnings,
         seed=first.seed,
         data={**first.data, **second.data},
+        measurements=first.measurements,
     )
 
 
@@ -133,3 +161,5 @@ class Method:
     """From the source's architecture and the options; and from the architectures of further sources, where the options name some."""
     for_size: Callable[[Architecture, int], Options | None]
     """The options that come nearest to a number of parameters, or None where the method has no way there."""
+    checks_own_options: bool = False
+    """Whether `build` rejects options without effect itself, as a pipeline does for each of its steps."""

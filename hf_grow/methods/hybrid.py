@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from hf_grow.errors import GrowError, PlanError
-from hf_grow.growth.growth import Growth, Method, compose
+from hf_grow.growth.growth import CandidateTable, Growth, Method, compose
 from hf_grow.methods.depth import DEPTH_METHODS
 from hf_grow.methods.width.width_methods import WIDTH_METHODS, explicit_sizes
 from hf_grow.methods.width.width_search import Widths, candidate_widths, widths_of, with_widths
@@ -59,10 +59,6 @@ class HybridCandidate:
     total: int
     cost: float
 
-    @property
-    def aspect(self) -> float:
-        return self.shape.hidden / self.layers
-
 
 def rank_candidates(arch: Architecture, options: HybridOptions) -> list[HybridCandidate]:
     """The best shapes first, at most LISTED, no two of the same hidden_size. Raises PlanError if none comes within 5 %."""
@@ -84,7 +80,7 @@ def rank_candidates(arch: Architecture, options: HybridOptions) -> list[HybridCa
     return sorted(best.values(), key=lambda c: c.cost)[:MAX_CANDIDATES]
 
 
-def ffn_axis(arch: Architecture) -> str:
+def _ffn_axis(arch: Architecture) -> str:
     """The FFN that closes the gap: that of the experts where no layer is dense (then intermediate_size is in no tensor)."""
     return "expert_inter" if all(map(arch.is_sparse, range(arch.layers))) else "inter"
 
@@ -97,7 +93,7 @@ def _all(arch: Architecture, options: HybridOptions) -> Iterator[HybridCandidate
         for n in range(max(low, arch.layers), high + 1)
         if options.depth_method != "dus" or n == arch.layers or (n % 2 == 0 and n <= 2 * arch.layers)
     ]
-    axis = ffn_axis(arch)
+    axis = _ffn_axis(arch)
     for shape in (old, *candidate_widths(arch, multiple=options.multiple_of)):
         size, unit = getattr(shape, axis), _unit(getattr(old, axis), options.multiple_of)
         base = with_widths(arch, shape)
@@ -141,7 +137,25 @@ def build_hybrid(arch: Architecture, options: HybridOptions) -> Growth:
         raise PlanError(
             f"There are {len(found)} candidates, not {options.choose}.", hint="hf-grow hybrid SOURCE --to SIZE --dry-run lists them."
         )
-    return build_candidate(arch, found[options.choose - 1], options)
+    return replace(build_candidate(arch, found[options.choose - 1], options), candidates=_table(arch, found, options))
+
+
+def _table(arch: Architecture, found: list[HybridCandidate], options: HybridOptions) -> CandidateTable:
+    axis = _ffn_axis(arch)
+
+    def row(widths: Widths, layers: int, total: int) -> tuple[str, ...]:
+        sizes = (str(layers), str(widths.hidden), str(getattr(widths, axis)), f"{widths.heads}/{widths.kv}")
+        return *sizes, format_count(total), f"{total / options.to - 1:+.1%}", f"{widths.hidden / layers:.0f}"
+
+    now = row(widths_of(arch), arch.layers, count_parameters(arch).total)
+    return CandidateTable(
+        title=f"shapes near {format_count(options.to)}",
+        columns=("layers", "hidden", "FFN", "heads/kv", "size", "off", "hidden/layers"),
+        source=(*now[:5], "", now[6]),
+        rows=tuple(row(c.shape, c.layers, c.total) for c in found),
+        chosen=options.choose,
+        hint="Another of these: --choose N",
+    )
 
 
 def build_candidate(arch: Architecture, candidate: HybridCandidate, options: HybridOptions) -> Growth:

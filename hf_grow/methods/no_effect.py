@@ -59,7 +59,7 @@ def _differs(method: Method, arch: Architecture, options: Options, others: Seque
         other = _build(method, arch, options, others)
     except GrowError:
         return True
-    if (growth.config, growth.tensors, growth.axes) != (other.config, other.tensors, other.axes):
+    if any(getattr(growth, part) != getattr(other, part) for part in ("config", "tensors", "axes", "measurements")):
         return True
     return growth.seed != other.seed and any(map(_random, growth.tensors.values()))
 

@@ -62,11 +62,17 @@ def build_pipeline(arch: Architecture, options: PipelineOptions, others: Sequenc
             reject_ineffective_options(method, here, step.options, more)
         except PlanError as error:
             raise PlanError(f"Step {number} ({step.method}): {error.message}", hint=error.hint) from None
-    if any(g.unmeasured() for g in grown[1:]):
-        raise PlanError("Routers from prompts are measured on the source, so they must be in the first step.")
     return reduce(compose, grown)
 
 
 PIPELINE = Method(
-    "pipeline", "hybrid", "several growths as one", "", "that of its weakest step", PipelineOptions, build_pipeline, lambda arch, target: None
-)  # fmt: skip
+    "pipeline",
+    "hybrid",
+    "several growths as one",
+    "",
+    "that of its weakest step",
+    PipelineOptions,
+    build_pipeline,
+    lambda arch, target: None,
+    checks_own_options=True,
+)

@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from hf_grow import api
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.cli import main
+from hf_grow.convert.in_memory import grow_model
 from hf_grow.convert.router_init import router_rows
+from hf_grow.errors import PlanError
 from hf_grow.methods.experts.prompts import PromptsFile
 
 WORDS = ["sum", "loop", "tale", "king", "verb", "noun", "the", "of"]
@@ -64,6 +66,24 @@ def test_cheap_rows_are_means_of_embeddings(source: Path, tmp_path: Path) -> Non
     second = mean("tale of the king") - mean("verb noun")
     found = load_file(tmp_path / "out" / "model.safetensors")["model.layers.2.block_sparse_moe.gate.weight"]
     assert torch.allclose(found[1].double(), second / second.norm() * 48**0.5, atol=4e-3)
+
+
+def test_a_prompt_can_stand_by_its_last_token(source: Path, tmp_path: Path) -> None:
+    for pooling in ("mean", "last"):
+        api.grow(source, tmp_path / pooling, "experts", experts=3, router="prompts", prompts=PROMPTS, prompt_pooling=pooling)
+    mean, last = (load_file(tmp_path / pooling / "model.safetensors") for pooling in ("mean", "last"))
+    name = "model.layers.0.block_sparse_moe.gate.weight"
+    assert not torch.equal(mean[name], last[name])
+    rows = router_rows(open_folder(source), PromptsFile.model_validate(PROMPTS), kind="prompts", pooling="last")
+    assert torch.allclose(last[name], rows[0] * 0.02 * 48**0.5, atol=4e-4)
+
+
+def test_a_plan_that_was_not_measured_is_refused_by_name(source: Path) -> None:
+    model = make(BY_NAME["llama"])
+    plan = api.plan(model, "experts", experts=3, router="prompts", prompts=PROMPTS)
+    assert plan.growth.measurements
+    with pytest.raises(PlanError, match="router rows measured on the source"):
+        grow_model(model, plan)
 
 
 def test_a_prompted_router_in_a_later_step_is_refused(source: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

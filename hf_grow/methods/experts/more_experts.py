@@ -16,7 +16,7 @@ from hf_grow.growth.axes import AxisMap, AxisRun, merge_runs
 from hf_grow.growth.growth import Growth, Guarantee, LayerOrigin
 from hf_grow.growth.tensormap import Concat, Expr, Fill, Noise, Share, Source, Sum, Take
 from hf_grow.methods.experts.expert_options import ExpertsOptions
-from hf_grow.methods.experts.routers import check_router, new_rows
+from hf_grow.methods.experts.routers import check_router, is_router, new_rows, router_measurements
 from hf_grow.methods.experts.upcycle import dense_name
 from hf_grow.model.architecture import Architecture, Entry
 from hf_grow.model.config_compat import portable_config
@@ -33,16 +33,16 @@ def more_experts(arch: Architecture, options: ExpertsOptions, others: Sequence[A
     origins = [[*range(old), *_chosen(arch, options, layer, new - old)] for layer in range(arch.layers)]
     alike = all(o == origins[0] for o in origins)
     check_router(options, new - old if others else 0)
-    config = portable_config({**arch.config, **experts_keys(arch, new), "num_experts_per_tok": top_k})
+    target = Architecture(portable_config({**arch.config, **experts_keys(arch, new), "num_experts_per_tok": top_k}))
     rows: dict[str, AxisMap] = {}
     tensors: dict[str, Expr] = {}
-    for name, entry in Architecture(config).tensors.items():
+    for name, entry in target.tensors.items():
         origin = origins[max(entry.layer, 0)]
         if entry.expert >= 0:
             tensors[name] = _expert(arch, entry, origin, options, len(others))
-        elif entry.spec.dims[0].axes == ("experts",) and others:
+        elif is_router(entry) and others:
             tensors[name] = Concat((Source(name), new_rows(entry, new - old, options)), 0)
-        elif entry.spec.dims[0].axes == ("experts",) and new > old:
+        elif is_router(entry) and new > old:
             axis = "router.copies" if alike else f"router.copies.{entry.layer}"
             rows[axis] = AxisMap(old, merge_runs(AxisRun(i, 1, 1.0, 1.0 / origin.count(i)) for i in origin))
             tensors[name] = _router(entry, axis, old, options)
@@ -51,13 +51,13 @@ def more_experts(arch: Architecture, options: ExpertsOptions, others: Sequence[A
     return Growth(
         method="experts",
         options=options.non_defaults(),
-        config=config,
+        config=target.config,
         tensors=tensors,
         guarantee=_guarantee(arch, options, origins, top_k, len(others)),
         layers=tuple(LayerOrigin((i,)) for i in range(arch.layers)),
         axes=rows,
-        warnings=(),
         seed=options.seed,
+        measurements=router_measurements(options, target),
     )
 
 

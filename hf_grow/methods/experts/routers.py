@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from hf_grow.errors import PlanError
+from hf_grow.growth.growth import Measurement
 from hf_grow.growth.tensormap import Expr, Fill, Noise, Orthogonal, Sum, Values
 from hf_grow.methods.experts.expert_options import ExpertsOptions
-from hf_grow.model.architecture import Entry
+from hf_grow.model.architecture import Architecture, Entry
 
 MEASURED = ("prompts", "cheap-embed")
 """Routers whose rows are measured on the source before the plan is carried out."""
@@ -40,5 +41,20 @@ def new_rows(entry: Entry, rows: int, options: ExpertsOptions) -> Expr:
                 raise PlanError(f"{rows} router rows of {size[1]} numbers cannot all be at right angles.", hint="Use --router normal.")
             return Orthogonal(size, options.router_std, entry.name)
         case _:  # measured rows have length one; cheap ones are the same in every layer
-            key = "router" if options.router == "cheap-embed" else f"router.{entry.layer}"
-            return Sum((Values(size, key),), (options.router_std * math.sqrt(size[1]),))
+            return Sum((Values(size, _key(options, entry.layer)),), (options.router_std * math.sqrt(size[1]),))
+
+
+def _key(options: ExpertsOptions, layer: int) -> str:
+    return "router" if options.router == "cheap-embed" else f"router.{layer}"
+
+
+def is_router(entry: Entry) -> bool:
+    return entry.spec.dims[0].axes == ("experts",)
+
+
+def router_measurements(options: ExpertsOptions, target: Architecture) -> tuple[Measurement, ...]:
+    """What `new_rows` of the target's routers need from the source's weights."""
+    if options.router not in MEASURED:
+        return ()
+    layers = {_key(options, entry.layer): entry.layer for entry in target.tensors.values() if is_router(entry)}
+    return (Measurement("router rows", layers, {"prompts": options.prompts, "kind": options.router, "pooling": options.prompt_pooling}),)

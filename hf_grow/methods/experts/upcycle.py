@@ -26,7 +26,7 @@ from hf_grow.growth.axes import AxisMap, AxisRun, merge_runs, select
 from hf_grow.growth.growth import Growth, Guarantee, LayerOrigin
 from hf_grow.growth.tensormap import Expr, Fill, Noise, Replace, Share, Source, Subset, Sum, Take
 from hf_grow.methods.experts.expert_options import ExpertsOptions
-from hf_grow.methods.experts.routers import check_router, new_rows
+from hf_grow.methods.experts.routers import check_router, new_rows, router_measurements
 from hf_grow.model.architecture import Architecture, Entry
 from hf_grow.model.config_compat import portable_config
 
@@ -77,6 +77,7 @@ def upcycled(arch: Architecture, options: ExpertsOptions, others: Sequence[Archi
         axes=made.axes,
         warnings=tuple(_notes(options, others)),
         seed=options.seed,
+        measurements=router_measurements(options, target),
     )
 
 
