@@ -169,10 +169,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             else ""
         )
 
-    def streamed(plan: Any, checkpoint: Any, shard: int, keep: int, *, quiet: bool) -> Any:
-        made.append(("streamed", shard, keep))
+    def streamed(plan: Any, checkpoint: Any, shards: Any, keep: int, *, quiet: bool) -> Any:
+        made.append(("streamed", keep))
         return checkpoint, None
 
+    monkeypatch.setattr(grow, "layout", told("layout", []))
     monkeypatch.setattr(grow, "streamed", streamed)
     monkeypatch.setattr(grow, "check_trainer_checkpoint", told("check optimizer"))
     monkeypatch.setattr(grow, "warn_unsettled", told("unsettled"))
