@@ -20,9 +20,9 @@ from hf_grow.growth.axes import AxisMap, AxisRun, merge_runs, select
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.tensormap import Expr, Source, Sum, Take
 from hf_grow.verification.eval_text import token_windows
-from hf_grow.verification.function import COMPUTED, Runs
-from hf_grow.verification.logit_differences import Difference
-from hf_grow.verification.models import load_model, logits, mapped_model
+from hf_grow.verification.function import COMPUTE_EPSILON, LogitComparison
+from hf_grow.verification.logit_differences import LogitDifference
+from hf_grow.verification.models import load_model, logits, unrounded_model
 from hf_grow.verification.routing import Routing
 
 
@@ -117,18 +117,20 @@ def _from_layer(expr: Expr, layer: int, other: int) -> Expr:
     return expr.map_children(lambda e: _from_layer(e, layer, other))
 
 
-def judge(source: Checkpoint, tokens: int, dtype: str) -> Iterator[tuple[str, Difference, Difference]]:
-    """(what, how far it takes the logits, how far rounding explains) of no error and of every error."""
+def judge(source: Checkpoint, tokens: int, dtype: str) -> Iterator[tuple[str, LogitDifference, LogitDifference]]:
+    """Yields (error, logit difference, allowed difference), first without an error."""
     plan = api.plan(source.ref, "tile", intermediate=2 * source.info.architecture.size("inter"), symmetry="none")
     vocab = source.info.architecture.size("vocab")
     windows, _ = token_windows(source, None, tokens, vocab)
     routing = Routing(source.info.architecture)
-    runs = Runs(source, plan, windows, dtype, vocab, list(logits(load_model(source, dtype), windows, vocab, routing)), routing)
-    limit, _ = runs.rounding(COMPUTED[dtype])
+    comparison = LogitComparison(
+        source, plan, windows, dtype, vocab, list(logits(load_model(source, dtype), windows, vocab, routing)), routing
+    )
+    limit, _ = comparison.rounding_limit(COMPUTE_EPSILON[dtype])
     seen = {int(i) for w in windows for i in w}
     unseen = next((i for i in range(vocab) if i not in seen), None)
     for injected in [Injected("no error", plan), *errors(plan, int(windows[0][3]), unseen)]:
-        found = runs.against(mapped_model(injected.plan, source, dtype), Routing(plan.architecture))
+        found = comparison.compare(unrounded_model(injected.plan, source, dtype), Routing(plan.architecture))
         yield injected.what, found.difference(), limit
 
 
@@ -136,13 +138,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--dtype", choices=list(COMPUTED), default="float32")
+    parser.add_argument("--dtype", choices=list(COMPUTE_EPSILON), default="float32")
     arguments = parser.parse_args()
     header = False
     for what, found, limit in judge(open_folder(arguments.source), arguments.tokens, arguments.dtype):
         if not header:
-            print(f"Computed in {arguments.dtype}; rounding explains {limit}.\n")
-            print("| error | KL, nats a token | logit error | at worst | |\n|---|---|---|---|---|")
+            print(f"Computed in {arguments.dtype}; allowed for rounding: {limit}.\n")
+            print("| error | KL, nats per token | logit error | at worst | |\n|---|---|---|---|---|")
             header = True
         mark = "passes" if found.within(limit) else "found"
         print(f"| {what} | {found.kl:.1e} | {found.relative:.1e} | {found.worst:.1e} | {mark} |", flush=True)

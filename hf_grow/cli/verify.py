@@ -1,4 +1,4 @@
-"""`hf-grow verify OLD NEW`: prove that a grown checkpoint is what its plan says."""
+"""`hf-grow verify OLD NEW`: checks a grown checkpoint against its source."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from hf_grow.cli.report import show_report
 from hf_grow.errors import InputError
 from hf_grow.options import Excludes, parse
 from hf_grow.verification import Report, TaskOptions
-from hf_grow.verification.stored_report import kept
+from hf_grow.verification.report import merge_verification
 
 
 class CompareOptions(TaskOptions):
-    """How the comparison is made, and what becomes of it."""
+    """Options of the comparison."""
 
     structure_only: bool = False
-    """Tables, bytes and digests only; needs no model in memory."""
+    """Check only structure, bytes and digests; loads no model."""
     text: Annotated[Path | None, Excludes("structure_only")] = None
-    """Text to compare the models on; default: a small built-in one."""
+    """Text file to compare the models on; default: a small built-in text."""
     tokens: Annotated[int, Field(ge=2), Excludes("structure_only")] = 2048
     """Compare on at most this many tokens."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "float64"], Excludes("structure_only")] = "auto"
-    """Dtype to compute in."""
+    """Dtype of the computation."""
     no_record: bool = False
-    """Do not write the result into NEW/growth.json."""
+    """Do not store the result in NEW/growth.json."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("old", metavar="OLD", help="the source: folder or Hub id")
-    parser.add_argument("new", metavar="NEW", help="the grown checkpoint's folder")
-    parser.add_argument("--revision", help="branch, tag or commit of OLD on the Hub; default: the one it was grown from")
+    parser.add_argument("old", metavar="OLD", help="source checkpoint: folder or Hub id")
+    parser.add_argument("new", metavar="NEW", help="folder of the grown checkpoint")
+    parser.add_argument("--revision", help="branch, tag or commit of OLD on the Hub; default: the commit NEW was grown from")
     add_flags(parser, [CompareOptions])
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    how = parse(CompareOptions, given(arguments, CompareOptions), where="The command line", strict=False)
-    if how.text is not None and not how.text.is_file():
-        raise InputError(f"{how.text} is no file.")
+    options = parse(CompareOptions, given(arguments, CompareOptions), where="The command line", strict=False)
+    if options.text is not None and not options.text.is_file():
+        raise InputError(f"{options.text} is not a file.")
     new = open_folder(existing_folder(arguments.new))
     nbytes = sum(t.stop - t.start for t in new.tensors.values())
     with render.bytes_bar("verifying", nbytes, quiet=arguments.json) as progress:
@@ -56,17 +56,17 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.old,
             arguments.new,
             revision=arguments.revision,
-            structure_only=how.structure_only,
-            text=how.text,
-            tokens=how.tokens,
-            dtype=how.dtype,
+            structure_only=options.structure_only,
+            text=options.text,
+            tokens=options.tokens,
+            dtype=options.dtype,
             **given(arguments, TaskOptions),
             progress=progress,
             notify=render.note,
         )
-    # A comparison with something else than the source says nothing of this growth, and must not replace what was found before.
-    if not how.no_record and all(c.status == "pass" for c in report.checks if c.name == "source"):
-        _record(new, report)
+    # A comparison with a different source must not replace an earlier result.
+    if not options.no_record and all(c.status == "pass" for c in report.checks if c.name == "source"):
+        _store(new, report)
     if arguments.json:
         print_json(report.to_json())
     else:
@@ -74,14 +74,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
-def _record(new: Checkpoint, report: Report) -> None:
-    """Keeps the result in growth.json, where card and inspect find it."""
+def _store(new: Checkpoint, report: Report) -> None:
+    """Stores the result in growth.json, for the model card and `inspect`."""
     if new.growth is None or new.folder is None:
         return
     target = new.folder / GROWTH
     temporary = target.with_suffix(".json.new")
     try:
-        temporary.write_text(record_text({**new.growth, "verification": kept(new.growth.get("verification"), report)}), encoding="utf-8")
+        temporary.write_text(
+            record_text({**new.growth, "verification": merge_verification(new.growth.get("verification"), report)}), encoding="utf-8"
+        )
         os.replace(temporary, target)
     except OSError as error:
-        render.note(f"The result could not be recorded in {target}: {error.strerror}.")
+        render.note(f"The result could not be stored in {target}: {error.strerror}.")

@@ -45,7 +45,7 @@ def checks_table(verification: Mapping[str, Any], plan: GrowthPlan, only: Collec
     source = public_name(plan.source)
     public = {
         "provenance": f"{plan.growth.method} from {source}: {plan.guarantee.kind}",
-        "source": f"{source} has the tensors the plan was made for",
+        "source": f"{source} has the tensors of the plan's source",
     }
     rows = []
     checks = verification.get("checks")

@@ -1,12 +1,12 @@
-"""Running both models on the same text: what each says of it, and whether a growth that promises the same function keeps it.
+"""Runs both models on the same text, measures how far their outputs differ, and checks a lossless guarantee.
 
-A promise is judged against what rounding does to this source on this text, measured by running the source once more with every weight moved at
-random by as much as rounding would. Two kinds of rounding are told apart:
+The allowed difference is measured on the same source and text: the source runs once more with every weight perturbed at random by as much as
+rounding would. Two kinds of rounding are told apart:
 
-- that of the computation: both models compute the same function in another order. In fp32 it is small, and so is what passes;
-- that of storing weights in 16 bits, where some were computed and are no copies. The map is judged without it: the grown model is made of the
-  source in fp32, before anything is rounded, and must agree as two computations do. What is stored is that, rounded (`structure.rederive` compares
-  the bytes); how far it moves the function must be what as much rounding does to the source.
+- Rounding of the computation: both models compute the same function in a different order. The limit is small in fp32.
+- Rounding of weights that were computed and stored in 16 bits. Check `lossless` leaves it out: the grown model is recomputed from the source in
+  fp32 and must agree as closely as two fp32 computations do. Check `rounding` then compares the stored model, whose bytes are known to be the
+  rounded result (`structure.recompute_tensors`), with the effect of rounding the source's weights once more.
 """
 
 from __future__ import annotations
@@ -21,65 +21,64 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.tensormap import Fill
 from hf_grow.verification.eval_text import RANDOM, WINDOW, token_windows
-from hf_grow.verification.logit_differences import LEAST, Compared, Difference, compare_logits
-from hf_grow.verification.models import LOGITS_BYTES, fits, load_model, logits, mapped_model, rounded_once_more
+from hf_grow.verification.logit_differences import SMALLEST_LIMIT, LogitDifference, TokenDifferences, compare_logits
+from hf_grow.verification.models import LOGITS_BYTES, fits_in_memory, load_model, logits, perturb_weights, unrounded_model
 from hf_grow.verification.report import Report
-from hf_grow.verification.routing import Routing, compare_routing, settled_tokens
+from hf_grow.verification.routing import Routing, compare_routers, unaffected_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-# Half a unit in the last place, relative to a value. (In an fp64 model transformers computes norms, softmax, routing and rotary angles in fp32.)
-COMPUTED = {"float64": 2.0**-24, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-STORED = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
-MARGIN_FINE, MARGIN_COARSE = 8.0, 2.0
-"""How many times the effect of such rounding passes: in fp32 and fp64 the order of summing matters beside it, in 16 bits one step outweighs that."""
-GUESSING = 0.9
-"""From this share of the loss of guessing on, verify warns."""
+# Unit roundoff (half a unit in the last place). In an fp64 model transformers still computes norms, softmax, routing and rotary angles in fp32.
+COMPUTE_EPSILON = {"float64": 2.0**-24, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+STORAGE_EPSILON = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+MARGIN_FP32, MARGIN_16_BIT = 8.0, 2.0
+"""Allowed multiple of the effect of perturbed weights. It is larger in fp32 and fp64, where the order of summation contributes as much."""
+NEAR_UNIFORM = 0.9
+"""Warn if the loss is at least this fraction of that of a uniform distribution over the vocabulary."""
 
 
 @dataclass
-class Runs:
-    """The source's logits on the text, and everything that is held against them."""
+class LogitComparison:
+    """The source's logits on the text, which the other models are compared with."""
 
     old: Checkpoint
     plan: GrowthPlan | None
     windows: list[Tensor]
     dtype: str
     vocab: int
-    before: list[Tensor]
+    old_logits: list[Tensor]
     routing: Routing
 
-    def against(self, model: PreTrainedModel, routing: Routing) -> Compared:
-        return compare_logits(self.windows, self.before, logits(model, self.windows, self.vocab, routing))
+    def compare(self, model: PreTrainedModel, routing: Routing) -> TokenDifferences:
+        """Runs a model; its router choices are added to `routing`."""
+        return compare_logits(self.windows, self.old_logits, logits(model, self.windows, self.vocab, routing))
 
-    def rounding(self, share: float) -> tuple[Difference, int]:
-        """What moving every weight by that share does, at most; and in how many windows of the text a router then chooses otherwise."""
+    def rounding_limit(self, epsilon: float) -> tuple[LogitDifference, int]:
+        """The largest difference that perturbing every weight by `epsilon` explains, and the number of windows in which a router's choice changes."""
         routing = Routing(self.old.info.architecture)
-        found = self.against(rounded_once_more(load_model(self.old, self.dtype), share), routing)
-        settled = settled_tokens([len(w) for w in self.windows], self.routing, routing, None)
-        margin = MARGIN_FINE if share <= COMPUTED["float32"] else MARGIN_COARSE
-        steady, changed = (None, 0) if settled is None else settled
-        # Judged like what it is held against: without the tokens that routers decide by rounding, as long as some are left.
-        limit = found.difference(steady if steady is not None and bool(steady.any()) else None).times(margin)
-        least = Difference(*(max(a, b) for a, b in zip(_parts(limit), _parts(LEAST), strict=True)))
-        return least, changed
+        differences = self.compare(perturb_weights(load_model(self.old, self.dtype), epsilon), routing)
+        unaffected = unaffected_tokens([len(w) for w in self.windows], self.routing, routing, None)
+        margin = MARGIN_FP32 if epsilon <= COMPUTE_EPSILON["float32"] else MARGIN_16_BIT
+        mask, changed = (None, 0) if unaffected is None else unaffected
+        # As for the grown model, tokens after a changed router choice are left out, as long as some remain.
+        limit = differences.difference(mask if mask is not None and bool(mask.any()) else None).times(margin)
+        return limit.at_least(SMALLEST_LIMIT), changed
 
-    def judged(self, found: Compared, routing: Routing, changed_by_rounding: int) -> tuple[Difference, str]:
-        """The difference; of a mixture without what follows a router's changed choice, where rounding would change as many. And what to say of it."""
-        settled = settled_tokens([len(w) for w in self.windows], self.routing, routing, self.plan)
-        if settled is None:
-            return found.difference(), ""
-        steady, changed = settled
+    def difference(self, differences: TokenDifferences, routing: Routing, changed_by_rounding: int) -> tuple[LogitDifference, str]:
+        """The difference to check, and a note for the report.
+
+        Tokens after a changed router choice are left out if there are no more such windows than rounding explains.
+        """
+        unaffected = unaffected_tokens([len(w) for w in self.windows], self.routing, routing, self.plan)
+        if unaffected is None:
+            return differences.difference(), ""
+        mask, changed = unaffected
         allowed = max(1, len(self.windows) // 8, 2 * changed_by_rounding)
-        if changed > allowed or not bool(steady.any()):
-            return found.difference(), ""
-        return found.difference(steady), f"; {int((~steady).sum())} tokens left out, where rounding makes a router choose another expert"
-
-
-def _parts(d: Difference) -> tuple[float, float, float]:
-    return d.kl, d.relative, d.worst
+        if changed > allowed or not bool(mask.any()):
+            return differences.difference(), ""
+        return differences.difference(mask), f"; {int((~mask).sum())} tokens left out, where rounding changes a router's choice"
 
 
 def compare(
@@ -90,94 +89,101 @@ def compare(
     text: Path | None,
     tokens: int,
     dtype: str,
-    why_dtype: str = "",
+    dtype_reason: str = "",
     notify: Callable[[str], None],
     plan: GrowthPlan | None,
     since: str = "",
 ) -> None:
-    """Fills the report's metrics, and checks what the guarantee promises; nothing is without a plan, or where the weights were trained `since`.
+    """Adds metrics to the report, and the checks `logits`, `lossless` and `rounding`.
 
-    `dtype` is one of torch; `why_dtype` says why it is not that of the promise.
+    ``dtype`` is a torch dtype; ``dtype_reason`` says why memory decided it. ``lossless`` is skipped without a plan, for a growth that changes the
+    function, and for weights trained ``since`` (a description of that training).
     """
     sizes = [c.info.architecture.size("vocab") for c in (old, new)]
     vocab = min(sizes)
     if sizes[0] != sizes[1]:
-        notify("The vocabularies differ in size; only the common part is compared.")
+        notify("The vocabulary sizes differ; only the common part is compared.")
     most = max(WINDOW, LOGITS_BYTES // (4 * vocab))
-    windows, what = token_windows(old, text, min(tokens, most), vocab)
+    windows, source_text = token_windows(old, text, min(tokens, most), vocab)
     used = sum(map(len, windows))
     if most < min(tokens, used + 2):
         notify(f"{used} tokens are compared, not {tokens}: the logits of a vocabulary of {vocab} fill {LOGITS_BYTES >> 30} GiB.")
-    elif used + 1 < tokens and what != RANDOM:  # one token alone at the end predicts none
-        notify(f"{used} tokens are compared, not {tokens}: the {what} has no more.")
+    elif used + 1 < tokens and source_text != RANDOM:  # a single token at the end is dropped
+        notify(f"{used} tokens are compared, not {tokens}: the {source_text} has no more.")
     routers = Routing(old.info.architecture), Routing(new.info.architecture)
-    before = list(logits(load_model(old, dtype), windows, vocab, routers[0]))
-    runs = Runs(old, plan, windows, dtype, vocab, before, routers[0])
-    found = runs.against(load_model(new, dtype), routers[1])
-    report.metrics |= {"text": what, "tokens": used, "tokens_asked": tokens, "dtype": dtype, **found.metrics}
-    if why_dtype:
-        report.metrics["dtype_because"] = why_dtype
-    experts = compare_routing(plan, *routers)
+    old_logits = list(logits(load_model(old, dtype), windows, vocab, routers[0]))
+    comparison = LogitComparison(old, plan, windows, dtype, vocab, old_logits, routers[0])
+    differences = comparison.compare(load_model(new, dtype), routers[1])
+    report.metrics |= {"text": source_text, "tokens": used, "tokens_asked": tokens, "dtype": dtype, **differences.metrics}
+    if dtype_reason:
+        report.metrics["dtype_because"] = dtype_reason
+    experts = compare_routers(plan, *routers)
     if experts is not None:
         report.metrics["experts"] = experts
-    report.add("logits", found.finite, "finite on every token" if found.finite else "NaN or infinite: the grown model is broken")
-    if not found.finite:
+    report.add(
+        "logits", differences.finite, "finite for every token" if differences.finite else "NaN or infinite: the grown model is broken"
+    )
+    if not differences.finite:
         return
-    if what != RANDOM:
-        _warn_of_guessing(report, found, vocab)
+    if source_text != RANDOM:
+        _warn_near_uniform(report, differences, vocab)
     if plan is None or since or not plan.guarantee.lossless:
-        why = "no growth.json" if plan is None else f"{since} since the growth" if since else "the method changes the function"
-        report.add("lossless", None, f"not promised: {why}")
+        reason = "no growth.json" if plan is None else f"{since} since the growth" if since else "the method changes the function"
+        report.add("lossless", None, f"not claimed: {reason}")
         return
-    _judge(runs, found, routers[1], plan, report, fits(old, new, copies=2))
+    _check_lossless(comparison, differences, routers[1], plan, report, fits_in_memory(old, new, copies=2))
 
 
-def _judge(runs: Runs, found: Compared, routing: Routing, plan: GrowthPlan, report: Report, room: bool) -> None:
-    """The checks `lossless` and, where weights were rounded when they were stored, `rounding`."""
-    dtype = runs.dtype
-    if not bool(found.moved.any()):
-        report.add("lossless", True, "the same logits, bit for bit")
+def _check_lossless(
+    comparison: LogitComparison, differences: TokenDifferences, routing: Routing, plan: GrowthPlan, report: Report, room: bool
+) -> None:
+    """The check `lossless` and, where computed weights were rounded when stored, `rounding`; ``room``: two models fit into memory."""
+    dtype = comparison.dtype
+    if not bool(differences.squared_error.any()):
+        report.add("lossless", True, "logits bit-identical")
         return
-    computed, stored = COMPUTED[dtype], _stored_rounding(plan)
-    apart = stored > computed and room
-    limit, changed = runs.rounding(computed if apart else max(computed, stored))
-    difference, left_out = runs.judged(found, routing, changed)
-    why = f"rounding in {dtype}" if apart or computed >= stored else "rounding the stored weights once more"
-    if not apart or difference.within(limit):
+    computed, stored = COMPUTE_EPSILON[dtype], _storage_epsilon(plan)
+    separate = stored > computed and room
+    limit, changed = comparison.rounding_limit(computed if separate else max(computed, stored))
+    difference, left_out = comparison.difference(differences, routing, changed)
+    cause = f"rounding in {dtype}" if separate or computed >= stored else "rounding the stored weights once more"
+    if not separate or difference.within(limit):
         report.metrics["rounding"] = {"allowed": limit.to_json()}
         coarse = f". {report.metrics['dtype_because']}" if "dtype_because" in report.metrics else ""
-        report.add("lossless", difference.within(limit), f"{difference}{left_out}; {why} explains {limit}{coarse}")
+        report.add("lossless", difference.within(limit), f"{difference}{left_out}; allowed for {cause}: {limit}{coarse}")
         return
-    mapped = Routing(plan.architecture)
-    unrounded = runs.against(mapped_model(plan, runs.old, dtype), mapped)
-    of_map, left_out = runs.judged(unrounded, mapped, changed)
-    report.add("lossless", of_map.within(limit), f"the map in {dtype}: {of_map}{left_out}; {why} explains {limit}")
-    shaken, changed = runs.rounding(stored)
-    limit_stored = shaken + limit
-    difference, left_out = runs.judged(found, routing, changed)
-    detail = f"as stored: {difference}{left_out}; rounding the source's weights once more does up to {limit_stored}"
+    unrounded_routing = Routing(plan.architecture)
+    unrounded = comparison.compare(unrounded_model(plan, comparison.old, dtype), unrounded_routing)
+    of_map, left_out = comparison.difference(unrounded, unrounded_routing, changed)
+    report.add("lossless", of_map.within(limit), f"before storing, in {dtype}: {of_map}{left_out}; allowed for {cause}: {limit}")
+    perturbed, changed = comparison.rounding_limit(stored)
+    limit_stored = perturbed + limit
+    difference, left_out = comparison.difference(differences, routing, changed)
+    detail = f"as stored: {difference}{left_out}; allowed for rounding the source's weights once more: {limit_stored}"
     report.add("rounding", difference.within(limit_stored), detail)
     report.metrics["rounding"] = {"allowed": limit.to_json(), "map": of_map.to_json(), "allowed_stored": limit_stored.to_json()}
 
 
-def _stored_rounding(plan: GrowthPlan) -> float:
-    """Half a unit in the last place of the coarsest dtype that computed weights are stored in; 0 where all are copies or zeros."""
+def _storage_epsilon(plan: GrowthPlan) -> float:
+    """The largest unit roundoff among the dtypes of computed weights; 0 if all weights are copies or constants."""
     copies = plan.copies()
     computed = (n for n, e in plan.growth.tensors.items() if n not in copies and not isinstance(e, Fill))
-    return max((STORED[plan.targets[n].dtype] for n in computed), default=0.0)
+    return max((STORAGE_EPSILON[plan.targets[n].dtype] for n in computed), default=0.0)
 
 
-def _warn_of_guessing(report: Report, found: Compared, vocab: int) -> None:
-    """A loss of log(vocabulary) is that of a model that gives every token the same probability."""
-    guess, old, new = math.log(vocab), found.metrics["loss_old"], found.metrics["loss_new"]
-    report.metrics["loss_of_guessing"] = guess
-    if new < GUESSING * guess:
+def _warn_near_uniform(report: Report, differences: TokenDifferences, vocab: int) -> None:
+    """Warns if the loss is near log(vocab), that of a uniform distribution over the vocabulary."""
+    uniform, old, new = math.log(vocab), differences.metrics["loss_old"], differences.metrics["loss_new"]
+    report.metrics["loss_of_guessing"] = uniform
+    if new < NEAR_UNIFORM * uniform:
         return
-    if old >= GUESSING * guess:
-        report.warnings.append(f"The source itself knows next to nothing of this text: {old:.3g} nats a token, guessing {guess:.3g}.")
+    if old >= NEAR_UNIFORM * uniform:
+        report.warnings.append(
+            f"The source itself is hardly better than uniform predictions on this text: {old:.3g} nats per token; uniform: {uniform:.3g}."
+        )
         return
-    how = "worse than guessing" if new > guess else "hardly better than guessing"
+    level = "worse than" if new > uniform else "hardly better than"
     report.warnings.append(
-        f"The grown model is {how} on this text: {new:.3g} nats a token, where the source has {old:.3g} and equal probabilities for all {vocab} "
-        f"tokens {guess:.3g}. Almost nothing of what the source knows shows until it is trained; another method may start better."
+        f"The grown model is {level} uniform predictions on this text: {new:.3g} nats per token; source: {old:.3g}; uniform over {vocab} tokens: "
+        f"{uniform:.3g}. It needs training before use; another method may start from a lower loss."
     )

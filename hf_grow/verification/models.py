@@ -1,4 +1,4 @@
-"""The models that are compared, one in memory at a time: as stored, as the map says before anything is rounded, with weights rounded once more."""
+"""Loads the models to compare, one in memory at a time: as stored, recomputed without rounding, or with perturbed weights."""
 
 from __future__ import annotations
 
@@ -20,62 +20,62 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS_BYTES = 1 << 30
-"""What the source's logits may take while other models run; fewer tokens are compared where the vocabulary is large."""
-SHARE_OF_MEMORY = 0.8
-PART = 1 << 22  # weights moved at once
+"""Memory for the source's logits while the other models run; with a large vocabulary, fewer tokens are compared."""
+MEMORY_FRACTION = 0.8
+CHUNK = 1 << 22  # weights perturbed at a time
 
 
-def choose_dtype(old: Checkpoint, new: Checkpoint, asked: str, notify: Callable[[str], None]) -> tuple[str, str]:
-    """What both models are computed in, as torch names it, and why where that is not what one would expect; `auto` is fp32 where it fits."""
-    if asked != "auto":
-        return asked, ""
+def choose_dtype(old: Checkpoint, new: Checkpoint, requested: str, notify: Callable[[str], None]) -> tuple[str, str]:
+    """The torch dtype of the computation, and the reason if memory decided it. ``auto`` is fp32 (fp64 for an F64 source) where that fits."""
+    if requested != "auto":
+        return requested, ""
     if any(t.dtype == "F64" for t in old.tensors.values()):
         return "float64", ""
-    if fits(old, new):
+    if fits_in_memory(old, new):
         return "float32", ""
-    why = f"float32 needs about {format_bytes(_need(old, new))} of memory, and {format_bytes(available_memory())} are free"
-    notify(f"{why}: comparing in bfloat16, so that small differences drown in rounding.")
-    return "bfloat16", why
+    reason = f"float32 needs about {format_bytes(_needed_bytes(old, new))} of memory, and {format_bytes(available_memory())} are free"
+    notify(f"{reason}: comparing in bfloat16, where rounding hides small differences.")
+    return "bfloat16", reason
 
 
-def fits(old: Checkpoint, new: Checkpoint, copies: int = 1) -> bool:
-    """Whether so many copies of the larger model fit into memory in fp32, beside the logits."""
-    return _need(old, new, copies) < SHARE_OF_MEMORY * available_memory()
+def fits_in_memory(old: Checkpoint, new: Checkpoint, copies: int = 1) -> bool:
+    """Whether this many fp32 copies of the larger model fit into memory, with the logits."""
+    return _needed_bytes(old, new, copies) < MEMORY_FRACTION * available_memory()
 
 
-def _need(old: Checkpoint, new: Checkpoint, copies: int = 1) -> int:
+def _needed_bytes(old: Checkpoint, new: Checkpoint, copies: int = 1) -> int:
     return copies * 4 * max(count_parameters(c.info.architecture).total for c in (old, new)) + LOGITS_BYTES
 
 
 def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
-    """The model of a folder in a dtype of torch, for evaluation, on the CPU; nothing is fetched and no code of the folder is run."""
+    """The model of a folder, in eval mode on the CPU; nothing is downloaded, and no code from the folder runs."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # a bar of its own for each of two models tells nobody anything
+    logging.disable_progress_bar()
     with transformers_errors(f"the model of {checkpoint.ref}"):
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             dtype=getattr(torch, dtype),
             trust_remote_code=False,
             local_files_only=True,
-            **_plain(dtype, checkpoint.info.architecture),
+            **_expert_options(dtype, checkpoint.info.architecture),
         )
         untie_config(model)
         reset_output_flags(model.config)
     return cast("PreTrainedModel", model.eval())
 
 
-def _plain(dtype: str, arch: Architecture) -> dict[str, str]:
-    """Fused experts multiply in groups, which torch does neither in fp64 nor where a row is no multiple of 16 bytes."""
+def _expert_options(dtype: str, arch: Architecture) -> dict[str, str]:
+    """torch's grouped matmul for fused experts supports neither fp64 nor rows that are not a multiple of 16 bytes."""
     width = {"float64": 8, "float32": 4}.get(dtype, 2)
-    odd = any(arch.size(axis) * width % 16 for axis in ("hidden", "expert_inter"))
-    return {"experts_implementation": "eager"} if arch.is_moe and (width == 8 or odd) else {}
+    unaligned = any(arch.size(axis) * width % 16 for axis in ("hidden", "expert_inter"))
+    return {"experts_implementation": "eager"} if arch.is_moe and (width == 8 or unaligned) else {}
 
 
-def mapped_model(plan: GrowthPlan, old: Checkpoint, dtype: str) -> PreTrainedModel:
-    """The grown model as the map makes it of the source in fp32 (or fp64), where storing it in 16 bits has rounded nothing yet."""
+def unrounded_model(plan: GrowthPlan, old: Checkpoint, dtype: str) -> PreTrainedModel:
+    """The grown model computed from the source in fp32 (or fp64), before it is rounded to the stored dtype."""
     import torch
 
     from hf_grow.checkpoint.stored_tensors import StoredTensors
@@ -88,21 +88,21 @@ def mapped_model(plan: GrowthPlan, old: Checkpoint, dtype: str) -> PreTrainedMod
     return model
 
 
-def rounded_once_more(model: PreTrainedModel, share: float) -> PreTrainedModel:
-    """The model with every weight moved, up or down at random, by up to that share of itself: as if it had been rounded to so many bits."""
+def perturb_weights(model: PreTrainedModel, epsilon: float) -> PreTrainedModel:
+    """Multiplies every weight, in place, by a random factor in [1 - epsilon, 1 + epsilon], as rounding would."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            for part in parameter.view(-1).split(PART):
-                moved = 1 + share * (2 * torch.rand(len(part), generator=generator, dtype=torch.float64) - 1)
-                part.copy_(part.double() * moved)  # in 16 bits, 1 + share would be 1, or too much
+            for part in parameter.view(-1).split(CHUNK):
+                factor = 1 + epsilon * (2 * torch.rand(len(part), generator=generator, dtype=torch.float64) - 1)
+                part.copy_(part.double() * factor)  # in 16 bits the factor itself would be rounded
     return model
 
 
 def logits(model: PreTrainedModel, windows: Iterable[torch.Tensor], vocab: int, routing: Routing | None = None) -> Iterator[torch.Tensor]:
-    """Logits [tokens, vocab] of one window after another, in fp32 (fp64 of an fp64 model). `routing` is told of every router."""
+    """Yields logits [tokens, vocab] of each window, in fp32 (fp64 for an fp64 model). Router logits are added to `routing`."""
     import torch
 
     keep = torch.float64 if model.dtype == torch.float64 else torch.float32

@@ -1,17 +1,16 @@
-"""What the routers of a mixture of experts do on a text: how sure they are, how evenly they spread, and whether growth changed their choice.
+"""Router statistics of mixture-of-experts models on a text: entropy, expert load, and top-k agreement before and after growth.
 
-Entropy is that of the whole softmax over E experts, in nats, averaged over tokens: log E where the router knows nothing, 0 where it is certain.
-The load of an expert is its share of the tokens * top_k places that a layer has to give. Agreement is the share of the experts that the grown
-model chooses for a token whose origin, the old expert that they copy, the old model chose for that token in the layer that the new one comes
-from. An expert without an origin never agrees.
+Entropy is that of the softmax over all E experts, in nats, averaged over tokens: log E for a uniform router, 0 for a one-hot one. The load of an
+expert is its share of a layer's tokens * top_k assignments. Agreement is the share of a token's experts in the grown model whose origin (the old
+expert they copy) the old model chose for that token in the layer the new layer comes from; an expert without an origin never agrees.
 
-The choice is made as the models make it (transformers, modeling_mixtral.py and modeling_qwen3_moe.py): softmax in fp32, then topk.
+The choice follows the models (transformers, modeling_mixtral.py and modeling_qwen3_moe.py): softmax in fp32, then topk.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.growth.plan import GrowthPlan
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Routing:
-    """The choices of one model, gathered window by window. Dense layers of a mixed model have no router and do not appear."""
+    """Router choices of one model, collected window by window. Dense layers have no router and are not listed."""
 
     def __init__(self, architecture: Architecture) -> None:
         self.experts = architecture.size("experts")
@@ -36,7 +35,7 @@ class Routing:
         return bool(self.layers)
 
     def add(self, router_logits: Sequence[Tensor]) -> None:
-        """The logits [tokens, experts] of one window, one tensor a sparse layer in order, as a model gives them."""
+        """Adds one window: router logits [tokens, experts], one tensor per sparse layer, in order."""
         import torch
 
         for at, logits in enumerate(router_logits):
@@ -46,13 +45,13 @@ class Routing:
         self.tokens += self._chosen[0][-1].shape[0]
 
     def chosen(self, layer: int) -> Tensor:
-        """The experts [tokens, top_k] that a sparse layer chose."""
+        """Expert indices [tokens, top_k] chosen in a sparse layer."""
         import torch
 
         return torch.cat(self._chosen[self.layers.index(layer)])
 
     def measure(self) -> dict[str, Any]:
-        """The measurements as plain JSON; see docs/growth-json.md for the keys."""
+        """The statistics as plain JSON; the keys are listed in docs/growth-json.md."""
         by_layer = [self._measure_layer(at) for at in range(len(self.layers))]
         loads = [(share, layer["layer"], expert) for layer in by_layer for expert, share in enumerate(layer["load"])]
         entropy = sum(layer["entropy"] for layer in by_layer) / len(by_layer)
@@ -62,8 +61,8 @@ class Routing:
             "tokens": self.tokens,
             "entropy": entropy,
             "entropy_share": entropy / math.log(self.experts) if self.experts > 1 else None,
-            "most_loaded": _place(max(loads, key=lambda load: load[0])),
-            "least_loaded": _place(min(loads, key=lambda load: load[0])),
+            "most_loaded": _load_entry(max(loads, key=lambda load: load[0])),
+            "least_loaded": _load_entry(min(loads, key=lambda load: load[0])),
             "load_variation": sum(layer["load_variation"] for layer in by_layer) / len(by_layer),
             "dead": [[layer, expert] for share, layer, expert in loads if share == 0],
             "layers": by_layer,
@@ -72,20 +71,20 @@ class Routing:
     def _measure_layer(self, at: int) -> dict[str, Any]:
         chosen = self.chosen(self.layers[at])
         load = chosen.flatten().bincount(minlength=self.experts).double() / chosen.numel()
-        # Standard deviation over the experts, in units of the even share 1 / E.
+        # Coefficient of variation: the mean load is 1 / E.
         variation = float(load.std(correction=0)) * self.experts
         return {"layer": self.layers[at], "entropy": self._entropy[at] / self.tokens, "load_variation": variation, "load": load.tolist()}
 
 
-def _place(load: tuple[float, int, int]) -> dict[str, Any]:
+def _load_entry(load: tuple[float, int, int]) -> dict[str, Any]:
     share, layer, expert = load
     return {"share": share, "layer": layer, "expert": expert}
 
 
 def expert_origins(plan: GrowthPlan) -> dict[int, dict[int, int]]:
-    """Target layer -> expert -> the expert of the source that it is made from; experts made from anything else are left out.
+    """Target layer -> expert -> the source expert it is made from; experts made from anything else are left out.
 
-    Read off the expressions: the first expert's tensor of the main source that one of the expert's own tensors reads.
+    Taken from the expressions: the first expert tensor of the main source that one of the expert's tensors reads.
     """
     sources = plan.source.architecture.tensors
     origins: dict[int, dict[int, int]] = {}
@@ -100,40 +99,50 @@ def expert_origins(plan: GrowthPlan) -> dict[int, dict[int, int]]:
 
 
 def agreement(plan: GrowthPlan | None, old: Routing, new: Routing) -> dict[str, Any] | None:
-    """Top-k agreement on the tokens that both saw; None without a plan, or where no layer of experts comes from one.
+    """Top-k agreement on the same tokens; None without a plan, or if no expert comes from an expert.
 
-    `inherited` is the mean over the layers that are the first appearance of their source: a repeated or added block sees another input,
-    so its router has no choice to keep.
+    ``inherited`` is the mean over layers that are the first copy of their source layer: a repeated or added block gets a different input, so
+    its router need not agree.
     """
-    import torch
 
     if plan is None:
         return None
-    found = []
+    layers = []
     for layer, experts in sorted(expert_origins(plan).items()):
         origin = plan.growth.layers[layer]
         if origin.sources[0] not in old.layers:
             continue
-        of = torch.full((new.experts,), -1, dtype=torch.int32)
-        of[list(experts)] = torch.tensor(list(experts.values()), dtype=torch.int32)
-        mapped = of[new.chosen(layer).long()]
-        kept = (mapped[:, :, None] == old.chosen(origin.sources[0])[:, None, :]).any(-1)
-        found.append({"layer": layer, "source": origin.sources[0], "new": origin.new, "share": float(kept.double().mean())})
-    if not found:
+        agrees = _agrees(old.chosen(origin.sources[0]), new.chosen(layer), _origin_indices(experts, new.experts))
+        layers.append({"layer": layer, "source": origin.sources[0], "new": origin.new, "share": float(agrees.double().mean())})
+    if not layers:
         return None
-    inherited = [f["share"] for f in found if not f["new"]]
+    inherited = [entry["share"] for entry in layers if not entry["new"]]
     return {
-        "mean": sum(f["share"] for f in found) / len(found),
+        "mean": sum(entry["share"] for entry in layers) / len(layers),
         "inherited": sum(inherited) / len(inherited) if inherited else None,
-        "layers": found,
+        "layers": layers,
     }
 
 
-def settled_tokens(lengths: Sequence[int], old: Routing, new: Routing, plan: GrowthPlan | None) -> tuple[Tensor, int] | None:
-    """Tokens [all windows] before the first of their window for which a router chose otherwise, and the number of windows that have such a token.
+def _origin_indices(origins: Mapping[int, int], experts: int) -> Tensor:
+    """The source expert of each expert, int32 [experts]; -1 without one."""
+    import torch
 
-    A choice between two experts that are nearly even is decided by rounding, and what follows from it is not. `plan` is None where both are one
-    model. None where the choices cannot be compared, or none differs.
+    indices = torch.full((experts,), -1, dtype=torch.int32)
+    indices[list(origins)] = torch.tensor(list(origins.values()), dtype=torch.int32)
+    return indices
+
+
+def _agrees(old: Tensor, new: Tensor, origins: Tensor) -> Tensor:
+    """Whether the origin of each new choice is among the old choices of that token, bool [tokens, top_k]."""
+    return (origins[new.long()][:, :, None] == old[:, None, :]).any(-1)
+
+
+def unaffected_tokens(lengths: Sequence[int], old: Routing, new: Routing, plan: GrowthPlan | None) -> tuple[Tensor, int] | None:
+    """A mask of the tokens before the first changed router choice of their window, bool [tokens], and the number of windows with such a change.
+
+    Rounding can decide between two experts with nearly equal logits, and the large difference that follows is not an error. ``plan`` is None if
+    both are the same model. Returns None if the choices cannot be compared, or none differs.
     """
     import torch
 
@@ -144,19 +153,18 @@ def settled_tokens(lengths: Sequence[int], old: Routing, new: Routing, plan: Gro
         origin = layer if plan is None else plan.growth.layers[layer].sources[0]
         if plan is not None and (plan.growth.layers[layer].new or origin not in old.layers):
             continue
-        of = torch.arange(new.experts, dtype=torch.int32)
-        if plan is not None:
-            experts = expert_origins(plan).get(layer, {})
-            of = torch.full((new.experts,), -1, dtype=torch.int32)
-            of[list(experts)] = torch.tensor(list(experts.values()), dtype=torch.int32)
-        same &= (of[new.chosen(layer).long()][:, :, None] == old.chosen(origin)[:, None, :]).any(-1).all(-1)
+        if plan is None:
+            origins = torch.arange(new.experts, dtype=torch.int32)
+        else:
+            origins = _origin_indices(expert_origins(plan).get(layer, {}), new.experts)
+        same &= _agrees(old.chosen(origin), new.chosen(layer), origins).all(-1)
     windows = [window.long().cumprod(0).bool() for window in torch.split(same, list(lengths))]
     changed = sum(not bool(window.all()) for window in windows)
     return (torch.cat(windows), changed) if changed else None
 
 
-def compare_routing(plan: GrowthPlan | None, old: Routing, new: Routing) -> dict[str, Any] | None:
-    """What `verify` reports as `experts`: None where neither model has experts."""
+def compare_routers(plan: GrowthPlan | None, old: Routing, new: Routing) -> dict[str, Any] | None:
+    """The metric `experts` of the report; None if neither model has experts."""
     if not old and not new:
         return None
     return {

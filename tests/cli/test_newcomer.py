@@ -192,7 +192,7 @@ def test_a_card_tells_provenance_and_source_and_ranges(source: Path, tmp_path: P
     assert main(["verify", str(source), str(out), "--structure-only"]) == 0
     card = render_card(out)
     assert f"| provenance | ok | dus from {source.name}: changes the function |" in card
-    assert f"| source | ok | {source.name} has the tensors the plan was made for |" in card
+    assert f"| source | ok | {source.name} has the tensors of the plan's source |" in card
     assert str(source.parent) not in card
     assert "Layers 3-4 are further copies" in card
 

@@ -20,7 +20,7 @@ from hf_grow.checkpoint.writer import layout
 from hf_grow.convert.execute import execute
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.tensormap import Source
-from hf_grow.verification.routing import Routing, settled_tokens
+from hf_grow.verification.routing import Routing, unaffected_tokens
 
 _file = Path(__file__).parents[2] / "benchmarks" / "injected_errors.py"
 _spec = importlib.util.spec_from_file_location("injected_errors", _file)
@@ -121,8 +121,8 @@ def routing(chosen: list[list[int]]) -> Routing:
 def test_what_follows_a_choice_that_rounding_changed_is_left_out() -> None:
     old = [[0, 1], [0, 1], [2, 3], [2, 3], [1, 2]]
     new = [[1, 0], [0, 2], [2, 3], [3, 2], [1, 2]]
-    found = settled_tokens([3, 2], routing(old), routing(new), None)
+    found = unaffected_tokens([3, 2], routing(old), routing(new), None)
     assert found is not None
     assert found[0].tolist() == [True, False, False, True, True]
     assert found[1] == 1
-    assert settled_tokens([3, 2], routing(old), routing(old), None) is None
+    assert unaffected_tokens([3, 2], routing(old), routing(old), None) is None

@@ -86,7 +86,7 @@ def test_what_can_be_proved_of_a_trained_model_is_and_nothing_is_promised(work: 
         "builds": "pass", "logits": "pass", "lossless": "skip",
     }  # fmt: skip
     assert detail(report, "provenance").endswith("lossless; then trained for 4 steps (128 tokens)")
-    assert detail(report, "lossless") == "not promised: trained for 4 steps (128 tokens) since the growth"
+    assert detail(report, "lossless") == "not claimed: trained for 4 steps (128 tokens) since the growth"
     before = api.verify(work / "source", work / "grown").metrics
     assert report.metrics["loss_old"] == before["loss_old"] == before["loss_new"]
     assert report.metrics["loss_new"] != before["loss_new"]
@@ -273,7 +273,7 @@ def test_the_card_of_a_trained_model(work: Path, pair: tuple[Path, Path], capsys
     assert "| trained parts | new\\_layers |" in text
     for wrong in ("of no training after that", "Not ready for use", "A start for training", "add nothing yet", str(work)):
         assert wrong not in text
-    for said in ("as that training left them, whose SHA-256", "of the trained ones no longer", "| tensors | ok | 39 derived again from the source",
+    for said in ("as that training left them, whose SHA-256", "of the trained ones no longer", "| tensors | ok | 39 recomputed from the source",
                  "KL(source || trained)"):  # fmt: skip
         assert said in text
 

@@ -25,7 +25,7 @@ from hf_grow.growth.tensormap import Fill
 from hf_grow.methods.experts.expert_methods import ExpertsOptions, build_experts
 from hf_grow.model.architecture import Architecture
 from hf_grow.verification import Report, verify_checkpoints
-from hf_grow.verification.routing import Routing, agreement, compare_routing, expert_origins
+from hf_grow.verification.routing import Routing, agreement, compare_routers, expert_origins
 
 LENGTH = 40
 
@@ -244,7 +244,7 @@ def test_an_expert_without_an_origin_never_agrees_and_no_mapping_is_none() -> No
     dense = plan_of(make(BY_NAME["mistral"], num_hidden_layers=1), "experts", experts=5, top_k=3)
     assert agreement(dense, old, new) is None
     nothing = Routing(dense.source.architecture)
-    assert compare_routing(dense, nothing, nothing) is None
+    assert compare_routers(dense, nothing, nothing) is None
 
 
 def test_depth_after_experts_goes_through_both_maps() -> None:
@@ -286,7 +286,7 @@ def test_it_is_told_recorded_and_shown(pair: tuple[Path, Path], capsys: pytest.C
     assert main(["verify", str(old), str(new)]) == 0
     said = capsys.readouterr().out
     assert "4, top 2 / 8, top 4" in said
-    assert "router entropy" in said and "as a share of the most" in said
+    assert "router entropy" in said and "router entropy / log(experts)" in said
     assert "most loaded expert" in said and "least loaded expert" in said
     assert "top-k agreement" in said and "100.0%" in said
     assert "warning" not in said
@@ -303,7 +303,7 @@ def test_from_dense_only_the_new_side_is_measured_and_dead_experts_are_named(tmp
     said = capsys.readouterr().out
     assert "- / 4, top 2" in said
     assert "top-k agreement" not in said
-    assert "warning    8 experts got none of the 1024 tokens: layer 0: " in said
+    assert "warning    8 dead experts, chosen by none of the 1024 tokens: layer 0: " in said
     record = json.loads((tmp_path / "new" / "growth.json").read_text())["verification"]["metrics"]["experts"]
     assert record["old"] is None and record["agreement"] is None
     assert record["new"]["entropy_share"] == pytest.approx(1, abs=1e-6)

@@ -21,8 +21,8 @@ from hf_grow.cli import main
 from hf_grow.errors import InputError
 from hf_grow.verification import Report, verify_checkpoints
 from hf_grow.verification.eval_text import builtin_text
-from hf_grow.verification.function import _warn_of_guessing
-from hf_grow.verification.logit_differences import Compared, compare_logits
+from hf_grow.verification.function import _warn_near_uniform
+from hf_grow.verification.logit_differences import TokenDifferences, compare_logits
 
 
 @pytest.fixture(scope="module")
@@ -276,13 +276,13 @@ def test_what_has_room_is_compared_in_fp32_whatever_it_is_stored_in(pair: tuple[
 
 
 @pytest.mark.parametrize(("vocab", "old", "new", "said"), [
-    (64, 2.0, 13.7, "worse than guessing"), (64, 2.0, 3.75, "hardly better than guessing"), (64, 2.0, 3.73, ""), (1000, 2.0, 3.75, ""),
+    (64, 2.0, 13.7, "worse than uniform"), (64, 2.0, 3.75, "hardly better than uniform"), (64, 2.0, 3.73, ""), (1000, 2.0, 3.75, ""),
     (64, 4.2, 4.2, "The source itself"),
 ])  # fmt: skip
-def test_a_growth_no_better_than_guessing_is_warned_of(vocab: int, old: float, new: float, said: str) -> None:
+def test_a_growth_no_better_than_uniform_predictions_gives_a_warning(vocab: int, old: float, new: float, said: str) -> None:
     """log 64 = 4.159 nats, of which nine tenths are 3.743."""
     report, none = Report("a", "b"), torch.zeros(1)
-    _warn_of_guessing(report, Compared(none, none, none, True, {"loss_old": old, "loss_new": new}), vocab)
+    _warn_near_uniform(report, TokenDifferences(none, none, none, True, {"loss_old": old, "loss_new": new}), vocab)
     assert [said in w for w in report.warnings] == ([True] if said else [])
     assert report.metrics["loss_of_guessing"] == pytest.approx(math.log(vocab))
     assert report.ok
@@ -293,11 +293,11 @@ def test_the_warning_ends_the_report_and_is_recorded(tmp_path: Path, capsys: pyt
     new = grown(tmp_path)
     run_verify(tmp_path / "source", new)
     said = capsys.readouterr().out.strip()
-    assert re.search(r"\nwarning +The source\s+itself\s+knows\s+next\s+to\s+nothing\s+of\s+this\s+text[^\n]*(\n[^\n]+)?$", said)
+    assert re.search(r"\nwarning +The source\s+itself\s+is\s+hardly\s+better\s+than\s+uniform\s+predictions[^\n]*(\n[^\n]+)?$", said)
     assert recorded(new)["warnings"]
     (tmp_path / "source" / "tokenizer.json").unlink()
     run_verify(tmp_path / "source", new)
-    assert "next to nothing" not in capsys.readouterr().out
+    assert "uniform predictions" not in capsys.readouterr().out
 
 
 def test_fewer_tokens_than_asked_for_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
