@@ -24,7 +24,11 @@ def show_report(report: Report) -> None:
     console.print(table)
     metrics = report.metrics
     if any(c.name == "logits" and c.status == "pass" for c in report.checks):
-        count = f"{metrics['tokens']} of the {metrics['tokens_asked']} tokens asked for" if metrics["tokens"] < metrics["tokens_asked"] else f"{metrics['tokens']} tokens"
+        count = (
+            f"{metrics['tokens']} of the {metrics['tokens_asked']} tokens asked for"
+            if metrics["tokens"] < metrics["tokens_asked"]
+            else f"{metrics['tokens']} tokens"
+        )
         because = f" ({metrics['dtype_because']})" if "dtype_because" in metrics else ""
         console.print(f"{count}, {metrics['text']}, computed in {metrics['dtype']}{because}", markup=False)
         figures = Table(show_header=False, box=None, padding=(0, 2))

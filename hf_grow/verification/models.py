@@ -83,7 +83,7 @@ def unrounded_model(plan: GrowthPlan, old: Checkpoint, dtype: str) -> PreTrained
 
     evaluator, wide = Evaluator(plan, StoredTensors(old)), "F64" if dtype == "float64" else "F32"
     state = {n: evaluator.whole(e, TensorInfo(wide, plan.targets[n].shape)) for n, e in plan.growth.tensors.items()}
-    model = assemble(plan, state, getattr(torch, dtype), **_plain(dtype, plan.architecture)).eval()
+    model = assemble(plan, state, getattr(torch, dtype), **_expert_options(dtype, plan.architecture)).eval()
     reset_output_flags(model.config)
     return model
 

@@ -176,7 +176,7 @@ WRONG = {
     "unwritable": (["dus", "{source}", "-o", "/proc/nowhere/x"], "Cannot write"),
     "publishing nowhere": (["dus", "{source}", "--private"], "private: means nothing without push"),
     "verify nothing": (["verify", "{source}", "./nowhere"], "no folder"),
-    "verify text": (["verify", "{source}", "{source}", "--text", "./nowhere"], "no file"),
+    "verify text": (["verify", "{source}", "{source}", "--text", "./nowhere"], "is not a file"),
     "verify tokens": (["verify", "{source}", "{source}", "--tokens", "0"], "tokens: "),
 }
 

@@ -270,7 +270,7 @@ def test_in_every_pair_of_verify_both_flags_are_heard_or_refused(
 
     monkeypatch.setattr(verify, "verify", checked)
     monkeypatch.setattr(verify, "show_report", lambda report: None)
-    monkeypatch.setattr(verify, "_record", lambda *a: made.append("recorded"))
+    monkeypatch.setattr(verify, "_store", lambda *a: made.append("recorded"))
 
     def outcome(options: Mapping[str, Any]) -> Outcome:
         made.clear()
