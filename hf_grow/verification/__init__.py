@@ -41,7 +41,7 @@ def verify_checkpoints(
     runner = None
     if tasks is not None and tasks.tasks is not None:
         if structure_only:
-            raise InputError("--tasks needs to run the models, which --structure-only rules out.", hint="Remove one of them.")
+            raise InputError("--tasks cannot be run with --structure-only, which loads no model.", hint="Remove one of them.")
         for checkpoint in (old, new):
             if not eval_text.has_tokenizer(checkpoint):
                 raise InputError(
