@@ -97,7 +97,7 @@ def prepare(settings: Settings, seed: int) -> Stage:
         domains.write(partial / "text", found)
         _pretrain(stage, found)
 
-    cache.fetch(folder, make)
+    cache.get_or_create(folder, make)
     stage = Stage(settings, seed, folder)
     _derive(stage)
     return stage

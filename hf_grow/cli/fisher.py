@@ -87,7 +87,7 @@ def _check(how: RunOptions, options: FisherOptions, out: Path) -> None:
     if (how.calibrate is None) != (how.on is None):
         wrong.append("--calibrate NATS and --on NEW_DATA go together")
     from hf_grow.training.config.train_config import collect_mistakes, raise_mistakes
-    from hf_grow.training.data.sources import find
+    from hf_grow.training.data.sources import find_text
 
     wrong = [*(f"{w}." for w in wrong), *unmet_requirements(how, options)]
     for key, path in (("output", out), ("utility", how.utility)):
@@ -95,7 +95,7 @@ def _check(how: RunOptions, options: FisherOptions, out: Path) -> None:
             collect_mistakes(wrong, f"--{key}", partial(_writable, path, how))
     for key, text in (("text", how.text), ("on", how.on)):
         if text is not None:
-            collect_mistakes(wrong, f"--{key}", partial(find, TextOptions(path=[text]), notify=render.note))
+            collect_mistakes(wrong, f"--{key}", partial(find_text, TextOptions(path=[text]), notify=render.note))
     for key, file in (("merge", how.merge), ("from-growth", how.from_growth)):
         if file is not None:
             collect_mistakes(wrong, f"--{key}", partial(open_importance, file))
@@ -159,7 +159,7 @@ def _estimated(
     checkpoint: Checkpoint, how: RunOptions, options: FisherOptions, out: Path, trials: Trials | None, *, quiet: bool
 ) -> dict[str, Any]:
     require_packages("datasets")
-    from hf_grow.training.data.sampling import load
+    from hf_grow.training.data.source_model import load_with_tokenizer
     from hf_grow.training.regularizers.fisher import by_names_on_disk, estimate_fisher, expert_utility, merge_online, sample_sequences
     from hf_grow.training.regularizers.importance_file import ImportanceFile, check_same_model, model_fingerprint, write_importance
 
@@ -168,7 +168,7 @@ def _estimated(
     if how.merge is not None:
         old = open_importance(how.merge)
         check_same_model(old, shapes, None)
-    model, tokenizer = load(checkpoint, _dtype(options, how.device), how.device)
+    model, tokenizer = load_with_tokenizer(checkpoint, _dtype(options, how.device), how.device)
     length = min(options.seq_length, model.config.max_position_embeddings)
     wanted = -(-options.tokens // length)
     assert how.text is not None

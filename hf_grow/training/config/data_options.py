@@ -1,4 +1,4 @@
-"""What a training recipe says of its data."""
+"""Options of the `data` section of a training recipe."""
 
 from __future__ import annotations
 
@@ -10,109 +10,109 @@ from hf_grow.options import Options, ParameterCount, Requires
 from hf_grow.training.config.replay_options import ReplayOptions
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _source(value: Any) -> Any:
-    """A bare path stands for a source with nothing else to say."""
+def _as_source(value: Any) -> Any:
+    """A bare path is a source with defaults."""
     return {"path": value} if isinstance(value, str) else value
 
 
-def _sources(value: Any) -> Any:
+def _as_sources(value: Any) -> Any:
     values = [value] if isinstance(value, (str, dict)) else value
-    return [_source(v) for v in values] if isinstance(values, list) else values
+    return [_as_source(v) for v in values] if isinstance(values, list) else values
 
 
-Paths = Annotated[list[str], BeforeValidator(_listed)]
+Paths = Annotated[list[str], BeforeValidator(_as_list)]
 
 
 class TextOptions(Options):
-    """Where text comes from."""
+    """A source of text."""
 
     path: Paths
-    """A folder, a file, a glob (corpus/**/*.md), a list of these, or the id of a data set on the Hub (OWNER/NAME)."""
+    """A folder, a file, a glob (corpus/**/*.md), a list of these, or the id of a Hub dataset (OWNER/NAME)."""
     name: str | None = None
-    """Configuration of a data set on the Hub."""
+    """Configuration of a Hub dataset."""
     split: str = "train"
-    """Split of a data set on the Hub."""
+    """Split of a Hub dataset."""
     revision: str | None = None
-    """Branch, tag or commit of a data set on the Hub."""
+    """Branch, tag or commit of a Hub dataset."""
     files: str | None = None
-    """Only these files of a data set on the Hub, as a glob inside it."""
+    """Glob of the files to read in the repository of a Hub dataset. Default: all of the split."""
     text_field: str | None = None
-    """Column that holds the text. Default: text, else content, else the only column of strings."""
+    """Column that contains the text. Default: text, else content, else the only column of strings."""
     limit: ParameterCount | None = Field(default=None, gt=0)
-    """Documents to read at most, from the start; a data set on the Hub is then streamed, not downloaded whole."""
+    """Maximum number of documents to read, from the start; a Hub dataset is then streamed instead of downloaded."""
 
 
 class TrainSource(TextOptions):
     """One source of new text."""
 
     weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Its part of the new text, in relation to the other weights. Default: by its size (streamed: all equal)."""
+    """Its share of the new text, relative to the other weights. Default: its size (streamed: all equal)."""
 
 
 class EvalSource(TextOptions):
-    """One named set that the model is measured on."""
+    """One named evaluation set."""
 
     sequences: int | None = Field(default=256, gt=0)
-    """Sequences to measure on at most, spread evenly over the text; null takes all."""
+    """Maximum number of sequences, at even distances in the text; null takes all."""
 
 
 class SelfReplay(ReplayOptions):
-    """Text sampled from the source model, for owners who have none of its training data."""
+    """Text sampled from the source model, where its training data is not available."""
 
     model: str | None = None
-    """Checkpoint to sample from, folder or Hub id. Default: what the model was grown from, as its growth.json says."""
+    """Checkpoint to sample from, a folder or Hub id. Default: the source model that growth.json names."""
     revision: Annotated[str | None, Requires("model")] = None
     """Branch, tag or commit of that model on the Hub."""
 
 
 class ReplaySource(TextOptions):
-    """Old text that is mixed in, so that the model keeps what it knows."""
+    """Old text that is mixed in, against forgetting."""
 
     path: Paths = Field(default_factory=list)
-    """Old text: a folder, a file, a glob, a list of these, or the id of a data set on the Hub. Either this or `self`."""
+    """Old text: a folder, a file, a glob, a list of these, or the id of a Hub dataset. Either this or `self`."""
     share: float = Field(default=0.05, gt=0, lt=1)
-    """Part of all training tokens that is old text."""
+    """Fraction of all training tokens that is old text."""
     self: SelfReplay | None = None
-    """Sample the old text from the source model; {} takes the defaults."""
+    """Sample the old text from the source model; {} uses the defaults."""
 
     @model_validator(mode="after")
-    def _one_of_both(self_) -> Self:  # the key of the recipe has the usual name
+    def _path_or_self(self_) -> Self:  # self_: `self` is a field
         if bool(self_.path) == (self_.self is not None):
             raise ValueError("give either path (old text) or self (text sampled from the source model)")
-        if self_.self is not None and (idle := self_.model_fields_set & TextOptions.model_fields.keys() - {"path"}):
-            raise ValueError(f"{', '.join(sorted(idle))} would do nothing: self samples text, and these say how text is read")
+        if self_.self is not None and (unused := self_.model_fields_set & TextOptions.model_fields.keys() - {"path"}):
+            raise ValueError(f"{', '.join(sorted(unused))} would have no effect: these options read text, and self samples it")
         return self_
 
 
 class DataOptions(Options):
-    """The texts of a training, and how they become sequences."""
+    """The texts of a training, and how they are packed into sequences."""
 
-    train: Annotated[list[TrainSource], BeforeValidator(_sources), Field(min_length=1)]
-    """New text: one source or a list; a bare path will do."""
-    replay: Annotated[ReplaySource | None, BeforeValidator(_source)] = None
+    train: Annotated[list[TrainSource], BeforeValidator(_as_sources), Field(min_length=1)]
+    """New text: a source or a list of sources; each a mapping or a path."""
+    replay: Annotated[ReplaySource | None, BeforeValidator(_as_source)] = None
     """Old text to mix in: path (or self) and share."""
-    eval: dict[str, Annotated[EvalSource, BeforeValidator(_source)]] = Field(default_factory=dict)
-    """Named sets to measure on, such as old and new."""
+    eval: dict[str, Annotated[EvalSource, BeforeValidator(_as_source)]] = Field(default_factory=dict)
+    """Named evaluation sets, such as old and new."""
     seq_length: int = Field(default=1024, ge=2)
-    """Tokens in one training sequence."""
+    """Tokens per training sequence."""
     bos: Literal["tokenizer", "always", "never"] = "tokenizer"
-    """Whether a document begins with BOS: as the tokenizer does it by itself, always or never. EOS always ends it."""
+    """BOS before each document: as the tokenizer adds it, always or never. EOS always follows a document."""
     remainder: Literal["drop", "keep"] = "drop"
-    """Tokens at the end of a source that fill no sequence: left out, or kept in a last sequence whose rest is not trained on."""
+    """The last, partial sequence of a source: dropped, or kept and padded (padding is not trained on)."""
     shuffle: bool = True
-    """Sequences in random order, a new one each time a source is used up; streamed text is read in its own order."""
+    """Random order of the sequences, a new one for each pass over a source. Streamed text keeps its own order."""
     streaming: bool = False
-    """Read and tokenise while training; nothing is cached, and the length of the training must be given in steps."""
+    """Read and tokenise during training: nothing is cached, and max_steps must be set."""
     seed: int = Field(default=0, ge=0)
-    """Decides the order of the sequences."""
+    """Random seed of the order."""
     num_proc: int | None = Field(default=None, gt=0)
-    """Processes that tokenise. Default: one, in which a fast tokenizer has threads of its own."""
+    """Number of processes that tokenise. Default: 1; a fast tokenizer uses several threads."""
     cache: str | None = None
-    """Folder for tokenised text. Default: hf-grow/data beside the Hub's cache."""
+    """Cache folder for tokenised text. Default: hf-grow/data in HF_HOME, else in ~/.cache."""
 
     @model_validator(mode="after")
     def _all_weights_or_none(self) -> Self:

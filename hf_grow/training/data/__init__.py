@@ -1,8 +1,8 @@
 """The texts of a training: opened, tokenised and packed once, and mixed in exact shares."""
 
 from hf_grow.training.config.data_options import DataOptions, EvalSource, ReplaySource, SelfReplay, TextOptions, TrainSource
-from hf_grow.training.data.assemble import Collator, Part, TrainData, build, survey
+from hf_grow.training.data.assemble import Collator, DataPart, TrainData, build, survey
 
 __all__ = [
-    "Collator", "DataOptions", "EvalSource", "Part", "ReplaySource", "SelfReplay", "TextOptions", "TrainData", "TrainSource", "build", "survey",
+    "Collator", "DataOptions", "DataPart", "EvalSource", "ReplaySource", "SelfReplay", "TextOptions", "TrainData", "TrainSource", "build", "survey",
 ]  # fmt: skip

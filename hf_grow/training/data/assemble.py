@@ -1,4 +1,4 @@
-"""Everything a training reads, from its options: the mixed sequences, the named sets, and what to tell about them."""
+"""Builds the datasets of a training from its options: the mixed training sequences and the named evaluation sets."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.common.extras import require_packages
 from hf_grow.training.config.data_options import DataOptions, EvalSource, TextOptions
-from hf_grow.training.data import cache, packing
-from hf_grow.training.data.mixing import Pattern, rows_of
-from hf_grow.training.data.packing import IGNORED, Encoding, Facts
-from hf_grow.training.data.sources import Notify, Source, find
+from hf_grow.training.data import cache as caching
+from hf_grow.training.data import packing
+from hf_grow.training.data.mixing import Interleaving, row_indices
+from hf_grow.training.data.packing import IGNORED, DocumentEncoder, PackingStats
+from hf_grow.training.data.sources import Notify, TextSource, find_text
 
 if TYPE_CHECKING:
     import torch
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 
     from hf_grow.training.data.stream import MixedStream
 
-_TELL_EVERY = 20.0  # seconds
-_PROBE = 64  # documents that a survey tokenises
+_PROGRESS_INTERVAL = 20.0  # seconds
+_SURVEY_DOCUMENTS = 64
 
 
 @dataclass(frozen=True)
-class Part:
-    """One source in the training, or one named set."""
+class DataPart:
+    """One source of the training text, or one named evaluation set."""
 
     use: str
     """'train', 'replay', or 'eval NAME'."""
@@ -37,20 +38,20 @@ class Part:
     share: float | None
     """Of all training sequences; None for a named set."""
     documents: int | None = None
-    """None where text is streamed, or only some of it is measured on, and so unknown."""
+    """None if the text is streamed, or if only some sequences of a named set are used."""
     tokens: int | None = None
-    """Of a named set those that are measured on."""
+    """Of a named set: those of the sequences that are used."""
     sequences: int | None = None
     passes: float | None = None
-    """How often the training goes through it."""
+    """How many times the training reads it."""
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows of equal length to a batch: input_ids and labels, int64 [rows, seq_length]; labels are -100 where a row is not full."""
+    """Turns rows of equal length into a batch: input_ids and labels, int64 [rows, seq_length]; labels are -100 at padding."""
 
     filler: int
-    """Token id that stands in input_ids where a row is not full."""
+    """Token id that pads input_ids."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         import numpy as np
@@ -62,28 +63,27 @@ class Collator:
 
 @dataclass(frozen=True)
 class TrainData:
-    """What `build` makes of DataOptions."""
+    """What `build` returns."""
 
     train: Dataset | MixedStream
-    """Rows {"input_ids": [seq_length]} in the order in which they are to be trained on: use a sequential sampler.
-    Streamed: without end, and resumable by state_dict."""
+    """Rows {"input_ids": [seq_length]} in training order: use a sequential sampler. A stream is infinite, and resumed by its state_dict."""
     evals: dict[str, Dataset]
-    parts: tuple[Part, ...]
+    parts: tuple[DataPart, ...]
     collator: Collator
     seq_length: int
 
     @property
     def sequences(self) -> int | None:
         """Rows of `train`; None if streamed."""
-        return None if self.tokens is None else self.tokens // self.seq_length
+        return len(self.train) if hasattr(self.train, "__len__") else None
 
     @property
     def tokens(self) -> int | None:
         """Tokens of `train`; None if streamed."""
-        return len(self.train) * self.seq_length if hasattr(self.train, "__len__") else None
+        return None if self.sequences is None else self.sequences * self.seq_length
 
     def describe(self) -> list[dict[str, Any]]:
-        """One row of JSON data for each source and named set."""
+        """The parts as JSON data."""
         return [vars(part) for part in self.parts]
 
 
@@ -97,194 +97,163 @@ def build(
     sequences: int | None = None,
     model: str | None = None,
 ) -> TrainData:
-    """Opens, tokenises, packs (or finds in the cache) and mixes everything that `options` name.
+    """Opens, tokenises, packs (or loads from the cache) and mixes all text that `options` names.
 
-    `vocab_size`: of the model, which no token id may reach. `sequences`: rows of `train`; default: one pass through the new text.
-    `model`: the checkpoint to be trained; its growth.json says what self-replay samples from. Raises InputError, OutputError.
+    Args:
+        cache: cache folder; default: `options.cache`, else the user's cache.
+        notify: receives progress messages.
+        vocab_size: rows of the model's embedding; a token id beyond it is an error.
+        sequences: rows of `train`; default: one pass over the new text.
+        model: the checkpoint to be trained; self-replay samples from the source that its growth.json names.
+
+    Raises InputError (text or options), SourceError (the Hub), OutputError (the cache), ExecutionError (self-replay).
     """
     require_packages("datasets")
-    root = cache_root(options, cache)
-    encoding = Encoding(tokenizer, options.bos)
-    new = [find(s, notify=notify) for s in options.train]
-    measured = {name: find(s, notify=notify) for name, s in options.eval.items()}
-    old = _replay(options, root, model, notify)
-    evals, parts = {}, []
-    for name, source in measured.items():
-        evals[name], part = _eval_set(name, source, options.eval[name], encoding, options, root, vocab_size, notify)
-        parts.append(part)
-    train: Dataset | MixedStream
-    if options.streaming:
-        train, trained = _stream(new, old, encoding, options, vocab_size, notify)
-    else:
-        train, trained = _mix(new, old, encoding, options, root, vocab_size, sequences, notify)
-    return TrainData(train, evals, (*trained, *parts), Collator(tokenizer.eos_token_id), options.seq_length)
+    builder = _Builder(options, DocumentEncoder(tokenizer, options.bos), cache_root(options, cache), vocab_size, notify)
+    new = [find_text(s, notify=notify) for s in options.train]
+    measured = {name: find_text(s, notify=notify) for name, s in options.eval.items()}
+    old = builder.replay(model)
+    sets = {name: builder.eval_set(name, source) for name, source in measured.items()}
+    train, parts = builder.stream(new, old) if options.streaming else builder.mix(new, old, sequences)
+    evals = {name: data for name, (data, _) in sets.items()}
+    return TrainData(train, evals, (*parts, *(part for _, part in sets.values())), Collator(tokenizer.eos_token_id), options.seq_length)
 
 
 def survey(
     options: DataOptions, tokenizer: PreTrainedTokenizerBase, *, notify: Notify = lambda message: None, vocab_size: int | None = None
 ) -> list[dict[str, Any]]:
-    """What `build` would find, for a dry run: every source is opened and its first documents are tokenised, no more.
+    """What `build` would read, for a dry run: opens every source and tokenises its first documents only.
 
-    `tokens` is an estimate from the size of the files, None on the Hub; of a named set at most what is measured on. Self-replay is told, not
-    sampled. Raises as `build` does.
+    Returns {"use", "label", "bytes", "tokens"} for each. ``tokens`` is estimated from the file sizes; None on the Hub; for a named set at
+    most what is measured on. Self-replay is listed, not sampled. Raises as `build` does.
     """
     require_packages("datasets")
-    encoding = Encoding(tokenizer, options.bos)
+    encoder = DocumentEncoder(tokenizer, options.bos)
+    rows: list[dict[str, Any]] = []
     uses: list[tuple[str, TextOptions]] = [("train", s) for s in options.train]
+    if options.replay is not None and options.replay.self is not None:
+        rows.append({"use": "replay", "label": "sampled from the source model", "bytes": None, "tokens": options.replay.self.tokens})
+    elif options.replay is not None:
+        uses.append(("replay", options.replay))
     uses += [(f"eval {name}", s) for name, s in options.eval.items()]
-    found = []
-    if options.replay is not None and options.replay.self is None:
-        uses.insert(len(options.train), ("replay", options.replay))
-    elif options.replay is not None and options.replay.self is not None:
-        found.append({"use": "replay", "label": "sampled from the source model", "bytes": None, "tokens": options.replay.self.tokens})
     for use, text in uses:
-        source = find(text, notify=notify)
-        batch = next(packing.batches(source.documents(), _PROBE), [])
+        source = find_text(text, notify=notify)
+        batch = next(packing.batches(source.documents(), _SURVEY_DOCUMENTS), [])
         if not batch:
-            raise packing.no_text(source.label)
-        ids = encoding(batch)
-        packing.check_ids(max(max(i) for i in ids), vocab_size, source.label)
-        rate = sum(map(len, ids)) / sum(len(d.text.encode()) for d in batch)
-        tokens = source.nbytes and round(rate * source.nbytes)
+            raise packing.no_text_error(source.label)
+        ids = encoder(batch)
+        packing.check_token_ids(max(max(i) for i in ids), vocab_size, source.label)
+        tokens_per_byte = sum(map(len, ids)) / sum(len(d.text.encode()) for d in batch)
+        tokens = source.nbytes and round(tokens_per_byte * source.nbytes)
         if isinstance(text, EvalSource) and text.sequences:
             most = text.sequences * options.seq_length
             tokens = min(tokens or most, most)
-        found.append({"use": use, "label": source.label, "bytes": source.nbytes, "tokens": tokens})
-    return found
+        rows.append({"use": use, "label": source.label, "bytes": source.nbytes, "tokens": tokens})
+    return rows
 
 
 def cache_root(options: DataOptions, given: Path | None = None) -> Path:
-    """The folder of the cache: the one that was given, else the options', else the user's."""
-    return given or (Path(options.cache).expanduser() if options.cache else cache.default_root() / "data")
+    """The cache folder: `given`, else the options', else the user's."""
+    return given or (Path(options.cache).expanduser() if options.cache else caching.default_root() / "data")
 
 
-def _replay(options: DataOptions, root: Path, model: str | None, notify: Notify) -> tuple[Source, float] | None:
-    old = options.replay
-    if old is None:
-        return None
-    if old.self is not None:
-        from hf_grow.training.data.self_replay import sampled_from
+@dataclass(frozen=True)
+class _Builder:
+    options: DataOptions
+    encoder: DocumentEncoder
+    root: Path
+    vocab_size: int | None
+    notify: Notify
 
-        folder = sampled_from(old.self, root / "replay", seq_length=options.seq_length, trained=model, notify=notify)
-        old = old.model_copy(update={"path": [str(folder)], "self": None})
-    return find(old, notify=notify), old.share
+    def replay(self, model: str | None) -> TextSource | None:
+        """The old text; self-replay is sampled first."""
+        old = self.options.replay
+        if old is None:
+            return None
+        if old.self is not None:
+            from hf_grow.training.data.self_replay import sample_from_source
+
+            folder = sample_from_source(
+                old.self, self.root / "replay", seq_length=self.options.seq_length, trained=model, notify=self.notify
+            )
+            old = old.model_copy(update={"path": [str(folder)], "self": None})
+        return find_text(old, notify=self.notify)
+
+    def pack(self, source: TextSource, remainder: str) -> tuple[Dataset, PackingStats]:
+        last = monotonic()
+
+        def report(tokens: int) -> None:
+            nonlocal last
+            if monotonic() - last > _PROGRESS_INTERVAL:
+                last = monotonic()
+                self.notify(f"Tokenising {source.label}: {tokens / 1e6:.1f}M tokens so far.")
+
+        return packing.pack(
+            source, self.encoder, seq_length=self.options.seq_length, remainder=remainder, root=self.root, num_proc=self.options.num_proc,
+            vocab_size=self.vocab_size, notify=self.notify, progress=report,
+        )  # fmt: skip
+
+    def eval_set(self, name: str, source: TextSource) -> tuple[Dataset, DataPart]:
+        """All sequences of a named set, or `sequences` of them at even distances."""
+        import numpy as np
+
+        most = self.options.eval[name].sequences
+        data, stats = self.pack(source, "keep")
+        documents: int | None = stats.documents
+        if most is not None and len(data) > most:
+            data, documents = data.select(np.linspace(0, len(data) - 1, most).astype(np.int64)), None
+        tokens = sum(int((np.asarray(row["input_ids"]) != IGNORED).sum()) for row in data)
+        return data, DataPart(f"eval {name}", source.label, None, documents, tokens, len(data))
+
+    def shares(self, sizes: Sequence[int]) -> tuple[Fraction, ...]:
+        """Shares of the old text (if any) and of each source of new text, by weight or by ``sizes``. They sum to 1."""
+        weights = [Fraction(size if s.weight is None else s.weight) for s, size in zip(self.options.train, sizes, strict=True)]
+        old = [Fraction(self.options.replay.share).limit_denominator(10**6)] if self.options.replay else []
+        return (*old, *((1 - sum(old)) * w / sum(weights) for w in weights))
+
+    def mix(self, new: Sequence[TextSource], old: TextSource | None, sequences: int | None) -> tuple[Dataset, list[DataPart]]:
+        import numpy as np
+        from datasets import concatenate_datasets
+
+        options, first_new = self.options, int(old is not None)
+        sources = [*([old] if old else []), *new]
+        made = [self.pack(s, options.remainder) for s in sources]
+        sizes = [len(data) for data, _ in made]
+        shares = self.shares(sizes[first_new:])
+        interleaving = Interleaving(shares, options.seed)
+        length = sequences or _one_pass(interleaving, sum(sizes[first_new:]), shares[0] if old else Fraction(0))
+        assigned, ordinal = interleaving.assign(0, length)
+        index = np.empty(len(assigned), np.int64)
+        parts = []
+        for number, (source, (_, stats)) in enumerate(zip(sources, made, strict=True)):
+            mine = assigned == number
+            index[mine] = sum(sizes[:number]) + row_indices(ordinal[mine], sizes[number], [options.seed, number], shuffle=options.shuffle)
+            use = "train" if number >= first_new else "replay"
+            passes = int(mine.sum()) / sizes[number]
+            if use == "replay" and passes > 1:
+                self.notify(f"There is little old text: each of its {sizes[number]:,} sequences is used {passes:.1f} times.")
+            parts.append(DataPart(use, source.label, float(shares[number]), stats.documents, stats.tokens, sizes[number], passes))
+        return concatenate_datasets([data for data, _ in made]).select(index), parts
+
+    def stream(self, new: Sequence[TextSource], old: TextSource | None) -> tuple[MixedStream, list[DataPart]]:
+        from hf_grow.training.data.stream import MixedStream, PackedStream
+
+        length, seed = self.options.seq_length, self.options.seed
+        shares = self.shares([1] * len(new))
+        sources = [*([old] if old else []), *new]
+        streams = [PackedStream(s, self.encoder, seq_length=length, vocab_size=self.vocab_size, notify=self.notify) for s in sources]
+        uses = [*(["replay"] if old else []), *["train"] * len(new)]
+        parts = [DataPart(use, s.label, float(share)) for use, s, share in zip(uses, sources, shares, strict=True)]
+        read = [[s.identity, float(share)] for s, share in zip(sources, shares, strict=True)]
+        identity = caching.key({"sources": read, "encoding": self.encoder.fingerprint, "seq_length": length, "seed": seed})
+        return MixedStream(streams, Interleaving(shares, seed), identity), parts
 
 
-def _eval_set(
-    name: str,
-    source: Source,
-    text: EvalSource,
-    encoding: Encoding,
-    options: DataOptions,
-    root: Path,
-    vocab_size: int | None,
-    notify: Notify,
-) -> tuple[Dataset, Part]:
+def _one_pass(interleaving: Interleaving, new: int, old_share: Fraction) -> int:
+    """The number of places until `new` of them have gone to new text."""
     import numpy as np
 
-    data, facts = _packed(source, encoding, options, root, vocab_size, notify, remainder="keep")
-    documents: int | None = facts.documents
-    if text.sequences is not None and len(data) > text.sequences:
-        data, documents = data.select(np.linspace(0, len(data) - 1, text.sequences).astype(np.int64)), None
-    tokens = sum(int((np.asarray(row["input_ids"]) != IGNORED).sum()) for row in data)
-    return data, Part(f"eval {name}", source.label, None, documents, tokens, len(data))
-
-
-def _packed(
-    source: Source, encoding: Encoding, options: DataOptions, root: Path, vocab_size: int | None, notify: Notify, *, remainder: str
-) -> tuple[Dataset, Facts]:
-    last = monotonic()
-
-    def tell(tokens: int) -> None:
-        nonlocal last
-        if monotonic() - last > _TELL_EVERY:
-            last = monotonic()
-            notify(f"Tokenising {source.label}: {tokens / 1e6:.1f}M tokens so far.")
-
-    return packing.packed(
-        source,
-        encoding,
-        seq_length=options.seq_length,
-        remainder=remainder,
-        root=root,
-        num_proc=options.num_proc,
-        vocab_size=vocab_size,
-        notify=notify,
-        progress=tell,
-    )
-
-
-def _shares(options: DataOptions, sizes: Sequence[int], old: tuple[Source, float] | None) -> list[Fraction]:
-    """Of the old text, if there is any, and of each source of new text. They sum to one."""
-    weights = [Fraction(size if s.weight is None else s.weight) for s, size in zip(options.train, sizes, strict=True)]
-    share = Fraction(0) if old is None else Fraction(old[1]).limit_denominator(10**6)
-    return [share] * (old is not None) + [(1 - share) * w / sum(weights) for w in weights]
-
-
-def _mix(
-    new: Sequence[Source],
-    old: tuple[Source, float] | None,
-    encoding: Encoding,
-    options: DataOptions,
-    root: Path,
-    vocab_size: int | None,
-    sequences: int | None,
-    notify: Notify,
-) -> tuple[Dataset, list[Part]]:
-    import numpy as np
-    from datasets import concatenate_datasets
-
-    sources = [*([old[0]] if old else []), *new]
-    made = [_packed(s, encoding, options, root, vocab_size, notify, remainder=options.remainder) for s in sources]
-    sizes = [len(data) for data, _ in made]
-    shares = _shares(options, sizes[len(sizes) - len(new) :], old)
-    pattern = Pattern(tuple(shares), options.seed)
-    total = sum(sizes[len(sizes) - len(new) :])
-    turn, ordinal = pattern.turns(0, sequences or _one_pass(pattern, total, shares[0] if old else Fraction(0)))
-    index = np.empty(len(turn), np.int64)
-    parts = []
-    for number, (source, (_, facts)) in enumerate(zip(sources, made, strict=True)):
-        mine = turn == number
-        rows = rows_of(ordinal[mine], sizes[number], [options.seed, number], shuffle=options.shuffle)
-        index[mine] = sum(sizes[:number]) + rows
-        use = "replay" if old and number == 0 else "train"
-        passes = int(mine.sum()) / sizes[number]
-        if use == "replay" and passes > 1:
-            notify(f"There is little old text: each of its {sizes[number]:,} sequences is used {passes:.1f} times.")
-        parts.append(Part(use, source.label, float(shares[number]), facts.documents, facts.tokens, sizes[number], passes))
-    return concatenate_datasets([data for data, _ in made]).select(index), parts
-
-
-def _one_pass(pattern: Pattern, new: int, share: Fraction) -> int:
-    """Places until `new` of them have gone to new text."""
-    import numpy as np
-
-    places = int(new / (1 - share)) + 2
-    turn, _ = pattern.turns(0, places)
-    is_new = turn > 0 if share else np.ones(places, bool)
+    places = int(new / (1 - old_share)) + 2
+    assigned, _ = interleaving.assign(0, places)
+    is_new = assigned > 0 if old_share else np.ones(places, bool)
     return int(np.searchsorted(np.cumsum(is_new), new)) + 1
-
-
-def _stream(
-    new: Sequence[Source],
-    old: tuple[Source, float] | None,
-    encoding: Encoding,
-    options: DataOptions,
-    vocab_size: int | None,
-    notify: Notify,
-) -> tuple[MixedStream, list[Part]]:
-    from hf_grow.training.data.stream import MixedStream, PackedStream
-
-    shares = _shares(options, [1] * len(new), old)
-    sources = [*([old[0]] if old else []), *new]
-    streams = [
-        PackedStream(s.documents(), encoding, seq_length=options.seq_length, vocab_size=vocab_size, label=s.label, notify=notify)
-        for s in sources
-    ]
-    parts = [
-        Part("replay" if old and n == 0 else "train", s.label, float(share))
-        for n, (s, share) in enumerate(zip(sources, shares, strict=True))
-    ]
-    read = [[s.identity, float(share)] for s, share in zip(sources, shares, strict=True)]
-    identity = cache.key({"sources": read, "encoding": encoding.fingerprint, "seq_length": options.seq_length, "seed": options.seed})
-    return MixedStream(streams, Pattern(tuple(shares), options.seed), identity), parts

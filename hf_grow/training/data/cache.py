@@ -1,7 +1,7 @@
-"""Folders that are made once and then found again, by whichever process comes first.
+"""Cached folders that are created once, by whichever process comes first.
 
-A folder appears by one rename, so an interrupted maker leaves nothing that looks whole; a lock that dies with its process lets the other
-processes of a distributed training wait for the one that makes it.
+A folder appears by an atomic rename, so an interrupted process leaves nothing that looks complete. A file lock, which the operating system
+releases when its process dies, makes the other processes of a distributed training wait.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from hf_grow.errors import OutputError
 
 
 def default_root() -> Path:
-    """Where caches belong: beside the Hub's if HF_HOME moves that, else where XDG says."""
+    """The cache folder of hf-grow: in HF_HOME if that is set, else in XDG_CACHE_HOME (~/.cache)."""
     if home := os.environ.get("HF_HOME"):
         return Path(home).expanduser() / "hf-grow"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf-grow"
 
 
 def key(parts: Any) -> str:
-    """A name for what follows from `parts` (JSON data)."""
+    """A folder name: the first 32 hex digits of the SHA-256 of `parts` (JSON data)."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def fetch(folder: Path, make: Callable[[Path], None]) -> bool:
-    """Sees to it that `folder` is there; `make` fills a new one where it is not. Returns whether it was there. Raises OutputError."""
+def get_or_create(folder: Path, create: Callable[[Path], None]) -> bool:
+    """Returns whether `folder` existed; if not, `create` fills an empty folder that becomes it. Raises OutputError if it cannot be written."""
     if folder.is_dir():
         return True
     with locked(folder):
@@ -41,7 +41,7 @@ def fetch(folder: Path, make: Callable[[Path], None]) -> bool:
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         try:
             partial.mkdir()
-            make(partial)
+            create(partial)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -50,7 +50,7 @@ def fetch(folder: Path, make: Callable[[Path], None]) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time works on `folder`, whose parent is made. Raises OutputError where the disk refuses."""
+    """Holds an inter-process lock on `folder`, whose parent is created. Raises OutputError if it cannot be written."""
     from filelock import FileLock
 
     try:
@@ -60,5 +60,5 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"The cache {folder.parent} cannot be written: {error.strerror or error}.",
-            hint="Make room there, or choose another folder (cache).",
+            hint="Free some disk space, or choose another folder (data.cache).",
         ) from None

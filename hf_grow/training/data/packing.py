@@ -1,8 +1,8 @@
-"""Documents to sequences of equal length: tokenised, each ended by EOS, put one after another, and cut every `seq_length` tokens.
+"""Tokenises documents and packs them into sequences of equal length.
 
-A sampled text that was cut has no end, and gets none; a conversation has the tokens that its template wrote, and gets no others.
-Nothing depends on how the work is divided: the sequences are those of one long list of token ids, cut into pieces. Documents in one sequence
-see each other, as in the pretraining of GPT-3 (2005.14165, section B) and of most models since.
+Every document ends with EOS; all are concatenated, and the token stream is split every `seq_length` tokens. The result does not depend on
+batch size or number of processes. There is no attention mask between the documents of a sequence, as in the pretraining of GPT-3
+(arXiv 2005.14165, section B).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_grow.common.safe_files import read_json, to_json
 from hf_grow.errors import InputError
 from hf_grow.training.data import cache
-from hf_grow.training.data.sources import Notify, Source, readable
+from hf_grow.training.data.replay_files import Document
+from hf_grow.training.data.sources import Notify, TextSource, explain_read_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,119 +30,113 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VERSION = 1
-"""Part of every key: a change of what is written here makes old caches strangers."""
+"""Part of every cache key: increase it when the format of the cached files changes."""
 IGNORED = -100
-"""Stands after the last token where a sequence is not full; the collator makes of it what the loss leaves out."""
+"""Padding in a last, partial sequence; the collator turns it into labels of -100."""
 BATCH = 256
 """Documents tokenised at once."""
 
 
-class Document(NamedTuple):
-    """A text, and what is put around it."""
-
-    text: str
-    frame: str = "document"
-    """document: as the tokenizer begins texts (or bos says), and EOS; cut: without EOS; verbatim: nothing."""
-
-
 @dataclass(frozen=True)
-class Encoding:
-    """How a text becomes token ids. Can be sent to another process."""
+class DocumentEncoder:
+    """Turns documents into token ids, with BOS and EOS as their frame requires. Can be pickled to another process.
+
+    Raises InputError if the tokenizer lacks EOS, or BOS where `bos` is "always".
+    """
 
     tokenizer: PreTrainedTokenizerBase
     bos: Literal["tokenizer", "always", "never"]
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
-            raise InputError(
-                "The tokenizer has no EOS token, which separates documents.", hint="Name one as eos_token in its tokenizer_config.json."
-            )
+            raise InputError("The tokenizer has no EOS token to separate documents.", hint="Set eos_token in its tokenizer_config.json.")
         if self.bos == "always" and self.tokenizer.bos_token_id is None:
-            raise InputError("The tokenizer has no BOS token, but bos is `always`.", hint="Use bos: tokenizer.")
+            raise InputError("bos is `always`, but the tokenizer has no BOS token.", hint="Use bos: tokenizer.")
 
     def __call__(self, documents: Sequence[Document | str]) -> list[list[int]]:
-        """One list of ids a document; a bare string is a whole one."""
+        """Token ids of each document; a plain string is a document of frame "document"."""
         each = [Document(d) if isinstance(d, str) else d for d in documents]
-        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        own = self.bos == "tokenizer"
-        head = [first] if self.bos == "always" else []
-        framed = iter(self._ids([d.text for d in each if d.frame != "verbatim"], own))
-        verbatim = iter(self._ids([d.text for d in each if d.frame == "verbatim"], False))
-        found = []
+        eos = self.tokenizer.eos_token_id
+        add_special = self.bos == "tokenizer"
+        prefix = [self.tokenizer.bos_token_id] if self.bos == "always" else []
+        framed = iter(self._tokenize([d.text for d in each if d.frame != "verbatim"], add_special))
+        verbatim = iter(self._tokenize([d.text for d in each if d.frame == "verbatim"], False))
+        encoded = []
         for document in each:
             if document.frame == "verbatim":
-                found.append(next(verbatim))
+                encoded.append(next(verbatim))
                 continue
             ids = next(framed)
-            if own and ids and ids[-1] == last:  # a tokenizer that ends texts by itself is not made to end them twice
+            if add_special and ids and ids[-1] == eos:  # some tokenizers append EOS themselves
                 ids = ids[:-1]
-            found.append([*head, *ids] if document.frame == "cut" else [*head, *ids, last])
-        return found
+            encoded.append([*prefix, *ids] if document.frame == "cut" else [*prefix, *ids, eos])
+        return encoded
 
-    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
+    def _tokenize(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
-        found: list[list[int]] = self.tokenizer(
-            texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        ids: list[list[int]] = self.tokenizer(
+            texts, add_special_tokens=add_special_tokens, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]
-        return found
+        return ids
 
     @property
     def fingerprint(self) -> str:
-        """Two encodings with the same one give the same ids."""
+        """A hash: encoders with equal fingerprints produce equal ids."""
         t = self.tokenizer
         backend: Any = getattr(t, "backend_tokenizer", None)
         inside = backend.to_str() if hasattr(backend, "to_str") else json.dumps([type(t).__name__, sorted(t.get_vocab().items())])
-        # One that hides its model (sentencepiece) is told by what it makes of a text, beside its vocabulary.
+        # A slow tokenizer (sentencepiece) cannot be serialised: its ids for a probe text identify it, with its vocabulary.
         probe = self(["The quick  brown\tfox: 1234567890 + naïve 漢字 <s></s>\n\n    def f(x):\n"])
         parts = [inside, probe, t.bos_token_id, t.eos_token_id, self.bos]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What was found while packing."""
+class PackingStats:
+    """What was counted while packing; stored as facts.json."""
 
     documents: int
     tokens: int
-    """With EOS and BOS, and with those that were dropped at the end."""
+    """Including EOS and BOS, and those dropped at the end of the source."""
     highest: int
-    """The highest token id."""
+    """The largest token id."""
 
 
-def check_ids(highest: int, vocab_size: int | None, label: str) -> None:
-    """Raises InputError where a token has no row in the model's embedding."""
+def check_token_ids(highest: int, vocab_size: int | None, label: str) -> None:
+    """Raises InputError if a token id has no row in the model's embedding."""
     if vocab_size is not None and highest >= vocab_size:
         raise InputError(
             f"The model and the tokenizer do not match: {label} has token id {highest}, and the model's vocabulary ends at {vocab_size - 1}.",
-            hint="Give the tokenizer that belongs to the model, or enlarge its embeddings (resize_token_embeddings) first.",
+            hint="Use the model's own tokenizer, or resize the embeddings (resize_token_embeddings) first.",
         )
 
 
-def no_text(label: str) -> InputError:
-    return InputError(f"{label} is empty: it holds no text.")
+def no_text_error(label: str) -> InputError:
+    return InputError(f"{label} is empty: it contains no text.")
 
 
-def cut(carry: NDArray[np.int32], documents: Iterable[Sequence[int]], length: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """`carry` and then the documents, as full sequences [n, length], and the tokens [< length] that are left."""
+def split_sequences(
+    carry: NDArray[np.int32], documents: Iterable[Sequence[int]], length: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Concatenates `carry` and the ids of the documents: the full sequences [n, length], and the remaining tokens [< length]."""
     import numpy as np
 
-    parts = [carry, *(np.asarray(d, dtype=np.int32) for d in documents)]
-    stream = np.concatenate(parts)
+    stream = np.concatenate([carry, *(np.asarray(d, dtype=np.int32) for d in documents)])
     full = len(stream) // length * length
     return stream[:full].reshape(-1, length), stream[full:]
 
 
 def batches(rows: Iterable[dict[str, str]], size: int | None = None) -> Iterator[list[Document]]:
-    """Documents, `size` (BATCH) at a time."""
+    """Documents in batches of `size` (default: BATCH)."""
     iterator = iter(rows)
     while batch := [Document(row["text"], row.get("frame") or "document") for row in islice(iterator, size or BATCH)]:
         yield batch
 
 
-def packed(
-    source: Source,
-    encoding: Encoding,
+def pack(
+    source: TextSource,
+    encoder: DocumentEncoder,
     *,
     seq_length: int,
     remainder: str,
@@ -150,17 +145,18 @@ def packed(
     vocab_size: int | None = None,
     notify: Notify = lambda message: None,
     progress: Callable[[int], None] = lambda tokens: None,
-) -> tuple[Dataset, Facts]:
-    """{"input_ids": int32 [seq_length]} for all of a source, tokenised now or found in the cache under `root`.
+) -> tuple[Dataset, PackingStats]:
+    """All sequences of a source as rows {"input_ids": int32 [seq_length]}, from the cache under `root` or tokenised now.
 
-    Raises InputError for text that cannot be read or holds none, OutputError where the cache cannot be written.
+    ``remainder``: "drop" or "keep" the last, partial sequence (padded with IGNORED). ``progress`` receives the tokens so far.
+    Raises InputError if the text cannot be read, is empty or fills no sequence, OutputError if the cache cannot be written.
     """
     from datasets import Dataset
 
     parts = {
         "version": VERSION,
         "source": source.identity,
-        "encoding": encoding.fingerprint,
+        "encoding": encoder.fingerprint,
         "seq_length": seq_length,
         "remainder": remainder,
     }
@@ -168,37 +164,37 @@ def packed(
 
     def make(partial: Path) -> None:
         notify(f"Tokenising {source.label}.")
-        facts = _write(partial / "blocks.arrow", source, encoding, seq_length, remainder, num_proc, vocab_size, progress)
-        (partial / "facts.json").write_text(to_json({**asdict(facts), "made_of": parts}), encoding="utf-8")
+        stats = _write(partial / "blocks.arrow", source, encoder, seq_length, remainder, num_proc, vocab_size, progress)
+        (partial / "facts.json").write_text(to_json({**asdict(stats), "made_of": parts}), encoding="utf-8")
 
-    cache.fetch(folder, make)
+    cache.get_or_create(folder, make)
     record = read_json(folder / "facts.json")
-    facts = Facts(record["documents"], record["tokens"], record["highest"])
-    check_ids(facts.highest, vocab_size, source.label)
+    stats = PackingStats(record["documents"], record["tokens"], record["highest"])
+    check_token_ids(stats.highest, vocab_size, source.label)
     data = Dataset.from_file(str(folder / "blocks.arrow"))
     if not len(data):
         raise InputError(
-            f"{source.label} holds {facts.tokens:,} tokens, which fill no sequence of {seq_length}.",
+            f"{source.label} has {stats.tokens:,} tokens, fewer than one sequence of {seq_length}.",
             hint="Use more text, a smaller seq_length, or remainder: keep.",
         )
-    return data, facts
+    return data, stats
 
 
 def _write(
     path: Path,
-    source: Source,
-    encoding: Encoding,
+    source: TextSource,
+    encoder: DocumentEncoder,
     length: int,
     remainder: str,
     num_proc: int | None,
     vocab_size: int | None,
     progress: Callable[[int], None],
-) -> Facts:
+) -> PackingStats:
     import numpy as np
     import pyarrow as pa
 
-    kind = pa.list_(pa.int32(), length)
-    schema = pa.schema({"input_ids": kind})
+    row_type = pa.list_(pa.int32(), length)
+    schema = pa.schema({"input_ids": row_type})
     carry = np.empty(0, np.int32)
     documents = tokens = highest = 0
     with ExitStack() as stack:
@@ -206,38 +202,38 @@ def _write(
 
         def write(blocks: NDArray[np.int32]) -> None:
             if len(blocks):
-                column = pa.FixedSizeListArray.from_arrays(pa.array(blocks.reshape(-1)), type=kind)
+                column = pa.FixedSizeListArray.from_arrays(pa.array(blocks.reshape(-1)), type=row_type)
                 writer.write_batch(pa.RecordBatch.from_arrays([column], schema=schema))
 
-        stack.enter_context(readable(source.label))
+        stack.enter_context(explain_read_errors(source.label))
         texts = batches(source.documents(streaming=False))
-        for found in _encoded(texts, encoding, num_proc, stack):
-            blocks, rest = cut(carry, found, length)
-            seen = np.concatenate([blocks.reshape(-1), rest])
-            documents += len(found)
-            tokens += len(seen) - len(carry)
-            highest = max(highest, int(seen.max(initial=0)))
-            check_ids(highest, vocab_size, source.label)
+        for encoded in _encode(texts, encoder, num_proc, stack):
+            blocks, rest = split_sequences(carry, encoded, length)
+            ids = np.concatenate([blocks.reshape(-1), rest])
+            documents += len(encoded)
+            tokens += len(ids) - len(carry)
+            highest = max(highest, int(ids.max(initial=0)))
+            check_token_ids(highest, vocab_size, source.label)
             write(blocks)
             carry = rest.copy()
             progress(tokens)
         if not documents:
-            raise no_text(source.label)
+            raise no_text_error(source.label)
         if len(carry) and remainder == "keep":
             write(np.concatenate([carry, np.full(length - len(carry), IGNORED, np.int32)])[None])
-    return Facts(documents, tokens, highest)
+    return PackingStats(documents, tokens, highest)
 
 
-def _encoded(texts: Iterator[list[Document]], encoding: Encoding, num_proc: int | None, stack: ExitStack) -> Iterator[list[list[int]]]:
-    """The batches in their order, tokenised by one process or several."""
+def _encode(texts: Iterator[list[Document]], encoder: DocumentEncoder, num_proc: int | None, stack: ExitStack) -> Iterator[list[list[int]]]:
+    """The ids of each batch in order, from `num_proc` processes."""
     if num_proc is None or num_proc == 1:
-        yield from map(encoding, texts)
+        yield from map(encoder, texts)
         return
     import multiprocessing
 
-    # Not forked: a fast tokenizer's threads would not come along, and its locks would.
+    # Not forked: a fast tokenizer's locks would be inherited without its threads.
     pool = stack.enter_context(ProcessPoolExecutor(num_proc, mp_context=multiprocessing.get_context("spawn")))
-    waiting = [pool.submit(encoding, batch) for batch in islice(texts, 2 * num_proc)]
+    waiting = [pool.submit(encoder, batch) for batch in islice(texts, 2 * num_proc)]
     while waiting:
         yield waiting.pop(0).result()
-        waiting += [pool.submit(encoding, batch) for batch in islice(texts, 1)]
+        waiting += [pool.submit(encoder, batch) for batch in islice(texts, 1)]

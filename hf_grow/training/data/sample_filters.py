@@ -1,7 +1,8 @@
-"""What a sampled text is, and whether it is worth keeping."""
+"""Sampled texts, and the filters that drop some of them."""
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -11,55 +12,65 @@ if TYPE_CHECKING:
     from hf_grow.training.config.replay_options import ReplayOptions
 
 _NGRAM = 4
-_BROKEN = 0.05
-"""Part of the characters that may be U+FFFD, which stands for bytes that are no text."""
+_MAX_REPLACEMENT_CHARS = 0.05
+"""Fraction of the characters that may be U+FFFD, which stands for bytes that are not UTF-8."""
 
 
 @dataclass(frozen=True)
 class Sample:
     text: str
-    """A conversation with all that its template writes."""
+    """A conversation includes all that its template adds."""
     ids: tuple[int, ...]
-    """All tokens, the one it started with included."""
+    """All token ids, the prefix that sampling started from included."""
     tokens: int
-    """That the model drew, without those that stand for no text (BOS, EOS)."""
+    """Number of sampled tokens, without special ones (BOS, EOS)."""
     frame: str = "document"
-    """document, cut (it had no end when it was as long as a text may be), or verbatim (a conversation; has an end if it was not cut)."""
+    """One of replay_files.FRAMES."""
     cut: bool = False
+    """Whether it reached the maximum length before its end."""
     surprise: float | None = None
-    """Nats a token under the model at temperature 1."""
-    said: str | None = None
-    """Of a conversation: what the model drew, without the template."""
+    """Mean negative log-likelihood under the model at temperature 1, in nats per token."""
+    generated: str | None = None
+    """Of a conversation: what the model generated, without the template."""
 
     @property
-    def own(self) -> str:
-        return self.text if self.said is None else self.said
+    def filtered_text(self) -> str:
+        return self.text if self.generated is None else self.generated
 
 
-def fault(sample: Sample, options: ReplayOptions, special: Collection[int], middle: tuple[float, float] | None) -> str | None:
-    """Why a text is dropped, or None. `special`: tokens that stand for no text; `middle`: median and spread of nats a token."""
+def drop_reason(sample: Sample, options: ReplayOptions, special: Collection[int], surprise_stats: tuple[float, float] | None) -> str | None:
+    """Which filter drops a sample ('short', 'broken', 'repetition', 'compression' or 'surprise'), or None.
+
+    ``special``: ids that the n-grams leave out. ``surprise_stats``: median and spread of nats per token, see `Sampler.surprise`.
+    """
+    text = sample.filtered_text
     if sample.tokens < max(1, options.min_tokens):
         return "short"
-    if sample.own.count("\ufffd") > _BROKEN * len(sample.own):
+    if text.count("\ufffd") > _MAX_REPLACEMENT_CHARS * len(text):
         return "broken"
     if repetition([i for i in sample.ids if i not in special]) > options.max_repetition:
         return "repetition"
-    if compression(sample.own) > options.max_compression:
+    if compression(text) > options.max_compression:
         return "compression"
-    if options.max_surprise is not None and sample.surprise is not None and middle is not None:
-        median, spread = middle
+    if options.max_surprise is not None and sample.surprise is not None and surprise_stats is not None:
+        median, spread = surprise_stats
         if abs(sample.surprise - median) > options.max_surprise * spread:
             return "surprise"
     return None
 
 
 def repetition(ids: Sequence[int]) -> float:
-    """Part of the 4-grams that stood earlier in the same text: 0 for a text of distinct ones, towards 1 for a loop."""
+    """Fraction of the 4-grams that occurred earlier in the same text: 0 if all are distinct, towards 1 for a loop."""
     grams = [tuple(ids[n : n + _NGRAM]) for n in range(len(ids) - _NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def compression(text: str) -> float:
-    """How many times smaller zlib makes it: about 2 for a page of prose, 3 to 4 for code."""
+    """zlib compression ratio: about 2 for a page of prose, 3 to 4 for code."""
     data = text.encode(errors="replace")
     return len(data) / len(zlib.compress(data)) if data else 0.0
+
+
+def dedup_key(text: str) -> bytes:
+    """A hash, equal for texts that differ only in white space."""
+    return hashlib.sha256(" ".join(text.split()).encode()).digest()

@@ -1,4 +1,4 @@
-"""The old text of a training without any: sampled from the source model once, and kept in the cache."""
+"""The old text of a training, sampled from its source model once and kept in the cache."""
 
 from __future__ import annotations
 
@@ -13,34 +13,37 @@ from hf_grow.training.config.data_options import SelfReplay
 from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.data import cache
 from hf_grow.training.data.replay import sample_replay
-from hf_grow.training.data.replay_files import FORMAT, read_record
+from hf_grow.training.data.replay_files import FORMAT_VERSION, read_record
 from hf_grow.training.data.sources import Notify
 
+_NAME_MODEL = "Name it: replay: {self: {model: FOLDER_OR_ID}}."
 
-def source_of(options: SelfReplay, trained: str | None) -> tuple[str, str | None]:
-    """What to sample from, and its revision: the options' model, else what `trained` was grown from, else `trained` itself."""
+
+def source_model(options: SelfReplay, trained: str | None) -> tuple[str, str | None]:
+    """The model to sample from and its revision: the options' model, else the source that `trained` was grown from, else `trained`."""
     if options.model is not None:
         return options.model, options.revision
     if trained is None:
-        raise InputError("Self-replay needs a model to sample from.", hint="Name it: replay: {self: {model: FOLDER_OR_ID}}.")
+        raise InputError("Self-replay needs a model to sample from.", hint=_NAME_MODEL)
     growth = Path(trained) / GROWTH
     if not growth.is_file():
         return trained, options.revision
     source = read_json(growth, "").get("source", {})
     ref, revision = source.get("ref"), source.get("revision")
     if not isinstance(ref, str) or not isinstance(revision, (str, type(None))):
-        raise SourceError(f"{growth} does not say what {trained} was grown from.", hint="Name it: replay: {self: {model: FOLDER_OR_ID}}.")
+        raise SourceError(f"{growth} does not name the source model of {trained}.", hint=_NAME_MODEL)
     return ref, revision or None
 
 
-def sampled_from(options: SelfReplay, root: Path, *, seq_length: int, trained: str | None, notify: Notify) -> Path:
-    """The folder of samples under `root`, made now where it is missing or unfinished. Raises SourceError, OutputError, ExecutionError.
+def sample_from_source(options: SelfReplay, root: Path, *, seq_length: int, trained: str | None, notify: Notify) -> Path:
+    """The replay folder under `root` for these options; sampled now if it is missing or unfinished.
 
-    ``seq_length``: of the training, which is how long a text may be where the options do not say.
+    ``seq_length``: of the training; default for max_length. ``trained``: the checkpoint to be trained.
+    Raises SourceError, OutputError, ExecutionError.
     """
-    from hf_grow.training.data.sampling import load
+    from hf_grow.training.data.source_model import load_with_tokenizer
 
-    ref, revision = source_of(options, trained)
+    ref, revision = source_model(options, trained)
     try:
         checkpoint = open_source(ref, revision=revision, weights=False, notify=notify)
     except SourceError as error:
@@ -50,16 +53,16 @@ def sampled_from(options: SelfReplay, root: Path, *, seq_length: int, trained: s
     sampling = ReplayOptions(**options.model_dump(exclude={"model", "revision"}))
     sampling = sampling.model_copy(update={"max_length": sampling.max_length or seq_length})
     files = {name: dict(facts) for name, facts in checkpoint.files.items()}
-    parts = {"format": FORMAT, "files": files, "config": dict(checkpoint.config), "options": sampling.model_dump(mode="json")}
+    parts = {"format": FORMAT_VERSION, "files": files, "config": dict(checkpoint.config), "options": sampling.model_dump(mode="json")}
     folder = root / cache.key(parts)
     with cache.locked(folder):
         record = read_record(folder)
         if record is None or not record["complete"]:
-            notify(f"Sampling {sampling.tokens:,} tokens from {ref}; they are kept in {folder}.")
+            notify(f"Sampling {sampling.tokens:,} tokens from {ref} into {folder}.")
             checkpoint = open_source(checkpoint.ref, revision=checkpoint.revision or None, weights=True, notify=notify)
-            model, tokenizer = load(checkpoint, sampling.dtype)
+            model, tokenizer = load_with_tokenizer(checkpoint, sampling.dtype)
             with token_progress("sampling", sampling.tokens, note=notify) as progress:
                 sample_replay(
-                    model, tokenizer, folder, sampling, ref=ref, revision=revision or "", progress=progress, drawing=progress.within
+                    model, tokenizer, folder, sampling, ref=ref, revision=revision or "", progress=progress, on_token=progress.within
                 )
     return folder

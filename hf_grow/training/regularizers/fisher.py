@@ -41,17 +41,17 @@ def sample_sequences(
 
     from hf_grow.training.config.data_options import TextOptions
     from hf_grow.training.data import packing
-    from hf_grow.training.data.sources import find, readable
+    from hf_grow.training.data.sources import explain_read_errors, find_text
 
     most = model.config.max_position_embeddings
     if length > most:
         raise InputError(f"Sequences of {length} tokens are longer than the {most} positions of the model.", hint=f"--seq-length {most}")
-    source = find(TextOptions(path=list(text)))
-    encoding = packing.Encoding(tokenizer, "tokenizer")
+    source = find_text(TextOptions(path=list(text)))
+    encoder = packing.DocumentEncoder(tokenizer, "tokenizer")
     found, rest, tokens = [], np.empty(0, np.int32), 0
-    with readable(source.label):
+    with explain_read_errors(source.label):
         for batch in packing.batches(source.documents(), DOCUMENTS_PER_BATCH):
-            rows, rest = packing.cut(rest, encoding(batch), length)
+            rows, rest = packing.split_sequences(rest, encoder(batch), length)
             found.append(rows)
             tokens += rows.size
             if tokens >= MAX_OVERSAMPLING * count * length:
@@ -59,7 +59,7 @@ def sample_sequences(
     rows = np.concatenate(found) if found else np.empty((0, length), np.int32)
     if not len(rows):
         raise InputError(f"{source.label} holds fewer than {length} tokens.", hint="Use more text, or a smaller --seq-length.")
-    packing.check_ids(int(rows.max()), model.get_input_embeddings().num_embeddings, source.label)
+    packing.check_token_ids(int(rows.max()), model.get_input_embeddings().num_embeddings, source.label)
     chosen = torch.from_numpy(rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))].astype(np.int64))
     return chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))]
 

@@ -19,7 +19,7 @@ from hf_grow.model import loading
 from hf_grow.training.config.data_options import TextOptions
 from hf_grow.training.config.distill_options import SOURCE, Teacher
 from hf_grow.training.config.train_config import DEFAULTS, RecipeData, TrainRecipe, collect_mistakes, raise_mistakes
-from hf_grow.training.data.sources import find
+from hf_grow.training.data.sources import find_text
 from hf_grow.training.distillation.distill import check_teacher
 from hf_grow.training.distributed import launch
 from hf_grow.training.param_updates import param_provenance
@@ -179,7 +179,7 @@ def _data(recipe: TrainRecipe, found: list[str], notify: Notify) -> None:
     if data.replay is not None and data.replay.self is None:
         sources.append(("data.replay", data.replay))
     for key, source in sources:
-        collect_mistakes(found, key, partial(find, source, notify=notify))
+        collect_mistakes(found, key, partial(find_text, source, notify=notify))
 
 
 def _regularizer(recipe: TrainRecipe, checkpoint: Checkpoint, plan: GrowthPlan | None, found: list[str]) -> None:

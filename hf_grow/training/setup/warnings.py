@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.checkpoint.provenance import trainings
 from hf_grow.common.safe_files import read_json
 from hf_grow.errors import InputError
-from hf_grow.training.data.chat_template import read_turns
+from hf_grow.training.data.chat_template import parse_chat_template
 from hf_grow.training.data.replay_files import read_record
 from hf_grow.training.regularizers.importance_file import open_importance
 
@@ -62,10 +62,10 @@ def instruct(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> bool:
         own = read_json(file).get("eos_token_id")
         ends |= {i for i in (own if isinstance(own, list) else [own]) if isinstance(i, int)}
     try:
-        turns = read_turns(tokenizer)
+        template = parse_chat_template(tokenizer)
     except InputError:
         return False
-    return turns is not None and turns.chats(ends - {None}, tokenizer.bos_token_id)
+    return template is not None and template.is_chat_model(ends - {None}, tokenizer.bos_token_id)
 
 
 def _instruct(checked: TrainSetup) -> str | None:

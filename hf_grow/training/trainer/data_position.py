@@ -85,7 +85,7 @@ class DataPositionTrainer(Trainer):  # type: ignore[misc]
                 self.train_dataset = whole
         from accelerate.data_loader import DataLoaderDispatcher
 
-        collate, self.stream.tells = self.data_collator, True
+        collate, self.stream.include_state = self.data_collator, True
         self.data_collator = StateCollator(collate)
         try:
             loader = super().get_train_dataloader()

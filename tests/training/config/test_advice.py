@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_chat_replay import CHATML
+from replay_samples import CHATML
 from test_train_recipe import fisher_of
 from trained import grown, recipe, tokenizer
 

@@ -10,39 +10,21 @@ import numpy as np
 import pytest
 import torch
 from models import BY_NAME, make
-from test_replay import DOCS, Stop, options
+from replay_samples import DOCS, chat_tokenizer, interrupted_replay, replay_options
 
 from hf_grow.cli import main
 from hf_grow.errors import InputError
 from hf_grow.options import parse
 from hf_grow.training.data import DataOptions, build
-from hf_grow.training.data.chat_template import read_turns
-from hf_grow.training.data.packing import Document, Encoding
+from hf_grow.training.data.chat_template import parse_chat_template
+from hf_grow.training.data.packing import DocumentEncoder
 from hf_grow.training.data.replay import sample_replay
-from hf_grow.training.data.replay_files import RECORD, TEXTS
-from hf_grow.training.data.sampling import Sampler, settle
+from hf_grow.training.data.replay_files import RECORD_FILE, TEXTS_FILE, Document
+from hf_grow.training.data.sampling import Sampler, resolve_options
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 END, START, IM_START, IM_END = 0, 1, 2, 3
 MORE_ENDS = tuple(range(100, 115))
 """So that a random model ends some turns, and not others."""
-
-
-def chat_tokenizer(**more: Any) -> Any:
-    """BOS and EOS are turn tokens, as SmolLM2's are."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<s>", "<|im_start|>", "<|im_end|>"]
-    bpe.train_from_iterator(DOCS, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False))
-    given = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "chat_template": CHATML, **more}
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens=["<s>", "<|im_start|>", "<|im_end|>"], **given)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +61,7 @@ def plain_loop(model: Any, rows: list[list[int]], new: int, ends: set[int]) -> l
 
 def test_conversations_are_what_a_plain_loop_draws(model, tokenizer) -> None:
     length = 48
-    sampler = Sampler(model, tokenizer, options(max_length=length, chat_share=1.0))
+    sampler = Sampler(model, tokenizer, replay_options(max_length=length, chat_share=1.0))
     drawn = sampler.draw(3, 8, chat=True)
     ends = {END, IM_START, IM_END, *MORE_ENDS}
     before = tokenizer.encode("<|im_start|>user\n", add_special_tokens=False)
@@ -112,26 +94,26 @@ def test_conversations_are_what_a_plain_loop_draws(model, tokenizer) -> None:
 
 def test_who_chats_and_where_a_document_begins(model, tokenizer) -> None:
     """A template alone says little: base models have one. BOS that opens a turn begins no document."""
-    assert settle(model, tokenizer, options()).chat_share == 0.5
-    assert {s.ids[0] for s in Sampler(model, tokenizer, options()).draw(0, 4)} == {END}
+    assert resolve_options(model, tokenizer, replay_options()).chat_share == 0.5
+    assert {s.ids[0] for s in Sampler(model, tokenizer, replay_options()).draw(0, 4)} == {END}
     base = chat_tokenizer(bos_token="<s>", eos_token="<|endoftext|>")
     own, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     try:
-        assert settle(model, base, options()).chat_share == 0
-        assert {s.ids[0] for s in Sampler(model, base, options()).draw(0, 4)} == {START}
+        assert resolve_options(model, base, replay_options()).chat_share == 0
+        assert {s.ids[0] for s in Sampler(model, base, replay_options()).draw(0, 4)} == {START}
         model.generation_config.eos_token_id = [IM_END]
-        assert settle(model, base, options()).chat_share == 0.5  # the checkpoint's own ends count too
+        assert resolve_options(model, base, replay_options()).chat_share == 0.5  # the checkpoint's own ends count too
     finally:
         model.generation_config.eos_token_id = own
-    assert settle(model, chat_tokenizer(chat_template=None), options()).chat_share == 0
+    assert resolve_options(model, chat_tokenizer(chat_template=None), replay_options()).chat_share == 0
 
 
 def test_nothing_begins_a_document(model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_grow.training.data.chat_template.DOCUMENT_TOKENS", ())
     with pytest.raises(InputError, match=r"(?s)tokens of its chat template.*--start random.*--chat-share 1"):
-        Sampler(model, tokenizer, options())
-    Sampler(model, tokenizer, options(chat_share=1.0))
-    drawn = Sampler(model, tokenizer, options(start="random")).draw(0, 8)
+        Sampler(model, tokenizer, replay_options())
+    Sampler(model, tokenizer, replay_options(chat_share=1.0))
+    drawn = Sampler(model, tokenizer, replay_options(start="random")).draw(0, 8)
     assert all(s.ids[0] > IM_END for s in drawn) and len({s.ids[0] for s in drawn}) > 4
 
 
@@ -140,7 +122,7 @@ def test_nothing_begins_a_document(model, tokenizer, monkeypatch: pytest.MonkeyP
     [
         (
             "{% for m in messages %}{{ '[INST]' + m['content'] + '[/INST]' if loop.first else m['content'] + '<|im_end|>' }}{% endfor %}",
-            "by plain text",
+            "with plain text",
         ),
         ("{{ raise_exception('tools only') }}", "cannot be used: tools only"),
         ("{{ messages[0]['content'] }}", "one message and one answer"),
@@ -149,40 +131,31 @@ def test_nothing_begins_a_document(model, tokenizer, monkeypatch: pytest.MonkeyP
 def test_templates_that_cannot_be_sampled_through_are_refused(model, template: str, message: str) -> None:
     odd = chat_tokenizer(chat_template=template)
     with pytest.raises(InputError, match=rf"(?s){message}.*--chat-share 0"):
-        Sampler(model, odd, options())
-    assert Sampler(model, odd, options(chat_share=0.0, start="random")).kinds == [False]
+        Sampler(model, odd, replay_options())
+    assert Sampler(model, odd, replay_options(chat_share=0.0, start="random")).kinds == [False]
     with pytest.raises(InputError, match="no chat template"):
-        Sampler(model, chat_tokenizer(chat_template=None), options(chat_share=0.5))
-    with pytest.raises(InputError, match="no room for a conversation"):
-        Sampler(model, chat_tokenizer(), options(chat_share=1.0, max_length=8)).draw(0, 2, chat=True)
+        Sampler(model, chat_tokenizer(chat_template=None), replay_options(chat_share=0.5))
+    with pytest.raises(InputError, match="too short for a conversation"):
+        Sampler(model, chat_tokenizer(), replay_options(chat_share=1.0, max_length=8)).draw(0, 2, chat=True)
 
 
 def test_both_kinds_in_their_shares_and_the_same_after_a_stop(model, tokenizer, tmp_path: Path) -> None:
-    wanted = options(tokens=1500, max_length=48, batch_size=4, max_surprise=20.0)
+    wanted = replay_options(tokens=1500, max_length=48, batch_size=4, max_surprise=20.0)
     whole = sample_replay(model, tokenizer, tmp_path / "whole", wanted)
     counts = whole.record["counts"]
     assert abs(counts["chat_tokens"] - counts["tokens"] / 2) <= 4 * 48
     assert set(whole.record["surprise"]) == {"plain", "chat"}
-    calls = 0
-
-    def progress(tokens: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > 3:
-            raise Stop
-
-    with pytest.raises(Stop):
-        sample_replay(model, tokenizer, tmp_path / "again", wanted, progress=progress)
+    interrupted_replay(model, tokenizer, tmp_path / "again", 3, wanted)
     sample_replay(model, tokenizer, tmp_path / "again", wanted)
-    for name in (TEXTS, RECORD):
+    for name in (TEXTS_FILE, RECORD_FILE):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_sampled_texts_are_packed_as_they_ended(model, tokenizer, tmp_path: Path) -> None:
     """EOS after whole documents only; a conversation has its template's tokens and no others."""
     out = tmp_path / "old"
-    sample_replay(model, tokenizer, out, options(tokens=1500, max_length=48, batch_size=8))
-    lines = [json.loads(line) for line in (out / TEXTS).read_text().splitlines()]
+    sample_replay(model, tokenizer, out, replay_options(tokens=1500, max_length=48, batch_size=8))
+    lines = [json.loads(line) for line in (out / TEXTS_FILE).read_text().splitlines()]
     assert {line["frame"] for line in lines} == {"document", "cut", "verbatim"}
     expected = [
         i for line in lines
@@ -196,8 +169,8 @@ def test_sampled_texts_are_packed_as_they_ended(model, tokenizer, tmp_path: Path
     assert data.parts[0].sequences == rows and data.parts[0].passes >= 1
     own = {tuple(expected[n * 16 : n * 16 + 16]) for n in range(rows)}
     assert own <= {tuple(r) for r in data.train["input_ids"]}
-    (out / TEXTS).write_text('{"text": "a", "frame": "round"}\n')
-    with pytest.raises(InputError, match="is no sampled text"):
+    (out / TEXTS_FILE).write_text('{"text": "a", "frame": "round"}\n')
+    with pytest.raises(InputError, match="is not a sampled text"):
         build(parse(DataOptions, wanted, where="test"), tokenizer, cache=tmp_path / "cache")
 
 
@@ -210,9 +183,9 @@ def test_frames_with_a_tokenizer_that_frames_texts_itself(tokenizer) -> None:
     )
     bare = framing.encode("import os", add_special_tokens=False)
     texts = [Document("import os", frame) for frame in ("cut", "document", "verbatim", "cut")]
-    found = Encoding(framing, "tokenizer")(["import os", *texts])
+    found = DocumentEncoder(framing, "tokenizer")(["import os", *texts])
     assert found == [[START, *bare, IM_END], [START, *bare], [START, *bare, IM_END], bare, [START, *bare]]
-    assert Encoding(framing, "never")(texts) == [bare, [*bare, IM_END], bare, bare]
+    assert DocumentEncoder(framing, "never")(texts) == [bare, [*bare, IM_END], bare, bare]
 
 
 def test_texts_are_as_long_as_the_sequences_of_the_training(model, tokenizer, tmp_path: Path) -> None:
@@ -222,9 +195,9 @@ def test_texts_are_as_long_as_the_sequences_of_the_training(model, tokenizer, tm
     new.write_text(DOCS[0])
     wanted = {"train": str(new), "seq_length": 56, "replay": {"share": 0.5, "self": {"model": str(folder), "tokens": 300, "batch_size": 4}}}
     data = build(parse(DataOptions, wanted, where="test"), tokenizer, cache=tmp_path / "cache")
-    record = json.loads((Path(data.parts[0].label) / RECORD).read_text())
+    record = json.loads((Path(data.parts[0].label) / RECORD_FILE).read_text())
     assert record["settings"]["max_length"] == 56
-    assert settle(model, tokenizer, options(max_length=10**6)).max_length == model.config.max_position_embeddings
+    assert resolve_options(model, tokenizer, replay_options(max_length=10**6)).max_length == model.config.max_position_embeddings
 
 
 def test_the_command_tells_how_much_of_it_are_conversations(model, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,13 +205,17 @@ def test_the_command_tells_how_much_of_it_are_conversations(model, tokenizer, tm
     tokenizer.save_pretrained(tmp_path / "model")
     words = ["--tokens", "300", "--max-length", "48", "--batch-size", "4", "--chat-share", "0.5", "--device", "cpu"]
     assert main(["replay", str(tmp_path / "model"), "-o", str(tmp_path / "out"), *words]) == 0
-    counts = json.loads((tmp_path / "out" / RECORD).read_text())["counts"]
+    counts = json.loads((tmp_path / "out" / RECORD_FILE).read_text())["counts"]
     assert counts["chat_tokens"]
     assert f"chats      {counts['chat_tokens']} of {counts['tokens']} tokens are conversations" in capsys.readouterr().out
 
 
 def test_the_template_is_taken_apart(tokenizer) -> None:
-    turns = read_turns(tokenizer)
-    assert turns is not None
-    assert (turns.before, turns.between, turns.after) == ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n")
-    assert (turns.marks, turns.closes_user, turns.closes_answer) == ({IM_START, IM_END}, IM_END, IM_END)
+    template = parse_chat_template(tokenizer)
+    assert template is not None
+    assert (template.before, template.between, template.after) == (
+        "<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>\n",
+    )
+    assert (template.turn_tokens, template.user_end, template.answer_end) == ({IM_START, IM_END}, IM_END, IM_END)

@@ -29,7 +29,7 @@ from hf_grow.demo.text import corpus
 from hf_grow.errors import InputError
 from hf_grow.options import parse
 from hf_grow.training.data import DataOptions, build, cache, packing, survey
-from hf_grow.training.data.mixing import Pattern, rows_of
+from hf_grow.training.data.mixing import Interleaving, row_indices
 
 DOCS = tuple(
     text[start : start + 2500]
@@ -214,13 +214,13 @@ def test_a_survey_counts_of_a_named_set_what_is_measured_on(tokenizer, folder: P
 def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Documents tokenised so far, without the probe of the fingerprint."""
     seen = [0]
-    true = packing.Encoding.__call__
+    true = packing.DocumentEncoder.__call__
 
     def counting(self: Any, given: Any) -> Any:
         seen[0] += 0 if isinstance(given[0], str) else len(given)
         return true(self, given)
 
-    monkeypatch.setattr(packing.Encoding, "__call__", counting)
+    monkeypatch.setattr(packing.DocumentEncoder, "__call__", counting)
     return seen
 
 
@@ -251,9 +251,9 @@ def test_a_maker_that_was_killed_leaves_nothing_that_is_taken_for_whole(tmp_path
     def make(partial: Path) -> None:
         (partial / "whole").write_text("all")
 
-    assert cache.fetch(folder, make) is False
+    assert cache.get_or_create(folder, make) is False
     assert [p.name for p in folder.iterdir()] == ["whole"]
-    assert cache.fetch(folder, lambda partial: pytest.fail("made twice")) is True
+    assert cache.get_or_create(folder, lambda partial: pytest.fail("made twice")) is True
 
 
 def test_processes_that_come_together_make_it_once(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_processes_that_come_together_make_it_once(tmp_path: Path) -> None:
         made.append(1)
         time.sleep(0.2)
 
-    threads = [Thread(target=cache.fetch, args=(tmp_path / "x", make)) for _ in range(4)]
+    threads = [Thread(target=cache.get_or_create, args=(tmp_path / "x", make)) for _ in range(4)]
     for t in threads:
         t.start()
     for t in threads:
@@ -274,7 +274,7 @@ def test_processes_that_come_together_make_it_once(tmp_path: Path) -> None:
 def test_an_error_while_making_leaves_no_folder(tokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines(DOCS) + "{broken\n")
     for _ in range(2):
-        with pytest.raises(InputError, match=f"line {len(DOCS) + 1} is not JSON"):
+        with pytest.raises(InputError, match=f"line {len(DOCS) + 1} is not valid JSON"):
             build(options(train=str(tmp_path / "a.jsonl")), tokenizer, cache=tmp_path / "cache")
     assert not [p for p in (tmp_path / "cache" / "packed").iterdir() if p.is_dir()]
 
@@ -286,8 +286,8 @@ from pathlib import Path
 import test_data as t
 from hf_grow.training.data import packing
 packing.BATCH = 1
-true = packing.cut
-packing.cut = lambda *a: (print("at work", flush=True), time.sleep(0.05), true(*a))[2]
+true = packing.split_sequences
+packing.split_sequences = lambda *a: (print("at work", flush=True), time.sleep(0.05), true(*a))[2]
 tok = t.build_tokenizer(t.DOCS, 300)
 t.build(t.options(train={folder!r}), tok, cache=Path({cache!r}))
 print("whole", flush=True)
@@ -324,8 +324,8 @@ def test_killed_while_tokenising_and_started_again(tokenizer, folder: Path, tmp_
 )
 def test_every_stretch_holds_its_share(shares: list[int], seed: int, start: int, length: int) -> None:
     """The first source within one sequence in any stretch, the m-th within m."""
-    pattern = Pattern(tuple(Fraction(s) for s in shares), seed)
-    turn, ordinal = pattern.turns(start, start + length)
+    interleaving = Interleaving(tuple(Fraction(s) for s in shares), seed)
+    turn, ordinal = interleaving.assign(start, start + length)
     for index, share in enumerate(shares):
         off = abs(int((turn == index).sum()) - share * length / sum(shares))
         assert off < index + 1 + 1e-6
@@ -333,12 +333,12 @@ def test_every_stretch_holds_its_share(shares: list[int], seed: int, start: int,
         assert (np.diff(mine) == 1).all()  # no turn is lost or given twice
     # Found directly, place by place.
     middle = start + length // 2
-    one_turn, one_ordinal = pattern.turns(middle, middle + 1)
+    one_turn, one_ordinal = interleaving.assign(middle, middle + 1)
     assert (one_turn[0], one_ordinal[0]) == (turn[length // 2], ordinal[length // 2])
 
 
 def test_the_first_turns_count_from_zero() -> None:
-    turn, ordinal = Pattern((Fraction(1, 20), Fraction(3), Fraction(2)), 3).turns(0, 1000)
+    turn, ordinal = Interleaving((Fraction(1, 20), Fraction(3), Fraction(2)), 3).assign(0, 1000)
     for index in range(3):
         assert ordinal[turn == index].tolist() == list(range((turn == index).sum()))
 
@@ -387,12 +387,12 @@ def test_weights_set_the_parts_and_small_sources_come_again(tokenizer, tmp_path:
 
 def test_each_pass_has_an_order_of_its_own_and_all_rows() -> None:
     ordinals = np.arange(35)
-    shuffled = rows_of(ordinals, 10, [0, 1], shuffle=True)
+    shuffled = row_indices(ordinals, 10, [0, 1], shuffle=True)
     for start in (0, 10, 20):
         assert sorted(shuffled[start : start + 10]) == list(range(10))
     assert shuffled[:10].tolist() != shuffled[10:20].tolist()
-    assert (rows_of(ordinals[17:], 10, [0, 1], shuffle=True) == shuffled[17:]).all()
-    assert rows_of(ordinals, 10, [0, 1], shuffle=False).tolist() == (list(range(10)) * 4)[:35]
+    assert (row_indices(ordinals[17:], 10, [0, 1], shuffle=True) == shuffled[17:]).all()
+    assert row_indices(ordinals, 10, [0, 1], shuffle=False).tolist() == (list(range(10)) * 4)[:35]
 
 
 def test_the_seed_decides_the_order_and_nothing_else(tokenizer, folder: Path, tmp_path: Path) -> None:
@@ -497,33 +497,33 @@ BAD: dict[str, tuple[dict[str, str | bytes], dict[str, Any], str]] = {
     "missing folder": ({}, {"path": "./none"}, "no file or folder"),
     "no match": ({}, {"path": "*.txt"}, "No file matches"),
     "empty file": ({"a.txt": ""}, {"path": "a.txt"}, "is empty"),
-    "blank file": ({"a.txt": " \n\n"}, {"path": "a.txt"}, "is empty: it holds no text"),
-    "empty jsonl": ({"a.jsonl": "\n"}, {"path": "a.jsonl"}, "is empty: it holds no text"),
-    "empty folder": ({"d/.keep": "x"}, {"path": "d"}, "holds no text"),
-    "unknown format": ({"a.docx": "x"}, {"path": "a.docx"}, "no known format.*Known: .txt"),
-    "unknown format in a glob": ({"a.txt": "x", "b.bin": "x"}, {"path": "*"}, "b.bin, which is of no known format"),
-    "two kinds": ({"d/a.txt": "x", "d/b.jsonl": "{}"}, {"path": "d"}, r"several kinds \(1 text, 1 jsonl\)"),
+    "blank file": ({"a.txt": " \n\n"}, {"path": "a.txt"}, "is empty: it contains no text"),
+    "empty jsonl": ({"a.jsonl": "\n"}, {"path": "a.jsonl"}, "is empty: it contains no text"),
+    "empty folder": ({"d/.keep": "x"}, {"path": "d"}, "contains no text files"),
+    "unknown format": ({"a.docx": "x"}, {"path": "a.docx"}, "unsupported format.*Supported: .txt"),
+    "unknown format in a glob": ({"a.txt": "x", "b.bin": "x"}, {"path": "*"}, "b.bin, which has an unsupported format"),
+    "two kinds": ({"d/a.txt": "x", "d/b.jsonl": "{}"}, {"path": "d"}, r"several formats \(1 text, 1 jsonl\)"),
     "unknown field": ({"a.jsonl": lines(DOCS[:1])}, {"path": "a.jsonl", "text_field": "body"}, "no field 'body'.*Its fields: content, n"),
     "field of numbers": ({"a.jsonl": lines(DOCS[:1])}, {"path": "a.jsonl", "text_field": "n"}, "'n' does not hold text"),
     "unclear field": ({"a.jsonl": '{"q": "x", "a": "y"}'}, {"path": "a.jsonl"}, "not clear which field.*q, a.*text_field"),
     "chat": ({"a.jsonl": '{"messages": [{"role": "user"}]}'}, {"path": "a.jsonl"}, "no field that holds text.*messages"),
     "field later gone": ({"a.jsonl": '{"text": "x"}\n{"other": 1}\n'}, {"path": "a.jsonl"}, "line 2 has no field that holds text"),
     "field of plain text": ({"a.txt": "x"}, {"path": "a.txt", "text_field": "text"}, "plain text and has no field"),
-    "not JSON": ({"a.jsonl": '{"text": "x"}\n{"text": \n'}, {"path": "a.jsonl"}, "line 2 is not JSON"),
-    "deep JSON": ({"a.jsonl": "[" * 100_000}, {"path": "a.jsonl"}, "line 1 is not JSON"),
-    "lines in .json": ({"a.json": lines(DOCS[:2])}, {"path": "a.json"}, "is not JSON.*named .jsonl"),
+    "not JSON": ({"a.jsonl": '{"text": "x"}\n{"text": \n'}, {"path": "a.jsonl"}, "line 2 is not valid JSON"),
+    "deep JSON": ({"a.jsonl": "[" * 100_000}, {"path": "a.jsonl"}, "line 1 is not valid JSON"),
+    "lines in .json": ({"a.json": lines(DOCS[:2])}, {"path": "a.json"}, "is not valid JSON.*named .jsonl"),
     "a number": ({"a.json": "[1]"}, {"path": "a.json"}, "entry 1 holds int"),
     "not UTF-8": ({"a.txt": b"caf\xe9"}, {"path": "a.txt"}, "not UTF-8"),
     "not gzip": ({"a.txt.gz": b"plain"}, {"path": "a.txt.gz"}, "Cannot read .*a.txt.gz"),
     "cut gzip": ({"a.txt.gz": gzip.compress(b"word " * 9999)[:40]}, {"path": "a.txt.gz"}, "Cannot read .*a.txt.gz"),
-    "not Parquet": ({"a.parquet": b"PAR1 nothing"}, {"path": "a.parquet"}, "no readable Parquet file"),
-    "a split of files": ({"a.txt": "x"}, {"path": "a.txt", "split": "test"}, "files have no split"),
-    "a revision of files": ({"a.txt": "x"}, {"path": "a.txt", "revision": "v1"}, "`revision` is for data sets on the Hub"),
-    "an address": ({}, {"path": "https://example.com/x"}, "no file or folder|is an address"),
+    "not Parquet": ({"a.parquet": b"PAR1 nothing"}, {"path": "a.parquet"}, "Cannot read the Parquet file"),
+    "a split of files": ({"a.txt": "x"}, {"path": "a.txt", "split": "test"}, "local files have no split"),
+    "a revision of files": ({"a.txt": "x"}, {"path": "a.txt", "revision": "v1"}, "`revision` applies to Hub datasets only"),
+    "an address": ({}, {"path": "https://example.com/x"}, "no file or folder|is a URL"),
     "no id": ({}, {"path": "wikitext"}, "no file or folder.*OWNER/NAME"),
     "bad id": ({}, {"path": "a b/c d"}, "neither a folder nor a Hub id"),
-    "Hub beside files": ({"a.txt": "x"}, {"path": ["a.txt", "owner/name"]}, "stands alone"),
-    "too little": ({"a.txt": "few words"}, {"path": "a.txt"}, f"fill no sequence of {LENGTH}"),
+    "Hub beside files": ({"a.txt": "x"}, {"path": ["a.txt", "owner/name"]}, "a source of its own"),
+    "too little": ({"a.txt": "few words"}, {"path": "a.txt"}, f"fewer than one sequence of {LENGTH}"),
 }
 
 
@@ -542,7 +542,7 @@ def test_bad_input_is_one_message(tokenizer, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("blank file", "holds no text"), ("not JSON", "line 2 is not JSON"), ("not UTF-8", "not UTF-8")]
+    ("name", "message"), [("blank file", "contains no text"), ("not JSON", "line 2 is not valid JSON"), ("not UTF-8", "not UTF-8")]
 )
 def test_a_stream_refuses_the_same(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
     for path, content in BAD[name][0].items():
@@ -613,13 +613,13 @@ ASK = """
 import json, sys
 from hf_grow.errors import GrowError
 from hf_grow.training.config.data_options import TextOptions
-from hf_grow.training.data.sources import find
+from hf_grow.training.data.sources import find_text
 for line in sys.argv[1:]:
     asked = json.loads(line)
     streaming = asked.pop("streaming", False)
     told = []
     try:
-        source = find(TextOptions(**asked), notify=told.append)
+        source = find_text(TextOptions(**asked), notify=told.append)
         print(json.dumps({"commit": source.identity["commit"], "texts": [d["text"] for d in source.documents(streaming=streaming)], "told": told}))
     except GrowError as error:
         print(json.dumps({"error": str(error), "status": error.exit_code}))
@@ -661,8 +661,8 @@ def test_data_sets_on_the_hub(tmp_path: Path) -> None:
         )
         assert whole == streamed == {"commit": commit, "texts": docs, "told": []}
         assert first["texts"] == docs[:3]
-        messages = ["no such split.*train", "no field 'body'.*text, n", "another `name`", "no revision 'v9'", "holds no such files",
-                    "scripts are not run.*refs/convert/parquet", "gated.*hf auth login", "no repository datasets/owner/none"]  # fmt: skip
+        messages = ["no such split.*train", "no field 'body'.*text, n", "another `name`", "no revision 'v9'", "contains no such files",
+                    "scripts are not run.*refs/convert/parquet", "gated or private.*hf auth login", "no repository datasets/owner/none"]  # fmt: skip
         import re
 
         for found, message in zip(bad, messages, strict=True):

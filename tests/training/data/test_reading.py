@@ -48,9 +48,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Documents that were tokenised for training, and read, by file; 4 at once."""
     counts: dict[str, Any] = {"tokenised": 0, "read": []}
-    encode, read = packing.Encoding.__call__, sources.read_documents
+    encode, read = packing.DocumentEncoder.__call__, sources.read_documents
 
-    def encoded(self: packing.Encoding, batch: Any) -> Any:
+    def encoded(self: packing.DocumentEncoder, batch: Any) -> Any:
         counts["tokenised"] += len(batch)
         return encode(self, batch)
 
@@ -59,7 +59,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             counts["read"].append(Path(files[0]).name)
             yield row
 
-    monkeypatch.setattr(packing.Encoding, "__call__", encoded)
+    monkeypatch.setattr(packing.DocumentEncoder, "__call__", encoded)
     monkeypatch.setattr(sources, "read_documents", documents)
     monkeypatch.setattr(stream, "BATCH", 4)
     return counts

@@ -14,38 +14,24 @@ import numpy as np
 import pytest
 import torch
 from models import BY_NAME, make
+from replay_samples import DOCS, base_tokenizer, interrupted_replay, replay_options, sampled_texts
 
 from hf_grow import api
 from hf_grow.cli import main
 from hf_grow.common import progress_bars as bars
-from hf_grow.demo.text import corpus
 from hf_grow.errors import ExecutionError, InputError, OutputError
 from hf_grow.options import parse
-from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.data import DataOptions, build
-from hf_grow.training.data.replay import estimate, sample_replay
-from hf_grow.training.data.replay_files import RECORD, TEXTS, read_record
+from hf_grow.training.data.replay import estimate_sampling, sample_replay
+from hf_grow.training.data.replay_files import RECORD_FILE, TEXTS_FILE, read_record
 from hf_grow.training.data.sample_filters import Sample, compression, repetition
-from hf_grow.training.data.sampling import Sampler, digest
-
-DOCS = tuple(text.encode("ascii", "ignore").decode() for text in corpus(60_000).train)
-
-
-def ascii_tokenizer() -> Any:
-    """Without the bytes that are no text by themselves: a random model would write little else."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(DOCS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+from hf_grow.training.data.sampling import Sampler
+from hf_grow.training.data.source_model import weights_digest
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    made = ascii_tokenizer()
+    made = base_tokenizer()
     assert len(made) == 300
     return made
 
@@ -67,21 +53,13 @@ def saved(model, tokenizer, tmp_path: Path) -> Path:
     return folder
 
 
-def options(**more: Any) -> ReplayOptions:
-    return ReplayOptions(**{"tokens": 400, "max_length": 24, "batch_size": 8, "min_tokens": 4, **more})
-
-
-def texts(folder: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in (folder / TEXTS).read_text().splitlines()]
-
-
 # ---- sampling ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.3, 0, 0.8)])
 def test_a_batch_is_what_a_plain_loop_draws(model, tokenizer, temperature: float, top_k: int, top_p: float) -> None:
     """No cache, one softmax a step, the same random numbers: and nothing of the checkpoint's own generation settings."""
-    sampler = Sampler(model, tokenizer, options(temperature=temperature, top_k=top_k, top_p=top_p))
+    sampler = Sampler(model, tokenizer, replay_options(temperature=temperature, top_k=top_k, top_p=top_p))
     model.generation_config.repetition_penalty = 5.0
     try:
         drawn = sampler.draw(3, 6)
@@ -115,30 +93,30 @@ def test_a_batch_is_what_a_plain_loop_draws(model, tokenizer, temperature: float
 
 def test_nothing_of_the_caller_is_changed(model, tokenizer, tmp_path: Path) -> None:
     own, state = model.generation_config, torch.random.get_rng_state()
-    sample_replay(model, tokenizer, tmp_path / "out", options(tokens=50))
+    sample_replay(model, tokenizer, tmp_path / "out", replay_options(tokens=50))
     assert model.generation_config is own
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_starts(model, tokenizer, tmp_path: Path) -> None:
     """BOS, or EOS where there is none; a random plain token; the first tokens of given texts."""
-    assert {s.ids[0] for s in Sampler(model, tokenizer, options()).draw(0, 8)} == {tokenizer.bos_token_id}
-    without = ascii_tokenizer()
+    assert {s.ids[0] for s in Sampler(model, tokenizer, replay_options()).draw(0, 8)} == {tokenizer.bos_token_id}
+    without = base_tokenizer()
     without.bos_token = None
-    assert {s.ids[0] for s in Sampler(model, without, options()).draw(0, 8)} == {tokenizer.eos_token_id}
-    seconds = {s.ids[1] for s in Sampler(model, tokenizer, options(start="random")).draw(0, 32)}
+    assert {s.ids[0] for s in Sampler(model, without, replay_options()).draw(0, 8)} == {tokenizer.eos_token_id}
+    seconds = {s.ids[1] for s in Sampler(model, tokenizer, replay_options(start="random")).draw(0, 32)}
     assert len(seconds) > 20 and not seconds & {0, 1}
     prompts = tmp_path / "prompts.jsonl"
     beginnings = ["import os and then", "def function(argument):", "x"]
     prompts.write_text("".join(json.dumps({"text": t}) + "\n" for t in beginnings))
-    drawn = Sampler(model, tokenizer, options(prompts=str(prompts), prompt_tokens=3)).draw(0, 16)
+    drawn = Sampler(model, tokenizer, replay_options(prompts=str(prompts), prompt_tokens=3)).draw(0, 16)
     wanted = {tuple(tokenizer.encode(t)[:3]) for t in beginnings[:2]}
     assert {s.ids[:3] for s in drawn} == wanted
     with pytest.raises(InputError, match="no text of 99 tokens"):
-        Sampler(model, tokenizer, options(prompts=str(prompts), prompt_tokens=99))
+        Sampler(model, tokenizer, replay_options(prompts=str(prompts), prompt_tokens=99))
     without.eos_token = None
     with pytest.raises(InputError, match="neither BOS nor EOS"):
-        Sampler(model, without, options())
+        Sampler(model, without, replay_options())
 
 
 def test_all_ends_that_the_checkpoint_names_end_a_text(model, tokenizer) -> None:
@@ -146,7 +124,7 @@ def test_all_ends_that_the_checkpoint_names_end_a_text(model, tokenizer) -> None
     own = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = many
     try:
-        drawn = Sampler(model, tokenizer, options()).draw(0, 16)
+        drawn = Sampler(model, tokenizer, replay_options()).draw(0, 16)
     finally:
         model.generation_config.eos_token_id = own
     assert not {i for s in drawn for i in s.ids} & set(many)
@@ -155,7 +133,7 @@ def test_all_ends_that_the_checkpoint_names_end_a_text(model, tokenizer) -> None
 
 def test_texts_are_not_longer_than_the_model_reads(tokenizer) -> None:
     short = make(BY_NAME["llama"], vocab_size=300, max_position_embeddings=16)
-    assert max(len(s.ids) for s in Sampler(short, tokenizer, options(max_length=100)).draw(0, 8)) == 16
+    assert max(len(s.ids) for s in Sampler(short, tokenizer, replay_options(max_length=100)).draw(0, 8)) == 16
 
 
 # ---- filters -------------------------------------------------------------------------------------------------------------------------
@@ -167,7 +145,7 @@ def sample(text: str, ids: list[int] | None = None) -> Sample:
 
 
 @pytest.mark.parametrize(
-    ("given", "fault"),
+    ("given", "reason"),
     [
         (sample("A sentence of some length, as it should be."), None),
         (sample("short", [5, 6, 7]), "short"),
@@ -178,8 +156,8 @@ def sample(text: str, ids: list[int] | None = None) -> Sample:
         (sample("0" * 5000), "compression"),
     ],
 )
-def test_what_is_dropped(model, tokenizer, given: Sample, fault: str | None) -> None:
-    assert Sampler(model, tokenizer, options()).fault(given) == fault
+def test_what_is_dropped(model, tokenizer, given: Sample, reason: str | None) -> None:
+    assert Sampler(model, tokenizer, replay_options()).drop_reason(given) == reason
 
 
 def test_repetition_and_compression_against_the_plain_count() -> None:
@@ -198,8 +176,8 @@ def test_duplicates_are_dropped_whatever_their_white_space(model, tokenizer, tmp
         return [sample(w, list(range(2, 12))) for w in words]
 
     monkeypatch.setattr(Sampler, "draw", draw)
-    done = sample_replay(model, tokenizer, tmp_path / "out", options(tokens=45))
-    assert texts(tmp_path / "out") == ["one  two three", "text number 0", "text number 1", "text number 2", "text number 3"]
+    done = sample_replay(model, tokenizer, tmp_path / "out", replay_options(tokens=45))
+    assert sampled_texts(tmp_path / "out") == ["one  two three", "text number 0", "text number 1", "text number 2", "text number 3"]
     assert done.record["counts"] == {
         "texts": 5,
         "tokens": 50,
@@ -212,7 +190,7 @@ def test_duplicates_are_dropped_whatever_their_white_space(model, tokenizer, tmp
 
 
 def test_surprise_is_the_nats_a_token_of_the_model(model, tokenizer) -> None:
-    sampler = Sampler(model, tokenizer, options(max_surprise=1.0))
+    sampler = Sampler(model, tokenizer, replay_options(max_surprise=1.0))
     drawn = sampler.draw(0, 12)
     for s in drawn:
         ids = torch.tensor([s.ids])
@@ -223,61 +201,43 @@ def test_surprise_is_the_nats_a_token_of_the_model(model, tokenizer) -> None:
     median = float(np.median(values))
     spread = 1.4826 * np.median(np.abs(values - median))
     assert sampler.surprise["plain"] == pytest.approx((median, spread))
-    dropped = [sampler.fault(s) == "surprise" for s in drawn if s.tokens >= 4]
+    dropped = [sampler.drop_reason(s) == "surprise" for s in drawn if s.tokens >= 4]
     assert dropped == [bool(abs(s.surprise - median) > spread) for s in drawn if s.tokens >= 4]
     assert 0 < sum(dropped) < len(dropped)
 
 
 def test_filters_that_leave_nothing_are_told(model, tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ExecutionError, match=r"None of the last 64 texts was kept \(short 64, of 64 sampled\)"):
-        sample_replay(model, tokenizer, tmp_path / "out", options(min_tokens=1000))
-    assert texts(tmp_path / "out") == []
+        sample_replay(model, tokenizer, tmp_path / "out", replay_options(min_tokens=1000))
+    assert sampled_texts(tmp_path / "out") == []
 
 
 # ---- going on ------------------------------------------------------------------------------------------------------------------------
 
 
-class Stop(Exception):
-    pass
-
-
-def interrupted(model, tokenizer, out: Path, batches: int, **more: Any) -> None:
-    """Samples, and stops after so many batches."""
-    calls = 0
-
-    def progress(tokens: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > batches:  # the first call tells what is there already
-            raise Stop
-
-    with pytest.raises(Stop):
-        sample_replay(model, tokenizer, out, options(**more), progress=progress)
-
-
 @pytest.mark.parametrize("more", [{}, {"max_surprise": 2.0, "start": "random"}])
 def test_a_run_that_stopped_goes_on_to_the_same_texts(model, tokenizer, tmp_path: Path, more: dict[str, Any]) -> None:
-    whole = sample_replay(model, tokenizer, tmp_path / "whole", options(**more))
+    whole = sample_replay(model, tokenizer, tmp_path / "whole", replay_options(**more))
     assert whole.record["batches"] > 2 and whole.record["complete"]
     for stop in range(1, whole.record["batches"]):
         out = tmp_path / f"stopped-{stop}"
-        interrupted(model, tokenizer, out, stop, **more)
+        interrupted_replay(model, tokenizer, out, stop, replay_options(**more))
         assert read_record(out)["batches"] == stop
         assert read_record(out)["complete"] is False
-        with (out / TEXTS).open("a") as file:  # a batch that was written when the process died, but not noted
+        with (out / TEXTS_FILE).open("a") as file:  # a batch that was written when the process died, but not noted
             file.write('{"text": "half a li')
-        sample_replay(model, tokenizer, out, options(**more))
-        for name in (TEXTS, RECORD):
+        sample_replay(model, tokenizer, out, replay_options(**more))
+        for name in (TEXTS_FILE, RECORD_FILE):
             assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_killed_before_anything_was_noted(model, tokenizer, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / TEXTS).write_text('{"text": "of the first batch"}\n')
-    sample_replay(model, tokenizer, out, options())
-    sample_replay(model, tokenizer, tmp_path / "whole", options())
-    assert texts(out) == texts(tmp_path / "whole")
+    (out / TEXTS_FILE).write_text('{"text": "of the first batch"}\n')
+    sample_replay(model, tokenizer, out, replay_options())
+    sample_replay(model, tokenizer, tmp_path / "whole", replay_options())
+    assert sampled_texts(out) == sampled_texts(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -291,50 +251,50 @@ def test_kill_at_some_moment_and_the_same_command_again(saved: Path, tmp_path: P
 
     out = tmp_path / "out"
     with subprocess.Popen(command(out), stdout=subprocess.DEVNULL) as process:
-        while not (out / RECORD).exists() or ((out / TEXTS).read_bytes() if batches else b"").count(b"\n") < 8 * batches:
+        while not (out / RECORD_FILE).exists() or ((out / TEXTS_FILE).read_bytes() if batches else b"").count(b"\n") < 8 * batches:
             assert process.poll() is None
             time.sleep(0.001)
         process.kill()
     assert read_record(out)["complete"] is False
     assert subprocess.run(command(out), capture_output=True).returncode == 0
     assert subprocess.run(command(tmp_path / "whole"), capture_output=True).returncode == 0
-    for name in (TEXTS, RECORD):
+    for name in (TEXTS_FILE, RECORD_FILE):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_finished_run_is_not_repeated_and_can_be_made_longer(model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = sample_replay(model, tokenizer, tmp_path / "out", options())
-    before = texts(tmp_path / "out")
+    first = sample_replay(model, tokenizer, tmp_path / "out", replay_options())
+    before = sampled_texts(tmp_path / "out")
     with monkeypatch.context() as patched:
         patched.setattr(Sampler, "draw", lambda *a, **k: pytest.fail("sampled again"))
-        again = sample_replay(model, tokenizer, tmp_path / "out", options())
+        again = sample_replay(model, tokenizer, tmp_path / "out", replay_options())
     assert again.record == first.record
-    longer = sample_replay(model, tokenizer, tmp_path / "out", options(tokens=600))
+    longer = sample_replay(model, tokenizer, tmp_path / "out", replay_options(tokens=600))
     assert longer.record["counts"]["tokens"] >= 600
-    assert texts(tmp_path / "out")[: len(before)] == before
+    assert sampled_texts(tmp_path / "out")[: len(before)] == before
 
 
 def test_what_is_enough_for_fewer_tokens_is_whole(model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for those who read the folder later; a batch that was written but not noted goes first."""
     out = tmp_path / "out"
-    interrupted(model, tokenizer, out, 2, tokens=6000)
+    interrupted_replay(model, tokenizer, out, 2, replay_options(tokens=6000))
     there = read_record(out)["counts"]["tokens"]
     with pytest.raises(InputError, match="unfinished"):
         build(data_options(tmp_path, path=str(out)), tokenizer, cache=tmp_path / "cache")
-    with (out / TEXTS).open("a") as file:
+    with (out / TEXTS_FILE).open("a") as file:
         file.write('{"text": "half a li')
     monkeypatch.setattr(Sampler, "draw", lambda *a, **k: pytest.fail("sampled again"))
-    sample_replay(model, tokenizer, out, options(tokens=there - 1))
+    sample_replay(model, tokenizer, out, replay_options(tokens=there - 1))
     assert (read_record(out)["tokens"], read_record(out)["complete"]) == (there - 1, True)
     data = build(data_options(tmp_path, path=str(out), share=0.25), tokenizer, cache=tmp_path / "cache")
-    assert data.parts[0].documents == len(texts(out)) == read_record(out)["counts"]["texts"]
+    assert data.parts[0].documents == len(sampled_texts(out)) == read_record(out)["counts"]["texts"]
 
 
 def test_a_finished_run_that_is_being_made_longer_is_unfinished(model, tokenizer, tmp_path: Path) -> None:
     """Before more is written: what stands half in the file when it is killed must not be read."""
     out = tmp_path / "out"
-    sample_replay(model, tokenizer, out, options())
-    interrupted(model, tokenizer, out, 0, tokens=6000)
+    sample_replay(model, tokenizer, out, replay_options())
+    interrupted_replay(model, tokenizer, out, 0, replay_options(tokens=6000))
     with pytest.raises(InputError, match="unfinished"):
         build(data_options(tmp_path, path=str(out)), tokenizer, cache=tmp_path / "cache")
 
@@ -350,58 +310,58 @@ def test_the_command_that_finishes_is_told_whole(saved: Path, model, tokenizer, 
         "prompt_tokens": 3,
         "seed": 4,
     }
-    interrupted(model, tokenizer, out, 1, **settings)
+    interrupted_replay(model, tokenizer, out, 1, replay_options(**settings))
     record = read_record(out)
-    (out / RECORD).write_text(json.dumps(record | {"model": str(saved)}))
+    (out / RECORD_FILE).write_text(json.dumps(record | {"model": str(saved)}))
     with pytest.raises(InputError) as refused:
         build(data_options(tmp_path, path=str(out)), tokenizer, cache=tmp_path / "cache")
     name, *words = shlex.split(refused.value.hint.removeprefix("Finish it: "))
     assert name == "hf-grow" and main(words) == 0, capsys.readouterr().err
-    sample_replay(model, tokenizer, whole, options(**settings))
-    assert texts(out) == texts(whole) and read_record(out)["complete"]
+    sample_replay(model, tokenizer, whole, replay_options(**settings))
+    assert sampled_texts(out) == sampled_texts(whole) and read_record(out)["complete"]
 
 
 @pytest.mark.parametrize("damage", [{"complete": "yes"}, {"tokens": None}, {"model": 3}, {"settings": []}])
 def test_a_damaged_record_is_one_message(model, tokenizer, tmp_path: Path, damage: dict[str, Any]) -> None:
     out = tmp_path / "out"
-    sample_replay(model, tokenizer, out, options())
-    (out / RECORD).write_text(json.dumps(read_record(out) | damage))
+    sample_replay(model, tokenizer, out, replay_options())
+    (out / RECORD_FILE).write_text(json.dumps(read_record(out) | damage))
     with pytest.raises(InputError, match="damaged"):
         build(data_options(tmp_path, path=str(out)), tokenizer, cache=tmp_path / "cache")
 
 
 def test_what_stands_in_the_way_of_the_output(model, tokenizer, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    sample_replay(model, tokenizer, out, options())
+    sample_replay(model, tokenizer, out, replay_options())
     with pytest.raises(OutputError, match=r"other settings \(temperature, seed\)"):
-        sample_replay(model, tokenizer, out, options(temperature=0.5, seed=3))
+        sample_replay(model, tokenizer, out, replay_options(temperature=0.5, seed=3))
     other = make(BY_NAME["llama"], vocab_size=300, seed=1)
     with pytest.raises(OutputError, match="samples of another model"):
-        sample_replay(other, tokenizer, out, options())
-    sample_replay(other, tokenizer, out, options(), overwrite=True)
-    assert read_record(out)["digest"] == digest(other)
-    (out / TEXTS).write_text("")
-    with pytest.raises(OutputError, match="was changed since"):
-        sample_replay(other, tokenizer, out, options())
-    (out / RECORD).write_text("{}")
+        sample_replay(other, tokenizer, out, replay_options())
+    sample_replay(other, tokenizer, out, replay_options(), overwrite=True)
+    assert read_record(out)["digest"] == weights_digest(other)
+    (out / TEXTS_FILE).write_text("")
+    with pytest.raises(OutputError, match="was changed after"):
+        sample_replay(other, tokenizer, out, replay_options())
+    (out / RECORD_FILE).write_text("{}")
     with pytest.raises(InputError, match="is damaged"):
-        sample_replay(other, tokenizer, out, options())
+        sample_replay(other, tokenizer, out, replay_options())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(OutputError, match=r"holds no samples|holds other files"):
-            sample_replay(model, tokenizer, tmp_path / "full", options(), overwrite=overwrite)
+        with pytest.raises(OutputError, match=r"contains no sampled texts|contains files other than"):
+            sample_replay(model, tokenizer, tmp_path / "full", replay_options(), overwrite=overwrite)
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
-        sample_replay(model, tokenizer, tmp_path / "file", options())
+        sample_replay(model, tokenizer, tmp_path / "file", replay_options())
     assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
 
 
 def test_every_token_of_a_batch_is_told_and_changes_nothing(model, tokenizer, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    sample_replay(model, tokenizer, tmp_path / "a", options(tokens=1), drawing=lambda token, most: told.append((token, most)))
-    sample_replay(model, tokenizer, tmp_path / "b", options(tokens=1))
-    assert texts(tmp_path / "a") == texts(tmp_path / "b")
+    sample_replay(model, tokenizer, tmp_path / "a", replay_options(tokens=1), on_token=lambda token, most: told.append((token, most)))
+    sample_replay(model, tokenizer, tmp_path / "b", replay_options(tokens=1))
+    assert sampled_texts(tmp_path / "a") == sampled_texts(tmp_path / "b")
     batches, last = read_record(tmp_path / "a")["batches"], max(told)[0]
     assert batches == 1 and told == [(n, 23) for n in range(1, last + 1)]  # one of the 24 is there before
     assert last >= read_record(tmp_path / "a")["counts"]["tokens"] - 1
@@ -411,15 +371,15 @@ def test_the_digest_is_of_the_weights(model, saved: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float64)
-    assert digest(loaded) == digest(model)
+    assert weights_digest(loaded) == weights_digest(model)
     with torch.no_grad():
         loaded.model.norm.weight[3] += 1e-9
-    assert digest(loaded) != digest(model)
+    assert weights_digest(loaded) != weights_digest(model)
 
 
 def test_the_estimate_is_of_one_batch_and_writes_nothing(model, tokenizer, tmp_path: Path) -> None:
-    found = estimate(model, tokenizer, options(tokens=10_000))
-    drawn = Sampler(model, tokenizer, options()).draw(0, 8)
+    found = estimate_sampling(model, tokenizer, replay_options(tokens=10_000))
+    drawn = Sampler(model, tokenizer, replay_options()).draw(0, 8)
     kept = sum(s.tokens for s in drawn if s.tokens >= 4) / sum(s.tokens for s in drawn)
     assert found.kept == pytest.approx(kept)
     assert found.seconds == pytest.approx(10_000 / (found.tokens_per_second * kept))
@@ -437,12 +397,12 @@ def test_the_command_writes_what_the_function_does(
 ) -> None:
     assert main(command(saved, tmp_path / "out", "--json", "--device", "cpu")) == 0
     told = json.loads(capsys.readouterr().out)
-    sample_replay(model, tokenizer, tmp_path / "own", options())
-    assert texts(tmp_path / "out") == texts(tmp_path / "own")
+    sample_replay(model, tokenizer, tmp_path / "own", replay_options())
+    assert sampled_texts(tmp_path / "out") == sampled_texts(tmp_path / "own")
     record = read_record(tmp_path / "out")
     assert {k: told[k] for k in record} == record
     assert record["model"] == str(saved) and told["tokens_per_second"] > 0
-    assert record["counts"]["texts"] == len(texts(tmp_path / "out"))
+    assert record["counts"]["texts"] == len(sampled_texts(tmp_path / "out"))
     assert main(command(saved, tmp_path / "out")) == 0
     said = capsys.readouterr().out
     assert "kept" in said and f"cut        {record['counts']['cut']} texts, at 24 tokens" in said
@@ -478,7 +438,7 @@ def test_a_dry_run_writes_nothing(saved: Path, tmp_path: Path, capsys: pytest.Ca
         (["--top-p", "2"], "top_p"),
         (["--tokens", "none"], "is no size"),
         (["--prompts", "nowhere.txt"], "no file or folder"),
-        (["--device", "quantum"], "cannot be put on quantum"),
+        (["--device", "quantum"], "cannot be moved to quantum"),
         (["--revision", "v1"], "is a folder and has no revision"),
     ],
 )
@@ -492,7 +452,7 @@ def test_bad_flags_are_one_message(saved: Path, tmp_path: Path, capsys: pytest.C
 def test_a_model_without_tokenizer(model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model.save_pretrained(tmp_path / "bare")
     assert main(command(tmp_path / "bare", tmp_path / "out")) == 2
-    assert "no tokenizer that can be used" in capsys.readouterr().err
+    assert "no usable tokenizer" in capsys.readouterr().err
 
 
 # ---- in a training's data ------------------------------------------------------------------------------------------------------------
@@ -508,11 +468,11 @@ SAMPLING = {"tokens": 400, "max_length": 24, "batch_size": 8, "min_tokens": 4}
 
 def test_a_folder_of_samples_is_old_text_once_it_is_whole(model, tokenizer, tmp_path: Path) -> None:
     out = tmp_path / "old"
-    sample_replay(model, tokenizer, out, options())
+    sample_replay(model, tokenizer, out, replay_options())
     data = build(data_options(tmp_path, path=str(out), share=0.25), tokenizer, cache=tmp_path / "cache")
-    assert data.parts[0].use == "replay" and data.parts[0].documents == len(texts(out))
+    assert data.parts[0].use == "replay" and data.parts[0].documents == len(sampled_texts(out))
     record = read_record(out) | {"complete": False}
-    (out / RECORD).write_text(json.dumps(record))
+    (out / RECORD_FILE).write_text(json.dumps(record))
     with pytest.raises(InputError, match=r"(?s)is unfinished \(4\d\d of 400 tokens\).*hf-grow replay"):
         build(data_options(tmp_path, path=str(out)), tokenizer, cache=tmp_path / "cache")
 
@@ -528,7 +488,7 @@ def test_self_replay_samples_the_source_once(
     told: list[str] = []
     data = build(wanted, tokenizer, cache=tmp_path / "cache", model=str(grown), notify=told.append)
     assert any("Sampling 400 tokens from" in t for t in told)
-    sample_replay(model, tokenizer, tmp_path / "own", options())
+    sample_replay(model, tokenizer, tmp_path / "own", replay_options())
     by_hand = build(data_options(tmp_path, path=str(tmp_path / "own"), share=0.2), tokenizer, cache=tmp_path / "cache")
     assert list(data.train["input_ids"]) == list(by_hand.train["input_ids"])
     monkeypatch.setattr(Sampler, "draw", lambda *a, **k: pytest.fail("sampled again"))
@@ -551,8 +511,8 @@ def test_ends_that_are_no_tokens_end_nothing() -> None:
     """generation_config.json may name anything; found by the fuzzer (an overflow in generate)."""
     from types import SimpleNamespace
 
-    from hf_grow.training.data.sampling import _ends
+    from hf_grow.training.data.sampling import _eos_ids
 
     for named, expected in ((2**70, {2}), ([2**70, -1, "x", True, None, 5], {2, 5}), ({"a": 1}, {2}), (None, {2})):
         model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=named), config=SimpleNamespace(vocab_size=64))
-        assert _ends(model, SimpleNamespace(eos_token_id=2)) == expected  # type: ignore[arg-type]
+        assert _eos_ids(model, SimpleNamespace(eos_token_id=2)) == expected  # type: ignore[arg-type]

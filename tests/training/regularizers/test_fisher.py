@@ -21,7 +21,7 @@ from hf_grow.cli import main
 from hf_grow.errors import ExecutionError, InputError
 from hf_grow.training.config.fisher_options import FisherOptions
 from hf_grow.training.config.regularizer_options import PenaltyOptions
-from hf_grow.training.data.sampling import load
+from hf_grow.training.data.source_model import load_with_tokenizer
 from hf_grow.training.regularizers.build import make_penalty
 from hf_grow.training.regularizers.calibrate import calibrate, loss_on
 from hf_grow.training.regularizers.fisher import by_names_on_disk as by_disk_names
@@ -281,7 +281,7 @@ def test_the_command_writes_what_the_penalty_reads(folder: Path, tmp_path: Path,
     assert fisher(folder, "--text", old, "-o", out, "--json", "--batch", "8") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["tokens"] == 512 and told["kind"] == "true" and told["model"] == str(folder)
-    model, read = load(open_folder(folder), "float32", "cpu")
+    model, read = load_with_tokenizer(open_folder(folder), "float32", "cpu")
     file = open_importance(out)
     assert file.metadata["tokens"] == "512"
     ids = sample_sequences([str(old)], model, read, length=16, count=32, seed=0)
@@ -377,7 +377,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(folder: Path, tmp_path:
         (["--text", "TEXT", "--merge", "OTHER"], "is of another model"),
         (["--text", "gone.txt", "--calibrate", "0.1", "--on", "away.txt", "--merge", "no.safetensors", "--dry-run"], "has 3 mistakes"),
         (["--text", "TEXT", "--utility", "FOLDER"], "is a folder"),
-        (["--text", "TEXT", "--device", "cuda"], "cannot be put on cuda"),
+        (["--text", "TEXT", "--device", "cuda"], "cannot be moved to cuda"),
     ],
 )
 def test_what_cannot_be_used_is_told(words: list[str], message: str, folder: Path, tmp_path: Path, capsys: Any) -> None:

@@ -1,0 +1,69 @@
+"""Tokenizers, options and interrupted runs for the tests of self-replay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_grow.demo.text import corpus
+from hf_grow.training.config.replay_options import ReplayOptions
+from hf_grow.training.data.replay import sample_replay
+from hf_grow.training.data.replay_files import TEXTS_FILE
+
+DOCS = tuple(text.encode("ascii", "ignore").decode() for text in corpus(60_000).train)
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def bpe_tokenizer(special: list[str], **more: Any) -> Any:
+    """Byte-level BPE of 300 tokens without the bytes that are not text by themselves: a random model would generate little else."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(DOCS, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **more)
+
+
+def base_tokenizer() -> Any:
+    return bpe_tokenizer(["<s>", "</s>"], bos_token="<s>", eos_token="</s>")
+
+
+def chat_tokenizer(**more: Any) -> Any:
+    """BOS and EOS are turn tokens, as in SmolLM2."""
+    given = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "chat_template": CHATML, **more}
+    special = ["<|endoftext|>", "<s>", "<|im_start|>", "<|im_end|>"]
+    return bpe_tokenizer(special, extra_special_tokens=["<s>", "<|im_start|>", "<|im_end|>"], **given)
+
+
+def replay_options(**more: Any) -> ReplayOptions:
+    return ReplayOptions(**{"tokens": 400, "max_length": 24, "batch_size": 8, "min_tokens": 4, **more})
+
+
+def sampled_texts(folder: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in (folder / TEXTS_FILE).read_text().splitlines()]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted_replay(model: Any, tokenizer: Any, out: Path, batches: int, options: ReplayOptions) -> None:
+    """Samples, and stops after this many batches."""
+    calls = 0
+
+    def progress(tokens: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > batches:  # the first call reports what exists already
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        sample_replay(model, tokenizer, out, options, progress=progress)
