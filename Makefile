@@ -36,7 +36,7 @@ $(COMPAT)/.installed: tests/compat/requirements.txt
 	$(COMPAT)/bin/pip install --quiet -r $<
 	touch $@
 
-demo: $(VENV)/.installed  ## train a small model, grow it, go on training (about 3 minutes)
+demo: $(VENV)/.installed  ## pretrain a small model, grow it, verify it, train it further with and without EWC (about 3 minutes)
 	$(BIN)/hf-grow demo
 
 test: $(VENV)/.installed  ## the tests (some minutes, no GPU, no network)

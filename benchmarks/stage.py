@@ -14,13 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import domains
-
 import hf_grow
 from hf_grow.cli import main as hf_grow_command
-from hf_grow.demo.pretrain import Rows, build_model, build_tokenizer, pack
-from hf_grow.demo.settings import Pretraining, Shape
+from hf_grow.demo.domains import Domains, domains
+from hf_grow.demo.small_model import LlamaShape, build_model, build_tokenizer
 from hf_grow.training.data import cache
+from hf_grow.training.data.packing import Encoding, cut
 
 GROWTHS: dict[str, tuple[str, dict[str, Any]]] = {
     "depth": ("identity", {"layers_to": "LAYERS"}),
@@ -34,7 +33,9 @@ GROWTHS: dict[str, tuple[str, dict[str, Any]]] = {
 class Settings:
     """Every number that is the same for all arms."""
 
-    shape: Shape = field(default_factory=lambda: Shape(vocab=1024, layers=4, hidden=128, inter=448, heads=4, kv_heads=2, init=0.05))
+    shape: LlamaShape = field(
+        default_factory=lambda: LlamaShape(vocab=1024, layers=4, hidden=128, inter=448, heads=4, kv_heads=2, init=0.05)
+    )
     layers_to: int = 6
     length: int = 128
     pretrain_steps: int = 900
@@ -53,7 +54,7 @@ class Settings:
 
 FULL = Settings()
 QUICK = Settings(
-    Shape(vocab=512, layers=2, hidden=32, inter=64, heads=2, kv_heads=1, init=0.06), layers_to=3, length=32, pretrain_steps=40, batch=4,
+    LlamaShape(vocab=512, layers=2, hidden=32, inter=64, heads=2, kv_heads=1, init=0.06), layers_to=3, length=32, pretrain_steps=40, batch=4,
     steps=16, evaluations=4, rows=8, fisher_tokens=1024, sampled_tokens=4000, cap=40,
 )  # fmt: skip
 
@@ -83,19 +84,17 @@ class Stage:
 
 def prepare(settings: Settings, seed: int) -> Stage:
     """The stage of one seed; what is there already is taken as it is."""
-    found = domains.domains()
-    if settings.cap:
-        found = domains.Domains({k: v[: settings.cap] for k, v in found.documents.items()}, f"{found.digest}-{settings.cap}")
+    texts = domains(settings.cap)
     versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     only = {k: v for k, v in asdict(settings).items() if k not in ("steps", "rate", "evaluations", "rows", "batch")}
-    key = cache.key({"text": found.digest, "settings": only, "seed": seed, "versions": versions, "stage": 1})
+    key = cache.key({"text": texts.digest, "settings": only, "seed": seed, "versions": versions, "stage": 1})
     folder = cache.default_root() / "benchmarks" / f"forgetting-{key}"
 
     def make(partial: Path) -> None:
         stage = Stage(settings, seed, partial)
         (partial / "text").mkdir()
-        domains.write(partial / "text", found)
-        _pretrain(stage, found)
+        texts.write(partial / "text")
+        _pretrain(stage, texts)
 
     cache.get_or_create(folder, make)
     stage = Stage(settings, seed, folder)
@@ -103,9 +102,10 @@ def prepare(settings: Settings, seed: int) -> Stage:
     return stage
 
 
-def _pretrain(stage: Stage, found: domains.Domains) -> None:
+def _pretrain(stage: Stage, texts: Domains) -> None:
     """The source: a Llama trained on old text alone. Its tokenizer has seen both domains, as those of downloaded models have. The path of
     this training gives SI's importances."""
+    import numpy as np
     import torch
     from transformers import TrainingArguments
 
@@ -117,11 +117,11 @@ def _pretrain(stage: Stage, found: domains.Domains) -> None:
     from hf_grow.training.trainer.trainer import BaseGrowTrainer, Growing
 
     s = stage.settings
-    old, new = found.documents["old"], found.documents["new"]
+    old, new = texts.documents["old"], texts.documents["new"]
     mixed = [*old, *new[: len(new) * sum(map(len, old)) // sum(map(len, new))]]
     tokenizer = build_tokenizer(mixed, s.shape.vocab)
-    model = build_model(Pretraining(shape=s.shape, seed=stage.seed, block=s.length), tokenizer)
-    rows = pack(tokenizer, old, s.length)
+    model = build_model(s.shape, tokenizer, max_positions=4 * s.length, seed=stage.seed)
+    rows = torch.from_numpy(cut(np.empty(0, np.int32), Encoding(tokenizer, "always")(old), s.length)[0]).long()
     generator = torch.Generator().manual_seed(stage.seed)
     wanted = 8 * s.pretrain_steps
     order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(-(-wanted // len(rows)))])[:wanted]
@@ -133,7 +133,8 @@ def _pretrain(stage: Stage, found: domains.Domains) -> None:
             warmup_steps=20, weight_decay=0.1, adam_beta2=0.95, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
             use_cpu=True, seed=stage.seed,
         )  # fmt: skip
-        BaseGrowTrainer(model=model, args=arguments, train_dataset=Rows(rows[order]), growing=Growing(penalty=penalty)).train()
+        data = [{"input_ids": row, "labels": row} for row in rows[order]]  # the model shifts the labels
+        BaseGrowTrainer(model=model, args=arguments, train_dataset=data, growing=Growing(penalty=penalty)).train()
     penalty.consolidate()
     model.save_pretrained(stage.model(""))
     tokenizer.save_pretrained(stage.model(""))

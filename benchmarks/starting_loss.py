@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from domains import domains
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_grow import plan
 from hf_grow.convert.in_memory import grow_model
+from hf_grow.demo.domains import domains
 
 RESULTS = Path(__file__).parent / "results"
 DOMAINS = {"prose": "old", "code": "new"}

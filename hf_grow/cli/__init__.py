@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ended(arguments: list[str]) -> int:
     try:
-        status = _run(arguments)
+        status = run_command(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a full disk can still be told
         return status
@@ -104,7 +104,8 @@ def _abandon_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _run(argv: list[str]) -> int:
+def run_command(argv: list[str]) -> int:
+    """Runs one command and returns its exit status. Raises GrowError, where `main` prints the message."""
     if not argv or argv == ["help"]:
         print(GREETING, end="")
         return 0

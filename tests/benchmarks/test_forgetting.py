@@ -1,8 +1,7 @@
-"""The benchmark of forgetting: how it compares trajectories, that its two domains share nothing, and that it runs. Nothing here looks at a result."""
+"""The benchmark of forgetting: how it compares trajectories, and that it runs. Nothing here looks at a result."""
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import subprocess
@@ -85,22 +84,6 @@ def test_every_arm_reads_as_a_recipe_and_says_whether_it_needs_old_text() -> Non
         named = json.dumps({k: v for k, v in recipe.items() if k != "data"}) + json.dumps(recipe["data"].get("replay", ""))
         assert arm.old_data == any(word in named for word in ("fisher-old", "fisher-mapped", "fisher-si", "old.jsonl")), name
     assert {*YARDSTICK, *(n for pair in PAIRS for n in pair)} <= ARMS.keys()
-
-
-def test_prose_and_code_are_apart() -> None:
-    import domains
-
-    text = '"""A module about nothing. It has two sentences of prose."""\n\ndef f(x):\n    """Returns the thing that was given to it, unchanged and whole.\n\n    >>> f(1)\n    1\n    """\n    return x\n'
-    strings, code = domains.split(text, ast.parse(text))
-    assert code == "def f(x):\n    return x"
-    assert [p for s in strings for p in domains.prose_of(s)] == [
-        "A module about nothing. It has two sentences of prose.", "Returns the thing that was given to it, unchanged and whole.",
-    ]  # fmt: skip
-    found = domains.domains()
-    assert all(sum(map(len, texts)) > 50_000 for texts in found.documents.values())
-    apart = [set("\n\n".join(found.documents[n]).split("\n\n")) for n in ("old", "old-heldout")]
-    assert not apart[0] & apart[1]
-    assert domains.domains().digest == found.digest
 
 
 @pytest.mark.slow

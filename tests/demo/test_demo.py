@@ -1,30 +1,39 @@
-"""`hf-grow demo`, tiny: through the real entry point, with a cache of its own."""
+"""`hf-grow demo --quick` through the command line, with a cache of its own."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from dataclasses import replace
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from hf_grow.cli import main
-from hf_grow.demo import cache, report, show, text
-from hf_grow.demo.pretrain import Point, build_tokenizer, pack, spread
+from hf_grow.demo import domains, report
+from hf_grow.demo import run as demo
 from hf_grow.demo.run import DemoOptions, run
-from hf_grow.demo.settings import quick
+from hf_grow.demo.small_model import build_tokenizer
 from hf_grow.errors import ExecutionError, InputError, OutputError
+from hf_grow.training.config.train_config import read
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "HF_HOME": str(folder / "cache"), "COLUMNS": "100"}
 
 
 def _demo(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "100"}
-    env.pop("HF_HOME", None)
     command = [sys.executable, "-m", "hf_grow", "demo", "--quick", *words]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    return subprocess.run(
+        command, cwd=folder, env=_environment(folder), capture_output=True, text=True, encoding="utf-8", timeout=600, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,24 +45,41 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     return folder, done
 
 
-def test_the_whole_story(first: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_the_whole_demo(first: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, done = first
     numbers = json.loads((folder / "first.json").read_text())
-    assert (numbers["small"]["layers"], numbers["grown"]["layers"], numbers["small_going_on"]["layers"]) == (4, 6, 4)
-    losses = {name: [p["loss"] for p in numbers[name]["heldout"]] for name in ("small", "grown", "small_going_on")}
-    assert losses["small"][-1] < losses["small"][0]  # from random weights, whose loss is that of guessing
-    # Both go on from the same weights and end at the same number of tokens: else the comparison is none.
-    assert losses["small_going_on"][0] == pytest.approx(losses["small"][-1], abs=1e-3)
-    assert numbers["grown"]["heldout"][-1]["tokens"] == numbers["small_going_on"]["heldout"][-1]["tokens"]
-    assert not numbers["small"]["cached"]
+    assert numbers["layers"] == [4, 6] and not numbers["cached"]
+    pretraining = json.loads((folder / "demo-out" / "small" / "training.json").read_text())["result"]
+    assert pretraining["end"]["prose"] < pretraining["start"]["prose"]  # from random weights, whose loss is that of guessing
+    plain, ewc = numbers["plain"], numbers["ewc"]
+    assert numbers["small"]["old"] == pytest.approx(plain["start"]["old"], abs=1e-4)  # identity is lossless
+    assert plain["start"] == ewc["start"] and plain["tokens"] == ewc["tokens"]  # else there is no comparison
+    assert plain["end"] != ewc["end"]
+    for losses in (plain, ewc):
+        assert losses["forgetting"] == pytest.approx(losses["end"]["old"] - losses["start"]["old"])
+        assert losses["end"] == {k: v for k, v in losses["evaluations"][-1].items() if k != "step"}
     for line in (
-        "$ hf-grow dus demo-out/small --layers-to 6 -o demo-out/grown",
-        "$ hf-grow verify demo-out/small demo-out/grown --text demo-out/heldout.txt",
-        "next: hf-grow inspect demo-out/grown",
+        "$ hf-grow train demo-out/pretrain.yaml",
+        "$ hf-grow inspect demo-out/small",
+        "$ hf-grow depth demo-out/small --method identity --layers-to 6 -o demo-out/grown",
+        "$ hf-grow verify demo-out/small demo-out/grown --text demo-out/text/old-heldout.jsonl",
+        "$ hf-grow fisher demo-out/grown --text demo-out/text/old.jsonl",
+        "$ hf-grow train demo-out/train.yaml --regularizer.kind ewc",
+        f"{plain['end']['old']:.3f}",
+        f"{ewc['end']['new']:.3f}",
     ):
         assert line in done.stdout
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
+
+
+def test_a_printed_command_runs_by_itself(first: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = first
+    line = next(line for line in done.stdout.splitlines() if line.startswith("$ hf-grow train demo-out/train.yaml"))
+    words = [sys.executable, "-m", "hf_grow", *line.split()[2:], "--dry-run", "--json", "--overwrite"]
+    again = subprocess.run(words, cwd=folder, env=_environment(folder), capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["steps"] == 20
 
 
 def test_the_figure_is_a_png(first: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -65,17 +91,17 @@ def test_the_checkpoint_loads_and_generates(first: tuple[Path, subprocess.Comple
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = first[0] / "demo-out"
-    model = AutoModelForCausalLM.from_pretrained(out / "grown-trained")
-    tokenizer = AutoTokenizer.from_pretrained(out / "grown-trained")
-    assert model.config.num_hidden_layers == 6
+    grown = AutoModelForCausalLM.from_pretrained(out / "grown")
+    for name in ("trained", "trained-ewc"):
+        model = AutoModelForCausalLM.from_pretrained(out / name)
+        assert model.config.num_hidden_layers == 6
+        assert not torch.equal(grown.model.layers[3].mlp.up_proj.weight, model.model.layers[3].mlp.up_proj.weight)
+    tokenizer = AutoTokenizer.from_pretrained(out / "trained-ewc")
     prompt = "def naïve(self):\n    return 0"
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     assert tokenizer.decode(ids[0]) == prompt
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert made.shape[1] == ids.shape[1] + 5
-    grown = AutoModelForCausalLM.from_pretrained(out / "grown")
-    assert torch.equal(grown.model.layers[3].mlp.up_proj.weight, grown.model.layers[1].mlp.up_proj.weight)  # the seam of DUS: 0-2, 1-3
-    assert not torch.equal(grown.model.layers[3].mlp.up_proj.weight, model.model.layers[3].mlp.up_proj.weight)  # it was trained
 
 
 def test_second_run_takes_the_cached_model(first: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -83,73 +109,94 @@ def test_second_run_takes_the_cached_model(first: tuple[Path, subprocess.Complet
     weights = (folder / "demo-out" / "small" / "model.safetensors").read_bytes()
     done = _demo(folder)
     assert done.returncode == 0, done.stderr
-    assert json.loads((folder / "demo-out" / "demo.json").read_text())["small"]["cached"]
-    assert "--fresh trains it again" in done.stdout
+    assert json.loads((folder / "demo-out" / "demo.json").read_text())["cached"]
+    assert "--fresh trains it again" in done.stdout and "pretrain.yaml" not in done.stdout
     assert (folder / "demo-out" / "small" / "model.safetensors").read_bytes() == weights
 
 
-def test_another_setting_text_or_version_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = quick(0).pretraining
-    keys = [
-        cache.key(settings, "a"),
-        cache.key(settings, "b"),
-        cache.key(quick(1).pretraining, "a"),
-        cache.key(replace(settings, steps=61), "a"),
-    ]
-    monkeypatch.setattr(sys, "version_info", (3, 99, 0))
-    keys.append(cache.key(settings, "a"))
-    monkeypatch.undo()
-    monkeypatch.setattr(cache, "version", lambda name: "0.0")
-    keys.append(cache.key(settings, "a"))
-    monkeypatch.undo()
-    assert len(set(keys)) == len(keys)
-    assert cache.key(settings, "a") == keys[0]
+def test_an_interrupted_demo_runs_again(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hf_grow", "demo", "--quick"]
+    with subprocess.Popen(command, cwd=tmp_path, env=_environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not (tmp_path / "demo-out" / "small").exists() and process.poll() is None:  # in the middle of the first training
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and b"interrupted" in err and b"Traceback" not in err
+    assert json.loads((tmp_path / "demo-out" / "demo.json").read_text()) == {"unfinished": True}
+    assert not (tmp_path / "cache" / "hf-grow" / "demo").exists()
+    done = _demo(tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
-def test_cache_is_reused_replaced_and_never_half_written(tmp_path: Path) -> None:
-    def make(content: str):  # type: ignore[no-untyped-def]
-        return lambda folder: (folder / "f").write_text(content)
+class _Commands:
+    """Stands in for the commands: notes what is called, and writes a small model."""
 
-    def interrupted(folder: Path) -> None:
-        (folder / "f").write_text("half")
+    def __init__(self, out: Path) -> None:
+        self.out, self.lines = out, list[list[str]]()
+
+    def __call__(self, line: list[str]) -> int:
+        self.lines.append(line)
+        (self.out / "small").mkdir()
+        (self.out / "small" / "model").write_text(str(len(self.lines)))
+        return 0
+
+
+def test_the_cache_is_reused_replaced_and_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    out = tmp_path / "out"
+    commands = _Commands(out)
+
+    def pretrain(fresh: bool = False, seed: int = 0, command: Any = commands) -> tuple[bool, str]:
+        demo._clear(out)
+        cached = demo._Demo(out, demo.QUICK, seed, command).pretrain(fresh)
+        return cached, (out / "small" / "model").read_text()
+
+    def interrupted(line: list[str]) -> int:
+        commands(line)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cache.fetch(tmp_path, "k", interrupted)
-    assert list((tmp_path / "demo").iterdir()) == []
-    folder, cached = cache.fetch(tmp_path, "k", make("one"))
-    assert (cached, (folder / "f").read_text()) == (False, "one")
-    folder, cached = cache.fetch(tmp_path, "k", make("two"))
-    assert (cached, (folder / "f").read_text()) == (True, "one")
+        pretrain(command=interrupted)
+    assert pretrain() == (False, "2")
+    assert pretrain() == (True, "2")
     with pytest.raises(KeyboardInterrupt):
-        cache.fetch(tmp_path, "k", interrupted, fresh=True)
-    assert (folder / "f").read_text() == "one"
-    folder, cached = cache.fetch(tmp_path, "k", make("three"), fresh=True)
-    assert (cached, (folder / "f").read_text()) == (False, "three")
-    assert [p.name for p in (tmp_path / "demo").iterdir()] == ["k"]
+        pretrain(fresh=True, command=interrupted)
+    assert pretrain() == (True, "2")
+    assert pretrain(fresh=True) == (False, "4")
+    assert pretrain(seed=1) == (False, "5") and commands.lines[-1][-4:] == ["--seed", "1", "--data.seed", "1"]
+    assert pretrain() == (True, "4")
+    kept = [p for p in (tmp_path / "home" / "hf-grow" / "demo").iterdir() if p.is_dir()]
+    assert len(kept) == 2
 
 
-def test_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+def test_another_setting_text_seed_or_version_is_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(settings: demo.Settings = demo.QUICK, seed: int = 0, digest: str = "a") -> str:
+        return demo._Demo(tmp_path, settings, seed, lambda line: 0).cache_key(domains.Domains({}, digest))
+
+    keys = [key(), key(demo.FULL), key(seed=1), key(digest="b")]
+    monkeypatch.setattr(demo, "version", lambda name: "0.0")
+    keys.append(key())
+    monkeypatch.undo()
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0]
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hf-grow").write_text("")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    out = tmp_path / "out"
+    out.mkdir()
     with pytest.raises(OutputError, match="cannot be written"):
-        cache.fetch(tmp_path / "file", "k", lambda folder: None)
+        demo._Demo(out, demo.QUICK, 0, _Commands(out)).pretrain(False)
 
 
-def test_cache_place_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("HF_HOME", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert cache.default_root() == tmp_path / "x" / "hf-grow"
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "h"))
-    assert cache.default_root() == tmp_path / "h" / "hf-grow"
-
-
-def test_missing_extras_are_told_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_packages_are_reported_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("hf_grow.demo.run.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'hf-grow\[train,plot\]'"):
-        run(DemoOptions(output=tmp_path / "out"))
+        run(DemoOptions(output=tmp_path / "out"), lambda line: 0)
     monkeypatch.setattr("hf_grow.demo.run.find_spec", lambda name: None if name == "matplotlib" else object())
     with pytest.raises(InputError, match=r"needs matplotlib, which is not installed[^\0]*hf-grow\[plot\]"):
-        run(DemoOptions(output=tmp_path / "out"))
+        run(DemoOptions(output=tmp_path / "out"), lambda line: 0)
     assert not (tmp_path / "out").exists()
 
 
@@ -157,8 +204,13 @@ def test_a_folder_of_the_user_is_never_touched(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "thesis.txt").write_text("years")
     assert main(["demo", "--quick", "--output", str(tmp_path)]) == 2
-    assert "no result of an earlier demo" in capsys.readouterr().err
+    assert "not the output of an earlier demo" in capsys.readouterr().err
     assert [p.name for p in tmp_path.rglob("*")] == ["small", "thesis.txt"]
+
+
+def test_a_command_that_fails_ends_the_demo(tmp_path: Path) -> None:
+    with pytest.raises(ExecutionError, match="hf-grow verify failed with exit status 1"):
+        demo._Demo(tmp_path, demo.QUICK, 0, lambda line: 1).hf_grow("verify", "a", "b")
 
 
 def test_importing_the_demo_needs_no_torch() -> None:
@@ -166,53 +218,68 @@ def test_importing_the_demo_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("name", demo.RECIPES)
+def test_the_recipes_have_no_mistake_and_take_any_folder(name: str, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(Path(demo.__file__).with_name(name).read_text())
+    assert read(recipe).mistakes == ()
+    out = tmp_path / 'a "b" #c: ü'
+    out.mkdir()
+    demo._Demo(out, demo.FULL, 0, lambda line: 0)
+    moved = yaml.safe_load((out / name).read_text(encoding="utf-8"))
+    assert moved == json.loads(json.dumps(recipe).replace("demo-out", json.dumps(str(out))[1:-1]))
+
+
 def test_text_is_the_same_each_time_and_held_out_documents_stay_out() -> None:
-    corpus = text.corpus(300_000)
-    assert corpus == text.corpus(300_000)
-    assert corpus.digest == text.corpus(300_000).digest != text.corpus(400_000).digest
-    assert not set(corpus.train) & set(corpus.heldout)
-    with pytest.raises(InputError, match="This Python came with"):
-        text.corpus(10**12)
+    texts = domains.domains()
+    assert set(texts.documents) == set(domains.FILES)
+    assert texts == domains.domains()
+    assert all(sum(map(len, documents)) > 50_000 for documents in texts.documents.values())
+    train, held_out = ({p for d in texts.documents[name] for p in d.split("\n\n")} for name in ("old", "old-heldout"))
+    assert not train & held_out
+    few = domains.domains(3)
+    assert few.documents == {name: documents[:3] for name, documents in texts.documents.items()} and few.digest != texts.digest
 
 
-def test_moved_border_changes_the_digest() -> None:
-    assert text.Corpus(("ab", "c"), ("d",)).digest != text.Corpus(("a", "bc"), ("d",)).digest
-    assert text.Corpus(("a", "b"), ("c",)).digest != text.Corpus(("a",), ("b", "c")).digest
+def test_a_python_without_sources_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    with pytest.raises(InputError, match="too little text"):
+        domains.domains()
 
 
-def test_tokenizer_is_deterministic_and_packing_loses_nothing() -> None:
+def test_prose_and_code_are_split() -> None:
+    text = (
+        '"""A module about nothing. It has two sentences of prose."""\n\ndef f(x):\n'
+        '    """Returns the thing that was given to it, unchanged and whole.\n\n    >>> f(1)\n    1\n    """\n    return x\n'
+    )
+    docstrings, code = domains.split(text, ast.parse(text))
+    assert code == "def f(x):\n    return x"
+    assert [p for s in docstrings for p in domains.paragraphs(s)] == [
+        "A module about nothing. It has two sentences of prose.",
+        "Returns the thing that was given to it, unchanged and whole.",
+    ]
+
+
+def test_the_tokenizer_is_deterministic() -> None:
     documents = ["import os\n" * 30, "the quick brown fox, naïve\n" * 30]
-    tokenizer, again = build_tokenizer(documents, 300), build_tokenizer(documents, 300)
-    assert tokenizer.get_vocab() == again.get_vocab()
-    rows = pack(tokenizer, documents, 8)
-    stream = [i for d in documents for i in (tokenizer.bos_token_id, *tokenizer(d)["input_ids"], tokenizer.eos_token_id)]
-    assert rows.flatten().tolist() == stream[: len(stream) // 8 * 8]
-    assert spread(rows, 3)[[0, 2]].tolist() == rows[[0, -1]].tolist()
+    first, second = build_tokenizer(documents, 300), build_tokenizer(documents, 300)
+    assert first.get_vocab() == second.get_vocab()
 
 
-def _story(grown_end: float) -> report.Story:
-    small = report.Run(8, 1_000_000, (Point(0, 7.0), Point(100, 4.0)), 60.0)
-    grown = report.Run(12, 1_400_000, (Point(0, 4.1), Point(50, grown_end)), 20.0)
-    return report.Story(small, grown, report.Run(8, 1_000_000, (Point(0, 4.0), Point(50, 3.8)), 15.0), 0.1)
+def _numbers(forgot: float, learned_to: float) -> dict[str, Any]:
+    plain = {"start": {"old": 3.6, "new": 6.0}, "end": {"old": 3.9, "new": 3.8}, "forgetting": 0.3, "tokens": 1000}
+    ewc = {**plain, "end": {"old": 3.6 + forgot, "new": learned_to}, "forgetting": forgot}
+    return {"layers": [8, 12], "parameters": [10, 15], "small": {"old": 3.5}, "plain": plain, "ewc": ewc}
 
 
-@pytest.mark.parametrize(("end", "words"), [(3.7, "0.100 ahead of"), (3.9, "0.100 behind"), (3.801, "are level")])
-def test_the_verdict_says_what_came_out(end: float, words: str) -> None:
-    verdict = report.verdict(_story(end))
-    assert words in verdict
-    assert "+0.100" in verdict
-    assert "1.4 times" in verdict
-
-
-def test_labels_at_line_ends_keep_apart() -> None:
-    assert report._apart([1.0, 1.5], 0.2) == [1.0, 1.5]
-    assert report._apart([1.0, 1.1], 0.2) == pytest.approx([0.95, 1.15])
-    assert report._apart([1.1, 1.0], 0.2) == pytest.approx([1.15, 0.95])
-
-
-def test_a_command_that_fails_ends_the_demo(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from rich.console import Console
-
-    with pytest.raises(ExecutionError, match="hf-grow verify failed with exit status 2"):
-        show.command(Console(), "verify", str(tmp_path / "no"), str(tmp_path / "nowhere"))
-    assert "is no folder" in capfd.readouterr().err
+@pytest.mark.parametrize(
+    ("forgot", "learned_to", "words"),
+    [
+        (0.2, 3.85, "forgot 0.100 less and learned 0.050 less"),
+        (0.4, 3.7, "forgot 0.100 more and learned 0.100 more"),
+        (0.301, 3.8, "forgot the same and learned the same"),
+    ],
+)
+def test_the_summary_reports_what_this_run_showed(forgot: float, learned_to: float, words: str) -> None:
+    summary = report.summary(_numbers(forgot, learned_to))
+    assert words in summary
+    assert "prose by +0.1000" in summary and "+0.300 without EWC" in summary and f"+{forgot:.3f} with it" in summary

@@ -103,16 +103,14 @@ def test_a_step_that_does_not_fit_is_named() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of `hf-grow demo --quick`: trained for seconds on real text, with its tokenizer."""
-    from rich.console import Console
+    """The small model of `hf-grow demo --quick`: trained for seconds on real text, with its tokenizer."""
+    from hf_grow.cli import main
 
-    from hf_grow.demo import run, settings
-
-    folder, chosen = tmp_path_factory.mktemp("demo"), settings.quick(0)
-    console = Console(quiet=True)
-    _, tokenizer, blocks = run._text(chosen, console)
-    run._small(chosen, tokenizer, blocks, folder / "small", folder / "cache", "small", True, console)
-    return folder / "small"
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(folder / "cache"))
+        assert main(["demo", "--quick", "--output", str(folder / "demo")]) == 0
+    return folder / "demo" / "small"
 
 
 @pytest.mark.slow

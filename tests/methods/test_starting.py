@@ -14,7 +14,7 @@ from models import BY_NAME, make, save
 from test_sizes import SMALL, grow
 
 from hf_grow.cli import main
-from hf_grow.demo.pretrain import build_tokenizer
+from hf_grow.demo.small_model import build_tokenizer
 from hf_grow.growth.growth import Growth
 from hf_grow.methods import METHODS
 from hf_grow.methods.starting_loss import MODEL, SOURCE_LOSS, STARTING_LOSSES, VOCABULARY, StartingLoss, nearest_starting_loss

@@ -13,7 +13,7 @@ from models import BY_NAME, make, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_grow import api
-from hf_grow.demo.pretrain import build_tokenizer
+from hf_grow.demo.small_model import build_tokenizer
 
 TEXT = "the cat sat on the mat and the dog ate the bone while a bird sang in the old tree near the river " * 5
 WORDS = sorted(set(TEXT.split()))

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydoc_texts import pydoc_texts
 
-from hf_grow.demo.text import corpus
 from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.data.replay import sample_replay
 from hf_grow.training.data.replay_files import TEXTS_FILE
 
-DOCS = tuple(text.encode("ascii", "ignore").decode() for text in corpus(60_000).train)
+DOCS = tuple(text.encode("ascii", "ignore").decode() for text in pydoc_texts(60_000))
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

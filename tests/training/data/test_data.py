@@ -23,19 +23,16 @@ from hub_datasets import HubServer, client_environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import BY_NAME, make
+from pydoc_texts import pydoc_texts
 
-from hf_grow.demo.pretrain import build_tokenizer
-from hf_grow.demo.text import corpus
+from hf_grow.demo.small_model import build_tokenizer
 from hf_grow.errors import InputError
 from hf_grow.options import parse
 from hf_grow.training.data import DataOptions, build, cache, packing, survey
 from hf_grow.training.data.mixing import Interleaving, row_indices
 
 DOCS = tuple(
-    text[start : start + 2500]
-    for text in corpus(120_000).train
-    for start in range(0, len(text), 2500)
-    if text[start : start + 2500].strip()
+    text[start : start + 2500] for text in pydoc_texts(120_000) for start in range(0, len(text), 2500) if text[start : start + 2500].strip()
 )
 LENGTH = 48
 
