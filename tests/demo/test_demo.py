@@ -22,7 +22,7 @@ from hf_grow.demo import run as demo
 from hf_grow.demo.run import DemoOptions, run
 from hf_grow.demo.small_model import build_tokenizer
 from hf_grow.errors import ExecutionError, InputError, OutputError
-from hf_grow.training.config.train_config import read
+from hf_grow.training.config.train_config import read_recipe
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -221,7 +221,7 @@ def test_importing_the_demo_needs_no_torch() -> None:
 @pytest.mark.parametrize("name", demo.RECIPES)
 def test_the_recipes_have_no_mistake_and_take_any_folder(name: str, tmp_path: Path) -> None:
     recipe = yaml.safe_load(Path(demo.__file__).with_name(name).read_text())
-    assert read(recipe).mistakes == ()
+    assert read_recipe(recipe).mistakes == ()
     out = tmp_path / 'a "b" #c: ü'
     out.mkdir()
     demo._Demo(out, demo.FULL, 0, lambda line: 0)
