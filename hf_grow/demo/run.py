@@ -162,7 +162,7 @@ class _Demo:
         def copy(folder: Path) -> None:
             shutil.copytree(self.path("small"), folder / "small")
 
-        cache.(kept, copy)
+        cache.get_or_create(kept, copy)
         return False
 
     def cache_key(self, texts: Domains) -> str:
