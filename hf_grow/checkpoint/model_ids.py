@@ -1,4 +1,4 @@
-"""Well-known models: what short names stand for, what to suggest when the Hub does not know an id, and what is no id but a path."""
+"""Well-known Hub ids: aliases, suggestions for a mistyped id, and telling a path from an id."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ MODELS = (
     "Qwen/Qwen3-235B-A22B",
 )
 
-# In lower case -> the repository meant. Ids that name another checkpoint of their own are not here: they are tried as they are.
+# Lower case -> repository. Ids of existing checkpoints are not aliases.
 ALIASES = {
     "mistral-7b": "mistralai/Mistral-7B-v0.1",
     "mistralai/mistral-7b": "mistralai/Mistral-7B-v0.1",
@@ -100,8 +100,8 @@ ALIASES = {
 }
 
 
-def near(ref: str, most: int = 3) -> list[str]:
-    """Known models whose id, or whose name without the owner, is close to `ref`; the closest first."""
+def similar_ids(ref: str, most: int = 3) -> list[str]:
+    """Up to `most` known ids that are similar to `ref`, with or without the owner; the most similar first."""
     wanted = ref.lower()
     scores: dict[str, float] = {}
     for model in MODELS:
@@ -112,8 +112,8 @@ def near(ref: str, most: int = 3) -> list[str]:
     return [m for m in sorted(scores, key=lambda m: -scores[m]) if scores[m] > 0.75][:most]
 
 
-def path_because(ref: str) -> str:
-    """Why a name under which there is no file or folder was meant as a path all the same, as the end of a sentence; empty for what may be a Hub id."""
+def why_not_hub_id(ref: str) -> str:
+    """Why `ref`, which is no existing file or folder, cannot be a Hub id, as the end of a sentence; empty if it may be one."""
     if not ref or ref.startswith((".", "/", "~")) or ref.count("/") > 1 or "\\" in ref:
         return "."
     owner, slash, name = ref.partition("/")

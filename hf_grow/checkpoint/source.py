@@ -16,7 +16,7 @@ from pathlib import Path
 from hf_grow.checkpoint import hub
 from hf_grow.checkpoint.fused_experts import unfused
 from hf_grow.checkpoint.hub_errors import Unreachable, cache_folder
-from hf_grow.checkpoint.model_ids import ALIASES, MODELS, near, path_because
+from hf_grow.checkpoint.model_ids import ALIASES, MODELS, similar_ids, why_not_hub_id
 from hf_grow.checkpoint.reader import (
     GROWTH,
     INDEX,
@@ -103,7 +103,7 @@ def open_source(
     if hub.offline():
         return _from_cache(name, revision, weights, notify)
     try:
-        remote = hub.look_up(name, revision)
+        remote = hub.fetch_listing(name, revision)
     except Unreachable as error:
         try:
             checkpoint = _from_cache(name, revision, weights, notify)
@@ -124,7 +124,7 @@ def if_cached(checkpoint: Checkpoint) -> Checkpoint:
 
 def fetch_companions(checkpoint: Checkpoint) -> Path:
     """A folder with what comes along with a checkpoint that is on the Hub, without its weights. Raises SourceError."""
-    remote = hub.look_up(checkpoint.ref, checkpoint.revision)
+    remote = hub.fetch_listing(checkpoint.ref, checkpoint.revision)
     return hub.download(remote, [f for f in remote.sizes if f == CONFIG or is_companion(f)])
 
 
@@ -176,7 +176,7 @@ def _is_folder(ref: str) -> bool:
         raise SourceError(f"{ref} is a file.", hint=f"Give the folder of the whole checkpoint, as in {os.path.dirname(ref) or '.'}.")
     if "://" in ref:
         raise SourceError(f"{ref} is an address.", hint="Give the id of the Hub repository alone: OWNER/NAME.")
-    why = "" if ref.lower() in ALIASES or ref in MODELS else path_because(ref)
+    why = "" if ref.lower() in ALIASES or ref in MODELS else why_not_hub_id(ref)
     if why:
         raise SourceError(f"There is no folder {ref!r}{why}", hint=_meant(path))
     return False
@@ -189,19 +189,19 @@ def _meant(path: str) -> str:
         there = sorted(e.name for e in os.scandir(parent or ".") if e.is_dir() and not e.name.startswith("."))
     except OSError:
         there = []
-    found = [os.path.join(parent, n) for n in difflib.get_close_matches(name, there, 1, 0.75)] + near(path.strip("/"), 1)
+    found = [os.path.join(parent, n) for n in difflib.get_close_matches(name, there, 1, 0.75)] + similar_ids(path.strip("/"), 1)
     return f"Did you mean {' or '.join(found)}?" if found else "Check the path; a Hub id reads OWNER/NAME."
 
 
-def _headers(remote: hub.Remote) -> Checkpoint:
+def _headers(remote: hub.Listing) -> Checkpoint:
     """Config, index and headers of a commit, without its weights."""
     ref, names = remote.ref, remote.sizes
     if SINGLE not in names and INDEX not in names:
         raise no_safetensors([n for n in names if "/" not in n], ref)
     if CONFIG not in names:
         raise SourceError(f"{ref} is no checkpoint: it has no {CONFIG}.")
-    config = read_json(hub.fetch_json(remote, CONFIG), "")
-    weight_map = {} if SINGLE in names else parse_index(read_json(hub.fetch_json(remote, INDEX), ""), f"{ref}/{INDEX}")
+    config = read_json(hub.fetch_small_file(remote, CONFIG), "")
+    weight_map = {} if SINGLE in names else parse_index(read_json(hub.fetch_small_file(remote, INDEX), ""), f"{ref}/{INDEX}")
     shards = sorted(set(weight_map.values())) or [SINGLE]
     missing = [s for s in shards if s not in names]
     if missing:
@@ -216,15 +216,15 @@ def _headers(remote: hub.Remote) -> Checkpoint:
             merge(tensors, found, file, weight_map, ref)
             files[file] = _identity(size, remote.sha256.get(file))
     check_index(tensors, weight_map, ref)
-    growth = read_json(hub.fetch_json(remote, GROWTH), "") if GROWTH in names else None
+    growth = read_json(hub.fetch_small_file(remote, GROWTH), "") if GROWTH in names else None
     return Checkpoint(ref, remote.commit, config, unfused(config, tensors, ref), files, None, growth)
 
 
-def _download(remote: hub.Remote, checkpoint: Checkpoint, notify: Callable[[str], None]) -> Checkpoint:
+def _download(remote: hub.Listing, checkpoint: Checkpoint, notify: Callable[[str], None]) -> Checkpoint:
     wanted = [f for f in remote.sizes if f in checkpoint.files or f in (CONFIG, GROWTH) or is_companion(f)]
     if SINGLE not in checkpoint.files:
         wanted.append(INDEX)
-    size = hub.bytes_to_fetch(remote, wanted)
+    size = hub.download_size(remote, wanted)
     if size:
         notify(f"Downloading {format_bytes(size)} of {remote.ref} to {cache_folder()}.")
     return _snapshot(hub.download(remote, wanted), remote.ref, remote.commit, remote.sha256)

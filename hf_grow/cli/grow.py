@@ -29,9 +29,9 @@ from hf_grow.growth.plan import GrowthPlan
 from hf_grow.methods import METHODS
 from hf_grow.model.param_count import format_count
 from hf_grow.options import Bytes, Options, Requires, load_yaml, parse, raise_errors, unmet_requirements
-from hf_grow.publish.card import forewarn
-from hf_grow.publish.manifest import path_shown, title_of
-from hf_grow.publish.push import Destination, Pushed, check_destination, prepare
+from hf_grow.publish.card import license_warnings
+from hf_grow.publish.manifest import path_warnings, title_of
+from hf_grow.publish.push import Destination, Pushed, check_destination, prepare_repo
 from hf_grow.publish.stream import SHARD_SIZE as STREAM_SHARD_SIZE
 from hf_grow.publish.stream import StreamSink
 from hf_grow.training.growth_state.grow_optimizer import check_trainer_checkpoint, grow_checkpoint_state
@@ -175,7 +175,7 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
     to = output.destination()
     if to:
         check_destination(to)
-        for warning in forewarn(plan, to.repo):
+        for warning in license_warnings(plan, to.repo):
             render.note(warning)
     if output.stream_push and output.with_optimizer:
         raise InputError("--stream-push sends the model only, and --with-optimizer writes more.", hint="Leave one of them out.")
@@ -204,14 +204,14 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
         shards = layout(plan.targets, output.shard_size)
     plan = measure(plan, checkpoint, notify=render.note)
     if to:
-        to = prepare(to)  # before the work: a token that may not write is told now
+        to = prepare_repo(to)  # before the work: a token that may not write is told now
     from hf_grow.convert.execute import execute
 
     keep_freed_memory()
     sink = None
     if to and output.stream_push:
         sink = StreamSink(to, title_of(plan.growth.method, plan.source.ref), render.note)
-        for doubt in path_shown(plan.source.ref, change="a shorter one, or a Hub id, as the source changes that"):
+        for doubt in path_warnings(plan.source.ref, change="a shorter one, or a Hub id, as the source changes that"):
             render.note(doubt)
     with render.bytes_bar("growing", plan.nbytes, quiet=as_json) as progress:
         result = execute(

@@ -24,8 +24,8 @@ from hf_grow.model.families import AXES
 from hf_grow.model.param_count import count_parameters, format_count
 from hf_grow.publish.layer_map import layer_map
 from hf_grow.publish.lineage import lineage
+from hf_grow.publish.names import public_ref
 from hf_grow.publish.picture import save_picture
-from hf_grow.publish.reproduce import folder_name, public_name
 
 if TYPE_CHECKING:
     from hf_grow.checkpoint.reader import Checkpoint
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.picture:
         if plan is None or layers is None:
             raise InputError(f"{checkpoint.ref} was not grown by hf-grow: it has no layer map.", hint="Leave --picture out.")
-        save_picture(layers, public_name(plan.source), _name(checkpoint), arguments.picture)
+        save_picture(layers, public_ref(plan.source.ref, plan.source.revision), _name(checkpoint), arguments.picture)
         render.note(f"wrote {arguments.picture}")
     size = count_parameters(arch)
     parts: Counter[str] = Counter()
@@ -117,7 +117,7 @@ def _growth(checkpoint: Checkpoint) -> tuple[GrowthPlan | None, LayerMap | None]
 
 
 def _name(checkpoint: Checkpoint) -> str:
-    return checkpoint.ref if checkpoint.revision else folder_name(checkpoint.ref)
+    return public_ref(checkpoint.ref, checkpoint.revision or "")
 
 
 def _part(entry: Entry) -> str:

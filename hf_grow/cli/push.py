@@ -13,8 +13,8 @@ from hf_grow.cli.commands import add_json, existing_folder, print_json
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import ExecutionError
 from hf_grow.options import Options, Requires, parse
-from hf_grow.publish.manifest import Cargo, survey
-from hf_grow.publish.push import Destination, Pushed, again, card, on_the_hub, push
+from hf_grow.publish.manifest import Manifest, make_manifest
+from hf_grow.publish.push import Destination, Pushed, card_additions, push, retry_hint, uploaded_weights
 
 
 class PushOptions(Options):
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = existing_folder(arguments.folder)
     to = Destination(arguments.repo, options.private, options.revision, options.create_pr, options.message)
     if options.dry_run:
-        return _dry_run(survey(folder), to, as_json=arguments.json)
+        return _dry_run(make_manifest(folder), to, as_json=arguments.json)
     pushed = push_with_bar(folder, to, quiet=arguments.json)
     if arguments.json:
         print_json(pushed_facts(pushed))
@@ -77,15 +77,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def push_with_bar(folder: Path, to: Destination, *, quiet: bool) -> Pushed:
-    """One bar: it counts what is read, and moves while it is sent, which huggingface_hub does for all files at once."""
-    cargo = survey(folder)
-    if cargo.left_out:
-        render.note(f"Left out: {', '.join(cargo.left_out)}.")
+    """Pushes with one progress bar: bytes hashed first, then a moving bar while huggingface_hub uploads all files at once."""
+    manifest = make_manifest(folder)
+    if manifest.left_out:
+        render.note(f"Left out: {', '.join(manifest.left_out)}.")
     try:
-        with render.bytes_bar("checking", cargo.weight_nbytes, quiet=quiet, then="sending") as progress:
+        with render.bytes_bar("checking", manifest.weight_nbytes, quiet=quiet, then="sending") as progress:
             return push(folder, to, progress=progress, notify=render.note)
     except KeyboardInterrupt:
-        raise ExecutionError("Interrupted while publishing.", hint=again(folder, to)) from None
+        raise ExecutionError("Interrupted while publishing.", hint=retry_hint(folder, to)) from None
 
 
 def pushed_facts(pushed: Pushed) -> dict[str, Any]:
@@ -104,38 +104,38 @@ def show_pushed(pushed: Pushed) -> None:
     render.console.print(f"pushed     {pushed.files} files, {format_bytes(pushed.nbytes)}: {where}", markup=False)
 
 
-def _dry_run(cargo: Cargo, to: Destination, *, as_json: bool) -> int:
-    with render.bytes_bar("checking", cargo.weight_nbytes, quiet=as_json) as progress:
-        there = on_the_hub(cargo, to, progress)
-    written = [a.path_in_repo for a in card(cargo.folder, cargo.files, to.repo, render.note)]
-    sizes = {name: path.stat().st_size for name, path in cargo.files.items()}
-    missing = sum(size for name, size in sizes.items() if name not in (there or ()))
+def _dry_run(manifest: Manifest, to: Destination, *, as_json: bool) -> int:
+    with render.bytes_bar("checking", manifest.weight_nbytes, quiet=as_json) as progress:
+        uploaded = uploaded_weights(manifest, to, progress)
+    generated = [a.path_in_repo for a in card_additions(manifest.folder, manifest.files, to.repo, render.note)]
+    sizes = {name: path.stat().st_size for name, path in manifest.files.items()}
+    missing = sum(size for name, size in sizes.items() if name not in (uploaded or ()))
     if as_json:
         print_json(
             {
                 "dry_run": True,
                 "repository": to.repo,
-                "exists": there is not None,
+                "exists": uploaded is not None,
                 "files": sizes,
-                "there_already": sorted(there or ()),
+                "there_already": sorted(uploaded or ()),
                 "bytes": missing,
-                "left_out": list(cargo.left_out),
+                "left_out": list(manifest.left_out),
             }
         )
         return 0
     table = Table(
-        title=f"push: {cargo.folder} to {to.repo}{'' if there is not None else ' (new)'}", title_justify="left", title_style="bold"
+        title=f"push: {manifest.folder} to {to.repo}{'' if uploaded is not None else ' (new)'}", title_justify="left", title_style="bold"
     )
     for column in ("file", "size", ""):
         table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
     for name, size in sizes.items():
-        table.add_row(name, format_bytes(size), "there already" if name in (there or ()) else "")
-    for name in written:
+        table.add_row(name, format_bytes(size), "there already" if name in (uploaded or ()) else "")
+    for name in generated:
         table.add_row(name, "", "written from growth.json")
     render.console.print(table)
-    for name in cargo.left_out:
+    for name in manifest.left_out:
         render.console.print(f"left out   {name}", markup=False)
-    for doubt in cargo.doubts:
-        render.note(doubt)
+    for warning in manifest.warnings:
+        render.note(warning)
     render.console.print(f"to send    at most {format_bytes(missing)} (nothing sent: --dry-run)", markup=False)
     return 0

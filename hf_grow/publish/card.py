@@ -25,9 +25,8 @@ from hf_grow.publish import sections
 from hf_grow.publish.eval_section import tasks
 from hf_grow.publish.inherited import Inherited, inherit
 from hf_grow.publish.layer_map import layer_map
-from hf_grow.publish.markdown import is_hub_id
+from hf_grow.publish.names import is_hub_id, public_ref
 from hf_grow.publish.picture import draw, to_svg
-from hf_grow.publish.reproduce import public_name
 
 README, PICTURE, NOTICE = "README.md", "layer-map.svg", "NOTICE"
 _MARK = re.compile(r"<!-- written by hf-grow, sha256 ([0-9a-f]{64}) -->\n\Z")
@@ -71,7 +70,7 @@ def make_card(folder: Path, options: CardOptions | None = None) -> Card:
     name = options.name or folder.resolve().name.removesuffix(".partial")
     _check(options, name)
     heritage = inherit(plan, license=options.license, base_model=options.base_model, offline=options.offline)
-    picture = to_svg(draw(layer_map(plan), public_name(plan.source), name.rsplit("/", 1)[-1]))
+    picture = to_svg(draw(layer_map(plan), public_ref(plan.source.ref, plan.source.revision), name.rsplit("/", 1)[-1]))
     metadata = _metadata(plan, record, heritage, name)
     body = sections.body(plan, record, heritage, name, PICTURE)
     duty = _notice(heritage, folder)
@@ -85,7 +84,7 @@ def make_card(folder: Path, options: CardOptions | None = None) -> Card:
     return card
 
 
-def forewarn(plan: GrowthPlan, name: str) -> list[str]:
+def license_warnings(plan: GrowthPlan, name: str) -> list[str]:
     """What the licence wants of the name of a model that is not made yet. Raises InputError for a name that no card can have."""
     _check(CardOptions(name=name), name)
     return _name_notes(inherit(plan, license=None, base_model=None, offline=False), name)

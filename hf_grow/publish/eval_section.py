@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.publish.markdown import plain, table
-from hf_grow.publish.reproduce import public_name
+from hf_grow.publish.names import public_ref
 
 MARKS = {"pass": "ok", "fail": "**failed**", "skip": "-"}
 PRIVATE = {"source", "provenance"}
@@ -42,7 +42,7 @@ def number(value: Any) -> float | None:
 
 
 def checks_table(verification: Mapping[str, Any], plan: GrowthPlan, only: Collection[str] | None = None) -> str:
-    source = public_name(plan.source)
+    source = public_ref(plan.source.ref, plan.source.revision)
     public = {
         "provenance": f"{plan.growth.method} from {source}: {plan.guarantee.kind}",
         "source": f"{source} has the tensors of the plan's source",

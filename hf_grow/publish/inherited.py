@@ -9,8 +9,7 @@ from hf_grow.growth.plan import GrowthPlan, SourceInfo
 from hf_grow.publish import licenses as licences
 from hf_grow.publish.licenses import Licence
 from hf_grow.publish.lineage import hub_ancestors
-from hf_grow.publish.markdown import is_hub_id
-from hf_grow.publish.reproduce import public_name
+from hf_grow.publish.names import is_hub_id, public_ref
 from hf_grow.publish.source_card import SourceCard, latest_card, read_card
 
 
@@ -44,7 +43,7 @@ def inherit(plan: GrowthPlan, *, license: str | None, base_model: str | None, of
         language=tuple(dict.fromkeys(x for c in cards for x in c.language)),
         datasets=tuple(dict.fromkeys(x for c in cards for x in c.datasets)),
     )
-    names = [public_name(s) for s in (plan.source, *plan.source.others.values())]
+    names = [public_ref(s.ref, s.revision) for s in (plan.source, *plan.source.others.values())]
     return _with_licence(found, license, list(zip(names, cards, strict=True)))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from hf_grow.checkpoint.provenance import told
 from hf_grow.growth.plan import SourceInfo
 from hf_grow.publish.markdown import line
-from hf_grow.publish.reproduce import folder_name
+from hf_grow.publish.names import public_ref
 
 MOST_STEPS = 200
 MOST_OTHERS = 64
@@ -74,7 +74,7 @@ def hub_ancestors(history: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]
 
 
 def _public(ref: Any, revision: Any) -> str:
-    return line(ref if revision else folder_name(ref), 100) if isinstance(ref, str) and ref else "?"
+    return line(public_ref(ref, revision), 100) if isinstance(ref, str) and ref else "?"
 
 
 def _commit(revision: Any) -> str:

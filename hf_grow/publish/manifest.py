@@ -1,7 +1,7 @@
-"""What of a folder is published, and whether it may be.
+"""The manifest of an upload: which files of a folder are published, and the checks that may refuse them.
 
-Refused: what is not whole, what its own record contradicts, what failed its verification. Left out, and named: the state of a training run,
-pickles, weights that no index knows, hidden files, names with control characters or that are no UTF-8.
+Refused: incomplete folders, weights other than growth.json records, failed verifications. Left out, and reported: the state of a training run,
+pickles, weights outside the index, hidden files, names that are not printable UTF-8.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from hf_grow.checkpoint.source import NEVER, is_inside
 from hf_grow.checkpoint.writer import Progress
 from hf_grow.errors import InputError, VerificationError
 from hf_grow.growth.plan import check_source
+from hf_grow.publish.names import is_local_path
 
 CARD = "README.md"
 TRAINING = (
@@ -35,17 +36,20 @@ HIDDEN_BUT_PUBLIC = (".gitattributes", ".eval_results")  # the Hub reads evaluat
 
 
 @dataclass(frozen=True)
-class Cargo:
-    """The files of one model, and what its growth.json says."""
+class Manifest:
+    """The files of one model to publish, and its growth.json."""
 
     folder: Path
     files: Mapping[str, Path]
     """Path in the repository -> file."""
     weights: tuple[str, ...]
+    """Names of the weight files."""
     left_out: tuple[str, ...]
+    """Files and folders that are not published."""
     growth: Mapping[str, Any] | None
+    """growth.json, if there is one."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """Of the weight files; filled by `check_content`."""
+    """Weight file -> SHA-256, filled by `check_weights`."""
 
     @property
     def nbytes(self) -> int:
@@ -66,16 +70,18 @@ class Cargo:
             return "Upload with hf-grow"
 
     @property
-    def doubts(self) -> list[str]:
-        """What a publisher should know, though nothing forbids it."""
+    def warnings(self) -> list[str]:
+        """What the publisher should know before uploading."""
         if self.growth is None:
             return []
-        found = [] if self.growth.get("verification") else [f"It was not verified; `hf-grow verify SOURCE {self.folder}` does that."]
+        messages = [] if self.growth.get("verification") else [f"It was not verified: run `hf-grow verify SOURCE {self.folder}` first."]
         source = self.growth.get("source")
-        found += path_shown(str(source.get("ref", "")) if isinstance(source, dict) else "")
-        shown = sorted({p for stage in trainings(self.growth) for p in _paths({k: stage.get(k) for k in ("model", "recipe", "data")})})
+        messages += path_warnings(str(source.get("ref", "")) if isinstance(source, dict) else "")
+        shown = sorted(
+            {p for stage in trainings(self.growth) for p in _local_paths({k: stage.get(k) for k in ("model", "recipe", "data")})}
+        )
         more = f" and {len(shown) - 1} more" if len(shown) > 1 else ""
-        return found + (
+        return messages + (
             [f"{GROWTH} will show your path {shown[0]}{more}, under training; edit them there to change that."] if shown else []
         )
 
@@ -84,58 +90,58 @@ def title_of(method: str, ref: str) -> str:
     return f"{method} growth of {Path(ref).name} with hf-grow"
 
 
-def path_shown(ref: str, *, change: str = "edit source.ref to change that") -> list[str]:
-    """What to say where a record names a folder of this machine."""
+def path_warnings(ref: str, *, change: str = "edit source.ref to change that") -> list[str]:
+    """A warning if growth.json will show a path of this machine."""
     return [f"{GROWTH} will show your path {ref}; {change}."] if ref.startswith(("/", "~", ".")) else []
 
 
-def _paths(value: Any, depth: int = 0) -> Iterator[str]:
-    """The paths of this machine in a part of a record."""
+def _local_paths(value: Any, depth: int = 0) -> Iterator[str]:
+    """All paths of this machine in a part of a record."""
     if isinstance(value, str):
-        yield from [value] if value.startswith(("/", "~")) else []
+        yield from [value] if is_local_path(value) else []
     elif isinstance(value, dict | list) and depth < 20:
         for inside in value.values() if isinstance(value, dict) else value:
-            yield from _paths(inside, depth + 1)
+            yield from _local_paths(inside, depth + 1)
 
 
-def survey(folder: Path) -> Cargo:
-    """The cargo of a checkpoint folder, from names, headers and growth.json. Raises InputError, SourceError or VerificationError."""
+def make_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder, from file names, headers and growth.json. Raises InputError, SourceError or VerificationError."""
     if folder.name.endswith(".partial") or (folder / JOURNAL).exists():
-        raise InputError(f"{folder} is not finished.", hint="Repeat the command that began it with --resume, then publish the result.")
+        raise InputError(f"{folder} is not finished.", hint="Repeat the command that wrote it with --resume, then publish the result.")
     checkpoint = open_folder(folder)
     check_source(checkpoint.info)
     _check_record(checkpoint.growth, {f: int(facts["size"]) for f, facts in checkpoint.files.items()})
     files: dict[str, Path] = {}
     left_out: list[str] = []
     for root, folders, names in os.walk(folder):
-        here = Path(root)
+        parent = Path(root)
         for name in sorted(folders):
-            if _is_private(name) or (here / name).is_symlink():
+            if _is_private(name) or (parent / name).is_symlink():
                 folders.remove(name)
-                left_out.append(_told(f"{(here / name).relative_to(folder).as_posix()}/"))
+                left_out.append(_printable(f"{(parent / name).relative_to(folder).as_posix()}/"))
         for name in names:
-            path = here / name
+            path = parent / name
             relative = path.relative_to(folder).as_posix()
             weight = relative in checkpoint.files
             if weight or not (_is_private(name) or name.lower().endswith(NEVER) or not is_inside(folder, path) or not path.is_file()):
                 files[relative] = path
             else:
-                left_out.append(_told(relative))
-    return Cargo(folder, dict(sorted(files.items())), tuple(checkpoint.files), tuple(sorted(left_out)), checkpoint.growth)
+                left_out.append(_printable(relative))
+    return Manifest(folder, dict(sorted(files.items())), tuple(checkpoint.files), tuple(sorted(left_out)), checkpoint.growth)
 
 
-def check_content(cargo: Cargo, progress: Progress = lambda nbytes: None) -> None:
-    """Reads the weights once for their SHA-256. Raises VerificationError if growth.json records others."""
+def check_weights(manifest: Manifest, progress: Progress = lambda nbytes: None) -> None:
+    """Computes the SHA-256 of every weight file. Raises VerificationError if growth.json records another."""
     from hf_grow.checkpoint.transfer import sha256_of
 
-    recorded = recorded_files(cargo.growth)
-    for name in cargo.weights:
-        cargo.sha256[name] = sha256_of(cargo.files[name], progress)
-        if name in recorded and recorded[name].get("sha256", cargo.sha256[name]) != cargo.sha256[name]:
-            raise _changed(name)
+    recorded = recorded_files(manifest.growth)
+    for name in manifest.weights:
+        manifest.sha256[name] = sha256_of(manifest.files[name], progress)
+        if name in recorded and recorded[name].get("sha256", manifest.sha256[name]) != manifest.sha256[name]:
+            raise _changed_file(name)
 
 
-def _told(name: str) -> str:
+def _printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
@@ -148,7 +154,7 @@ def _check_record(growth: Mapping[str, Any] | None, sizes: Mapping[str, int]) ->
     recorded = recorded_files(growth)
     for name in recorded.keys() | (sizes.keys() if recorded else set()):
         if name not in recorded or recorded[name].get("size") != sizes.get(name):
-            raise _changed(name)
+            raise _changed_file(name)
     verification = (growth or {}).get("verification")
     if isinstance(verification, dict) and not verification.get("ok"):
         checks = verification.get("checks")
@@ -156,12 +162,12 @@ def _check_record(growth: Mapping[str, Any] | None, sizes: Mapping[str, int]) ->
         failed = ", ".join(str(c.get("name"))[:40] for c in checks if c.get("status") == "fail")
         raise VerificationError(
             f"This growth failed its verification ({failed or 'see ' + GROWTH}).",
-            hint="Grow it again; a model that is not what its record says is not published.",
+            hint="Grow it again; a model that fails its verification is not published.",
         )
 
 
-def _changed(name: str) -> VerificationError:
+def _changed_file(name: str) -> VerificationError:
     return VerificationError(
         f"{name if name != SINGLE else 'The weight file'} is not the one that {GROWTH} records.",
-        hint=f"It was changed since. A model that was trained with something else is saved to a folder of its own, without this {GROWTH}.",
+        hint=f"It changed after {GROWTH} was written. Save a model trained with another tool to its own folder, without this {GROWTH}.",
     )

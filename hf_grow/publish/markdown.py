@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hf_grow.publish.names import is_hub_id
+
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#$!])")
-_HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 
 
 def line(value: Any, limit: int = 600) -> str:
@@ -39,10 +40,6 @@ def block(text: str, language: str = "") -> str:
     """As a block of code, which nothing in it ends. Every line of `text` must be printable already."""
     inside = text.replace("```", "'''").replace("$$", "$ $")
     return f"```{language}\n{inside}\n```"
-
-
-def is_hub_id(value: object) -> bool:
-    return isinstance(value, str) and bool(_HUB_ID.fullmatch(value)) and ".." not in value and "--" not in value
 
 
 def hub_link(ref: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from hf_grow.common import yaml_io as yaml_text
@@ -15,18 +14,10 @@ from hf_grow.growth.plan import GrowthPlan, SourceInfo
 from hf_grow.growth.tensormap import Expr, Noise
 from hf_grow.methods import METHODS
 from hf_grow.options import parse_size
+from hf_grow.publish.names import folder_name, public_path
 
 OWN_COMMAND = {"dus"}
 """Methods that are commands, besides those that are the only one of their kind."""
-
-
-def public_name(source: SourceInfo) -> str:
-    """How a source is called in public: the Hub id, or the folder's own name without the path to it."""
-    return source.ref if source.revision else folder_name(source.ref)
-
-
-def folder_name(ref: str) -> str:
-    return Path(PureWindowsPath(ref).as_posix()).expanduser().name or "source"
 
 
 def command(plan: GrowthPlan, output: str) -> str | None:
@@ -119,9 +110,8 @@ def _number(value: float) -> str:
 
 
 def _public(value: str, others: Mapping[str, SourceInfo]) -> str:
-    """A path into somebody's folders as its last part."""
-    local = value in {o.ref for o in others.values() if not o.revision}
-    return f"./{folder_name(value)}" if local or value.startswith(("/", "~")) else value
+    """A path of this machine, or of a local donor, as ./NAME."""
+    return f"./{folder_name(value)}" if value in {o.ref for o in others.values() if not o.revision} else public_path(value)
 
 
 def ranges(values: list[int]) -> str:

@@ -20,8 +20,9 @@ from hf_grow.publish import licenses as licences
 from hf_grow.publish.inherited import Inherited
 from hf_grow.publish.layer_map import MEANING, layer_map, layer_ranges
 from hf_grow.publish.lineage import lineage
-from hf_grow.publish.markdown import block, code, hub_link, is_hub_id, line, plain, table
-from hf_grow.publish.reproduce import command, draws_numbers, public_name, ranges, recipe
+from hf_grow.publish.markdown import block, code, hub_link, line, plain, table
+from hf_grow.publish.names import is_hub_id, public_ref
+from hf_grow.publish.reproduce import command, draws_numbers, ranges, recipe
 from hf_grow.publish.training_section import Stage, commands, headline, section, stages
 
 MOST_LISTED = 20
@@ -100,7 +101,7 @@ def _sources(plan: GrowthPlan) -> str:
 def _source(source: SourceInfo) -> str:
     if source.revision and is_hub_id(source.ref):
         return f"{hub_link(source.ref)} at commit {code(source.revision, 40)}"
-    return f"the local checkpoint {code(public_name(source), 100)}"
+    return f"the local checkpoint {code(public_ref(source.ref, source.revision), 100)}"
 
 
 def _paper(paper: str) -> str:

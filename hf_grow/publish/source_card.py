@@ -15,7 +15,7 @@ from typing import Any
 from hf_grow.checkpoint import hub
 from hf_grow.common.safe_files import open_regular, read_json
 from hf_grow.errors import GrowError, SourceError
-from hf_grow.publish.markdown import is_hub_id
+from hf_grow.publish.names import is_hub_id
 
 README = "README.md"
 MAX_METADATA = 256_000
@@ -100,10 +100,10 @@ def _fetched(ref: str, revision: str | None, offline: bool) -> Path:
     if offline or hub.offline():
         why = "--offline" if offline else "HF_HUB_OFFLINE"
         raise SourceError(f"the card of {ref} is not in the cache, and the Hub was not asked ({why})")
-    remote = hub.look_up(ref, revision)
+    remote = hub.fetch_listing(ref, revision)
     if README not in remote.sizes:
         raise SourceError(f"{ref} has no {README}")
-    return hub.fetch_json(remote, README)
+    return hub.fetch_small_file(remote, README)
 
 
 def _text(path: Path) -> str:

@@ -13,15 +13,14 @@ from typing import Any
 from hf_grow.checkpoint.provenance import count, total, trainings
 from hf_grow.common import yaml_io as yaml_text
 from hf_grow.publish.eval_section import number
-from hf_grow.publish.markdown import code, is_hub_id, plain, table
-from hf_grow.publish.reproduce import folder_name
+from hf_grow.publish.markdown import code, plain, table
+from hf_grow.publish.names import folder_name, is_hub_id, public_path
 
 MOST_LISTED = 20
 MOST_RECIPE = 20_000  # characters
 MOST_DEPTH = 12
 USES: Mapping[str, str] = {"train": "new text", "replay": "old text, mixed in"}
 LEFT_OUT = ("model", "revision", "output", "hub_token")
-_LOCAL = re.compile(r"[/~]|\\\\|[A-Za-z]:[\\/]")
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _facts(stage: Stage) -> Iterator[tuple[str, str]]:
     if isinstance(distill, Mapping):
         teachers = distill.get("teachers")
         models = [t.get("model", "source") if isinstance(t, Mapping) else t for t in teachers] if isinstance(teachers, list) else ["source"]
-        yield "distilled from", _listed([public(m) for m in models if isinstance(m, str)])
+        yield "distilled from", _listed([public_path(m) for m in models if isinstance(m, str)])
     yield "LoRA", (_settings(recipe["lora"]) or "yes") if isinstance(recipe.get("lora"), Mapping) else ""
     for key in ("learning_rate", "lr_scheduler_type", "seed"):
         yield key.replace("_", " ").replace(" type", ""), plain(recipe[key], 40) if isinstance(recipe.get(key), str | int | float) else ""
@@ -187,7 +186,7 @@ def _kind(regularizer: Any) -> str:
 def _settings(options: Mapping[str, Any]) -> str:
     """The plain values of a section."""
     shown = [(k, v) for k, v in options.items() if isinstance(v, str | int | float) and not isinstance(v, bool)]
-    return ", ".join(f"{plain(k, 40)} {plain(public(v) if isinstance(v, str) else v, 60)}" for k, v in shown[:MOST_LISTED])
+    return ", ".join(f"{plain(k, 40)} {plain(public_path(v) if isinstance(v, str) else v, 60)}" for k, v in shown[:MOST_LISTED])
 
 
 def _listed(value: Any) -> str:
@@ -206,15 +205,10 @@ def _texts(stage: Stage) -> str:
         share, tokens, passes = (number(part.get(k)) for k in ("share", "tokens", "passes"))
         use = USES.get(str(part.get("use"))) or f"measured as {plain(str(part.get('use', '')).removeprefix('eval '), 40)}"
         rows.append([
-            use, code(", ".join(map(public, part["label"].split(", "))), 80), "-" if share is None else f"{share:.1%}", "-" if tokens is None else f"{tokens:,.0f}",
+            use, code(", ".join(map(public_path, part["label"].split(", "))), 80), "-" if share is None else f"{share:.1%}", "-" if tokens is None else f"{tokens:,.0f}",
             "-" if passes is None else f"{passes:.3g}",
         ])  # fmt: skip
     return table(["", "text", "share", "tokens", "passes"], rows) if rows else ""
-
-
-def public(text: str) -> str:
-    """A path into somebody's folders as its last part."""
-    return f"./{folder_name(text)}" if _LOCAL.match(text) else text
 
 
 def commands(found: Sequence[Stage], name: str) -> tuple[str, list[tuple[str, str | None, str]]]:
@@ -259,4 +253,4 @@ def _shared(value: Any, renamed: Mapping[str, str], depth: int = 0) -> Any:
         return {k: _shared(v, renamed, depth + 1) for k, v in value.items()}
     if isinstance(value, list):
         return [_shared(v, renamed, depth + 1) for v in value]
-    return renamed.get(value) or public(value) if isinstance(value, str) else value
+    return renamed.get(value) or public_path(value) if isinstance(value, str) else value

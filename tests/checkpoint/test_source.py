@@ -25,7 +25,7 @@ from models import BY_NAME, make, save
 from safetensors import safe_open
 
 from hf_grow.checkpoint import source
-from hf_grow.checkpoint.model_ids import ALIASES, MODELS, near
+from hf_grow.checkpoint.model_ids import ALIASES, MODELS, similar_ids
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.checkpoint.source import companions, is_companion, open_source
 from hf_grow.errors import InputError, SourceError
@@ -160,16 +160,16 @@ def test_revisions(served: HubServer, folder: Path) -> None:
 
 def test_a_branch_that_moves_on_meanwhile(served: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = served.repos[REPO].refs["main"]
-    look_up = source.hub.look_up
+    fetch = source.hub.fetch_listing
 
-    def then_push(ref: str, revision: str | None) -> source.hub.Remote:
-        remote = look_up(ref, revision)
+    def then_push(ref: str, revision: str | None) -> source.hub.Listing:
+        remote = fetch(ref, revision)
         changed = Path(shutil.copytree(folder, folder.parent / "changed"))
         (changed / "config.json").write_text("{}")
         served.add(REPO, changed)
         return remote
 
-    monkeypatch.setattr(source.hub, "look_up", then_push)
+    monkeypatch.setattr(source.hub, "fetch_listing", then_push)
     opened = open_source(REPO, weights=False)
     assert opened.revision == first != served.repos[REPO].refs["main"]
     assert opened.config["model_type"] == "mistral"
@@ -230,7 +230,7 @@ def test_offline_reads_the_cache(served: HubServer, monkeypatch: pytest.MonkeyPa
     "fault", [Fault("/api/", status=503), Fault("/api/", delay=2.0), Fault("/api/", cut_after=5)], ids=["503", "slow", "cut"]
 )
 def test_a_hub_that_is_down(served: HubServer, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-    monkeypatch.setattr(source.hub, "LOOK_UP_TIMEOUT", 0.5)
+    monkeypatch.setattr(source.hub, "LISTING_TIMEOUT", 0.5)
     served.faults.append(fault)
     text = refused()
     assert ("status 503" if fault.status else "cannot be reached") in text
@@ -254,7 +254,7 @@ def test_no_network(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_something_else_answers(served: HubServer) -> None:
     served.faults.append(Fault("/api/", status=200, body="log in to the hotel"))
-    assert "does not answer like a Hugging Face Hub" in refused()
+    assert "does not respond like a Hugging Face Hub" in refused()
 
 
 # --- repositories that cannot be used
@@ -266,7 +266,7 @@ def test_unknown_repository(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> 
     assert "mistralai/Mistral-7B-v0.3" in text
     assert "hf auth login" in text
     log_in(monkeypatch, hub)
-    assert "access of your token" in refused("nobody/nothing-like-it")
+    assert "permissions of your token" in refused("nobody/nothing-like-it")
 
 
 def test_private(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -569,9 +569,9 @@ def test_the_table_of_names() -> None:
     assert set(ALIASES.values()) <= set(MODELS)
     assert all(k == k.lower() for k in ALIASES)
     assert not ALIASES.keys() & {m.lower() for m in MODELS}, "an alias would hide a model"
-    assert near("mistral/Mistral-7B-v0.1")[0] == "mistralai/Mistral-7B-v0.1"
-    assert near("Qwen/Qwen3-8B-base")[0] == "Qwen/Qwen3-8B-Base"
-    assert near("me/my-very-own-thing") == []
+    assert similar_ids("mistral/Mistral-7B-v0.1")[0] == "mistralai/Mistral-7B-v0.1"
+    assert similar_ids("Qwen/Qwen3-8B-base")[0] == "Qwen/Qwen3-8B-Base"
+    assert similar_ids("me/my-very-own-thing") == []
 
 
 def test_companions_stay_inside(folder: Path, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def there(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("hf_grow.cli.push.on_the_hub", lambda cargo, to, progress: cargo.check() and None)
+    monkeypatch.setattr("hf_grow.cli.push.uploaded_weights", lambda cargo, to, progress: cargo.check() and None)
     yield folder
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755)

@@ -61,7 +61,7 @@ def test_an_empty_destination_is_no_growth_without_one(
 ) -> None:
     """As `--push "$REPO"` gives where REPO is not set."""
     words = ("depth", tmp_path / "small", "--method", "identity", "--layers-to", 4, "-o", tmp_path / "more", "--push", "")
-    assert "can be no repository" in refused(capsys, *words)
+    assert "is not a valid repository id" in refused(capsys, *words)
     assert not list(tmp_path.glob("more*"))
 
 
@@ -105,7 +105,7 @@ def test_what_the_repository_ignores_is_not_left_out_in_silence(
     assert run("push", grown, REPO, "--revision", "dev") == 0
     repo = open_hub.repos[REPO]
     before = repo.commit({".gitignore": hub_server.Blob(b"*.safetensors\n", False)})
-    assert "keeps out model.safetensors." in refused(capsys, "push", grown, REPO)
+    assert "excludes model.safetensors." in refused(capsys, "push", grown, REPO)
     assert repo.refs["main"] == before
 
 
@@ -121,7 +121,7 @@ def test_ctrl_c_while_publishing_says_how_to_publish(
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_grow.publish.push.send", interrupt)
+    monkeypatch.setattr("hf_grow.publish.push.commit_files", interrupt)
     out = tmp_path / "more"
     words = ("depth", tmp_path / "small", "--method", "identity", "--layers-to", 4, "-o", out, "--push", REPO)
     said = refused(capsys, *words, status=1)
@@ -149,7 +149,7 @@ def test_tokens_that_cannot_be(
 ) -> None:
     for token in ("hf_bäd", "hf_a b"):
         monkeypatch.setenv("HF_TOKEN", token)
-        assert "holds characters that no token has" in refused(capsys, "push", grown, REPO)
+        assert "contains invalid characters" in refused(capsys, "push", grown, REPO)
 
 
 def test_a_file_that_holds_the_token_is_not_sent(open_hub: HubServer, grown: Path, capsys: pytest.CaptureFixture[str]) -> None:

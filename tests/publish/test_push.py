@@ -389,8 +389,8 @@ def test_a_repository_that_goes_away(open_hub: HubServer, grown: Path, capsys: p
 def test_a_full_account(open_hub: HubServer, grown: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_hub.quota = total(grown) - 1
     said = refused(capsys, "push", grown, REPO, status=1)
-    assert "storage of someone" in said
-    assert "is used up" in said
+    assert "storage quota of someone" in said
+    assert "is exhausted" in said
 
 
 def test_no_network(open_hub: HubServer, grown: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

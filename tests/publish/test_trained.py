@@ -22,7 +22,7 @@ from hf_grow.checkpoint.provenance import recorded_files, total, trainings
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.cli import main
 from hf_grow.publish.card import CardOptions, make_card, render_card
-from hf_grow.publish.manifest import survey
+from hf_grow.publish.manifest import make_manifest
 from hf_grow.verification import Report
 
 TOKEN = "hf_" + "aSecret" * 5
@@ -201,9 +201,9 @@ def test_a_checkpoint_of_the_training_is_a_trained_model_too(work: Path) -> None
 
 
 def test_a_push_leaves_the_diary_of_the_training_here(work: Path) -> None:
-    cargo = survey(work / "out")
-    assert {"training.json", "events.jsonl", "checkpoint-3/"} <= set(cargo.left_out)
-    assert set(cargo.files) == {
+    manifest = make_manifest(work / "out")
+    assert {"training.json", "events.jsonl", "checkpoint-3/"} <= set(manifest.left_out)
+    assert set(manifest.files) == {
         "config.json",
         "generation_config.json",
         "growth.json",
@@ -211,7 +211,7 @@ def test_a_push_leaves_the_diary_of_the_training_here(work: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert [d for d in cargo.doubts if "under training" in d] == [
+    assert [d for d in manifest.warnings if "under training" in d] == [
         f"growth.json will show your path {work / 'cache'} and 4 more, under training; edit them there to change that."
     ]
 

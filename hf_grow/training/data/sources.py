@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint import hub
-from hf_grow.checkpoint.model_ids import path_because
+from hf_grow.checkpoint.hub_errors import Unreachable, cache_folder, read_errors
+from hf_grow.checkpoint.model_ids import why_not_hub_id
 from hf_grow.common.extras import require_packages
 from hf_grow.common.safe_files import read_text
 from hf_grow.errors import GrowError, InputError, SourceError
@@ -84,7 +85,7 @@ def explain_read_errors(label: str) -> Iterator[None]:
 def _is_local(path: str) -> bool:
     if Path(path).expanduser().exists() or glob.has_magic(path) or format_of(Path(path)) is not None:
         return True
-    return bool(path_because(path)) and ("/" in path or path.startswith((".", "~", "\\")))  # old Hub datasets have no owner
+    return bool(why_not_hub_id(path)) and ("/" in path or path.startswith((".", "~", "\\")))  # old Hub datasets have no owner
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------------
@@ -202,15 +203,15 @@ def _commit(ref: str, revision: str | None, notify: Notify) -> str:
     from huggingface_hub import HfApi
 
     # Where huggingface_hub stores the commit that a branch last pointed to.
-    cached = hub.cache_folder() / f"datasets--{ref.replace('/', '--')}" / "refs" / (revision or "main")
+    cached = cache_folder() / f"datasets--{ref.replace('/', '--')}" / "refs" / (revision or "main")
     try:
         if hub.offline():
-            raise hub.Unreachable(f"{ref} is not in the cache, and HF_HUB_OFFLINE is set.", hint="Unset HF_HUB_OFFLINE.")
-        with hub.explained(f"datasets/{ref}", revision):
-            commit = HfApi(library_name="hf-grow").dataset_info(ref, revision=revision, timeout=hub.LOOK_UP_TIMEOUT).sha
+            raise Unreachable(f"{ref} is not in the cache, and HF_HUB_OFFLINE is set.", hint="Unset HF_HUB_OFFLINE.")
+        with read_errors(f"datasets/{ref}", revision):
+            commit = HfApi(library_name="hf-grow").dataset_info(ref, revision=revision, timeout=hub.LISTING_TIMEOUT).sha
         if not commit:
             raise SourceError(f"The Hub returned no commit for {ref}.", hint="Try again later.")
-    except hub.Unreachable:
+    except Unreachable:
         if not cached.is_file():
             raise
         notify(f"The Hub cannot be reached; using {ref} from the cache.")
