@@ -15,7 +15,7 @@ from test_push import open_hub, refused, run
 
 from hf_grow import api
 from hf_grow.errors import InputError
-from hf_grow.verification.lm_eval import _named
+from hf_grow.verification.lm_eval import _declared
 
 __all__ = ["hub", "open_hub"]
 hub = hub_server.hub
@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_nothing_torn(words: list[str], grown: Path, tmp_path
 def test_a_task_file_nested_without_end_is_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "deep.yaml").write_text("[" * 5000 + "]" * 5000)
     with pytest.raises(InputError, match="is not valid YAML"):
-        _named(tmp_path / "deep.yaml")
+        _declared(tmp_path / "deep.yaml")
 
 
 def test_no_bars_in_a_log(open_hub: HubServer, grown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
