@@ -1,7 +1,7 @@
-"""The cards in model_cards/: one for each method, of growths of tiny models, and one of a model that was trained then, as `hf-grow card` renders them.
+"""Example model cards: one of each method for a tiny model, and one of a trained model. Three of them are kept in model_cards/.
 
-`python tests/support/cards.py` renders them anew; with --verify it first grows, trains and verifies some of them for real and keeps what it measured, so
-that the cards show true figures and yet are the same bytes on every machine.
+`python tests/support/cards.py` renders those three; with --verify it first grows, trains and verifies the examples and stores what was measured in
+verification.json, so that the cards show real figures and are the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ EXAMPLES = {
 TRAINED = "trained"
 """The example of `identity`, trained."""
 NAMES = [*EXAMPLES, TRAINED]
+KEPT = ("identity", "experts", TRAINED)
+"""Rendered in model_cards/."""
 TRAINING = {
     "data": {
         "train": "corpus/new.jsonl", "replay": {"path": "corpus/old.jsonl", "share": 0.25}, "seq_length": 16,
@@ -171,7 +173,7 @@ def main() -> None:
             MEASURED.write_text(json.dumps(measure(work), indent=1) + "\n")
         cached_sources(work / "cache")
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(work / "cache"))
-        for name in NAMES:
+        for name in KEPT:
             for file, text in render(name, work).items():
                 (ROOT / name).mkdir(exist_ok=True)
                 (ROOT / name / file).write_text(text)
