@@ -22,8 +22,8 @@ from measure import Usage, machine, remove, run, settle
 from report import Row, markdown, show
 
 from hf_grow.api import plan
-from hf_grow.checkpoint.writer import check_room
-from hf_grow.convert.execute import versions
+from hf_grow.checkpoint.writer import check_disk_space
+from hf_grow.convert.metadata import versions
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.methods import METHODS
 
@@ -171,7 +171,7 @@ def benchmark(arguments: argparse.Namespace) -> Path:
         source = scratch / "source"
         generate(source, CONFIGS[arguments.size], SHARD_SIZES[arguments.size])
         grown = plan(source, arguments.method, **grow_options(arguments))
-        check_room(scratch / "out", 2 * grown.nbytes)  # the copy to compare with, and the one being written
+        check_disk_space(scratch / "out", 2 * grown.nbytes)  # the copy to compare with, and the one being written
         found = contenders(scratch, source, grown, arguments)
         checks = check(found, scratch, source, grown)
         time_all(found, scratch / "out", grown.nbytes, arguments)

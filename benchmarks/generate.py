@@ -17,7 +17,7 @@ import numpy as np
 
 from hf_grow.checkpoint.reader import INDEX
 from hf_grow.checkpoint.transfer import write_all
-from hf_grow.checkpoint.writer import Shard, check_room, index_of, layout
+from hf_grow.checkpoint.writer import Shard, build_index, check_disk_space, layout
 from hf_grow.growth.plan import TensorInfo
 from hf_grow.model.architecture import Architecture
 
@@ -56,7 +56,7 @@ def generate(folder: Path, config: Mapping[str, Any], shard_size: int, seed: int
     """Writes the checkpoint and returns its bytes. Matrices are N(0, 0.02), gains 1. The folder must not exist."""
     shards = shards_of(config, shard_size)
     total = sum(s.size for s in shards)
-    check_room(folder, total)
+    check_disk_space(folder, total)
     folder.mkdir(parents=True)
     values = _bfloat16(np.random.default_rng(seed).standard_normal(VALUES, dtype=np.float32) * np.float32(STD))
     ones = _bfloat16(np.ones(VALUES >> 7, np.float32))
@@ -69,7 +69,7 @@ def generate(folder: Path, config: Mapping[str, Any], shard_size: int, seed: int
                 _fill(file.fileno(), slot.start, slot.stop, ones if gain else values, 0 if gain else offset)
                 offset = (offset + STRIDE) % VALUES
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if index := index_of(shards):
+    if index := build_index(shards):
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return total
 

@@ -23,7 +23,7 @@ from arms import ARMS
 from measure import machine
 from stage import Settings
 
-from hf_grow.convert.execute import versions
+from hf_grow.convert.metadata import versions
 
 PLAIN = "fine-tuning"
 YARDSTICK = (PLAIN, "fine-tuning, LR / 3", "fine-tuning, LR / 10", "fine-tuning, LR x 2", "fine-tuning, half the steps")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.checkpoint.donors import named, with_others
+from hf_grow.checkpoint.donors import parse_donor_refs, with_donors
 from hf_grow.checkpoint.model_ids import ALIASES
 from hf_grow.checkpoint.reader import Checkpoint, open_folder
 from hf_grow.checkpoint.source import open_source
@@ -47,9 +47,9 @@ def find_method(name: str) -> Method:
 def plan_for(info: SourceInfo, method: Method, options: Options) -> GrowthPlan:
     """A checked plan for a described source. The source is checked first: its faults explain themselves better than a plan's."""
     check_source(info)
-    for other in info.others.values():
+    for other in info.donors.values():
         check_source(other)
-    others = [other.architecture for other in info.others.values()]
+    others = [other.architecture for other in info.donors.values()]
     plan = make_plan(info, method.build(info.architecture, options, others) if others else method.build(info.architecture, options))
     if not method.checks_own_options:
         reject_ineffective_options(method, info.architecture, options, others)
@@ -62,7 +62,7 @@ def open_sources(ref: str, options: Options, *, revision: str | None = None, wei
     Raises SourceError as `open_source` does, and where tokenizers differ.
     """
     main = open_source(ref, revision=revision, weights=weights, notify=notify)
-    return with_others(main, named(options.extra_sources()), weights=weights, notify=notify)
+    return with_donors(main, parse_donor_refs(options.extra_sources()), weights=weights, notify=notify)
 
 
 def plan(
@@ -78,10 +78,13 @@ def plan(
     if isinstance(source, str | Path):
         info = open_sources(str(source), parsed, revision=revision, weights=False, notify=notify).info
     else:
-        from hf_grow.convert.in_memory import describe
+        from hf_grow.convert.in_memory import describe_model
 
-        others = {label: open_source(ref, revision=r, weights=False, notify=notify).info for label, ref, r in named(parsed.extra_sources())}
-        info = replace(describe(source), others=others)
+        others = {
+            label: open_source(ref, revision=r, weights=False, notify=notify).info
+            for label, ref, r in parse_donor_refs(parsed.extra_sources())
+        }
+        info = replace(describe_model(source), donors=others)
     return plan_for(info, found, parsed)
 
 
@@ -153,7 +156,7 @@ def verify(
     parsed = parse(TaskOptions, {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}, where="verify", strict=False)
     grown = open_folder(Path(new))
     source = open_source(str(old), revision=revision or _grown_from(str(old), grown), weights=True, notify=notify)
-    source = with_others(source, _further_of(grown), weights=True, notify=notify)
+    source = with_donors(source, _further_of(grown), weights=True, notify=notify)
     return verify_checkpoints(
         source,
         grown,

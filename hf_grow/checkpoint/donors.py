@@ -15,7 +15,7 @@ from hf_grow.errors import SourceError
 Notify = Callable[[str], None]
 
 
-def named(refs: Iterable[str]) -> list[tuple[str, str, str | None]]:
+def parse_donor_refs(refs: Iterable[str]) -> list[tuple[str, str, str | None]]:
     """(label, folder or Hub id, revision) of checkpoints as a user names them; a Hub id may carry a revision: OWNER/NAME@REVISION."""
     out = []
     for label, ref in enumerate(refs, 1):
@@ -24,7 +24,7 @@ def named(refs: Iterable[str]) -> list[tuple[str, str, str | None]]:
     return out
 
 
-def with_others(
+def with_donors(
     main: Checkpoint, others: Iterable[tuple[str, str, str | None]], *, weights: bool, notify: Notify = lambda message: None
 ) -> Checkpoint:
     """The main checkpoint with further ones, each (label, ref, revision). Raises SourceError as `open_source` does, and where tokenizers differ."""
@@ -32,7 +32,7 @@ def with_others(
     for label, ref, revision in others:
         opened[label] = open_source(ref, revision=revision, weights=weights, notify=notify)
         check_same_tokenizer(main, opened[label], notify)
-    return replace(main, others=opened) if opened else main
+    return replace(main, donors=opened) if opened else main
 
 
 def check_same_tokenizer(main: Checkpoint, other: Checkpoint, notify: Notify) -> None:

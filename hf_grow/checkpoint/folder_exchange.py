@@ -31,13 +31,13 @@ def lock(path: Path, what: Path) -> int:
         except OSError as error:
             os.close(handle)
             if isinstance(error, BlockingIOError):
-                raise busy(what) from None
+                raise locked_error(what) from None
             error.filename = str(path)
             raise
         os.close(handle)  # its last holder has just removed it: there is another by now, or will be
 
 
-def busy(what: Path) -> OutputError:
+def locked_error(what: Path) -> OutputError:
     return OutputError(f"Another hf-grow is writing {what} right now.", hint="Wait for it, or choose another -o.")
 
 
@@ -79,7 +79,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 def sync(path: Path) -> None:
     """A folder's names are on the disk."""
-    with naming(path):
+    with error_filename(path):
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)
@@ -91,7 +91,7 @@ def sync_files(folder: int, path: Path) -> None:
     """The content of every file below an open folder, which is at `path`, is on the disk; what is there already costs nothing."""
     for where, _, names, inside in os.fwalk(".", dir_fd=folder, onerror=_raise):
         for name in names:
-            with naming(path / where / name):
+            with error_filename(path / where / name):
                 handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=inside)
                 try:
                     os.fsync(handle)
@@ -99,23 +99,23 @@ def sync_files(folder: int, path: Path) -> None:
                     os.close(handle)
 
 
-def odd_files(folder: int) -> Iterator[tuple[str, bool, bool]]:
+def walk_folder(folder: int) -> Iterator[tuple[str, bool, bool]]:
     """(relative path, whether it is a folder, whether it is odd) of all below an open folder; odd is what is neither a folder nor a regular
     file of one name: written through a link or a second name, a file elsewhere would change."""
     for where, folders, names, inside in os.fwalk(".", dir_fd=folder, onerror=_raise):
         for name in (*folders, *names):
             found = os.stat(name, dir_fd=inside, follow_symlinks=False)
             is_folder = stat.S_ISDIR(found.st_mode)
-            yield os.path.normpath(os.path.join(where, name)), is_folder, not (is_folder or is_plain(found))
+            yield os.path.normpath(os.path.join(where, name)), is_folder, not (is_folder or is_plain_file(found))
 
 
-def is_plain(found: os.stat_result) -> bool:
+def is_plain_file(found: os.stat_result) -> bool:
     """Whether it is a regular file without a second name."""
     return stat.S_ISREG(found.st_mode) and found.st_nlink <= 1
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def error_filename(path: Path) -> Iterator[None]:
     """Errors of the system in calls on an open file get the file's name."""
     try:
         yield

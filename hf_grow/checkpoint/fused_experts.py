@@ -11,19 +11,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hf_grow.checkpoint.safetensors_header import Stored
+from hf_grow.checkpoint.safetensors_header import TensorLocation
 from hf_grow.errors import SourceError
 from hf_grow.model.families import FAMILIES
 
 
-def unfused(config: Mapping[str, Any], tensors: Mapping[str, Stored], ref: str) -> dict[str, Stored]:
+def unfuse_experts(config: Mapping[str, Any], tensors: Mapping[str, TensorLocation], ref: str) -> dict[str, TensorLocation]:
     """The tensors of a checkpoint by the names of the table. Raises SourceError for fused ones of another shape, or beside unfused ones."""
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     patterns = (
         [(re.compile(re.escape(name).replace(r"\{layer\}", r"(\d{1,6})")), parts) for name, parts in family.fused.items()] if family else []
     )
-    out: dict[str, Stored] = {}
+    out: dict[str, TensorLocation] = {}
     for name, stored in tensors.items():
         match, parts = next(((m, parts) for pattern, parts in patterns if (m := pattern.fullmatch(name))), (None, ()))
         for own, piece in _pieces(stored, name, parts, match[1], ref) if match else [(name, stored)]:
@@ -35,7 +35,7 @@ def unfused(config: Mapping[str, Any], tensors: Mapping[str, Stored], ref: str) 
     return out
 
 
-def _pieces(stored: Stored, name: str, parts: tuple[str, ...], layer: str, ref: str) -> list[tuple[str, Stored]]:
+def _pieces(stored: TensorLocation, name: str, parts: tuple[str, ...], layer: str, ref: str) -> list[tuple[str, TensorLocation]]:
     if "{expert}" not in parts[0]:
         return [(parts[0].format(layer=layer), stored)]
     if len(stored.shape) != 3 or not all(stored.shape) or stored.shape[1] % len(parts):

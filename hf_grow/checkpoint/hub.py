@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hf_grow.checkpoint.byte_ranges import content_range, open_range
 from hf_grow.checkpoint.hub_errors import Unreachable, cache_folder, example, http_error, hub_url, read_errors
-from hf_grow.checkpoint.safetensors_header import Stored, header_length, read_header
+from hf_grow.checkpoint.safetensors_header import TensorLocation, header_length, read_header
 from hf_grow.common.safe_files import MAX_FILE_BYTES, open_regular, read_bytes
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import SourceError
@@ -109,7 +109,7 @@ def check_hash(listing: Listing, name: str, path: Path) -> None:
         )
 
 
-def fetch_header(listing: Listing, file: str) -> tuple[dict[str, Stored], int]:
+def fetch_header(listing: Listing, file: str) -> tuple[dict[str, TensorLocation], int]:
     """Tensors and size in bytes of a weight file. Only its header is read: from the cache, else by byte ranges. Raises SourceError."""
     from huggingface_hub import HfApi, hf_hub_url
 

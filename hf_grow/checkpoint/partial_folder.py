@@ -20,7 +20,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hf_grow.checkpoint.folder_exchange import busy, exchange, is_locked, is_plain, lock, naming, odd_files, sync, sync_files, unlock
+from hf_grow.checkpoint.folder_exchange import (
+    error_filename,
+    exchange,
+    is_locked,
+    is_plain_file,
+    lock,
+    locked_error,
+    sync,
+    sync_files,
+    unlock,
+    walk_folder,
+)
 from hf_grow.checkpoint.reader import GROWTH, INDEX, TEMPLATES
 from hf_grow.checkpoint.source import CONFIG, companion_bytes, is_companion
 from hf_grow.checkpoint.writer import Shard
@@ -28,7 +39,7 @@ from hf_grow.common.safe_files import error_text, read_bytes, to_json
 from hf_grow.errors import OutputError, SourceError
 
 JOURNAL = ".hf-grow-journal.jsonl"
-SPOOL = ".source"
+SOURCE_CACHE = ".source"
 """Folder of source tensors that are here for a while."""
 _SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 _TRAINER = ("optimizer.*", "scheduler.pt", "scaler.pt", "trainer_state.json", "rng_state*.pth")  # grown along with a model
@@ -77,7 +88,7 @@ class PartialFolder:
     def check(final: Path, *, resume: bool, overwrite: bool, resumable: bool = True) -> None:
         """Raises OutputError if `final` must not be written; writes nothing, so that a dry run can ask too."""
         if is_locked(_lock_of(final)):
-            raise busy(final)
+            raise locked_error(final)
         try:
             _check(final, resume, overwrite, resumable)
         except OSError as error:
@@ -95,7 +106,7 @@ class PartialFolder:
             shutil.rmtree(self.path)
         self.path.mkdir(exist_ok=True)
         self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        for name, is_folder, odd in odd_files(self._folder):
+        for name, is_folder, odd in walk_folder(self._folder):
             if odd or not _made_here(name, is_folder):
                 raise OutputError(
                     f"{self.path / name} was not made by hf-grow.",
@@ -140,28 +151,28 @@ class PartialFolder:
         self._write(to_json(entry, indent=None).encode())
 
     def _write(self, data: bytes) -> None:
-        with self._journal_lock, naming(self.path / JOURNAL):
+        with self._journal_lock, error_filename(self.path / JOURNAL):
             while data:
                 data = data[os.write(self._journal, data) :]
 
     def open(self, name: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
         """A file of the folder, to be written: never through a link that leads elsewhere, nor under a second name. Raises OutputError, OSError."""
         parent, _, last = name.rpartition("/")
-        with naming(self.path / name):
+        with error_filename(self.path / name):
             folder = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._folder) if parent else self._folder
             try:
                 handle = os.open(last, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=folder)
             finally:
                 if parent:
                     os.close(folder)
-            if is_plain(os.fstat(handle)):
+            if is_plain_file(os.fstat(handle)):
                 return handle
             os.close(handle)
         raise OutputError(f"{self.path / name} was not made by hf-grow.", hint="Remove it, or start anew with --overwrite.")
 
     def write_file(self, name: str, data: bytes) -> None:
         handle = self.open(name)
-        with naming(self.path / name):
+        with error_filename(self.path / name):
             try:
                 os.ftruncate(handle, 0)  # now, not while opening: a file of two names must keep its content
                 while data:
@@ -172,16 +183,16 @@ class PartialFolder:
     def write_json(self, name: str, data: Any) -> None:
         self.write_file(name, to_json(data).encode())
 
-    def copy_in(self, folder: Path, relative: Path) -> None:
+    def copy_companion(self, folder: Path, relative: Path) -> None:
         """Copies a file that comes along from another folder; its mode follows the umask."""
         if relative.parent.name:
             (self.path / relative).parent.mkdir(exist_ok=True)
         self.write_file(relative.as_posix(), companion_bytes(folder / relative))
 
-    def tidy(self, keep: set[str]) -> None:
+    def remove_except(self, keep: set[str]) -> None:
         """Removes what is neither the journal nor in `keep`, by name in the folder itself."""
         for name in set(os.listdir(self._folder)) - keep - {JOURNAL}:
-            with naming(self.path / name):
+            with error_filename(self.path / name):
                 if stat.S_ISDIR(os.stat(name, dir_fd=self._folder, follow_symlinks=False).st_mode):
                     shutil.rmtree(self.path / name)
                 else:
@@ -189,7 +200,7 @@ class PartialFolder:
 
     def finish(self, files: set[str]) -> None:
         """Everything is written: it goes to the disk, what is none of `files` goes, and the folder gets its name."""
-        self.tidy(files)
+        self.remove_except(files)
         sync_files(self._folder, self.path)
         sync(self.path)
         replaced = None
@@ -197,7 +208,7 @@ class PartialFolder:
         if self.overwrite and self.final.exists():
             replaced = {"inode": _inode(self.final), "aside": aside.name}
         self._append({"finished": True, "replaced": replaced})
-        with naming(self.path / JOURNAL):
+        with error_filename(self.path / JOURNAL):
             os.fsync(self._journal)
         if not (replaced and exchange(self.path, self.final)):
             if replaced:
@@ -228,11 +239,11 @@ class PartialFolder:
 
     def discard(self) -> None:
         """Everything is elsewhere: nothing stays here. The journal, which knows that, goes last."""
-        self.tidy(set())
+        self.remove_except(set())
         shutil.rmtree(self.path)
 
     @property
-    def go_on(self) -> str:
+    def resume_hint(self) -> str:
         """What a user can do after an error, or an interruption."""
         if not self.resumable:
             return "Repeat the command with --overwrite."
@@ -299,9 +310,9 @@ def _made_here(name: str, is_folder: bool) -> bool:
     """Whether hf-grow puts a file of this name into a partial folder."""
     top, _, rest = name.partition("/")
     if is_folder:
-        return name in (SPOOL, TEMPLATES)
-    if top == SPOOL or rest:
-        return top == SPOOL or is_companion(name)
+        return name in (SOURCE_CACHE, TEMPLATES)
+    if top == SOURCE_CACHE or rest:
+        return top == SOURCE_CACHE or is_companion(name)
     return (
         name in (JOURNAL, CONFIG, INDEX, GROWTH)
         or bool(_SHARD.fullmatch(name))

@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_grow.checkpoint.fused_experts import unfused
-from hf_grow.checkpoint.provenance import history_of
-from hf_grow.checkpoint.safetensors_header import Stored, check_name, read_file_header
-from hf_grow.checkpoint.transfer import sha256_of
+from hf_grow.checkpoint.fused_experts import unfuse_experts
+from hf_grow.checkpoint.provenance import growth_history
+from hf_grow.checkpoint.safetensors_header import TensorLocation, check_name, read_file_header
+from hf_grow.checkpoint.transfer import file_sha256
 from hf_grow.common.safe_files import check_no_special_files, error_text, open_regular, read_json
 from hf_grow.errors import SourceError
 from hf_grow.growth.plan import EMBEDDING, HEAD, SourceInfo
@@ -34,35 +34,35 @@ class Checkpoint:
     ref: str
     revision: str
     config: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, TensorLocation]
     files: Mapping[str, Mapping[str, Any]]
     folder: Path | None = None
     growth: Mapping[str, Any] | None = None
     """The growth.json beside the weights, if it was grown."""
-    others: Mapping[str, Checkpoint] = field(default_factory=dict)
+    donors: Mapping[str, Checkpoint] = field(default_factory=dict)
     """Further checkpoints that a growth reads, by their label."""
     head: Literal["", "equal", "own"] = ""
     """See SourceInfo; `config` says what holds, not what config.json says."""
 
     @cached_property
     def info(self) -> SourceInfo:
-        others = {label: other.info for label, other in self.others.items()}
+        others = {label: other.info for label, other in self.donors.items()}
         tensors = {n: t.info for n, t in self.tensors.items()}
-        return SourceInfo(self.ref, self.revision, self.config, tensors, self.files, history_of(self.growth), others, self.head)
+        return SourceInfo(self.ref, self.revision, self.config, tensors, self.files, growth_history(self.growth), others, self.head)
 
-    def find(self, key: str) -> tuple[Path, Stored]:
+    def find(self, key: str) -> tuple[Path, TensorLocation]:
         """The file and the place of a source tensor by `Source.key`."""
         label, _, name = key.rpartition("::")
-        checkpoint = self.others[label] if label else self
+        checkpoint = self.donors[label] if label else self
         stored = checkpoint.tensors[name]
         return checkpoint.path(stored.file), stored
 
     @property
-    def undecided(self) -> bool:
+    def head_unresolved(self) -> bool:
         """Whether a head is stored that config.json ties to the embedding, and nobody has compared the two; see `heads`."""
         return not self.head and self.config.get("tie_word_embeddings") is True and self.tensors.keys() >= {HEAD, EMBEDDING}
 
-    def decided(self, same: bool) -> Checkpoint:
+    def with_resolved_head(self, same: bool) -> Checkpoint:
         if same:
             return replace(self, head="equal")
         return replace(self, head="own", config={**self.config, "tie_word_embeddings": False})
@@ -84,17 +84,17 @@ def _open_folder(folder: Path, ref: str, revision: str) -> Checkpoint:
     check_no_special_files(folder, TEMPLATES)
     weight_map = _weight_map(folder, ref)  # first: adapters and GGUF folders have no config.json, and a refusal of their own
     config = read_json(folder / "config.json", f"{ref} is no checkpoint: it has no config.json.")
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorLocation] = {}
     files: dict[str, dict[str, Any]] = {}
     for file in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
         found, stat = read_file_header(folder / file)
         files[file] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        merge(tensors, found, file, weight_map, ref)
+        add_shard_tensors(tensors, found, file, weight_map, ref)
     check_index(tensors, weight_map, ref)
     growth = folder / GROWTH
-    tensors = unfused(config, tensors, ref)
+    tensors = unfuse_experts(config, tensors, ref)
     checkpoint = Checkpoint(ref, revision, config, tensors, files, folder, read_json(growth) if os.path.lexists(growth) else None)
-    return checkpoint.decided(_same_bytes(checkpoint, HEAD, EMBEDDING)) if checkpoint.undecided else checkpoint
+    return checkpoint.with_resolved_head(_same_bytes(checkpoint, HEAD, EMBEDDING)) if checkpoint.head_unresolved else checkpoint
 
 
 def _same_bytes(checkpoint: Checkpoint, name: str, other: str) -> bool:
@@ -109,7 +109,9 @@ def _same_bytes(checkpoint: Checkpoint, name: str, other: str) -> bool:
         )
 
 
-def merge(into: dict[str, Stored], found: Mapping[str, Stored], file: str, weight_map: Mapping[str, str], ref: str) -> None:
+def add_shard_tensors(
+    into: dict[str, TensorLocation], found: Mapping[str, TensorLocation], file: str, weight_map: Mapping[str, str], ref: str
+) -> None:
     """Adds a shard's tensors. Raises SourceError for one that the index puts elsewhere, or that stands twice."""
     for name, stored in found.items():
         if name in into or (weight_map and weight_map.get(name) != file):
@@ -120,7 +122,7 @@ def merge(into: dict[str, Stored], found: Mapping[str, Stored], file: str, weigh
         into[name] = stored
 
 
-def check_index(tensors: Mapping[str, Stored], weight_map: Mapping[str, str], ref: str) -> None:
+def check_index(tensors: Mapping[str, TensorLocation], weight_map: Mapping[str, str], ref: str) -> None:
     absent = [n for n in weight_map if n not in tensors]
     if absent:
         raise SourceError(
@@ -155,10 +157,10 @@ def _weight_map(folder: Path, ref: str) -> dict[str, str]:
                     f"{ref}: shard {file} is missing.", hint="Download the checkpoint again; every shard of the index is needed."
                 )
         return weight_map
-    raise no_safetensors([p.name for p in folder.iterdir()], ref)
+    raise no_safetensors_error([p.name for p in folder.iterdir()], ref)
 
 
-def no_safetensors(names: list[str], ref: str) -> SourceError:
+def no_safetensors_error(names: list[str], ref: str) -> SourceError:
     """The right refusal for a checkpoint without model.safetensors and index, by the files it has."""
     if any(n.startswith("adapter_model") for n in names):
         return SourceError(f"{ref} is a PEFT adapter (LoRA), not a model.", hint=_merged(ref, "adapter_model.safetensors" in names))
@@ -170,7 +172,7 @@ def no_safetensors(names: list[str], ref: str) -> SourceError:
     if files := sorted(n for n in names if n.endswith(".gguf")):
         return SourceError(
             f"{ref} is a GGUF checkpoint; growth needs safetensors, best those that it was made from.",
-            hint=f"Or dequantize it (pip install gguf): {dequantize(ref, files[0])}",
+            hint=f"Or dequantize_command it (pip install gguf): {dequantize_command(ref, files[0])}",
         )
     return SourceError(f"{ref} has no {SINGLE} and no {INDEX}.")
 
@@ -185,7 +187,7 @@ def _merged(ref: str, safe: bool) -> str:
     return f"Merge it first: {fetch} && {shlex.join(['hf-grow', 'merge', name, '-o', f'{name}-merged'])}"
 
 
-def dequantize(ref: str, file: str) -> str:
+def dequantize_command(ref: str, file: str) -> str:
     """A command that makes safetensors of a GGUF file. Its weights are plain numbers once they are loaded, but transformers takes the model for
     quantized as long as hf_quantizer stands, and does not save it."""
     code = (
@@ -197,6 +199,6 @@ def dequantize(ref: str, file: str) -> str:
     return f"python -c {shlex.quote(code)}" if "$" in code or '"' in code or "`" in code or "\\" in code else f'python -c "{code}"'
 
 
-def files_of(folder: Path) -> dict[str, dict[str, Any]]:
+def hash_weight_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Weight file -> size and SHA-256, by which `verify` and `push` know the weights again; every byte is read."""
-    return {name: {"size": facts["size"], "sha256": sha256_of(folder / name)} for name, facts in open_folder(folder).files.items()}
+    return {name: {"size": facts["size"], "sha256": file_sha256(folder / name)} for name, facts in open_folder(folder).files.items()}

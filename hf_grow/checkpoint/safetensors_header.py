@@ -1,6 +1,6 @@
 """Headers of safetensors files that are not to be trusted.
 
-`Stored` says where each tensor's bytes lie, so that whoever needs them copies or reads just those. The rules are those of the safetensors format:
+`TensorLocation` says where each tensor's bytes lie, so that whoever needs them copies or reads just those. The rules are those of the safetensors format:
 8 bytes of length, JSON, then data that the offsets tile without hole or overlap.
 """
 
@@ -23,7 +23,7 @@ MAX_NAME = 500
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorLocation:
     """One tensor in one file: bytes [start, stop) counted from the start of the file."""
 
     file: str
@@ -37,7 +37,7 @@ class Stored:
         return TensorInfo(self.dtype, self.shape)
 
 
-def read_file_header(path: Path) -> tuple[dict[str, Stored], os.stat_result]:
+def read_file_header(path: Path) -> tuple[dict[str, TensorLocation], os.stat_result]:
     """The tensors of a safetensors file, and what the system says of it. Raises SourceError."""
     with open_regular(path) as handle:
         stat = os.fstat(handle.fileno())
@@ -58,7 +58,7 @@ def header_length(prefix: bytes, size: int, where: str) -> int:
     return length
 
 
-def read_header(prefix: bytes, read: Any, size: int, where: str) -> dict[str, Stored]:
+def read_header(prefix: bytes, read: Any, size: int, where: str) -> dict[str, TensorLocation]:
     """The tensors of a safetensors file of `size` bytes, whose header `read(n)` gives after the first 8 bytes."""
     length = header_length(prefix, size, where)
     raw = read(length)
@@ -103,7 +103,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _stored(name: str, entry: Any, file: str, base: int, where: str) -> Stored:
+def _stored(name: str, entry: Any, file: str, base: int, where: str) -> TensorLocation:
     def whole(values: Any) -> bool:
         return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**62 for v in values)
 
@@ -126,4 +126,4 @@ def _stored(name: str, entry: Any, file: str, base: int, where: str) -> Stored:
         raise SourceError(
             f"{where}: {name} of shape {shape} and dtype {dtype} needs {math.prod(shape) * DTYPE_BYTES[dtype]} bytes, its offsets span {stop - start}."
         )
-    return Stored(file, dtype, tuple(shape), base + start, base + stop)
+    return TensorLocation(file, dtype, tuple(shape), base + start, base + stop)

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from hf_grow.checkpoint import hub
-from hf_grow.checkpoint.fused_experts import unfused
+from hf_grow.checkpoint.fused_experts import unfuse_experts
 from hf_grow.checkpoint.hub_errors import Unreachable, cache_folder
 from hf_grow.checkpoint.model_ids import ALIASES, MODELS, similar_ids, why_not_hub_id
 from hf_grow.checkpoint.reader import (
@@ -23,13 +23,13 @@ from hf_grow.checkpoint.reader import (
     SINGLE,
     TEMPLATES,
     Checkpoint,
+    add_shard_tensors,
     check_index,
-    merge,
-    no_safetensors,
+    no_safetensors_error,
     open_folder,
     parse_index,
 )
-from hf_grow.checkpoint.safetensors_header import Stored
+from hf_grow.checkpoint.safetensors_header import TensorLocation
 from hf_grow.common.safe_files import read_bytes, read_json, to_json
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import InputError, SourceError
@@ -65,7 +65,7 @@ COMPANIONS = (
 """Files that come along with a grown checkpoint, whatever the case of their names. The model card does not: the grown model gets its own."""
 
 # Whatever they are called, weights and pickles are no companions; nor are the scripts that DeepSpeed lays beside its checkpoints.
-NEVER = (
+EXCLUDED = (
     "zero_to_fp32.py",
     "zero_to_torch.py",
     ".safetensors",
@@ -115,11 +115,11 @@ def open_source(
     return _download(remote, checkpoint, notify) if weights else checkpoint
 
 
-def if_cached(checkpoint: Checkpoint) -> Checkpoint:
+def prefer_cached(checkpoint: Checkpoint) -> Checkpoint:
     """A checkpoint on the Hub, as a copy in the cache where all its weights are there; else as it is."""
     if checkpoint.folder is not None or not all(hub.cached_file(checkpoint.ref, checkpoint.revision, f) for f in checkpoint.files):
         return checkpoint
-    return replace(_from_cache(checkpoint.ref, checkpoint.revision, False, lambda message: None), others=checkpoint.others)
+    return replace(_from_cache(checkpoint.ref, checkpoint.revision, False, lambda message: None), donors=checkpoint.donors)
 
 
 def fetch_companions(checkpoint: Checkpoint) -> Path:
@@ -131,7 +131,7 @@ def fetch_companions(checkpoint: Checkpoint) -> Path:
 def is_companion(path: str) -> bool:
     """Whether a file, by its path in the folder or repository, comes along with a grown checkpoint."""
     # fnmatch's * matches a slash too, but LICENSE* must not reach into a folder LICENSES.
-    return not path.lower().endswith(NEVER) and any(
+    return not path.lower().endswith(EXCLUDED) and any(
         pattern.count("/") == path.count("/") and fnmatchcase(path.lower(), pattern.lower()) for pattern in COMPANIONS
     )
 
@@ -140,7 +140,7 @@ def companions(folder: Path) -> list[Path]:
     """The companion files in `folder`, as paths relative to it; none that a link leads out of it, but for those of the Hub's cache."""
     candidates = [Path(n) for n in os.listdir(folder)]
     candidates += [Path(p.parent.name, p.name) for p in folder.glob("*/*") if p.parent.name == TEMPLATES]
-    return sorted(p for p in candidates if is_companion(p.as_posix()) and (folder / p).is_file() and is_inside(folder, folder / p))
+    return sorted(p for p in candidates if is_companion(p.as_posix()) and (folder / p).is_file() and is_contained(folder, folder / p))
 
 
 def companion_bytes(path: Path) -> bytes:
@@ -156,7 +156,7 @@ def companion_bytes(path: Path) -> bytes:
     return data if portable == config else to_json(portable).encode()
 
 
-def is_inside(folder: Path, path: Path) -> bool:
+def is_contained(folder: Path, path: Path) -> bool:
     if path.resolve().is_relative_to(folder.resolve()):
         return True
     if folder.parent.name != "snapshots" or not path.is_symlink():
@@ -172,7 +172,7 @@ def _is_folder(ref: str) -> bool:
         return True
     if os.path.isfile(path):
         if ref.endswith(".gguf"):
-            raise no_safetensors([os.path.basename(path)], os.path.dirname(path) or ".")
+            raise no_safetensors_error([os.path.basename(path)], os.path.dirname(path) or ".")
         raise SourceError(f"{ref} is a file.", hint=f"Give the folder of the whole checkpoint, as in {os.path.dirname(ref) or '.'}.")
     if "://" in ref:
         raise SourceError(f"{ref} is an address.", hint="Give the id of the Hub repository alone: OWNER/NAME.")
@@ -197,7 +197,7 @@ def _headers(remote: hub.Listing) -> Checkpoint:
     """Config, index and headers of a commit, without its weights."""
     ref, names = remote.ref, remote.sizes
     if SINGLE not in names and INDEX not in names:
-        raise no_safetensors([n for n in names if "/" not in n], ref)
+        raise no_safetensors_error([n for n in names if "/" not in n], ref)
     if CONFIG not in names:
         raise SourceError(f"{ref} is no checkpoint: it has no {CONFIG}.")
     config = read_json(hub.fetch_small_file(remote, CONFIG), "")
@@ -209,15 +209,15 @@ def _headers(remote: hub.Listing) -> Checkpoint:
             f"{ref}: the index names {missing[0]}, which the repository does not have ({len(missing)} such files).",
             hint="The repository is incomplete; use another revision, or tell its owner.",
         )
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorLocation] = {}
     files: dict[str, Mapping[str, object]] = {}
     with ThreadPoolExecutor(min(8, len(shards))) as pool:
         for file, (found, size) in zip(shards, pool.map(lambda shard: hub.fetch_header(remote, shard), shards), strict=True):
-            merge(tensors, found, file, weight_map, ref)
+            add_shard_tensors(tensors, found, file, weight_map, ref)
             files[file] = _identity(size, remote.sha256.get(file))
     check_index(tensors, weight_map, ref)
     growth = read_json(hub.fetch_small_file(remote, GROWTH), "") if GROWTH in names else None
-    return Checkpoint(ref, remote.commit, config, unfused(config, tensors, ref), files, None, growth)
+    return Checkpoint(ref, remote.commit, config, unfuse_experts(config, tensors, ref), files, None, growth)
 
 
 def _download(remote: hub.Listing, checkpoint: Checkpoint, notify: Callable[[str], None]) -> Checkpoint:

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from hf_grow.checkpoint.folder_exchange import naming
+from hf_grow.checkpoint.folder_exchange import error_filename
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.common.safe_files import open_regular
 from hf_grow.errors import ExecutionError
@@ -29,7 +29,7 @@ class StoredTensors:
         path, stored = self.checkpoint.find(key)
         row = (stored.stop - stored.start) // stored.shape[0]
         data = torch.empty(stop - start, *stored.shape[1:], dtype=torch_dtype(stored.dtype))
-        with open_regular(path) as file, naming(path):
+        with open_regular(path) as file, error_filename(path):
             read = os.preadv(file.fileno(), [raw_bytes(data)], stored.start + start * row)
         if read != (stop - start) * row:
             raise ExecutionError(f"{key} could not be read whole from {stored.file}.", hint="Did the source change? Run again.")

@@ -23,9 +23,9 @@ import xxhash
 
 from hf_grow.checkpoint.byte_ranges import fetch_range
 from hf_grow.checkpoint.hub_errors import Unreachable
-from hf_grow.checkpoint.partial_folder import SPOOL
+from hf_grow.checkpoint.partial_folder import SOURCE_CACHE
 from hf_grow.checkpoint.reader import Checkpoint
-from hf_grow.checkpoint.safetensors_header import Stored
+from hf_grow.checkpoint.safetensors_header import TensorLocation
 from hf_grow.checkpoint.transfer import Stop, write_all
 from hf_grow.checkpoint.writer import DEFAULT_SOURCE_CACHE, Shard
 from hf_grow.errors import ExecutionError
@@ -103,8 +103,8 @@ class TensorCache:
     """
 
     def __init__(self, plan: GrowthPlan, source: Checkpoint, shards: Sequence[Shard], *, keep: int = DEFAULT_SOURCE_CACHE) -> None:
-        self._origin: dict[str, tuple[Checkpoint, Stored]] = {}
-        for label, part in [("", source), *source.others.items()]:
+        self._origin: dict[str, tuple[Checkpoint, TensorLocation]] = {}
+        for label, part in [("", source), *source.donors.items()]:
             if part.folder is None:
                 self._origin |= {f"{label}::{name}" if label else name: (part, stored) for name, stored in part.tensors.items()}
         self.schedule = schedule(plan, [slot.name for shard in shards for slot in shard.slots], frozenset(self._origin), keep)
@@ -112,7 +112,7 @@ class TensorCache:
         """Bytes fetched so far."""
         self._source = source
         self._places = {
-            key: Stored(f"{stored.file}.{number}", stored.dtype, stored.shape, 0, stored.stop - stored.start)
+            key: TensorLocation(f"{stored.file}.{number}", stored.dtype, stored.shape, 0, stored.stop - stored.start)
             for number, (key, (_, stored)) in enumerate(self._origin.items())
         }
         self._tensors = {key: _Tensor() for key in self._origin}
@@ -120,14 +120,14 @@ class TensorCache:
         self._tags: dict[str, dict[tuple[str, str], str]] = {part.ref: {} for part, _ in self._origin.values()}
         self._lock = threading.Lock()
 
-    def most(self, workers: int) -> int:
+    def peak_bytes(self, workers: int) -> int:
         """Bytes on the disk at a time, at most, with so many targets in work."""
         return min(self.schedule.waiting + workers * self.schedule.largest, self.schedule.once)
 
     @contextmanager
     def open(self, folder: Path) -> Iterator[Checkpoint]:
         """The source as it reads while the growth goes on, from files under `folder`; what an interrupted run left there goes first and last."""
-        self._folder = folder / SPOOL
+        self._folder = folder / SOURCE_CACHE
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir()
         try:
@@ -136,14 +136,14 @@ class TensorCache:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _view(self, part: Checkpoint, label: str) -> Checkpoint:
-        others = {name: self._view(other, name) for name, other in part.others.items()}
+        others = {name: self._view(other, name) for name, other in part.donors.items()}
         if part.folder is not None:
-            return replace(part, others=others)
+            return replace(part, donors=others)
         tensors = {name: self._places[f"{label}::{name}" if label else name] for name in part.tensors}
-        return replace(part, tensors=tensors, folder=self._folder, others=others)
+        return replace(part, tensors=tensors, folder=self._folder, donors=others)
 
     @contextmanager
-    def needed(self, target: str, stop: Stop) -> Iterator[None]:
+    def fetched_for(self, target: str, stop: Stop) -> Iterator[None]:
         """Inside, the source tensors of one target are there. Raises ExecutionError, SourceError."""
         keys = self.schedule.needs.get(target, ())
         with self._lock:
@@ -164,7 +164,7 @@ class TensorCache:
                     self._tensors[key].users -= 1
                     self._drop_unused(key)
 
-    def passed(self, target: str) -> None:
+    def skip(self, target: str) -> None:
         """A target that an earlier run wrote: nothing waits for it."""
         with self._lock:
             self._seen.add(target)

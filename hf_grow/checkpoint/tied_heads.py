@@ -16,7 +16,7 @@ from hf_grow.errors import SourceError
 from hf_grow.growth.plan import EMBEDDING, HEAD, GrowthPlan
 
 
-def settled_by_ranges(checkpoint: Checkpoint) -> Checkpoint:
+def resolve_tied_heads(checkpoint: Checkpoint) -> Checkpoint:
     """Compares the two of a checkpoint on the Hub, and of the further ones beside it: they are fetched, and kept nowhere. Raises SourceError."""
 
     tags: dict[tuple[str, str], str] = {}
@@ -30,17 +30,17 @@ def settled_by_ranges(checkpoint: Checkpoint) -> Checkpoint:
             sha.update(piece)
         return sha.digest()
 
-    if checkpoint.others:
-        checkpoint = replace(checkpoint, others={label: settled_by_ranges(other) for label, other in checkpoint.others.items()})
-    if not checkpoint.undecided or checkpoint.folder is not None:
+    if checkpoint.donors:
+        checkpoint = replace(checkpoint, donors={label: resolve_tied_heads(other) for label, other in checkpoint.donors.items()})
+    if not checkpoint.head_unresolved or checkpoint.folder is not None:
         return checkpoint
     same = checkpoint.tensors[HEAD].info == checkpoint.tensors[EMBEDDING].info
-    return checkpoint.decided(same and digest(HEAD) == digest(EMBEDDING))
+    return checkpoint.with_resolved_head(same and digest(HEAD) == digest(EMBEDDING))
 
 
-def check_heads(plan: GrowthPlan, checkpoint: Checkpoint) -> None:
+def check_tied_heads(plan: GrowthPlan, checkpoint: Checkpoint) -> None:
     """Raises SourceError if the plan was made from headers alone and takes a head for tied that differs from the embedding."""
-    for info, held in [(plan.source, checkpoint), *((plan.source.others[label], other) for label, other in checkpoint.others.items())]:
+    for info, held in [(plan.source, checkpoint), *((plan.source.donors[label], other) for label, other in checkpoint.donors.items())]:
         if held.head == "own" and info.architecture.tied:
             raise SourceError(
                 f"{held.ref} stores a {HEAD} that differs from the embedding, and the plan, made from headers alone, drops it as tied.",

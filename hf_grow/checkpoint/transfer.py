@@ -1,6 +1,6 @@
 """Moving and checking bytes: in-kernel copies, digests, and the search for values that are not finite.
 
-All of it works in pieces, releases the interpreter lock where the time goes, and keeps a few hundred kilobytes in memory.
+All of it works in chunks, releases the interpreter lock where the time goes, and keeps a few hundred kilobytes in memory.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import xxhash
 from hf_grow.common.safe_files import open_regular
 from hf_grow.errors import ExecutionError
 
-READ = 1 << 18  # fits the second-level cache: larger pieces were slower
-COPY = 1 << 25
-_ELSEWHERE = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
+READ_SIZE = 1 << 18  # fits the second-level cache: larger chunks were slower
+COPY_SIZE = 1 << 25
+_UNSUPPORTED = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 
 Stop = Callable[[], None]
-"""Called between pieces; raises when the work is to stop."""
+"""Called between chunks; raises when the work is to stop."""
 
 
 def copy_range(source: int, target: int, start: int, at: int, length: int, stop: Stop) -> None:
@@ -32,13 +32,13 @@ def copy_range(source: int, target: int, start: int, at: int, length: int, stop:
         try:
             while done < length:
                 stop()
-                moved = copy(source, target, start + done, at + done, min(COPY, length - done))
+                moved = copy(source, target, start + done, at + done, min(COPY_SIZE, length - done))
                 if moved == 0:
                     raise ExecutionError("The source ended early.", hint="It changed while it was read; run again.")
                 done += moved
             return
         except OSError as error:
-            if error.errno not in _ELSEWHERE or copy is _by_read_write:
+            if error.errno not in _UNSUPPORTED or copy is _by_read_write:
                 raise
         start, at, length = start + done, at + done, length - done
 
@@ -57,7 +57,7 @@ def _by_sendfile(source: int, target: int, start: int, at: int, length: int) -> 
 
 
 def _by_read_write(source: int, target: int, start: int, at: int, length: int) -> int:
-    data = os.pread(source, min(length, READ), start)
+    data = os.pread(source, min(length, READ_SIZE), start)
     write_all(target, data, at)
     return len(data)
 
@@ -69,33 +69,33 @@ def write_all(target: int, data: Any, at: int) -> None:
         view, at = view[written:], at + written
 
 
-def pieces(handle: int, start: int, stop_at: int, stop: Stop) -> Iterator[memoryview]:
+def read_chunks(handle: int, start: int, stop_at: int, stop: Stop) -> Iterator[memoryview]:
     """Bytes [start, stop_at) of an open file, piece by piece, in one buffer that is used again."""
-    buffer = memoryview(bytearray(READ))
+    buffer = memoryview(bytearray(READ_SIZE))
     while start < stop_at:
         stop()
-        count = os.preadv(handle, [buffer[: min(READ, stop_at - start)]], start)
+        count = os.preadv(handle, [buffer[: min(READ_SIZE, stop_at - start)]], start)
         if count == 0:
             raise ExecutionError("A file ended early.", hint="It changed while it was read; run again.")
         yield buffer[:count]
         start += count
 
 
-def digest(handle: int, start: int, stop_at: int, stop: Stop, *also: Any) -> str:
+def hash_range(handle: int, start: int, stop_at: int, stop: Stop, *also: Any) -> str:
     """XXH3-128 of a byte range (against mistakes, not against malice); every hash in `also` is fed the same bytes."""
     hasher = xxhash.xxh3_128()
-    for piece in pieces(handle, start, stop_at, stop):
+    for piece in read_chunks(handle, start, stop_at, stop):
         hasher.update(piece)
         for other in also:
             other.update(piece)
     return hasher.hexdigest()
 
 
-def sha256_of(path: Path, progress: Callable[[int], None] = lambda nbytes: None) -> str:
+def file_sha256(path: Path, progress: Callable[[int], None] = lambda nbytes: None) -> str:
     """SHA-256 of a whole file; `progress` hears of the bytes that were read."""
     sha = hashlib.sha256()
     with open_regular(path) as handle:
-        for piece in pieces(handle.fileno(), 0, os.fstat(handle.fileno()).st_size, lambda: None):
+        for piece in read_chunks(handle.fileno(), 0, os.fstat(handle.fileno()).st_size, lambda: None):
             sha.update(piece)
             progress(len(piece))
     return sha.hexdigest()

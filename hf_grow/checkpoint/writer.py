@@ -61,10 +61,10 @@ def layout(targets: Mapping[str, TensorInfo], max_shard_size: int = DEFAULT_SHAR
         room -= info.nbytes
     total = len(groups)
     names = [SINGLE] if total == 1 else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
-    return [shard_of(file, {n: targets[n] for n in group}) for file, group in zip(names, groups, strict=True)]
+    return [build_shard(file, {n: targets[n] for n in group}) for file, group in zip(names, groups, strict=True)]
 
 
-def shard_of(file: str, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] = FROM_TORCH) -> Shard:
+def build_shard(file: str, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] = FROM_TORCH) -> Shard:
     """Wider dtypes first, as safetensors does: then every tensor is aligned to its own values."""
     order = sorted(tensors, key=lambda n: -DTYPE_BYTES[tensors[n].dtype])
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -82,7 +82,7 @@ def shard_of(file: str, tensors: Mapping[str, TensorInfo], metadata: Mapping[str
     return Shard(file, raw, tuple(Slot(n, tensors[n], base + offsets[n][0], base + offsets[n][1]) for n in order))
 
 
-def index_of(shards: Sequence[Shard]) -> dict[str, Any] | None:
+def build_index(shards: Sequence[Shard]) -> dict[str, Any] | None:
     """The index file of a sharded checkpoint; None for a single file."""
     if len(shards) == 1:
         return None
@@ -96,7 +96,7 @@ def index_of(shards: Sequence[Shard]) -> dict[str, Any] | None:
     }
 
 
-def check_room(final: Path, nbytes: int, already: int = 0) -> None:
+def check_disk_space(final: Path, nbytes: int, already: int = 0) -> None:
     """Raises OutputError if the disk of `final` plainly has no room for `nbytes`, of which `already` are written."""
     folder = final.absolute().parent
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
-from hf_grow.checkpoint.writer import check_room
+from hf_grow.checkpoint.writer import check_disk_space
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, add_source, enough_memory, print_json
 from hf_grow.cli.fisher_options import RunOptions
@@ -103,7 +103,7 @@ def _check(how: RunOptions, options: FisherOptions, out: Path) -> None:
 
 
 def _room(checkpoint: Checkpoint, options: FisherOptions, out: Path) -> None:
-    check_room(out, count_parameters(checkpoint.info.architecture).total * (4 if options.storage == "fp32" else 2))
+    check_disk_space(out, count_parameters(checkpoint.info.architecture).total * (4 if options.storage == "fp32" else 2))
 
 
 def _writable(path: Path, how: RunOptions) -> None:

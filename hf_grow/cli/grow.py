@@ -12,8 +12,8 @@ from pydantic import Field
 
 from hf_grow.api import find_method, open_sources, plan_for
 from hf_grow.checkpoint.partial_folder import PartialFolder
-from hf_grow.checkpoint.shard_sink import local_bytes
-from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, DEFAULT_SOURCE_CACHE, WORKERS, check_room, layout
+from hf_grow.checkpoint.shard_sink import peak_shard_bytes
+from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, DEFAULT_SOURCE_CACHE, WORKERS, check_disk_space, layout
 from hf_grow.cli import flags, render
 from hf_grow.cli.allocator import keep_freed_memory
 from hf_grow.cli.commands import add_json, add_source, print_json, show_next
@@ -193,12 +193,12 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
         check_trainer_checkpoint(Path(output.with_optimizer), output.optimizer_policy)
         warn_unsettled(Path(output.with_optimizer), render.note)
     if output.dry_run:
-        here = local_bytes(shards, StreamSink.window if output.stream_push else None)
-        check_room(out, here + (cache.most(WORKERS) if cache else 0))
+        here = peak_shard_bytes(shards, StreamSink.window if output.stream_push else None)
+        check_disk_space(out, here + (cache.peak_bytes(WORKERS) if cache else 0))
         return _finish(plan, out, None, as_json, to)
     if cache:
         companions = fetch_small(checkpoint)
-    elif any(c.folder is None for c in (checkpoint, *checkpoint.others.values())):
+    elif any(c.folder is None for c in (checkpoint, *checkpoint.donors.values())):
         checkpoint = open_sources(checkpoint.ref, options, revision=checkpoint.revision, weights=True, notify=render.note)
         checkpoint, plan = _with_heads(checkpoint, plan, method, options)
         shards = layout(plan.targets, output.shard_size)

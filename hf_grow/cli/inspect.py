@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from hf_grow.checkpoint.provenance import told, total, trainings
+from hf_grow.checkpoint.provenance import describe_training, training_stages, training_totals
 from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, add_source, print_json
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     parts: Counter[str] = Counter()
     for entry in arch.tensors.values():
         parts[_part(entry)] += math.prod(entry.shape)
-    tree = lineage(_name(checkpoint), checkpoint.info.history, plan.source.others if plan else None, checkpoint.revision)
+    tree = lineage(_name(checkpoint), checkpoint.info.history, plan.source.donors if plan else None, checkpoint.revision)
     facts: dict[str, Any] = {
         "model": checkpoint.ref,
         "revision": checkpoint.revision,
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         "dtypes": dict(Counter(t.dtype for t in checkpoint.tensors.values())),
         "files": {name: facts["size"] for name, facts in checkpoint.files.items()},
         "not_in_the_table": extra,
-        "training": total(trainings(checkpoint.growth)),
+        "training": training_totals(training_stages(checkpoint.growth)),
         "history": [dict(step) for step in checkpoint.info.history],
         "lineage": tree.to_json(),
         "layer_map": [{"sources": list(b.sources), "kind": b.kind} for b in layers.blocks] if layers else None,
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     table.add_row("files", f"{len(checkpoint.files)}, {format_bytes(sum(facts['files'].values()))}")
     if tree.parents:
         table.add_row("grown by", Text(f"{tree.step.split(',')[0]} from {tree.parents[0].name}"))
-    if trained := told(facts["training"]):
+    if trained := describe_training(facts["training"]):
         table.add_row("since then", trained)
     render.console.print(table)
     if tree.parents:

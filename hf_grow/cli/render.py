@@ -68,7 +68,7 @@ def plan_facts(plan: GrowthPlan) -> dict[str, Any]:
         "bytes": [plan.source.nbytes, plan.nbytes],
         "further_sources": {
             label: {"source": o.ref, "revision": o.revision, "parameters": count_parameters(o.architecture).total, "bytes": o.nbytes}
-            for label, o in plan.source.others.items()
+            for label, o in plan.source.donors.items()
         },
         "flops_per_token": [old.flops, new.flops],
         "kv_values_per_token": [old.kv_values, new.kv_values],
@@ -93,7 +93,7 @@ def show_plan(plan: GrowthPlan) -> None:
     if a.is_moe or b.is_moe:
         table.add_row("active parameters", format_count(old.active), format_count(new.active))
     table.add_row("weights on disk", format_bytes(plan.source.nbytes), format_bytes(plan.nbytes))
-    if more := len(plan.source.others):
+    if more := len(plan.source.donors):
         table.add_row(f"weights of {more} further source{'s' * (more > 1)}", format_bytes(plan.source_nbytes - plan.source.nbytes), "")
     table.add_row("forward FLOPs a token", format_count(old.flops), format_count(new.flops))
     table.add_row("KV cache a token (16 bit)", f"{old.kv_values / 512:.0f} KiB", f"{new.kv_values / 512:.0f} KiB")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from hf_grow.checkpoint.donors import check_same_tokenizer
 from hf_grow.checkpoint.reader import Checkpoint
-from hf_grow.checkpoint.source import fetch_companions, if_cached
-from hf_grow.checkpoint.tied_heads import settled_by_ranges
+from hf_grow.checkpoint.source import fetch_companions, prefer_cached
+from hf_grow.checkpoint.tied_heads import resolve_tied_heads
 from hf_grow.checkpoint.writer import WORKERS, Shard
 from hf_grow.cli import render
 from hf_grow.common.units import format_bytes
@@ -25,7 +25,7 @@ def streamed(
     plan: GrowthPlan, checkpoint: Checkpoint, shards: Sequence[Shard], keep: int, *, quiet: bool
 ) -> tuple[Checkpoint, TensorCache | None]:
     """The sources, from the cache where they are whole there, and what fetches the rest; None where there is no rest."""
-    if all(_given(c) for c in (checkpoint, *checkpoint.others.values())):
+    if all(_given(c) for c in (checkpoint, *checkpoint.donors.values())):
         raise InputError("The source is a folder on this machine; --stream-source has nothing to fetch.", hint="Leave it out.")
     checkpoint = _from_cache(checkpoint)
     if not _remote(checkpoint):
@@ -45,24 +45,24 @@ def streamed(
         again = f" ({format_bytes(said.fetched - said.once)} of them a second time)" if said.fetched > said.once else ""
         console = render.console
         console.print(
-            f"fetching   {format_bytes(said.fetched)} by byte ranges{again}; at most {format_bytes(cache.most(WORKERS))} of it here"
+            f"fetching   {format_bytes(said.fetched)} by byte ranges{again}; at most {format_bytes(cache.peak_bytes(WORKERS))} of it here"
         )
     return checkpoint, cache
 
 
 def heads_compared(checkpoint: Checkpoint) -> Checkpoint:
     """The sources with a stored tied head compared with the embedding, which takes both tensors of those on the Hub. Raises SourceError."""
-    return settled_by_ranges(_from_cache(checkpoint))
+    return resolve_tied_heads(_from_cache(checkpoint))
 
 
 def _from_cache(checkpoint: Checkpoint) -> Checkpoint:
-    return if_cached(replace(checkpoint, others={label: if_cached(other) for label, other in checkpoint.others.items()}))
+    return prefer_cached(replace(checkpoint, donors={label: prefer_cached(other) for label, other in checkpoint.donors.items()}))
 
 
 def fetch_small(checkpoint: Checkpoint) -> Path:
     """Tokenizers, licences and code of the sources; returns the main one's folder. Raises SourceError, also where tokenizers differ."""
     main = checkpoint if checkpoint.folder else replace(checkpoint, folder=fetch_companions(checkpoint))
-    for other in checkpoint.others.values():
+    for other in checkpoint.donors.values():
         check_same_tokenizer(main, other if other.folder else replace(other, folder=fetch_companions(other)), render.note)
     assert main.folder is not None
     return main.folder
@@ -74,4 +74,4 @@ def _given(checkpoint: Checkpoint) -> bool:
 
 
 def _remote(checkpoint: Checkpoint) -> bool:
-    return any(c.folder is None for c in (checkpoint, *checkpoint.others.values()))
+    return any(c.folder is None for c in (checkpoint, *checkpoint.donors.values()))

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from hf_grow.api import verify
-from hf_grow.checkpoint.provenance import record_text
+from hf_grow.checkpoint.provenance import format_growth_json
 from hf_grow.checkpoint.reader import GROWTH, Checkpoint, open_folder
 from hf_grow.cli import render
 from hf_grow.cli.commands import add_json, existing_folder, print_json
@@ -82,7 +82,7 @@ def _store(new: Checkpoint, report: Report) -> None:
     temporary = target.with_suffix(".json.new")
     try:
         temporary.write_text(
-            record_text({**new.growth, "verification": merge_verification(new.growth.get("verification"), report)}), encoding="utf-8"
+            format_growth_json({**new.growth, "verification": merge_verification(new.growth.get("verification"), report)}), encoding="utf-8"
         )
         os.replace(temporary, target)
     except OSError as error:

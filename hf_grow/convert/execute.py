@@ -25,18 +25,17 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from hf_grow._version import __version__
-from hf_grow.checkpoint.folder_exchange import naming
+from hf_grow.checkpoint.folder_exchange import error_filename
 from hf_grow.checkpoint.partial_folder import PartialFolder
 from hf_grow.checkpoint.provenance import recorded_files
 from hf_grow.checkpoint.reader import GROWTH, Checkpoint
-from hf_grow.checkpoint.shard_sink import Sink, local_bytes
+from hf_grow.checkpoint.shard_sink import ShardSink, peak_shard_bytes
 from hf_grow.checkpoint.tensor_cache import TensorCache
-from hf_grow.checkpoint.tied_heads import check_heads
-from hf_grow.checkpoint.transfer import copy_range, digest, write_all
-from hf_grow.checkpoint.writer import DEFAULT_MEMORY, WORKERS, Progress, Shard, Slot, check_room
+from hf_grow.checkpoint.tied_heads import check_tied_heads
+from hf_grow.checkpoint.transfer import copy_range, hash_range, write_all
+from hf_grow.checkpoint.writer import DEFAULT_MEMORY, WORKERS, Progress, Shard, Slot, check_disk_space
 from hf_grow.common.safe_files import error_text, open_regular, read_json
-from hf_grow.convert.metadata import versions as versions
-from hf_grow.convert.metadata import write_rest
+from hf_grow.convert.metadata import write_metadata
 from hf_grow.errors import ExecutionError, GrowError, OutputError, SourceError
 from hf_grow.growth.finite_check import NOT_FINITE_HINT, FiniteCheck
 from hf_grow.growth.plan import GrowthPlan
@@ -66,7 +65,7 @@ class _Job:
     memory_budget: int
     allow_nonfinite: bool
     copies: Mapping[str, str]
-    sink: Sink
+    sink: ShardSink
     cache: TensorCache | None
     halt: threading.Event = field(default_factory=threading.Event)
     digests: dict[str, str] = field(default_factory=dict)
@@ -107,7 +106,7 @@ def execute(
     allow_nonfinite: bool = False,
     progress: Progress = lambda nbytes: None,
     also: Callable[[Path], set[str]] = lambda folder: set(),
-    sink: Sink | None = None,
+    sink: ShardSink | None = None,
     cache: TensorCache | None = None,
 ) -> Result:
     """Writes the plan's target to the folder `out`, in the ``shards`` that `layout` made of it.
@@ -121,15 +120,15 @@ def execute(
     with `overwrite` too, an `out` that exists is replaced when all is done.
     """
     began = time.perf_counter()
-    check_heads(plan, checkpoint)
+    check_tied_heads(plan, checkpoint)
     total = sum(s.size for s in shards)
     PartialFolder.check(out, resume=resume, overwrite=overwrite)
     key = hashlib.sha256(f"{plan.fingerprint}\n{__version__}\n{[(s.file, s.size) for s in shards]}".encode()).hexdigest()
-    sink = sink or Sink()
+    sink = sink or ShardSink()
     workers = workers or WORKERS
     if not resume:
-        check_room(out, local_bytes(shards, sink.window) + (cache.most(workers) if cache else 0))
-    with PartialFolder(out, key, resume=resume, overwrite=overwrite) as folder, explained(folder):
+        check_disk_space(out, peak_shard_bytes(shards, sink.window) + (cache.peak_bytes(workers) if cache else 0))
+    with PartialFolder(out, key, resume=resume, overwrite=overwrite) as folder, translate_os_errors(folder):
         if folder.complete:
             return _as_recorded(out, total, time.perf_counter() - began, len(plan.targets), sink)
         with cache.open(folder.path) if cache else nullcontext(checkpoint) as readable:
@@ -138,14 +137,14 @@ def execute(
         _check_unchanged(checkpoint)
         beside = companions or checkpoint.folder
         assert beside is not None
-        files = write_rest(plan, beside, folder, shards, hashes)
-        folder.tidy(files)  # what an interrupted run wrote beside the model is no part of what is written now
+        files = write_metadata(plan, beside, folder, shards, hashes)
+        folder.remove_except(files)  # what an interrupted run wrote beside the model is no part of what is written now
         files |= also(folder.path)
         sink.finish(folder, files)
         return Result(out, hashes, total, time.perf_counter() - began, len(folder.done))
 
 
-def _as_recorded(out: Path, total: int, seconds: float, tensors: int, sink: Sink) -> Result:
+def _as_recorded(out: Path, total: int, seconds: float, tensors: int, sink: ShardSink) -> Result:
     """What an earlier run wrote, whose last step was interrupted."""
     if sink.window is not None:
         raise OutputError(f"{out} is whole, and so is not sent shard by shard.", hint="Publish it with `hf-grow push`.")
@@ -154,15 +153,15 @@ def _as_recorded(out: Path, total: int, seconds: float, tensors: int, sink: Sink
 
 
 @contextmanager
-def explained(folder: PartialFolder) -> Iterator[None]:
+def translate_os_errors(folder: PartialFolder) -> Iterator[None]:
     """Turns what the operating system says into what the user can do."""
     try:
         yield
     except OSError as error:
         at = f" ({error.filename})" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ExecutionError(f"The disk of {folder.final} is full{at}.", hint=f"Free some space. {folder.go_on}") from None
-        raise ExecutionError(f"Writing {folder.final} failed: {error_text(error)}{at}.", hint=folder.go_on) from None
+            raise ExecutionError(f"The disk of {folder.final} is full{at}.", hint=f"Free some space. {folder.resume_hint}") from None
+        raise ExecutionError(f"Writing {folder.final} failed: {error_text(error)}{at}.", hint=folder.resume_hint) from None
 
 
 def _write_shards(job: _Job, shards: Sequence[Shard], workers: int) -> dict[str, str]:
@@ -170,12 +169,12 @@ def _write_shards(job: _Job, shards: Sequence[Shard], workers: int) -> dict[str,
 
     Writers take tensor after tensor in the order of the files; one checker a shard follows them, and one syncer starts the disk meanwhile.
     """
-    hashes = dict(job.sink.gone(job.folder))
+    hashes = dict(job.sink.already_sent(job.folder))
     for shard in shards:
         for slot in shard.slots if shard.file in hashes else ():
             job.progress(slot.stop - slot.start)
             if job.cache:
-                job.cache.passed(slot.name)
+                job.cache.skip(slot.name)
     todo = [shard for shard in shards if shard.file not in hashes]
     window = len(todo) if job.sink.window is None else job.sink.window
     with ThreadPoolExecutor(workers, "write") as writers, ThreadPoolExecutor(2 * workers, "check") as checkers:
@@ -189,7 +188,7 @@ def _write_shards(job: _Job, shards: Sequence[Shard], workers: int) -> dict[str,
                 if future.done():
                     future.result()
             hashes[shard.file] = finished[0].result()
-            job.sink.take(job.folder, shard, hashes[shard.file])
+            job.sink.accept(job.folder, shard, hashes[shard.file])
 
         try:
             for shard in todo:
@@ -217,7 +216,7 @@ def _write_shards(job: _Job, shards: Sequence[Shard], workers: int) -> dict[str,
 @contextmanager
 def _target(job: _Job, shard: Shard) -> Iterator[int]:
     handle = job.folder.open(shard.file)
-    with naming(job.folder.path / shard.file):
+    with error_filename(job.folder.path / shard.file):
         try:
             yield handle
         finally:
@@ -230,7 +229,7 @@ def _check_shard(job: _Job, shard: Shard, written: Sequence[Future[str]]) -> str
         sha = hashlib.sha256(shard.header)
         for slot, future in zip(shard.slots, written, strict=True):
             meant = future.result()
-            if digest(target, slot.start, slot.stop, job.stop, sha) != meant:
+            if hash_range(target, slot.start, slot.stop, job.stop, sha) != meant:
                 raise ExecutionError(
                     f"{slot.name} on disk differs from what was written to {shard.file}.", hint="The disk may be failing; run again."
                 )
@@ -252,11 +251,11 @@ def _write_tensor(job: _Job, shard: Shard, slot: Slot) -> str:
     job.stop()
     with _target(job, shard) as target:
         earlier = job.folder.done.get(slot.name)
-        if earlier and digest(target, slot.start, slot.stop, job.stop) == earlier:
+        if earlier and hash_range(target, slot.start, slot.stop, job.stop) == earlier:
             if job.cache:
-                job.cache.passed(slot.name)
+                job.cache.skip(slot.name)
             return earlier
-        with job.cache.needed(slot.name, job.stop) if job.cache else nullcontext():
+        with job.cache.fetched_for(slot.name, job.stop) if job.cache else nullcontext():
             source = job.copies.get(slot.name)
             return _evaluate_tensor(job, slot, target) if source is None else _copy_tensor(job, source, slot, target)
 
@@ -267,8 +266,8 @@ def _copy_tensor(job: _Job, name: str, slot: Slot, target: int) -> str:
         handle = source.fileno()
         if name not in job.digests:  # read once; the copy then comes from the page cache
             values = FiniteCheck(stored.dtype)
-            with naming(path):
-                found = digest(handle, stored.start, stored.stop, job.stop, values)
+            with error_filename(path):
+                found = hash_range(handle, stored.start, stored.stop, job.stop, values)
             if not (values.finite or job.allow_nonfinite):
                 raise SourceError(
                     f"{name} in {stored.file} holds NaN or infinite values; a model grown from it would be broken.",
@@ -317,7 +316,7 @@ def _blocks(job: _Job, slot: Slot) -> Iterator[memoryview | bytes]:
 
 
 def _check_unchanged(checkpoint: Checkpoint) -> None:
-    for other in checkpoint.others.values():
+    for other in checkpoint.donors.values():
         _check_unchanged(other)
     for file, facts in checkpoint.files.items() if checkpoint.folder else ():
         stat = checkpoint.path(file).stat()

@@ -53,7 +53,7 @@ def untie_config(model: PreTrainedModel) -> None:
         model.config.tie_word_embeddings = False
 
 
-def describe(model: PreTrainedModel) -> SourceInfo:
+def describe_model(model: PreTrainedModel) -> SourceInfo:
     """What a plan needs to know of a model in memory. Raises SourceError for a dtype that no checkpoint of ours holds."""
     tensors = {}
     for name, tensor in disk_tensors(model).items():
@@ -82,7 +82,7 @@ def grow_model(model: PreTrainedModel, plan: GrowthPlan, others: Mapping[str, Pr
         n for n, t in plan.source.by_key.items() if n not in plan.growth.dropped and (n not in held or tuple(held[n].shape) != t.shape)
     ]
     # A head of its own, which a plan made from headers alone takes for the embedding.
-    infos = {"": plan.source, **plan.source.others}
+    infos = {"": plan.source, **plan.source.donors}
     wrong += [key for label, info in infos.items() if info.architecture.tied and (key := Source(HEAD, label).key) in held]
     if wrong:
         raise SourceError(
@@ -96,14 +96,14 @@ def grow_model(model: PreTrainedModel, plan: GrowthPlan, others: Mapping[str, Pr
         for name, info in plan.targets.items()
     }
     kept = {f"{part}_implementation": getattr(model.config, f"_{part}_implementation", None) for part in ("attn", "experts")}
-    grown = assemble(plan, state, model.dtype, **{k: v for k, v in kept.items() if v})
+    grown = build_model(plan, state, model.dtype, **{k: v for k, v in kept.items() if v})
     # Made from the config, it would have one end token where the model's own has several, and no sampling settings.
     grown.generation_config = copy.deepcopy(model.generation_config)
     grown.train(model.training)
     return grown
 
 
-def assemble(plan: GrowthPlan, state: Mapping[str, Tensor], dtype: torch.dtype, **implementations: str) -> PreTrainedModel:
+def build_model(plan: GrowthPlan, state: Mapping[str, Tensor], dtype: torch.dtype, **implementations: str) -> PreTrainedModel:
     """The plan's target of tensors by their names on disk."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 

@@ -19,7 +19,7 @@ from hf_grow.model.families import Dim
 from hf_grow.model.loading import reset_output_flags, transformers_errors
 
 
-def embeddings(checkpoint: Checkpoint, tensors: TensorRows, ids: Sequence[int]) -> Tensor:
+def embed_tokens(checkpoint: Checkpoint, tensors: TensorRows, ids: Sequence[int]) -> Tensor:
     """The input embeddings of some tokens, float32 [tokens, hidden]; only their rows are read."""
     table = next(n for n, e in checkpoint.info.architecture.tensors.items() if e.spec.dims[0] == Dim("in", ("vocab",)))
     rows = {i: tensors.rows(table, i, i + 1).to(torch.float32) for i in set(ids)}
@@ -38,12 +38,12 @@ def mlp_inputs(
     `embedded` holds the sequences' input embeddings, [tokens, hidden]; `progress` gets the bytes of weights read. Raises SourceError if the installed
     transformers cannot build the model.
     """
-    model = _skeleton(checkpoint)
+    model = _meta_decoder(checkpoint)
     stream = {name: rows[None] for name, rows in embedded.items()}
     memory: dict[str, Tensor] = {}
     for index, layer in enumerate(list(model.layers)):
-        model.layers = nn.ModuleList(layer if i == index else _PassOn() for i in range(len(model.layers)))
-        _read_layer(memory, index, checkpoint, tensors, progress)
+        model.layers = nn.ModuleList(layer if i == index else _PassThrough() for i in range(len(model.layers)))
+        _load_layer(memory, index, checkpoint, tensors, progress)
         layer.load_state_dict(memory, assign=True)
         seen: list[Tensor] = []
         layer.mlp.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(pool(args[0][0])))
@@ -53,12 +53,12 @@ def mlp_inputs(
         yield dict(zip(stream, seen, strict=True))
 
 
-class _PassOn(nn.Module):
+class _PassThrough(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
 
-def _skeleton(checkpoint: Checkpoint) -> Any:
+def _meta_decoder(checkpoint: Checkpoint) -> Any:
     """The source's decoder without weights and without its last norm. What is computed from the config, the rotary frequencies, is real."""
     from transformers import AutoConfig, AutoModel
 
@@ -69,11 +69,11 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
         with torch.device("meta"):
             model = AutoModel.from_config(config, dtype=torch.float32).eval()
         model.rotary_emb = type(model.rotary_emb)(config=config)
-    model.norm = _PassOn()
+    model.norm = _PassThrough()
     return model
 
 
-def _read_layer(
+def _load_layer(
     memory: dict[str, Tensor], index: int, checkpoint: Checkpoint, tensors: TensorRows, progress: Callable[[int], None]
 ) -> None:
     """One layer's weights in fp32, by their names within it, in the memory that held those of the layer before: what is freed and asked for again

@@ -26,7 +26,7 @@ def measure(plan: GrowthPlan, checkpoint: Checkpoint, *, notify: Notify = lambda
         return plan
     data = dict(plan.growth.data)
     for wanted in plan.growth.measurements:
-        source = checkpoint.others[wanted.source] if wanted.source else checkpoint
+        source = checkpoint.donors[wanted.source] if wanted.source else checkpoint
         data |= MEASUREMENTS[wanted.kind](source, wanted, notify)
     if sum(map(len, data.values())) > MAX_DATA:
         kinds = " and ".join(wanted.kind for wanted in plan.growth.measurements)

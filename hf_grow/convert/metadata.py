@@ -9,21 +9,21 @@ from pathlib import Path
 
 from hf_grow._version import __version__
 from hf_grow.checkpoint.partial_folder import PartialFolder
-from hf_grow.checkpoint.provenance import record_text
+from hf_grow.checkpoint.provenance import format_growth_json
 from hf_grow.checkpoint.reader import GROWTH, INDEX
 from hf_grow.checkpoint.source import companions
-from hf_grow.checkpoint.writer import Shard, index_of
+from hf_grow.checkpoint.writer import Shard, build_index
 from hf_grow.growth.plan import GrowthPlan, training_lists
 
 
-def write_rest(plan: GrowthPlan, beside: Path, folder: PartialFolder, shards: Sequence[Shard], hashes: Mapping[str, str]) -> set[str]:
+def write_metadata(plan: GrowthPlan, beside: Path, folder: PartialFolder, shards: Sequence[Shard], hashes: Mapping[str, str]) -> set[str]:
     """Config, index, provenance, and the files that come along from `beside`. Returns the names of all files of the folder."""
     files = {s.file for s in shards} | {"config.json", GROWTH}
     for relative in companions(beside):
-        folder.copy_in(beside, relative)
+        folder.copy_companion(beside, relative)
         files.add(relative.parts[0])
     folder.write_json("config.json", plan.growth.config)
-    index = index_of(shards)
+    index = build_index(shards)
     if index:
         folder.write_json(INDEX, index)
         files.add(INDEX)
@@ -31,7 +31,7 @@ def write_rest(plan: GrowthPlan, beside: Path, folder: PartialFolder, shards: Se
     record["target"]["files"] = {s.file: {"size": s.size, "sha256": hashes[s.file]} for s in shards}
     record["growth"]["training"] = training_lists(plan)
     record["made_by"] = versions()  # and no time: the same plan gives the same bytes
-    folder.write_file(GROWTH, record_text(record).encode())
+    folder.write_file(GROWTH, format_growth_json(record).encode())
     return files
 
 

@@ -76,10 +76,10 @@ def router_rows(
     tokens = _tokenized(checkpoint, prompts, notify)
 
     from hf_grow.checkpoint.stored_tensors import StoredTensors
-    from hf_grow.convert.layer_streaming import embeddings, mlp_inputs
+    from hf_grow.convert.layer_streaming import embed_tokens, mlp_inputs
 
     tensors = StoredTensors(checkpoint)
-    embedded = {text: embeddings(checkpoint, tensors, ids) for text, ids in tokens.items()}
+    embedded = {text: embed_tokens(checkpoint, tensors, ids) for text, ids in tokens.items()}
     if kind == "cheap-embed":
         same = _rows(prompts, {text: _pooled(rows, "mean") for text, rows in embedded.items()}, checkpoint.ref, "in the embedding")
         rows = {layer: same.clone() for layer in range(arch.layers)}

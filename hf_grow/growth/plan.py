@@ -59,7 +59,7 @@ class SourceInfo:
     """Weight files: size, and what identifies their content (sha256 where the Hub gives it)."""
     history: tuple[Mapping[str, Any], ...] = ()
     """Earlier growths of this checkpoint, oldest first."""
-    others: Mapping[str, SourceInfo] = field(default_factory=dict)
+    donors: Mapping[str, SourceInfo] = field(default_factory=dict)
     """Further source checkpoints by the label that `Source.checkpoint` calls them."""
     head: Literal["", "equal", "own"] = ""
     """A stored head that config.json ties: 'equal' to the embedding, or its 'own', which `config` then says; empty where none was compared."""
@@ -76,12 +76,12 @@ class SourceInfo:
     @property
     def refs(self) -> str:
         """The checkpoint, and the further ones beside it, for people."""
-        return ", ".join([self.ref, *(other.ref for other in self.others.values())])
+        return ", ".join([self.ref, *(other.ref for other in self.donors.values())])
 
     @cached_property
     def by_key(self) -> Mapping[str, TensorInfo]:
         """The tensors of all source checkpoints by `Source.key`."""
-        more = {Source(n, label).key: t for label, other in self.others.items() for n, t in other.tensors.items()}
+        more = {Source(n, label).key: t for label, other in self.donors.items() for n, t in other.tensors.items()}
         return {**self.tensors, **more}
 
     @cached_property
@@ -97,7 +97,7 @@ class SourceInfo:
             "tensors": {n: [t.dtype, list(t.shape)] for n, t in self.tensors.items()},
             "history": [dict(h) for h in self.history],
         }
-        return data | ({"others": {label: other.to_json() for label, other in self.others.items()}} if self.others else {})
+        return data | ({"others": {label: other.to_json() for label, other in self.donors.items()}} if self.donors else {})
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> SourceInfo:
@@ -268,9 +268,9 @@ def untied_head_warning(ref: str) -> str:
 def make_plan(source: SourceInfo, growth: Growth) -> GrowthPlan:
     """Binds and checks. Raises SourceError if the source is not what its config says, PlanError if the growth does not fit it."""
     extra = check_source(source)
-    for other in source.others.values():
+    for other in source.donors.values():
         check_source(other)
-    own = [untied_head_warning(s.ref) for s in (source, *source.others.values()) if s.head == "own"]
+    own = [untied_head_warning(s.ref) for s in (source, *source.donors.values()) if s.head == "own"]
     growth = replace(growth, dropped={**growth.dropped, **extra}, warnings=(*growth.warnings, *own))
     scope = Scope(source.scope_shapes, growth.axes)
     try:

@@ -34,16 +34,16 @@ def inherit(plan: GrowthPlan, *, license: str | None, base_model: str | None, of
     """Reads the sources' cards (see source_card); `license` and `base_model` are the publisher's word."""
     if base_model and plan.source.revision and base_model != plan.source.ref:
         raise InputError(f"growth.json says that the source is {plan.source.ref}, not {base_model}.", hint="Leave --base-model out.")
-    cards = [_card(plan.source, base_model, offline), *(_card(o, None, offline) for o in plan.source.others.values())]
+    cards = [_card(plan.source, base_model, offline), *(_card(o, None, offline) for o in plan.source.donors.values())]
     bases = [_base(plan.source, cards[0], base_model)] + [
-        _base(o, c, None) for o, c in zip(plan.source.others.values(), cards[1:], strict=True)
+        _base(o, c, None) for o, c in zip(plan.source.donors.values(), cards[1:], strict=True)
     ]
     found = Inherited(
         base_models=tuple(dict.fromkeys(b for b in bases if b)),
         language=tuple(dict.fromkeys(x for c in cards for x in c.language)),
         datasets=tuple(dict.fromkeys(x for c in cards for x in c.datasets)),
     )
-    names = [public_ref(s.ref, s.revision) for s in (plan.source, *plan.source.others.values())]
+    names = [public_ref(s.ref, s.revision) for s in (plan.source, *plan.source.donors.values())]
     return _with_licence(found, license, list(zip(names, cards, strict=True)))
 
 

@@ -84,7 +84,7 @@ def layer_map(plan: GrowthPlan) -> LayerMap:
     sane = all(o.sources and all(type(s) is int and 0 <= s < source.layers for s in o.sources) for o in layers)
     if not sane or len(layers) != target.layers:
         raise SourceError("growth.json is damaged: its layers are not those of its configs.")
-    return LayerMap(plan.growth.method, source, target, tuple(Block(o.sources, _kind(o)) for o in layers), tuple(plan.source.others))
+    return LayerMap(plan.growth.method, source, target, tuple(Block(o.sources, _kind(o)) for o in layers), tuple(plan.source.donors))
 
 
 def facts(arch: Architecture) -> list[str]:

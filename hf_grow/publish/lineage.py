@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_grow.checkpoint.provenance import told
+from hf_grow.checkpoint.provenance import describe_training
 from hf_grow.growth.plan import SourceInfo
 from hf_grow.publish.markdown import line
 from hf_grow.publish.names import public_ref
@@ -51,7 +51,7 @@ class Node:
 def lineage(name: str, history: Iterable[Mapping[str, Any]], others: Mapping[str, SourceInfo] | None = None, revision: str = "") -> Node:
     """The tree of a model called `name`; `history`: its growths, oldest first; ``others``: the further sources of the last one."""
     steps = [s for s in list(history)[-MOST_STEPS:] if isinstance(s, Mapping)]
-    more = [lineage(_public(o.ref, o.revision), o.history, o.others, o.revision) for o in list((others or {}).values())[:MOST_OTHERS]]
+    more = [lineage(_public(o.ref, o.revision), o.history, o.donors, o.revision) for o in list((others or {}).values())[:MOST_OTHERS]]
     labelled = tuple(Node(n.name, n.revision, n.step, line(label, 60), n.parents) for n, label in zip(more, others or {}, strict=False))
     # Built from the first ancestor on, so that a long history needs no recursion.
     node: Node | None = None
@@ -88,5 +88,5 @@ def _step(step: Mapping[str, Any]) -> str:
         parts.append(f"layers {layers[0]} -> {layers[1]}")
     if isinstance(guarantee, Mapping) and isinstance(guarantee.get("kind"), str):
         parts.append(line(guarantee["kind"], 40))
-    trained = told(step.get("training"))
+    trained = describe_training(step.get("training"))
     return ", ".join(parts) + (f"; then {trained}" if trained else "")

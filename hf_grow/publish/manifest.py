@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_grow.checkpoint.partial_folder import JOURNAL
-from hf_grow.checkpoint.provenance import recorded_files, told, total, trainings
+from hf_grow.checkpoint.provenance import describe_training, recorded_files, training_stages, training_totals
 from hf_grow.checkpoint.reader import GROWTH, SINGLE, open_folder
-from hf_grow.checkpoint.source import NEVER, is_inside
+from hf_grow.checkpoint.source import EXCLUDED, is_contained
 from hf_grow.checkpoint.writer import Progress
 from hf_grow.errors import InputError, VerificationError
 from hf_grow.growth.plan import check_source
@@ -64,7 +64,7 @@ class Manifest:
         """First line of the commit."""
         try:
             assert self.growth is not None
-            trained = told(total(trainings(self.growth)))
+            trained = describe_training(training_totals(training_stages(self.growth)))
             return title_of(self.growth["growth"]["method"], self.growth["source"]["ref"]) + (f", {trained}" if trained else "")
         except (AssertionError, KeyError, TypeError):
             return "Upload with hf-grow"
@@ -78,7 +78,7 @@ class Manifest:
         source = self.growth.get("source")
         messages += path_warnings(str(source.get("ref", "")) if isinstance(source, dict) else "")
         shown = sorted(
-            {p for stage in trainings(self.growth) for p in _local_paths({k: stage.get(k) for k in ("model", "recipe", "data")})}
+            {p for stage in training_stages(self.growth) for p in _local_paths({k: stage.get(k) for k in ("model", "recipe", "data")})}
         )
         more = f" and {len(shown) - 1} more" if len(shown) > 1 else ""
         return messages + (
@@ -123,7 +123,7 @@ def make_manifest(folder: Path) -> Manifest:
             path = parent / name
             relative = path.relative_to(folder).as_posix()
             weight = relative in checkpoint.files
-            if weight or not (_is_private(name) or name.lower().endswith(NEVER) or not is_inside(folder, path) or not path.is_file()):
+            if weight or not (_is_private(name) or name.lower().endswith(EXCLUDED) or not is_contained(folder, path) or not path.is_file()):
                 files[relative] = path
             else:
                 left_out.append(_printable(relative))
@@ -132,11 +132,11 @@ def make_manifest(folder: Path) -> Manifest:
 
 def check_weights(manifest: Manifest, progress: Progress = lambda nbytes: None) -> None:
     """Computes the SHA-256 of every weight file. Raises VerificationError if growth.json records another."""
-    from hf_grow.checkpoint.transfer import sha256_of
+    from hf_grow.checkpoint.transfer import file_sha256
 
     recorded = recorded_files(manifest.growth)
     for name in manifest.weights:
-        manifest.sha256[name] = sha256_of(manifest.files[name], progress)
+        manifest.sha256[name] = file_sha256(manifest.files[name], progress)
         if name in recorded and recorded[name].get("sha256", manifest.sha256[name]) != manifest.sha256[name]:
             raise _changed_file(name)
 

@@ -32,7 +32,7 @@ def command(plan: GrowthPlan, output: str) -> str | None:
     words += ["--revision", source.revision] if source.revision else []
     words += [] if own else ["--method", method.name]
     try:
-        words += [w for name, value in growth.options.items() for w in _flag(name, value, source.others)]
+        words += [w for name, value in growth.options.items() for w in _flag(name, value, source.donors)]
     except TypeError:
         return None
     return shlex.join([*words, "-o", output])
@@ -44,10 +44,10 @@ def recipe(plan: GrowthPlan) -> str | None:
     if set(growth.options) == {"steps"} and isinstance(growth.options["steps"], list):
         steps = growth.options["steps"]
         known = all(isinstance(s, Mapping) and _known(s.get("method"), {k: v for k, v in s.items() if k != "method"}) for s in steps)
-        data: dict[str, Any] = {"steps": [_shared(s, source.others) for s in steps] if known else []}
+        data: dict[str, Any] = {"steps": [_shared(s, source.donors) for s in steps] if known else []}
     else:
         known = _known(growth.method, growth.options)
-        data = {"method": growth.method, **_shared(growth.options, source.others)}
+        data = {"method": growth.method, **_shared(growth.options, source.donors)}
     if not known:
         return None
     head = {"source": source.ref, "revision": source.revision} if source.revision else {"source": f"./{folder_name(source.ref)}"}

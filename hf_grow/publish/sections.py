@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_grow.checkpoint.provenance import history_of, recorded_files
+from hf_grow.checkpoint.provenance import growth_history, recorded_files
 from hf_grow.common.units import format_bytes
 from hf_grow.growth.plan import GrowthPlan, SourceInfo
 from hf_grow.methods import METHODS
@@ -80,7 +80,7 @@ def _head(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name
     version = made_by.get("hf_grow") if isinstance(made_by, Mapping) else None
     yield (
         f"{plain(name.rsplit('/', 1)[-1], 100)} has {format_count(new.total)} parameters{active} in {plan.architecture.layers} layers. It was grown from "
-        f"{source} ({'each ' if plan.source.others else ''}{format_count(old.total)}, {plan.source.architecture.layers} layers) by {code(plan.growth.method, 60)}{paper}"
+        f"{source} ({'each ' if plan.source.donors else ''}{format_count(old.total)}, {plan.source.architecture.layers} layers) by {code(plan.growth.method, 60)}{paper}"
         f"{f' with hf-grow {plain(version, 30)}' if version else ''}. {_weights(record, since)}"
     )
 
@@ -94,7 +94,7 @@ def _weights(record: Mapping[str, Any], since: list[Stage]) -> str:
 
 
 def _sources(plan: GrowthPlan) -> str:
-    others = [f"{_source(o)} (called {code(label, 60)})" for label, o in list(plan.source.others.items())[:MOST_LISTED]]
+    others = [f"{_source(o)} (called {code(label, 60)})" for label, o in list(plan.source.donors.items())[:MOST_LISTED]]
     return _source(plan.source) + (" and " + ", ".join(others) if others else "")
 
 
@@ -129,8 +129,8 @@ def _done(plan: GrowthPlan, record: Mapping[str, Any], picture: str) -> Iterator
         )
     if plan.growth.warnings:
         yield "\n".join(f"- Warning of the plan: {plain(w)}" for w in plan.growth.warnings[:MOST_LISTED])
-    tree = lineage("this model", history_of(record), plan.source.others)
-    if any(parent.parents for parent in tree.parents) or plan.source.others:
+    tree = lineage("this model", growth_history(record), plan.source.donors)
+    if any(parent.parents for parent in tree.parents) or plan.source.donors:
         yield "Lineage, back to the first ancestor:"
         yield block("\n".join(tree.ascii()), "text")
 
@@ -156,7 +156,7 @@ def plan_table(plan: GrowthPlan) -> str:
     if a.is_moe or b.is_moe:
         rows.append(["active parameters", format_count(old.active), format_count(new.active)])
     rows.append(["weights on disk", format_bytes(plan.source.nbytes), format_bytes(plan.nbytes)])
-    if more := len(plan.source.others):
+    if more := len(plan.source.donors):
         rows.append([f"weights of {more} further source{'s' * (more > 1)}", format_bytes(plan.source_nbytes - plan.source.nbytes), ""])
     rows.append(["forward FLOPs a token", format_count(old.flops), format_count(new.flops)])
     rows.append(["KV cache a token (16 bit)", *(f"{2 * s.kv_values / 1024:.4g} KiB" for s in (old, new))])
@@ -255,7 +255,7 @@ def _reproduce(plan: GrowthPlan, record: Mapping[str, Any], name: str, since: li
         drawn = f", and its random numbers come from seed {plan.growth.seed}" if random else ""
         yield (
             ("The source is a local checkpoint of that name. " if local else "")
-            + ("The further sources must be at the commits named above. " if any(o.revision for o in plan.source.others.values()) else "")
+            + ("The further sources must be at the commits named above. " if any(o.revision for o in plan.source.donors.values()) else "")
             + f"The same plan gives the same bytes{drawn}. Where the weights were split into files by `--max-shard-size`, the files differ "
             "without it, the tensors do not."
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hf_grow.checkpoint.hub import progress_bars_disabled
 from hf_grow.checkpoint.hub_errors import hub_url, upload_errors
 from hf_grow.checkpoint.partial_folder import PartialFolder
-from hf_grow.checkpoint.shard_sink import Sink
+from hf_grow.checkpoint.shard_sink import ShardSink
 from hf_grow.checkpoint.writer import Shard
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import OutputError
@@ -28,7 +28,7 @@ SHARD_SIZE = 5 * 10**9
 RETRY = "Repeat the command with --resume; uploaded shards are neither written nor sent again."
 
 
-class StreamSink(Sink):
+class StreamSink(ShardSink):
     """Uploads shards to a destination that `prepare_repo` returned. `pushed` is set at the end."""
 
     window = 2
@@ -40,7 +40,7 @@ class StreamSink(Sink):
         self.pushed: Pushed | None = None
         self._sent: dict[str, CommitOperationAdd] = {}
 
-    def gone(self, folder: PartialFolder) -> Mapping[str, str]:
+    def already_sent(self, folder: PartialFolder) -> Mapping[str, str]:
         if not folder.sent:
             return {}
         committed = self._is_committed(folder)
@@ -57,7 +57,7 @@ class StreamSink(Sink):
         )
         return {file: folder.sent[file][1] for file in kept}
 
-    def take(self, folder: PartialFolder, shard: Shard, sha256: str) -> None:
+    def accept(self, folder: PartialFolder, shard: Shard, sha256: str) -> None:
         from huggingface_hub import CommitOperationAdd
 
         path = folder.path / shard.file

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_grow.checkpoint.provenance import count, total, trainings
+from hf_grow.checkpoint.provenance import positive_int, training_stages, training_totals
 from hf_grow.common import yaml_io as yaml_text
 from hf_grow.publish.eval_section import number
 from hf_grow.publish.markdown import code, plain, table
@@ -48,11 +48,11 @@ class Stage:
 
     @property
     def steps(self) -> int:
-        return count(self.facts.get("steps"))
+        return positive_int(self.facts.get("steps"))
 
     @property
     def tokens(self) -> int:
-        return count(self.facts.get("tokens"))
+        return positive_int(self.facts.get("tokens"))
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -79,8 +79,8 @@ class Stage:
 
 
 def stages(record: Mapping[str, Any]) -> list[Stage]:
-    """All trainings since the growth, oldest first; empty for weights as they were grown."""
-    return [Stage(s) for s in trainings(record)]
+    """All training_stages since the growth, oldest first; empty for weights as they were grown."""
+    return [Stage(s) for s in training_stages(record)]
 
 
 def _mapping(facts: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -90,11 +90,11 @@ def _mapping(facts: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def headline(found: Sequence[Stage], *, lossless: bool) -> str:
     """'Trained after it was grown: 384 tokens in 12 steps.' and the losses of the last training. `lossless`: the growth."""
-    sums = total(tuple(s.facts for s in found))
+    sums = training_totals(tuple(s.facts for s in found))
     if not sums["steps"]:
         return "**An adapter was merged into it after it was grown.** What that taught it is not recorded."
     size = (f"{sums['tokens']:,} tokens in " if sums["tokens"] else "") + f"{sums['steps']:,} steps"
-    several = f" of {sum(bool(s.steps) for s in found)} trainings" if sum(bool(s.steps) for s in found) > 1 else ""
+    several = f" of {sum(bool(s.steps) for s in found)} training_stages" if sum(bool(s.steps) for s in found) > 1 else ""
     parts = [f"**Trained after it was grown: {size}{several}.**"]
     last = [s for s in found if s.steps][-1]
     moved = [x for x in last.losses if x.rise is not None]
@@ -131,7 +131,7 @@ def _forgot(old: Loss, lossless: bool) -> str:
 
 
 def section(found: Sequence[Stage], *, lossless: bool) -> Iterator[str]:
-    """The trainings one by one: what was trained how, on what, and the losses."""
+    """The training_stages one by one: what was trained how, on what, and the losses."""
     for i, stage in enumerate(found):
         if len(found) > 1:
             yield f"**{i + 1} of {len(found)}**: {stage.size}."
@@ -212,7 +212,7 @@ def _texts(stage: Stage) -> str:
 
 
 def commands(found: Sequence[Stage], name: str) -> tuple[str, list[tuple[str, str | None, str]]]:
-    """How to do the trainings again: the folder that the growth is to write, and (file, recipe, folder to write) of each.
+    """How to do the training_stages again: the folder that the growth is to write, and (file, recipe, folder to write) of each.
 
     `name`: the folder of the last. A recipe is None where none was recorded that could be printed.
     """

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.common.extras import require_packages
 from hf_grow.common.safe_files import read_json
-from hf_grow.convert.execute import versions
+from hf_grow.convert.metadata import versions
 from hf_grow.errors import OutputError, SourceError
 from hf_grow.model.config_compat import portable_config
 from hf_grow.model.loading import output_flags

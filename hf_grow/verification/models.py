@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.common.free_memory import available_memory
 from hf_grow.common.units import format_bytes
-from hf_grow.convert.in_memory import assemble, untie_config
+from hf_grow.convert.in_memory import build_model, untie_config
 from hf_grow.growth.plan import GrowthPlan, TensorInfo
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.loading import reset_output_flags, transformers_errors
@@ -83,7 +83,7 @@ def unrounded_model(plan: GrowthPlan, old: Checkpoint, dtype: str) -> PreTrained
 
     evaluator, wide = Evaluator(plan, StoredTensors(old)), "F64" if dtype == "float64" else "F32"
     state = {n: evaluator.whole(e, TensorInfo(wide, plan.targets[n].shape)) for n, e in plan.growth.tensors.items()}
-    model = assemble(plan, state, getattr(torch, dtype), **_expert_options(dtype, plan.architecture)).eval()
+    model = build_model(plan, state, getattr(torch, dtype), **_expert_options(dtype, plan.architecture)).eval()
     reset_output_flags(model.config)
     return model
 

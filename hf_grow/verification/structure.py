@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.checkpoint.provenance import recorded_files, told, total, trainings
+from hf_grow.checkpoint.provenance import describe_training, recorded_files, training_stages, training_totals
 from hf_grow.checkpoint.reader import Checkpoint
-from hf_grow.checkpoint.safetensors_header import Stored
-from hf_grow.checkpoint.transfer import pieces
+from hf_grow.checkpoint.safetensors_header import TensorLocation
+from hf_grow.checkpoint.transfer import read_chunks
 from hf_grow.common.safe_files import open_regular
 from hf_grow.errors import GrowError, SourceError
 from hf_grow.growth.plan import DTYPE_NAMES, HEAD, GrowthPlan, check_source
@@ -70,7 +70,7 @@ def check_tables(new: Checkpoint, report: Report) -> GrowthPlan | None:
 
 def training_since(new: Checkpoint) -> str:
     """Describes the training of the weights after the growth; empty if there was none."""
-    return told(total(trainings(new.growth)))
+    return describe_training(training_totals(training_stages(new.growth)))
 
 
 def _normalized_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def recompute_tensors(old: Checkpoint, new: Checkpoint, plan: GrowthPlan, report
     """Recomputes every tensor from the source, compares bit for bit, and checks the SHA-256 of each shard. Calls `progress` with bytes checked."""
     assert new.growth is not None
     work = _Recomputation(old, new, plan, progress)
-    by_file: dict[str, list[tuple[str, Stored]]] = {file: [] for file in new.files}
+    by_file: dict[str, list[tuple[str, TensorLocation]]] = {file: [] for file in new.files}
     for name, stored in sorted(new.tensors.items(), key=lambda item: item[1].start):
         by_file[stored.file].append((name, stored))
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -168,12 +168,12 @@ class _Recomputation:
         if self.halt.is_set():
             raise GrowError("Interrupted.")
 
-    def shard(self, file: str, tensors: list[tuple[str, Stored]]) -> str:
+    def shard(self, file: str, tensors: list[tuple[str, TensorLocation]]) -> str:
         """Checks one shard's tensors in file order; returns its SHA-256."""
         sha = hashlib.sha256()
         with open_regular(self.new.path(file)) as handle:
             header = min((t.start for _, t in tensors), default=self.new.files[file]["size"])
-            for piece in pieces(handle.fileno(), 0, header, self.stop):
+            for piece in read_chunks(handle.fileno(), 0, header, self.stop):
                 sha.update(piece)
             for name, stored in tensors:
                 is_copy = name in self.copies and stored.info == self.plan.targets[name]
@@ -182,17 +182,17 @@ class _Recomputation:
                 self.progress(stored.stop - stored.start)
         return sha.hexdigest()
 
-    def _matches_copy(self, name: str, stored: Stored, handle: int, sha: Any) -> bool:
+    def _matches_copy(self, name: str, stored: TensorLocation, handle: int, sha: Any) -> bool:
         path, origin = self.old.find(self.copies[name])
         equal = True
         with open_regular(path) as source:
-            theirs = pieces(source.fileno(), origin.start, origin.stop, self.stop)
-            for ours in pieces(handle, stored.start, stored.stop, self.stop):
+            theirs = read_chunks(source.fileno(), origin.start, origin.stop, self.stop)
+            for ours in read_chunks(handle, stored.start, stored.stop, self.stop):
                 sha.update(ours)
                 equal = equal and ours == next(theirs)
         return equal
 
-    def _matches_computed(self, name: str, stored: Stored, handle: int, sha: Any) -> bool:
+    def _matches_computed(self, name: str, stored: TensorLocation, handle: int, sha: Any) -> bool:
         import torch
 
         from hf_grow.checkpoint.stored_tensors import StoredTensors
@@ -206,7 +206,7 @@ class _Recomputation:
             for block in self.evaluator.blocks(self.plan.growth.tensors[name], self.plan.targets[name], MEMORY, allow_nonfinite=True):
                 expected = raw_bytes(block.to(getattr(torch, DTYPE_NAMES[stored.dtype])))
                 done = 0
-                for piece in pieces(handle, at, at + len(expected), self.stop):
+                for piece in read_chunks(handle, at, at + len(expected), self.stop):
                     sha.update(piece)
                     equal = equal and piece == expected[done : done + len(piece)]
                     done += len(piece)

@@ -58,11 +58,11 @@ def test_a_source_that_ends_early_is_an_error(tmp_path: Path) -> None:
 
 
 def test_digest_is_xxh3_of_the_range_and_feeds_other_hashes(tmp_path: Path) -> None:
-    data = os.urandom(transfer.READ * 2 + 17)
+    data = os.urandom(transfer.READ_SIZE * 2 + 17)
     (tmp_path / "a").write_bytes(data)
     sha = hashlib.sha256()
     with (tmp_path / "a").open("rb") as a:
-        found = transfer.digest(a.fileno(), 5, len(data) - 3, quiet, sha)
+        found = transfer.hash_range(a.fileno(), 5, len(data) - 3, quiet, sha)
     assert found == xxhash.xxh3_128_hexdigest(data[5:-3])
     assert sha.digest() == hashlib.sha256(data[5:-3]).digest()
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from hf_grow.checkpoint import partial_folder as partial
 from hf_grow.checkpoint.partial_folder import JOURNAL, PartialFolder
 from hf_grow.checkpoint.safetensors_header import read_header
-from hf_grow.checkpoint.writer import check_room, index_of, layout
+from hf_grow.checkpoint.writer import build_index, check_disk_space, layout
 from hf_grow.errors import OutputError
 from hf_grow.growth.plan import TensorInfo
 
@@ -42,7 +42,7 @@ def test_a_layout_holds_every_tensor_once_aligned_and_within_the_limit(targets: 
         stored = read_header(shard.header[:8], lambda n, h=shard.header: h[8 : 8 + n], shard.size, shard.file)
         assert {n: (t.start, t.stop, t.info) for n, t in stored.items()} == {s.name: (s.start, s.stop, s.info) for s in shard.slots}
         assert all(s.start % {"BF16": 2, "F32": 4, "F64": 8}[s.info.dtype] == 0 for s in shard.slots)
-    index = index_of(shards)
+    index = build_index(shards)
     assert (index is None) == (len(shards) == 1)
     if index:
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in targets.values())
@@ -123,7 +123,7 @@ def test_overwrite_and_resume_go_on_and_replace_at_the_end(tmp_path: Path) -> No
     assert "--overwrite --resume" in caught.value.hint
     with folder(tmp_path, resume=True, overwrite=True) as f:
         assert f.done == {"a": "1"}
-        assert f.go_on.endswith("--overwrite --resume.")
+        assert f.resume_hint.endswith("--overwrite --resume.")
         f.write_file("new", b"y")
         assert names(out) == ["precious"]
         f.finish({"new"})
@@ -321,7 +321,7 @@ def test_a_command_that_cannot_resume_does_not_advise_it(tmp_path: Path) -> None
         return PartialFolder(tmp_path / "out", "merge", resume=False, overwrite=overwrite, resumable=False)
 
     with merge() as f:
-        assert f.go_on == "Repeat the command with --overwrite."
+        assert f.resume_hint == "Repeat the command with --overwrite."
     with pytest.raises(OutputError, match="left over") as caught:
         merge()
     assert "--resume" not in str(caught.value)
@@ -427,10 +427,10 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
 
 
 def test_too_little_room_is_told_before_anything_is_written(tmp_path: Path) -> None:
-    check_room(tmp_path / "a" / "b", 1000)
+    check_disk_space(tmp_path / "a" / "b", 1000)
     with pytest.raises(OutputError, match="free"):
-        check_room(tmp_path / "a" / "b", 2**60)
-    check_room(tmp_path / "a", 2**60, already=2**60)
+        check_disk_space(tmp_path / "a" / "b", 2**60)
+    check_disk_space(tmp_path / "a", 2**60, already=2**60)
 
 
 def test_a_journal_is_plain_json_lines(tmp_path: Path) -> None:

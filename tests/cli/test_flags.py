@@ -48,7 +48,7 @@ SAMPLES: dict[str, list[Any]] = {
     "prompt_pooling": ["last", "mean"], "copy_from": ["0,1", "1"], "utility": [{"utility": [3, 1, 1, 1]}, {"utility": [1, 1, 1, 3]}], "router_noise": [0.1, 0.2],
 }  # fmt: skip
 FILES = {"experts_from", "prompts"}
-"""Options that read further checkpoints; their own tests lie in test_several and test_prompted."""
+"""Options that read further checkpoints; their own tests lie in test_donors and test_router_init."""
 FAR = {"layers": {"layers": "0-3,1"}, "hybrid": {"to": "80K"}, "experts": {"experts": 8}}
 """What a growth needs beside the pair, where the pair itself does not say how far it goes."""
 

@@ -23,7 +23,7 @@ from hf_grow.checkpoint.partial_folder import JOURNAL
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.checkpoint.writer import layout
 from hf_grow.convert import execute
-from hf_grow.convert.in_memory import describe, disk_tensors, grow_model
+from hf_grow.convert.in_memory import describe_model, disk_tensors, grow_model
 from hf_grow.errors import ExecutionError, GrowError, OutputError, SourceError
 from hf_grow.growth.evaluate import Evaluator
 from hf_grow.growth.noise import gaussian, to_dtype_bytes
@@ -455,13 +455,13 @@ def test_a_model_in_memory_that_is_not_the_planned_one_is_refused() -> None:
     broken = make(BY_NAME["llama"])
     broken.model.norm.weight = torch.nn.Parameter(broken.model.norm.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(SourceError, match="int8"):
-        describe(broken)
+        describe_model(broken)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F64"])
 def test_plain_noise_without_torch_is_the_evaluator_s_bit_for_bit(dtype: str) -> None:
     growth = api.find_method("experts").build(Architecture(BY_NAME["llama"].config), api.find_method("experts").options(experts=4, seed=5))
-    plan = make_plan(describe(make(BY_NAME["llama"])), growth)
+    plan = make_plan(describe_model(make(BY_NAME["llama"])), growth)
     expr = Noise((1500, 48), 0.37, "key")  # more than one chunk
     wanted = Evaluator(plan, InMemoryTensors({})).whole(expr, TensorInfo(dtype, expr.size))
     found = to_dtype_bytes(gaussian(growth.seed, "key", 0, 1500 * 48, 0.37), dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_grow import api
-from hf_grow.checkpoint.provenance import record_text
+from hf_grow.checkpoint.provenance import format_growth_json
 from hf_grow.convert.in_memory import disk_tensors, grow_model
 from hf_grow.errors import InputError, PlanError
 from hf_grow.growth.evaluate import Evaluator
@@ -174,7 +174,7 @@ def test_a_plan_of_redrawn_units_is_small_at_the_shapes_of_mixtral_8x7b() -> Non
     source = Architecture(config)
     info = SourceInfo("m", "", config, {n: TensorInfo("BF16", e.shape) for n, e in source.tensors.items()}, {}, ())
     growth = METHODS["experts"].build(source, METHODS["experts"].options(experts=8, init="drop"), ())
-    record = record_text(make_plan(info, growth).to_json())
+    record = format_growth_json(make_plan(info, growth).to_json())
     assert len(record) < 1_000_000
     assert GrowthPlan.from_json(json.loads(record)).growth.tensors == growth.tensors
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from trained import grown, recipe, run, tokenizer
 
 from hf_grow import api
-from hf_grow.checkpoint.provenance import recorded_files, total, trainings
+from hf_grow.checkpoint.provenance import recorded_files, training_stages, training_totals
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.cli import main
 from hf_grow.publish.card import CardOptions, make_card, render_card
@@ -220,8 +220,8 @@ def test_trainings_and_growths_in_turn(work: Path, tmp_path: Path, capsys: pytes
     again = recipe(work, work / "out", output=str(tmp_path / "again"), max_steps=2)
     run(capsys, "train", again)
     record = record_of(tmp_path / "again")
-    assert [s["steps"] for s in trainings(record)] == [4, 2]
-    assert total(trainings(record)) == {"steps": 6, "tokens": 192, "adapters": 0}
+    assert [s["steps"] for s in training_stages(record)] == [4, 2]
+    assert training_totals(training_stages(record)) == {"steps": 6, "tokens": 192, "adapters": 0}
     assert api.verify(work / "source", tmp_path / "again", structure_only=True).ok
     seen = run(capsys, "inspect", tmp_path / "again")
     assert seen["training"]["steps"] == 6
@@ -231,15 +231,15 @@ def test_trainings_and_growths_in_turn(work: Path, tmp_path: Path, capsys: pytes
     assert "since then" in said
     assert re.sub(r"[\s│]+", " ", said).count("trained for 6 steps (192 tokens)") == 2  # not cut off in the tree either
     card = render_card(tmp_path / "again")
-    assert "**Trained after it was grown: 192 tokens in 6 steps of 2 trainings.**" in card
+    assert "**Trained after it was grown: 192 tokens in 6 steps of 2 training_stages.**" in card
     assert re.findall(r"^hf-grow train .*$", card, re.MULTILINE) == [
         "hf-grow train train-1.yaml -o out",
         "hf-grow train train-2.yaml -o again",
     ]
     assert card.index("**1 of 2**: 128 tokens in 4 steps.") < card.index("**2 of 2**: 64 tokens in 2 steps.")
-    # Grown once more, the trainings are history.
+    # Grown once more, the training_stages are history.
     api.grow(tmp_path / "again", tmp_path / "larger", "stack")
-    assert trainings(record_of(tmp_path / "larger")) == ()
+    assert training_stages(record_of(tmp_path / "larger")) == ()
     tree = run(capsys, "inspect", tmp_path / "larger")["lineage"]
     assert "trained" not in tree["step"]
     assert tree["sources"][0]["step"].endswith("; then trained for 6 steps (192 tokens)")

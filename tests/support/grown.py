@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_grow.api import find_method
-from hf_grow.convert.in_memory import describe, disk_names, grow_model
+from hf_grow.convert.in_memory import describe_model, disk_names, grow_model
 from hf_grow.growth.evaluate import Evaluator
 from hf_grow.growth.growth import Growth, compose
 from hf_grow.growth.plan import GrowthPlan, make_plan
@@ -27,7 +27,7 @@ def growth_of(config: Any, method: str, **options: Any) -> Growth:
 
 def plan_of(model: PreTrainedModel, method: str, /, *, deeper: str = "", **options: Any) -> GrowthPlan:
     """A width plan; ``deeper`` composes it with two identity blocks, 'after' or 'before' the width."""
-    info = describe(model)
+    info = describe_model(model)
     if deeper == "before":
         first = growth_of(info.config, "identity", layers_to=model.config.num_hidden_layers + 2)
         return make_plan(info, compose(first, growth_of(first.config, method, **options)))

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from hf_grow import api
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.cli import main
-from hf_grow.convert.in_memory import describe, grow_model
+from hf_grow.convert.in_memory import describe_model, grow_model
 from hf_grow.growth.growth import compose
 from hf_grow.growth.plan import GrowthPlan, make_plan
 from hf_grow.growth.tensormap import Fill
@@ -249,7 +249,7 @@ def test_an_expert_without_an_origin_never_agrees_and_no_mapping_is_none() -> No
 
 def test_depth_after_experts_goes_through_both_maps() -> None:
     model = make(BY_NAME["mixtral"])
-    info = describe(model)
+    info = describe_model(model)
     first = build_experts(info.architecture, ExpertsOptions(experts=8, top_k=4))
     plan = make_plan(info, compose(first, growth_of(first.config, "identity", layers_to=6)))
     found = agreement(plan, routed(model, ids()), routed(grow_model(model, plan), ids()))

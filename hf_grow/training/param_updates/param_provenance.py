@@ -108,7 +108,7 @@ def _outside(steps: Sequence[tuple[Indices, Sequence[Indices]]]) -> Mask:
 def _layer(plan: GrowthPlan, key: str) -> int:
     """The layer of a source tensor, in its own checkpoint; -1 outside the blocks."""
     label, _, name = key.rpartition("::")
-    source = plan.source.others[label] if label else plan.source
+    source = plan.source.donors[label] if label else plan.source
     return source.architecture.tensors[name].layer
 
 

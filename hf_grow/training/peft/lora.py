@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.partial_folder import PartialFolder
-from hf_grow.checkpoint.provenance import after_training, record_text
-from hf_grow.checkpoint.reader import GROWTH, files_of
+from hf_grow.checkpoint.provenance import add_training_stage, format_growth_json
+from hf_grow.checkpoint.reader import GROWTH, hash_weight_files
 from hf_grow.checkpoint.source import companions, open_source
-from hf_grow.checkpoint.writer import check_room
+from hf_grow.checkpoint.writer import check_disk_space
 from hf_grow.common.extras import require_packages
 from hf_grow.common.safe_files import read_json
-from hf_grow.convert.execute import explained, versions
+from hf_grow.convert.execute import translate_os_errors
+from hf_grow.convert.metadata import versions
 from hf_grow.errors import InputError, SourceError
 from hf_grow.growth.growth import Growth
 from hf_grow.growth.plan import GrowthPlan, check_source, make_plan
@@ -148,22 +149,25 @@ def merge_adapter(
         options = parse(METHODS["layers"].options, {"layers": list(layers)}, where=str(adapter), strict=False)
         growth: Growth = METHODS["layers"].build(source.info.architecture, options)
         plan = make_plan(source.info, growth)
-    check_room(out, plan.nbytes if plan else sum(t.info.nbytes for t in source.tensors.values()))
+    check_disk_space(out, plan.nbytes if plan else sum(t.info.nbytes for t in source.tensors.values()))
     assert source.folder is not None
     merged = _merged_model(source.folder, plan, found, dtype)
     with (
         PartialFolder(out, f"merge {adapter}", resume=False, overwrite=overwrite, resumable=False) as folder,
-        explained(folder),
+        translate_os_errors(folder),
     ):
         merged.save_pretrained(folder.path)
         folder.write_json("config.json", portable_config(read_json(folder.path / "config.json") | output_flags(source.config)))
         for relative in companions(source.folder):
-            folder.copy_in(source.folder, relative)
+            folder.copy_companion(source.folder, relative)
         facts = {"adapter": found.told(), "merged_into": ref}
         record = plan.to_json() if plan else source.growth
         if record:
             folder.write_file(
-                GROWTH, record_text(after_training(record, {**facts, "files": files_of(folder.path), "made_by": versions()})).encode()
+                GROWTH,
+                format_growth_json(
+                    add_training_stage(record, {**facts, "files": hash_weight_files(folder.path), "made_by": versions()})
+                ).encode(),
             )
         folder.finish({p.name for p in folder.path.iterdir() if not p.name.startswith(".")})
     return MergeResult(ref, merged.config.num_hidden_layers, plan)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow._version import __version__
 from hf_grow.checkpoint.reader import Checkpoint
-from hf_grow.checkpoint.writer import shard_of
+from hf_grow.checkpoint.writer import build_shard
 from hf_grow.common.safe_files import open_regular
 from hf_grow.errors import ExecutionError, InputError, OutputError
 from hf_grow.growth.plan import TensorInfo
@@ -178,7 +178,7 @@ def write_importance(
 
     dtype = STORAGE[storage]
     metadata = {"format": FORMAT, "made_by": f"hf-grow {__version__}", **{k: str(v) for k, v in facts.items()}}
-    shard = shard_of(path.name, {n: TensorInfo(dtype, s) for n, s in shapes.items()}, metadata)
+    shard = build_shard(path.name, {n: TensorInfo(dtype, s) for n, s in shapes.items()}, metadata)
     places = {slot.name: slot for slot in shard.slots}
     partial = path.with_name(path.name + ".partial")
     try:

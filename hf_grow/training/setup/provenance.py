@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.checkpoint.provenance import after_training
-from hf_grow.checkpoint.reader import GROWTH, files_of, open_folder
-from hf_grow.convert.execute import versions
+from hf_grow.checkpoint.provenance import add_training_stage
+from hf_grow.checkpoint.reader import GROWTH, hash_weight_files, open_folder
+from hf_grow.convert.metadata import versions
 
 if TYPE_CHECKING:
     from hf_grow.training.setup.train_setup import TrainSetup
@@ -29,7 +29,7 @@ def record_of(checked: TrainSetup, facts: Mapping[str, Any]) -> dict[str, Any] |
         return None
     revision = {"revision": checked.checkpoint.revision} if checked.checkpoint.revision else {}
     stage = {"recipe": kept(checked.read.given), "model": checked.checkpoint.ref, **revision, **facts, "made_by": versions()}
-    return after_training(grown, stage)
+    return add_training_stage(grown, stage)
 
 
 def note_files(folder: Path) -> None:
@@ -38,4 +38,4 @@ def note_files(folder: Path) -> None:
 
     record = open_folder(folder).growth
     if record is not None:
-        write_json(folder / GROWTH, {**record, "training": {**record["training"], "files": files_of(folder)}})
+        write_json(folder / GROWTH, {**record, "training": {**record["training"], "files": hash_weight_files(folder)}})

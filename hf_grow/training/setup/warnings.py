@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.checkpoint.provenance import trainings
+from hf_grow.checkpoint.provenance import training_stages
 from hf_grow.common.safe_files import read_json
 from hf_grow.errors import InputError
 from hf_grow.training.data.chat_template import parse_chat_template
@@ -31,7 +31,7 @@ def advise(checked: TrainSetup, notify: Callable[[str], None]) -> None:
 
 def damaged(plan: GrowthPlan | None, growth: Mapping[str, Any] | None) -> str | None:
     """The method that changed the function of a model which was not trained since, or None."""
-    return None if plan is None or plan.guarantee.lossless or trainings(growth) else plan.growth.method
+    return None if plan is None or plan.guarantee.lossless or training_stages(growth) else plan.growth.method
 
 
 def _held_damage(checked: TrainSetup) -> str | None:

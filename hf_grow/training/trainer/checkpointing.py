@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hf_grow.checkpoint.provenance import record_text
+from hf_grow.checkpoint.provenance import format_growth_json
 from hf_grow.common.safe_files import read_bytes, replace_nonfinite
 from hf_grow.errors import SourceError
 from hf_grow.training.growth_state.state_files import GROWTH_STATE
@@ -32,5 +32,5 @@ def last_checkpoint(folder: Path) -> Path | None:
 def write_json(path: Path, data: Any) -> None:
     """In one step, so that no reader ever sees half of it."""
     temporary = path.with_name(path.name + ".new")
-    temporary.write_text(record_text(replace_nonfinite(data, nonfinite=str)), encoding="utf-8")
+    temporary.write_text(format_growth_json(replace_nonfinite(data, nonfinite=str)), encoding="utf-8")
     os.replace(temporary, path)

@@ -19,7 +19,7 @@ from models import BY_NAME, make, save
 from test_stream import files_of, process, published, run, watched, without_card
 
 from hf_grow import api
-from hf_grow.checkpoint.partial_folder import SPOOL
+from hf_grow.checkpoint.partial_folder import SOURCE_CACHE
 from hf_grow.checkpoint.tensor_cache import schedule
 from hf_grow.checkpoint.writer import layout
 from hf_grow.common.units import format_bytes
@@ -234,7 +234,7 @@ def test_a_network_that_stays_away(served: HubServer, tmp_path: Path, fault: Fau
     served.faults[:] = [*good, fault]
     said = refused(capsys, *words("interleave", tmp_path / "out", "--stream-source"), status=1)
     assert "--resume" in said
-    assert not (tmp_path / "out.partial" / SPOOL).exists()
+    assert not (tmp_path / "out.partial" / SOURCE_CACHE).exists()
     first = fetched_bytes(served)
     assert first > 0
     served.faults.clear()

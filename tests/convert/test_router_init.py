@@ -160,7 +160,7 @@ def test_one_layer_is_in_memory_at_a_time_and_every_byte_of_the_layers_is_read_o
 
     nbytes: list[int] = []
     tensors = StoredTensors(checkpoint)
-    embedded = {text: layerwise.embeddings(checkpoint, tensors, ids_of(text)) for text in CODE}
+    embedded = {text: layerwise.embed_tokens(checkpoint, tensors, ids_of(text)) for text in CODE}
     gc.collect()
     assert len(list(layerwise.mlp_inputs(checkpoint, tensors, embedded, pool, nbytes.append))) == 6
     assert alive == [2] * 12  # gate_proj and up_proj of one layer

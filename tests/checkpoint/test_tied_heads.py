@@ -21,7 +21,7 @@ from hf_grow.checkpoint.reader import PIECE, open_folder
 from hf_grow.checkpoint.writer import layout
 from hf_grow.cli import main
 from hf_grow.convert.execute import execute
-from hf_grow.convert.in_memory import describe, grow_model
+from hf_grow.convert.in_memory import describe_model, grow_model
 from hf_grow.errors import SourceError
 from hf_grow.growth.plan import EMBEDDING, HEAD, untied_head_warning
 from hf_grow.training.setup.prepare import load_model
@@ -107,18 +107,18 @@ def test_an_equal_head_is_dropped_with_its_reason(tmp_path: Path) -> None:
 def test_verify_finds_an_output_that_lost_its_head(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written as if the head were tied, without looking at it."""
     with monkeypatch.context() as patched:
-        patched.setattr("hf_grow.checkpoint.reader.Checkpoint.undecided", False)
+        patched.setattr("hf_grow.checkpoint.reader.Checkpoint.head_unresolved", False)
         api.grow(own, tmp_path / "out", "identity", at="1")
     assert HEAD not in open_folder(tmp_path / "out").tensors
     report = api.verify(own, tmp_path / "out", structure_only=True)
     found = {c.name: c.detail for c in report.checks if c.status == "fail"}
     assert found.keys() == {"source"}
-    assert "lost it" in found["source"]
+    assert "dropped it" in found["source"]
 
 
 def test_in_memory(own: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(own)
-    assert describe(model).head == "own"
+    assert describe_model(model).head == "own"
     plan = api.plan(model, "tile", factor=2)
     assert plan.growth.warnings[-1] == untied_head_warning(str(own))
     grown = grow_model(model, plan)

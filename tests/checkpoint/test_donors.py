@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_grow import api
 from hf_grow.cli import main
+from hf_grow.common.units import format_bytes
 from hf_grow.convert.in_memory import disk_tensors, grow_model
 from hf_grow.errors import InputError, PlanError, SourceError
 from hf_grow.growth.plan import GrowthPlan
@@ -97,9 +98,9 @@ def test_the_plan_tells_each_source_s_own_size(tmp_path: Path, capsys: Any) -> N
     ]
     assert main(words) == 0
     said = [" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()]
-    size = f"{4 * parameters / 1e6:.1f} MB"
+    size = format_bytes(4 * parameters)
     assert any(line.startswith(f"weights on disk {size} ") for line in said)
-    assert f"weights of 2 further sources {8 * parameters / 1e6:.1f} MB" in said
+    assert f"weights of 2 further sources {format_bytes(8 * parameters)}" in said
 
 
 def test_equal_siblings_are_the_source_itself(tmp_path: Path, exact_math: None) -> None:
