@@ -1,4 +1,4 @@
-"""The arms of `forgetting.py`: what each adds to the recipe that all share."""
+"""The arms of `forgetting.py`: what each changes in the common recipe."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Change = Callable[[Stage, str], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to continue: `changes` are keys of the recipe, given the stage and the growth."""
+    """One way to continue training. Each of ``changes`` gives keys of the recipe for a stage and a growth."""
 
     name: str
     family: str
-    """Colour in the plot, and order in the table."""
+    """Colour in the plot."""
     changes: tuple[Change, ...] = ()
     growth: str = ""
     steps: float = 1.0
-    """Multiple of the usual number of steps."""
+    """Factor for the number of steps."""
     rate: float = 1.0
-    """Multiple of the usual learning rate."""
+    """Factor for the learning rate."""
     old_data: bool = False
-    """Whether it needs text of the old domain."""
+    """It needs text of the old domain."""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def recipe(self, stage: Stage) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def si(strength: float) -> Change:
 
 
 def l2sp(strength: float) -> Change:
-    """At the mean of the Fisher, so that its lambda compares with EWC's."""
+    """Weighted by the mean of the Fisher, so that lambda is comparable with EWC's."""
     return lambda stage, growth: {"regularizer": {"kind": "l2sp", "lambda": strength, "fisher": stage.fisher("old", growth)}}
 
 

@@ -1,8 +1,7 @@
-"""Whether two checkpoints hold the same tensors, bit for bit: `python benchmarks/compare.py A B`. Exit status 1 if not.
+"""Compares the tensors of two checkpoints bit for bit: `python benchmarks/compare.py A B`. Exit status 1 if they differ.
 
-Zeros of either sign count as equal, and are told of: mergekit makes identity blocks by 0 * weight, which is -0 where the weight is negative.
-
-Reads both with safetensors, so neither of the programs under test judges itself.
+Zeros of either sign count as equal, but are reported: mergekit makes identity blocks by 0 * weight, which is -0 where the weight is negative.
+Both are read by safetensors, not by the programs under test.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ import torch
 from safetensors import safe_open
 
 
-def names(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+def tensor_files(folder: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    return found
+            files.update(dict.fromkeys(file.keys(), path))
+    return files
 
 
 def compare(a: Path, b: Path) -> tuple[list[str], int, int]:
-    """Names that differ, number of tensors, and number of tensors that differ in nothing but the sign of zeros."""
-    left, right = names(a), names(b)
+    """Names of tensors that differ, number of tensors, and number of tensors that differ only in the sign of zeros."""
+    left, right = tensor_files(a), tensor_files(b)
     differ = sorted(left.keys() ^ right.keys())
     signs = 0
     for name in sorted(left.keys() & right.keys()):

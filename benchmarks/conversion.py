@@ -1,13 +1,12 @@
-"""How long growing a checkpoint takes beside `cp` of the same bytes, and beside mergekit: `python benchmarks/conversion.py --size 1b`.
+"""Times the growth of a checkpoint against `cp` of the same bytes and against mergekit: `python benchmarks/conversion.py --size 1b`.
 
-All contenders run in turn, several times, in one session; README.md beside this file says what each line means.
+All contenders run in turn, several times, in one session; README.md in this folder explains each row.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import signal
 import sys
 import tempfile
@@ -17,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import with_mergekit
+from conversion_table import Row, markdown, show
 from generate import CONFIGS, SHARD_SIZES, generate
 from measure import Usage, machine, remove, run, settle
-from report import Row, markdown, show
+from results_file import RESULTS, command_line
 
 from hf_grow.api import plan
 from hf_grow.checkpoint.writer import check_disk_space
@@ -29,6 +29,21 @@ from hf_grow.methods import METHODS
 
 HERE = Path(__file__).parent
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+IN_COMMAND = (
+    "size",
+    "repeats",
+    "method",
+    "layers_to",
+    "seam_average",
+    "factor",
+    "to",
+    "experts",
+    "init",
+    "cold",
+    "no_settle",
+    "mergekit",
+    "mergekit_arguments",
+)
 
 
 @dataclass
@@ -36,10 +51,10 @@ class Contender:
     name: str
     commands: list[list[str]]
     reads: Path
-    """What it reads, to be in the page cache or out of it."""
+    """Input, which is put into the page cache or dropped from it before each run."""
     runs: list[Usage] = field(default_factory=list)
-    own: Callable[[Usage], float] | None = None
-    """Its own time within the run, if it tells one."""
+    own_seconds: Callable[[Usage], float] | None = None
+    """The time that it reports for its own work within the run."""
 
 
 def grow_options(arguments: argparse.Namespace) -> dict[str, str]:
@@ -48,8 +63,8 @@ def grow_options(arguments: argparse.Namespace) -> dict[str, str]:
     return {k: str(v) for k, v in given.items() if v is not None}
 
 
-def grow_words(method: str, source: str) -> list[str]:
-    """`dus SOURCE`, or `width SOURCE --method tile`: methods without a command of their own are chosen within their kind."""
+def grow_command(method: str, source: str) -> list[str]:
+    """`dus SOURCE`, or `width SOURCE --method tile` for a method without a command of its own."""
     kind = METHODS[method].kind
     return [kind, source] if kind == method else [kind, source, "--method", method]
 
@@ -57,7 +72,7 @@ def grow_words(method: str, source: str) -> list[str]:
 def contenders(scratch: Path, source: Path, grown: GrowthPlan, arguments: argparse.Namespace) -> list[Contender]:
     reference, out = scratch / "reference", scratch / "out"
     flags = [word for key, value in grow_options(arguments).items() for word in ("--" + key.replace("_", "-"), value)]
-    grow = [sys.executable, "-m", "hf_grow", *grow_words(arguments.method, str(source)), *flags, "--json", "-o"]
+    grow = [sys.executable, "-m", "hf_grow", *grow_command(arguments.method, str(source)), *flags, "--json", "-o"]
     run([[*grow, str(reference)]], OFFLINE)
     copy = ["cp", "-r", str(reference), str(out)]
     files = [str(out / p.relative_to(reference)) for p in sorted(reference.rglob("*")) if p.is_file()]
@@ -65,49 +80,46 @@ def contenders(scratch: Path, source: Path, grown: GrowthPlan, arguments: argpar
         Contender("cp", [copy], reference),
         Contender("cp, then sync", [copy, ["sync", *files]], reference),
         Contender("cp, then sync, then sha256sum", [copy, ["sync", *files], ["sha256sum", *files]], reference),
-        Contender("hf-grow, whole process", [[*grow, str(out)]], source, own=lambda usage: float(json.loads(usage.stdout)["seconds"])),
+        Contender(
+            "hf-grow, whole process", [[*grow, str(out)]], source, own_seconds=lambda usage: float(json.loads(usage.stdout)["seconds"])
+        ),
     ]
+    recipe = None
     if arguments.mergekit and METHODS[arguments.method].kind == "depth":
-        text = with_mergekit.recipe(source, grown.growth.layers)
-        if text is None:
-            print("mergekit is left out: passthrough has no means of layers.", file=sys.stderr)
-        else:
-            (scratch / "mergekit.yaml").write_text(text)
-            command = [str(arguments.mergekit), str(scratch / "mergekit.yaml"), str(out), *arguments.mergekit_arguments.split()]
-            found.append(Contender("mergekit-yaml, whole process", [command], source))
-    if arguments.mergekit and arguments.method == "experts":
+        program, recipe = "mergekit-yaml", with_mergekit.recipe(source, grown.growth.layers)
+        if recipe is None:
+            print("mergekit is left out: passthrough cannot average layers.", file=sys.stderr)
+    elif arguments.mergekit and arguments.method == "experts":
         with_mergekit.add_tokenizer(source)
-        (scratch / "moe.yaml").write_text(with_mergekit.moe_recipe(source, int(arguments.experts)))
-        command = [
-            str(arguments.mergekit.parent / "mergekit-moe"),
-            str(scratch / "moe.yaml"),
-            str(out),
-            *arguments.mergekit_arguments.split(),
-        ]
-        found.append(Contender("mergekit-moe, whole process", [command], source))
+        program, recipe = "mergekit-moe", with_mergekit.moe_recipe(source, arguments.experts)
+    if recipe is not None:
+        config = scratch / "mergekit.yaml"
+        config.write_text(recipe)
+        command = [str(arguments.mergekit.with_name(program)), str(config), str(out), *arguments.mergekit_arguments.split()]
+        found.append(Contender(f"{program}, whole process", [command], source))
     return found
 
 
-def check(found: list[Contender], scratch: Path, source: Path, grown: GrowthPlan) -> list[str]:
-    """One untimed run of everything whose output can be wrong. Raises CommandFailed if it is."""
+def check(found: list[Contender], scratch: Path, source: Path) -> list[str]:
+    """Checks the outputs in one untimed run of each contender. Raises CommandFailed if one is wrong."""
     reference, out = scratch / "reference", scratch / "out"
-    done = run([[sys.executable, "-m", "hf_grow", "verify", "--structure-only", str(source), str(reference)]], OFFLINE)
-    facts = ["`hf-grow verify --structure-only` passes on hf-grow's output"] if done else []
+    run([[sys.executable, "-m", "hf_grow", "verify", "--structure-only", str(source), str(reference)]], OFFLINE)
+    facts = ["`hf-grow verify --structure-only` passes on hf-grow's output"]
     for contender in found:
         if contender.name.startswith("mergekit-yaml"):
             run(contender.commands, OFFLINE)
             try:
-                said = run([[sys.executable, str(HERE / "compare.py"), str(reference), str(out)]]).stdout.strip()
+                comparison = run([[sys.executable, str(HERE / "compare.py"), str(reference), str(out)]]).stdout.strip()
             finally:
                 remove(out)
-            facts.append(f"hf-grow's output against mergekit's: {said}")
+            facts.append(f"hf-grow's output against mergekit's: {comparison}")
         elif contender.name.startswith("mergekit-moe"):
             facts.append("mergekit-moe's output is not compared: its routers are other random numbers, its experts have other names")
     return facts
 
 
 def time_all(found: list[Contender], out: Path, nbytes: int, arguments: argparse.Namespace) -> None:
-    """Each contender once in each round, every round beginning with another one."""
+    """Runs each contender once per round; each round starts with another one."""
     for number in range(arguments.repeats):
         first = number % len(found)
         for contender in (*found[first:], *found[:first]):
@@ -123,8 +135,8 @@ def time_all(found: list[Contender], out: Path, nbytes: int, arguments: argparse
 
 def rows(found: list[Contender]) -> Iterator[Row]:
     for contender in found:
-        if contender.own is not None:
-            yield Row(contender.name.split(",")[0] + ", the conversion itself", [contender.own(u) for u in contender.runs])
+        if contender.own_seconds is not None:
+            yield Row(contender.name.split(",")[0] + ", the conversion itself", [contender.own_seconds(u) for u in contender.runs])
         yield Row(contender.name, [u.wall for u in contender.runs], contender.runs)
 
 
@@ -137,7 +149,7 @@ def facts(scratch: Path, grown: GrowthPlan, found: list[Contender], checks: list
         inputs = "as they were: the machine was NOT prepared for measuring"
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "command": f"`{command_of(arguments)}`",
+        "command": f"`{command_line('conversion', arguments, IN_COMMAND)}`",
         "growth": f"{arguments.method}, {grown.source.architecture.layers} to {grown.architecture.layers} layers, {old.total / 1e9:.3g}B to "
         f"{new.total / 1e9:.3g}B parameters, {grown.source_nbytes / 1e9:.2f} to {grown.nbytes / 1e9:.2f} GB, "
         f"{len(grown.copies())} of {len(grown.targets)} tensors copied",
@@ -149,20 +161,8 @@ def facts(scratch: Path, grown: GrowthPlan, found: list[Contender], checks: list
     }
 
 
-def command_of(arguments: argparse.Namespace) -> str:
-    """The command line again, without what only says where things lie on this machine."""
-    words = ["python", "benchmarks/conversion.py", "--size", arguments.size, "--repeats", str(arguments.repeats)]
-    for name in ("method", "layers_to", "seam_average", "factor", "to", "experts", "init"):
-        if getattr(arguments, name) is not None:
-            words += ["--" + name.replace("_", "-"), str(getattr(arguments, name))]
-    words += ["--" + name.replace("_", "-") for name in ("cold", "no_settle", "mergekit") if getattr(arguments, name)]
-    if arguments.mergekit_arguments:
-        words += [f"--mergekit-arguments={arguments.mergekit_arguments}"]
-    return shlex.join(words)
-
-
 def benchmark(arguments: argparse.Namespace) -> Path:
-    """Generates, checks, measures, writes the table; whatever happens, leaves nothing else behind. Returns the table's file."""
+    """Generates a checkpoint, checks, measures and writes the table. Returns the table's path; everything else is deleted, also on errors."""
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     if arguments.mergekit:
         arguments.mergekit = with_mergekit.install() if arguments.mergekit == "install" else Path(arguments.mergekit)
@@ -173,16 +173,12 @@ def benchmark(arguments: argparse.Namespace) -> Path:
         grown = plan(source, arguments.method, **grow_options(arguments))
         check_disk_space(scratch / "out", 2 * grown.nbytes)  # the copy to compare with, and the one being written
         found = contenders(scratch, source, grown, arguments)
-        checks = check(found, scratch, source, grown)
+        checks = check(found, scratch, source)
         time_all(found, scratch / "out", grown.nbytes, arguments)
         about = facts(scratch, grown, found, checks, arguments)
-    options = [
-        arguments.size,
-        arguments.method if arguments.method != "dus" else "",
-        arguments.init or "",
-        "seam-average" if arguments.seam_average else "",
-    ]
-    name = "conversion-" + "-".join([o for o in options if o] + ["cold"] * arguments.cold)
+    method = "" if arguments.method == "dus" else arguments.method
+    parts = [arguments.size, method, arguments.init, "seam-average" if arguments.seam_average else "", "cold" if arguments.cold else ""]
+    name = "-".join(["conversion", *(part for part in parts if part)])
     title = f"Growing a {arguments.size} checkpoint, beside copying it"
     table = list(rows(found))
     show(table, about, title)
@@ -193,31 +189,37 @@ def benchmark(arguments: argparse.Namespace) -> Path:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time hf-grow beside cp, and mergekit, on a generated checkpoint.")
+    parser = argparse.ArgumentParser(description="Time hf-grow against cp and mergekit on a generated checkpoint.")
     parser.add_argument("--size", choices=list(CONFIGS), default="tiny")
     parser.add_argument("--method", choices=[m for m in METHODS if m != "layers"], default="dus")
     parser.add_argument("--layers-to", type=int, help="default: the method's own")
     parser.add_argument("--seam-average", type=int, help="dus: layers to average on each side of the seam")
-    parser.add_argument("--factor", type=int, help="width methods: grow hidden, FFN and heads by this")
+    parser.add_argument("--factor", type=int, help="width methods: factor for hidden size, FFN and heads")
     parser.add_argument("--experts", type=int, help="experts: how many")
-    parser.add_argument("--init", help="experts: what they begin as")
+    parser.add_argument("--init", help="experts: how they are initialized")
     parser.add_argument("--to", help="size to grow to, such as 4B")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before each run")
     parser.add_argument(
-        "--no-settle", action="store_true", help="do not prepare the machine before each run: faster, and worth nothing as a measurement"
+        "--no-settle", action="store_true", help="do not prepare the machine before each run: faster, but not a valid measurement"
     )
-    parser.add_argument("--mergekit", nargs="?", const="install", metavar="MERGEKIT-YAML", help="the binary; installed where none is given")
-    parser.add_argument("--mergekit-arguments", default="", help="more flags for mergekit-yaml, in one word")
     parser.add_argument(
-        "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where the checkpoints go, on the disk to measure"
+        "--mergekit",
+        nargs="?",
+        const="install",
+        metavar="MERGEKIT-YAML",
+        help="path of mergekit-yaml; without one, mergekit is installed into the cache",
     )
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--mergekit-arguments", default="", help="more flags for mergekit-yaml, as one argument")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder for the checkpoints, on the disk to measure"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing stays on the disk
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the temporary folder is removed
     print(f"wrote {benchmark(parse(argv))}")
     return 0
 

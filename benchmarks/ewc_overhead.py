@@ -1,9 +1,10 @@
-"""What a penalty costs a training step: all of them in turn on one model, in one run, beside the step without one.
+"""Cost of each penalty in a training step, compared with the step without one.
 
     python benchmarks/ewc_overhead.py [--size 12m|43m] [--batch 8] [--length 256] [--rounds 20] [--threads 1]
 
-A step is forward, backward, penalty, clipping, AdamW. In every round each arm does one step, each round beginning with another arm; medians are
-of the rounds. Processor time is compared, as long as there is one thread: waiting for others on a shared machine is not in it. The penalty's share falls with the tokens a step: it touches every weight once, whatever the batch. Result: results/ewc-overhead.md.
+A step is forward, backward, penalty, clipping, AdamW. In every round each arm does one step, and each round starts with another arm; medians are
+over the rounds. CPU time is compared: with one thread it does not include waiting on a shared machine. The penalty's share falls with the tokens
+per step, since it touches every weight once whatever the batch. Result: results/ewc-overhead.md.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from results_file import RESULTS, markdown_table
 
 from hf_grow.training.config.fisher_options import FisherOptions
 from hf_grow.training.config.regularizer_options import PenaltyOptions
@@ -36,6 +38,10 @@ SIZES = {
     "43m": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 4},
 }
 VOCAB = 8192
+COLUMNS = (
+    "penalty", "step, wall, s", "step, CPU, ms: median (min - max)", "over the plain step", "penalty alone, ms", "of the plain step", "memory, MB",
+    "x the weights",
+)  # fmt: skip
 
 
 @dataclass
@@ -43,7 +49,7 @@ class Arm:
     label: str
     penalty: Penalty | None
     in_loss: bool = False
-    """As a term of the loss, differentiated by autograd."""
+    """The penalty is a term of the loss, differentiated by autograd."""
 
 
 def arms(model: Any, fisher: Path) -> list[Arm]:
@@ -68,7 +74,7 @@ def arms(model: Any, fisher: Path) -> list[Arm]:
 
 
 def step(model: Any, optimizer: Any, ids: torch.Tensor, arm: Arm) -> tuple[float, float, float]:
-    """Wall seconds of the whole step, its processor seconds, and those of the penalty's part where it can be told apart."""
+    """Wall seconds and CPU seconds of the whole step, and CPU seconds of the penalty where they can be measured separately."""
     wall, begin, part = time.perf_counter(), time.process_time(), 0.0
 
     def timed(call: Callable[[], Any]) -> None:
@@ -100,7 +106,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ewc-overhead.md")
+    parser.add_argument("--out", type=Path, default=RESULTS / "ewc-overhead.md")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -121,7 +127,7 @@ def main() -> None:
         del found, tensors
         chosen = arms(model, fisher)
         for arm in chosen:
-            step(model, optimizer, ids, arm)  # buffers, caches
+            step(model, optimizer, ids, arm)  # warm-up: buffers, caches
         times: dict[str, list[tuple[float, float, float]]] = {a.label: [] for a in chosen}
         before, began = os.getloadavg()[0], time.perf_counter()
         busy = os.times()
@@ -144,22 +150,21 @@ def report(
 ) -> str:
     plain = [t for _, t, _ in times["none"]]
     base = statistics.median(plain)
-    said = f"--size {options.size} --batch {options.batch} --length {options.length} --rounds {options.rounds} --threads {options.threads}"
-    command = f"python benchmarks/ewc_overhead.py {said}"
+    flags = f"--size {options.size} --batch {options.batch} --length {options.length} --rounds {options.rounds} --threads {options.threads}"
+    command = f"python benchmarks/ewc_overhead.py {flags}"
     lines = [
         "# What a penalty costs a training step",
         "",
-        f"`{command}`: a Llama of {count / 1e6:.1f}M parameters in fp32, {options.batch} x {options.length} tokens a step, fused AdamW,",
+        f"`{command}`: a Llama of {count / 1e6:.1f}M parameters in fp32, {options.batch} x {options.length} tokens per step, fused AdamW,",
         f"{options.rounds} rounds. {platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
         f"transformers {transformers.__version__}; {load}.",
         "",
-        "| penalty | step, wall, s | step, processor, ms: median (min - max) | over the plain step | penalty alone, ms | of the plain step | memory, MB | x the weights |",
-        "|---|---|---|---|---|---|---|---|",
     ]
+    rows = []
     for arm in chosen:
         walls, steps, parts = zip(*times[arm.label], strict=True)
         part = statistics.median(parts)
-        # In each round the arm is compared with the plain step of the same round: slow spells of the machine hit both.
+        # Compared within a round, so that a slow phase of the machine affects both.
         over = statistics.median(a / b - 1 for a, b in zip(steps, plain, strict=True))
         held = arm.penalty.nbytes() if arm.penalty else 0
         apart = arm.penalty is not None and not arm.in_loss
@@ -173,11 +178,12 @@ def report(
             f"{held / 1e6:.0f}" if held else "",
             f"{held / (4 * count):.1f}" if held else "",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    lines += markdown_table(COLUMNS, rows)
     lines += [
         "",
-        '"Over the plain step": median over the rounds of the ratio to the plain step of the same round. "Penalty alone": its own calls, timed',
-        "inside the step. A penalty touches every weight once a step, so its share falls as the tokens of a step grow (larger batches,",
+        '"Over the plain step": median over the rounds of the ratio to the plain step of the same round. "Penalty alone": its calls, timed',
+        "inside the step. A penalty touches every weight once a step, so its share falls with more tokens per step (larger batches,",
         "gradient accumulation).",
     ]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
 """Writes a checkpoint of random weights, fast and in little memory: `python benchmarks/generate.py 1b FOLDER`.
 
-The shapes are those of real models; only the values are not. One buffer of N(0, 0.02) in bfloat16 is drawn once and written again and again
-from other offsets, so that neighbouring tensors differ and no file system or disk finds the file to be zeros.
+The shapes are those of real models. One buffer of N(0, 0.02) in bfloat16 is drawn once and written repeatedly from different offsets, so that
+neighbouring tensors differ and no file system can compress the file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_grow.model.architecture import Architecture
 STD = 0.02
 VALUES = 1 << 23  # 16 MiB of bfloat16
 WRITE = 1 << 20
-STRIDE = 1_000_003  # prime: each tensor begins at another value of the buffer
+STRIDE = 1_000_003  # prime, so that each tensor starts at another offset of the buffer
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "max_position_embeddings": 2048,
           "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
@@ -38,7 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # TinyLlama-1.1B
     "1b": {**_LLAMA, "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
            "num_attention_heads": 32, "num_key_value_heads": 4},
-    # Mistral-7B-v0.1, its config.json to the letter
+    # Mistral-7B-v0.1, its config.json unchanged
     "7b": {"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
            "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
            "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
@@ -53,7 +53,7 @@ def shards_of(config: Mapping[str, Any], shard_size: int) -> list[Shard]:
 
 
 def generate(folder: Path, config: Mapping[str, Any], shard_size: int, seed: int = 0) -> int:
-    """Writes the checkpoint and returns its bytes. Matrices are N(0, 0.02), gains 1. The folder must not exist."""
+    """Writes the checkpoint and returns its size in bytes. Matrices are N(0, 0.02), norm weights 1. The folder must not exist."""
     shards = shards_of(config, shard_size)
     total = sum(s.size for s in shards)
     check_disk_space(folder, total)
@@ -75,13 +75,13 @@ def generate(folder: Path, config: Mapping[str, Any], shard_size: int, seed: int
 
 
 def _bfloat16(values: np.ndarray[Any, np.dtype[np.float32]]) -> memoryview:
-    """The bytes of finite fp32 values rounded to bfloat16, to even."""
+    """The bytes of finite fp32 values rounded to bfloat16 (round half to even)."""
     bits = values.view(np.uint32)
     return memoryview(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)).cast("B")
 
 
 def _fill(target: int, at: int, stop: int, values: memoryview, first: int) -> None:
-    """Fills bytes [at, stop) with the values from number `first` on, beginning again at their end."""
+    """Fills bytes [at, stop) with the values from index ``first`` on, starting over at their end."""
     begin = 2 * first
     while at < stop:
         piece = values[begin : begin + min(WRITE, stop - at)]
@@ -94,7 +94,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write a checkpoint of random weights.")
     parser.add_argument("size", choices=list(CONFIGS))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, help="another number of layers")
+    parser.add_argument("--layers", type=int, help="number of layers, if not the default")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     config = CONFIGS[arguments.size]

@@ -1,10 +1,10 @@
-"""Which errors in a map that claims to be lossless does `hf-grow verify` find by running the models, and how small may they be?
+"""Which errors in a lossless growth `hf-grow verify` finds by running the models, and how small they may be.
 
     python benchmarks/injected_errors.py SOURCE [--tokens N] [--dtype float32]
 
-SOURCE's FFN is doubled without loss, as `tile` does it. Then one error after another is put into the map, as a mistake in a method would be: the
-tensors follow the map, so that no comparison of bytes can find it. (An error in a file that does not follow its map differs in bytes, and is always
-found, whatever its size.) Each is judged as `verify` judges it, on the built-in text. Prints a table in Markdown.
+SOURCE's FFN is doubled without loss by `tile`. Then errors are put into the tensor map one at a time, as a bug in a method would: the tensors
+follow the map, so comparing bytes cannot find them. (An error in a file that does not follow its map differs in bytes, and is always found,
+whatever its size.) Each is judged as `verify` does, on the built-in text. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Injected:
     plan: GrowthPlan
 
 
-class Wrong:
-    """A plan with one error in it."""
+class FaultyPlan:
+    """Makes copies of a plan with one error each."""
 
     def __init__(self, plan: GrowthPlan) -> None:
         self.plan, self.shapes = plan, {n: t.shape for n, t in plan.targets.items()}
@@ -73,41 +73,41 @@ class Wrong:
 
 
 def errors(plan: GrowthPlan, in_text: int, not_in_text: int | None) -> Iterator[Injected]:
-    """`in_text`, `not_in_text`: ids of tokens that stand in the text and do not, where there is one."""
-    wrong, arch = Wrong(plan), plan.architecture
+    """``in_text``: id of a token of the text; ``not_in_text``: of a token that does not occur in it, if there is one."""
+    faulty, arch = FaultyPlan(plan), plan.architecture
     middle, width, group = arch.layers // 2, arch.size("head_dim"), arch.size("group")
     block = f"model.layers.{middle}."
     norm, q, down = block + "input_layernorm.weight", block + "self_attn.q_proj.weight", block + "mlp.down_proj.weight"
-    yield Injected("two query heads of different groups swapped in q_proj, not in o_proj", wrong.swapped(q, 0, 0, group * width, width))
+    yield Injected("two query heads of different groups swapped in q_proj, not in o_proj", faulty.swapped(q, 0, 0, group * width, width))
     if group > 1:
-        yield Injected("two query heads of one group swapped in q_proj, not in o_proj", wrong.swapped(q, 0, 0, width, width))
+        yield Injected("two query heads of one group swapped in q_proj, not in o_proj", faulty.swapped(q, 0, 0, width, width))
     yield Injected(f"layer {middle} off by one: it holds layer {middle - 1}", replace(plan, growth=replace(plan.growth, tensors={
         n: _from_layer(e, middle, middle - 1) if n.startswith(block) else e for n, e in plan.growth.tensors.items()
     })))  # fmt: skip
-    yield Injected("1/n missing in the FFN of one layer (n = 2)", wrong.scaled(down, 2.0))
-    yield Injected("1/n missing in one unit of one FFN's output", wrong.scaled(down, 2.0, row=1))
+    yield Injected("1/n missing in the FFN of one layer (n = 2)", faulty.scaled(down, 2.0))
+    yield Injected("1/n missing in one unit of one FFN's output", faulty.scaled(down, 2.0, row=1))
     for part in (1.0, 0.1, 0.01, 0.001, 1e-4):
-        yield Injected(f"one gain of one norm off by {part:.4g}", wrong.scaled(norm, 1 + part, row=1))
+        yield Injected(f"one gain of one norm off by {part:.4g}", faulty.scaled(norm, 1 + part, row=1))
     for part in (0.01, 1e-4, 1e-5):
-        yield Injected(f"all gains of one norm off by {part:.4g}", wrong.scaled(norm, 1 + part))
+        yield Injected(f"all gains of one norm off by {part:.4g}", faulty.scaled(norm, 1 + part))
     for part in (1e-4, 1e-5):
-        yield Injected(f"last norm off by {part:.4g}", wrong.scaled("model.norm.weight", 1 + part))
+        yield Injected(f"last norm off by {part:.4g}", faulty.scaled("model.norm.weight", 1 + part))
     eps, theta = arch.config["rms_norm_eps"], plan.growth.config["rope_theta"]
     for factor in (10.0, 1.1):
-        yield Injected(f"rms_norm_eps {factor:g} times {eps:g}", wrong.config(rms_norm_eps=eps * factor))
+        yield Injected(f"rms_norm_eps {factor:g} times {eps:g}", faulty.config(rms_norm_eps=eps * factor))
     for factor in (1.1, 1.001):
         changes = {"rope_theta": theta * factor}
         if "rope_parameters" in plan.growth.config:
             changes["rope_parameters"] = {**plan.growth.config["rope_parameters"], **changes}
-        yield Injected(f"rope_theta {factor:g} times {theta:g}", wrong.config(**changes))
-    yield Injected("two FFN units swapped in down_proj, not in gate_proj and up_proj", wrong.swapped(down, 1, 0, 1))
-    yield Injected("one row of q_proj with the wrong sign", wrong.scaled(q, -1.0, row=1))
-    yield Injected("one weight of q_proj twice too large", wrong.weight(q, 1, 1, 2.0))
-    yield Injected("one weight of q_proj off by 0.01", wrong.weight(q, 1, 1, 1.01))
-    yield Injected("embedding of a token in the text off by 0.01", wrong.scaled("model.embed_tokens.weight", 1.01, row=in_text))
+        yield Injected(f"rope_theta {factor:g} times {theta:g}", faulty.config(**changes))
+    yield Injected("two FFN units swapped in down_proj, not in gate_proj and up_proj", faulty.swapped(down, 1, 0, 1))
+    yield Injected("one row of q_proj with the wrong sign", faulty.scaled(q, -1.0, row=1))
+    yield Injected("one weight of q_proj twice too large", faulty.weight(q, 1, 1, 2.0))
+    yield Injected("one weight of q_proj off by 0.01", faulty.weight(q, 1, 1, 1.01))
+    yield Injected("embedding of a token in the text off by 0.01", faulty.scaled("model.embed_tokens.weight", 1.01, row=in_text))
     if not_in_text is not None:
         yield Injected(
-            "embedding of a token that is not in the text negated", wrong.scaled("model.embed_tokens.weight", -1.0, row=not_in_text)
+            "embedding of a token that is not in the text negated", faulty.scaled("model.embed_tokens.weight", -1.0, row=not_in_text)
         )
 
 

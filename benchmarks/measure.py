@@ -1,4 +1,4 @@
-"""Measuring a command fairly: the same state of caches, disk and memory before each run, and what the kernel says of it afterwards."""
+"""Measures commands: the same state of caches, disk and memory before each run, then time and memory from the kernel."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ SAMPLE_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Usage:
-    """What one or more commands, run one after the other, took."""
+    """Time and memory of one or more commands, run one after another."""
 
     wall: float
     cpu: float
     peak: int
-    """Bytes resident at the peak, the pages of mapped files included."""
+    """Peak resident bytes, including pages of mapped files."""
     anonymous: int
-    """Bytes at the peak that no file backs."""
+    """Peak anonymous bytes (not backed by a file)."""
     disk_read: int
     others: float
-    """Share of the machine's processor time that went to other processes and to other virtual machines."""
+    """Share of the machine's CPU time that other processes and other virtual machines used."""
     stdout: str = ""
 
 
@@ -42,14 +42,14 @@ class CommandFailed(Exception):
 
 
 def run(commands: Sequence[Sequence[str]], environment: dict[str, str] | None = None) -> Usage:
-    """Runs the commands in order, as one measurement. Raises CommandFailed with the end of what the failing one printed."""
+    """Runs the commands in order, as one measurement. Raises CommandFailed with the end of the failing one's output."""
     busy, total = _processor_times()
     began = time.perf_counter()
     cpu, peak, anonymous, blocks, output = 0.0, 0, 0, 0, ""
     for command in commands:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **(environment or {})})
-            watch = _Watch(process.pid)
+            sampler = _MemorySampler(process.pid)
             try:
                 _, status, usage = os.wait4(process.pid, 0)
             except BaseException:
@@ -57,27 +57,27 @@ def run(commands: Sequence[Sequence[str]], environment: dict[str, str] | None = 
                 process.wait()
                 raise
             finally:
-                watch.stop()
+                sampler.stop()
             process.returncode = os.waitstatus_to_exitcode(status)
             out.seek(0)
             output = out.read().decode(errors="replace")
             if process.returncode:
                 err.seek(0)
-                said = (output + err.read().decode(errors="replace"))[-3000:]
-                raise CommandFailed(f"{' '.join(command[:6])} ... ended with {process.returncode}:\n{said}")
+                tail = (output + err.read().decode(errors="replace"))[-3000:]
+                raise CommandFailed(f"{' '.join(command[:6])} ... ended with {process.returncode}:\n{tail}")
         cpu += usage.ru_utime + usage.ru_stime
         blocks += usage.ru_inblock
-        peak, anonymous = max(peak, watch.peak), max(anonymous, watch.anonymous)
+        peak, anonymous = max(peak, sampler.peak), max(anonymous, sampler.anonymous)
     wall = time.perf_counter() - began
     busy_after, total_after = _processor_times()
     others = max(0.0, busy_after - busy - cpu) / max(total_after - total, 1e-9)
     return Usage(wall, cpu, peak, anonymous, blocks * 512, others, output)
 
 
-class _Watch:
-    """Samples /proc/PID/status. VmHWM is a high-water mark of the kernel's, so only growth within the last sample is missed.
+class _MemorySampler:
+    """Samples /proc/PID/status. VmHWM is the kernel's high-water mark, so only growth after the last sample is missed.
 
-    wait4's ru_maxrss would not do: a child's begins at what its parent had when it was started.
+    wait4's ru_maxrss does not serve: a child inherits its parent's value.
     """
 
     def __init__(self, pid: int) -> None:
@@ -94,8 +94,8 @@ class _Watch:
                     fields = dict(line.split(":", 1) for line in file)
             except OSError:
                 return
-            self.peak = max(self.peak, _kilobytes(fields.get("VmHWM")))
-            self.anonymous = max(self.anonymous, _kilobytes(fields.get("RssAnon")))
+            self.peak = max(self.peak, _bytes_of(fields.get("VmHWM")))
+            self.anonymous = max(self.anonymous, _bytes_of(fields.get("RssAnon")))
             self.end.wait(SAMPLE_SECONDS)
 
     def stop(self) -> None:
@@ -103,12 +103,12 @@ class _Watch:
         self.thread.join()
 
 
-def _kilobytes(text: str | None) -> int:
+def _bytes_of(text: str | None) -> int:
     return int(text.split()[0]) << 10 if text else 0
 
 
 def _processor_times() -> tuple[float, float]:
-    """Seconds the processors were busy (stolen ones too) and passed in all."""
+    """Busy seconds of all processors (including steal time), and total seconds."""
     with open("/proc/stat") as file:
         user, nice, system, idle, iowait, irq, softirq, steal = map(int, file.readline().split()[1:9])
     busy = user + nice + system + irq + softirq + steal
@@ -117,12 +117,12 @@ def _processor_times() -> tuple[float, float]:
 
 
 def settle(inputs: Path, *, cold: bool, needs: int) -> None:
-    """Brings the machine to the same state before each run: nothing left to write back, `inputs` in the page cache or out of it, and
-    `needs` bytes of free memory that the machine really has.
+    """Brings the machine into the same state before each run: no dirty pages, ``inputs`` in the page cache or (``cold``) not, and ``needs`` bytes
+    of free memory that is backed by the host.
 
-    The last matters in virtual machines that report free pages to their host (virtio-balloon): a page freed some seconds ago is gone, and
-    the next to use it waits for the host to find and zero a new one. The same cp then costs six times the processor time. The kernel
-    reports up to a sixteenth of each free list at a time, the newest first, hence the margin.
+    The last matters in virtual machines that report free pages to their host (virtio-balloon): a page freed some seconds ago has been taken
+    back, and its next user waits for the host to find and zero a new one; the same cp then costs six times the CPU time. The kernel reports
+    up to a sixteenth of each free list at a time, newest first, hence the margin.
     """
     os.sync()
     for path in sorted(inputs.rglob("*")):
@@ -158,14 +158,14 @@ def _memory(key: str) -> int:
 
 
 def remove(path: Path) -> None:
-    """Deletes a folder, and waits until the file system has written that down."""
+    """Deletes a folder and syncs the file system."""
     if path.exists():
         shutil.rmtree(path)
         os.sync()
 
 
 def machine(folder: Path) -> dict[str, str]:
-    """What the numbers depend on besides the software."""
+    """The hardware and file system that the numbers depend on."""
     with open("/proc/cpuinfo") as file:
         models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     return {
@@ -177,7 +177,7 @@ def machine(folder: Path) -> dict[str, str]:
 
 
 def _file_system(folder: Path) -> str:
-    """Its type, by the longest mount point above the folder."""
+    """The type of the file system that holds ``folder``: that of the longest mount point above it."""
     with open("/proc/self/mounts") as file:
         mounts = [line.split()[1:3] for line in file]
     inside = [(point, kind) for point, kind in mounts if folder.resolve().is_relative_to(point)]

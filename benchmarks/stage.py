@@ -1,5 +1,5 @@
-"""What every arm of `forgetting.py` starts from, made once for each seed and kept in the cache: texts, the source model, what is grown from it, Fisher
-files and self-sampled text. Growing, sampling and the Fisher are the commands of hf-grow.
+"""What every arm of `forgetting.py` starts from, made once per seed and cached: texts, the source model, models grown from it, Fisher files and
+self-sampled text. Growth, sampling and the Fisher are made by the commands of hf-grow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hf_grow.cli import main as hf_grow_command
 from hf_grow.demo.domains import Domains, domains
 from hf_grow.demo.small_model import LlamaShape, build_model, build_tokenizer
 from hf_grow.training.data import cache
-from hf_grow.training.data.packing import Encoding, cut
+from hf_grow.training.data.packing import DocumentEncoder, split_sequences
 
 GROWTHS: dict[str, tuple[str, dict[str, Any]]] = {
     "depth": ("identity", {"layers_to": "LAYERS"}),
@@ -31,7 +31,7 @@ GROWTHS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Every number that is the same for all arms."""
+    """The settings that are the same for all arms."""
 
     shape: LlamaShape = field(
         default_factory=lambda: LlamaShape(vocab=1024, layers=4, hidden=128, inter=448, heads=4, kv_heads=2, init=0.05)
@@ -49,7 +49,7 @@ class Settings:
     fisher_tokens: int = 65_536
     sampled_tokens: int = 120_000
     cap: int | None = None
-    """Documents of each text at most."""
+    """Maximum number of documents of each text."""
 
 
 FULL = Settings()
@@ -61,7 +61,7 @@ QUICK = Settings(
 
 @dataclass(frozen=True)
 class Stage:
-    """Where things lie for one seed."""
+    """The files of one seed."""
 
     settings: Settings
     seed: int
@@ -78,12 +78,12 @@ class Stage:
         return str(self.folder / "sampled" / "texts.jsonl")
 
     def fisher(self, kind: str, growth: str) -> str:
-        """kind: old (on old text), self (on text that the source sampled), mapped (the source's `old` mapped through the growth), si."""
+        """``kind``: old (on old text), self (on text sampled from the source), mapped (the source's ``old``, mapped through the growth), or si."""
         return str(self.folder / f"fisher-{kind}-{growth or 'source'}.safetensors")
 
 
 def prepare(settings: Settings, seed: int) -> Stage:
-    """The stage of one seed; what is there already is taken as it is."""
+    """The stage of one seed; files that exist are used as they are."""
     texts = domains(settings.cap)
     versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     only = {k: v for k, v in asdict(settings).items() if k not in ("steps", "rate", "evaluations", "rows", "batch")}
@@ -103,8 +103,7 @@ def prepare(settings: Settings, seed: int) -> Stage:
 
 
 def _pretrain(stage: Stage, texts: Domains) -> None:
-    """The source: a Llama trained on old text alone. Its tokenizer has seen both domains, as those of downloaded models have. The path of
-    this training gives SI's importances."""
+    """The source: a Llama trained on old text alone; its tokenizer is trained on both domains. This training also gives the importances of SI."""
     import numpy as np
     import torch
     from transformers import TrainingArguments
@@ -121,7 +120,7 @@ def _pretrain(stage: Stage, texts: Domains) -> None:
     mixed = [*old, *new[: len(new) * sum(map(len, old)) // sum(map(len, new))]]
     tokenizer = build_tokenizer(mixed, s.shape.vocab)
     model = build_model(s.shape, tokenizer, max_positions=4 * s.length, seed=stage.seed)
-    rows = torch.from_numpy(cut(np.empty(0, np.int32), Encoding(tokenizer, "always")(old), s.length)[0]).long()
+    rows = torch.from_numpy(split_sequences(np.empty(0, np.int32), DocumentEncoder(tokenizer, "always")(old), s.length)[0]).long()
     generator = torch.Generator().manual_seed(stage.seed)
     wanted = 8 * s.pretrain_steps
     order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(-(-wanted // len(rows)))])[:wanted]
@@ -144,7 +143,7 @@ def _pretrain(stage: Stage, texts: Domains) -> None:
 
 
 def _derive(stage: Stage) -> None:
-    """What follows from the source, by the commands that a user would give."""
+    """Everything that is made from the source, by the commands that a user would run."""
     s = stage.settings
     values = {"LAYERS": s.layers_to, "INTER": 2 * s.shape.inter}
     for growth, (method, options) in GROWTHS.items():
@@ -164,12 +163,12 @@ def _derive(stage: Stage) -> None:
 
 
 def command(*words: str) -> dict[str, Any]:
-    """`hf-grow WORDS --json`, in this process; its time goes to the log."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    """Runs `hf-grow WORDS --json` in this process and prints its time."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         status = hf_grow_command([*words, "--json"])
     if status:
         sys.exit(f"hf-grow {' '.join(words)} failed with exit status {status}")
-    facts: dict[str, Any] = json.loads(said.getvalue())
+    facts: dict[str, Any] = json.loads(output.getvalue())
     print(f"  hf-grow {words[0]} {Path(words[1]).name}: {facts.get('seconds', 0):.1f} s", file=sys.stderr)
     return facts

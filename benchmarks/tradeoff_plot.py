@@ -1,4 +1,4 @@
-"""The plot of `forgetting.py`: what is learned against what is forgotten, and forgetting at equal new-domain loss."""
+"""The plot of `forgetting.py`: learning against forgetting, and forgetting at equal new-domain loss."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from arms import ARMS
 from matplotlib.figure import Figure
-from tradeoff import GOAL, PLAIN, YARDSTICK, Compared, Run, points
+from tradeoff import BASELINES, GOAL, PLAIN, Compared, Run, points
 
-# Okabe and Ito's colours: told apart with every kind of colour vision.
+# Okabe and Ito's colours, which are distinct with every kind of colour vision.
 COLOURS = {
     "plain": "#333333", "ewc": "#0072B2", "si": "#56B4E9", "l2sp": "#CC79A7", "replay": "#E69F00", "self-replay": "#D55E00",
     "ewc + replay": "#999933", "ewc + self-replay": "#009E73", "distillation": "#882255", "frozen": "#777777", "lora": "#AAAAAA",
@@ -21,7 +21,7 @@ COLOURS = {
 
 def figure(seeds: Mapping[int, Mapping[str, Compared]], runs: Mapping[int, Mapping[str, Run]], names: Sequence[str], path: Path) -> None:
     fig = Figure(figsize=(15, max(6.0, 0.27 * len(names) + 1.6)), dpi=130, layout="constrained")
-    fig.suptitle("Continued on code: what is learned, and what is forgotten of the prose before", fontsize=14, fontweight="bold")
+    fig.suptitle("Continued pretraining on code: learning, and forgetting of prose", fontsize=14, fontweight="bold")
     left, right = fig.subplots(1, 2, width_ratios=(1.1, 1))
     _tradeoff(left, seeds, runs, names)
     _ratios(right, seeds, names)
@@ -33,25 +33,25 @@ def figure(seeds: Mapping[int, Mapping[str, Compared]], runs: Mapping[int, Mappi
 
 
 def _tradeoff(axes: Any, seeds: Mapping[int, Mapping[str, Compared]], runs: Mapping[int, Mapping[str, Run]], names: Sequence[str]) -> None:
-    """Ends of all trainings, mean over seeds; the way there for plain fine-tuning, first seed."""
+    """Final losses, mean over seeds; for plain fine-tuning also the trajectories of the first seed."""
     first = next(iter(runs.values()))
-    for name in YARDSTICK:
+    for name in BASELINES:
         track = points(first[name], first[PLAIN]["trajectory"][0]["old"])[1:]
         axes.plot(*zip(*track, strict=True), color="#BBBBBB", linewidth=1, zorder=1)
-    told: set[str] = set()
+    labelled: set[str] = set()
     for name in names:
         arm, found = ARMS[name], [c[name] for c in seeds.values() if name in c]
         x, y = statistics.fmean(c.new for c in found), statistics.fmean(c.rise for c in found)
         colour = COLOURS[arm.family]
         axes.scatter(
             x, y, s=42, marker={"": "o", "depth": "^", "width": "s", "ffn": "D"}[arm.growth], color=colour if not arm.growth else "white",
-            edgecolors=colour, linewidths=1.5, zorder=3, label=arm.family if arm.family not in told else None,
+            edgecolors=colour, linewidths=1.5, zorder=3, label=arm.family if arm.family not in labelled else None,
         )  # fmt: skip
-        told.add(arm.family)
-    axes.set_xlabel("loss on code (nats a token; left is better)")
-    axes.set_ylabel("rise of the loss on prose (nats a token; below is better)")
+        labelled.add(arm.family)
+    axes.set_xlabel("loss on code (nats per token; lower is better)")
+    axes.set_ylabel("rise of the loss on prose (nats per token; lower is better)")
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    title = "ends; ○ not grown, △ depth, □ width, ◇ FFN\ngrey lines: plain fine-tuning on its way"
+    title = "final losses; ○ not grown, △ depth, □ width, ◇ FFN\ngrey lines: trajectories of plain fine-tuning"
     axes.legend(frameon=False, fontsize=9, title=title, title_fontsize=9)
 
 

@@ -1,4 +1,4 @@
-"""The same growth by mergekit: its own virtual environment, and the recipe that says the same layers."""
+"""The same growth by mergekit, in a virtual environment of its own."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from hf_grow.growth.growth import LayerOrigin
 
-# torch first and alone: where a wheel for CPU only is at hand, it is taken, instead of gigabytes of CUDA that a later resolution would bring.
+# torch first, on its own: a CPU-only wheel is then kept, where resolving both together would install gigabytes of CUDA libraries.
 PACKAGES = ("torch==2.13.0", "mergekit==0.1.5")
 ZERO = ("o_proj", "down_proj")
 
 
 def install(folder: Path | None = None) -> Path:
-    """Makes a virtual environment with mergekit (once) and returns its `mergekit-yaml`."""
+    """Returns `mergekit-yaml` of a virtual environment with mergekit, which is made the first time."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = folder or cache / "hf-grow" / PACKAGES[-1].replace("==", "-")
     binary = folder / "bin" / "mergekit-yaml"
@@ -35,7 +35,7 @@ def version(binary: Path) -> str:
 
 
 def add_tokenizer(source: Path) -> None:
-    """A tokenizer of one word: mergekit-moe wants one, also for a random router."""
+    """A tokenizer of one word: mergekit-moe requires one even for a random router."""
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.WordLevel({"x": 0}, unk_token="x")).save(str(source / "tokenizer.json"))
@@ -43,19 +43,19 @@ def add_tokenizer(source: Path) -> None:
 
 
 def moe_recipe(source: Path, experts: int) -> str:
-    """mergekit-moe's config for as many equal experts with a random router. JSON, which is YAML."""
+    """mergekit-moe's config for equal experts with a random router, as JSON (which is YAML)."""
     expert = {"source_model": str(source), "positive_prompts": ["x"]}
     return json.dumps({"base_model": str(source), "gate_mode": "random", "dtype": "bfloat16", "experts": [expert] * experts}, indent=2)
 
 
 def recipe(source: Path, layers: Sequence[LayerOrigin]) -> str | None:
-    """A passthrough merge of these layers; None if passthrough cannot say them (means of layers). JSON, which is YAML."""
+    """A passthrough merge of these layers, as JSON (which is YAML); None if one is an average of layers, which passthrough cannot express."""
     if any(len(layer.sources) > 1 for layer in layers):
         return None
     slices, start = [], 0
     for at in range(1, len(layers) + 1):
-        here, before = layers[at] if at < len(layers) else None, layers[at - 1]
-        if here and here.sources[0] == before.sources[0] + 1 and not (here.identity or before.identity):
+        layer, before = layers[at] if at < len(layers) else None, layers[at - 1]
+        if layer and layer.sources[0] == before.sources[0] + 1 and not (layer.identity or before.identity):
             continue
         part: dict[str, object] = {"model": str(source), "layer_range": [layers[start].sources[0], before.sources[0] + 1]}
         if before.identity:

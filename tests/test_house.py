@@ -86,6 +86,17 @@ def test_no_modules_import_each_other_in_a_circle():
     assert list(TopologicalSorter(graph).static_order())
 
 
+def test_no_benchmarks_import_each_other_in_a_circle():
+    files = {path.stem: path for path in (ROOT.parent / "benchmarks").glob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for name, path in files.items():
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        imported = {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+        graph[name] = (imported | {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}) & files.keys()
+    assert "tradeoff" in graph["tradeoff_plot"]  # this test sees imports
+    assert list(TopologicalSorter(graph).static_order())
+
+
 def test_the_rows_of_the_table_are_there():
     assert all((ROOT / row).exists() for row in TABLE) and len(TABLE) > 20
 

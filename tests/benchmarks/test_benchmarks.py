@@ -26,6 +26,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_every_benchmark_can_be_imported() -> None:
+    """They are run by hand, and seldom: a name that moved in hf_grow is noticed here."""
+    code = "import importlib, sys; sys.path.insert(0, sys.argv[1]); [importlib.import_module(name) for name in sys.argv[2:]]"
+    names = [path.stem for path in FOLDER.glob("*.py")]
+    done = subprocess.run([sys.executable, "-c", code, FOLDER, *names], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_generated_checkpoint_loads_and_computes(tiny: Path) -> None:
     assert len(list(tiny.glob("*.safetensors"))) > 1
     model, info = AutoModelForCausalLM.from_pretrained(tiny, output_loading_info=True)

@@ -29,20 +29,20 @@ def run(arm: str, *losses: tuple[float, float], seconds: float = 1.0, steps: int
 
 
 def test_forgetting_is_read_off_where_the_new_loss_is_first_reached() -> None:
-    from tradeoff import forgotten, points
+    from tradeoff import forgetting_at, points
 
     track = points(run("a", (3.0, 9.0), (3.2, 7.0), (3.6, 5.0), (3.4, 6.0), (3.5, 4.0)), 3.0)
-    assert forgotten(track, 9.0) == 0.0
-    assert forgotten(track, 8.0) == pytest.approx(0.1)  # halfway from 0 to 0.2
-    assert forgotten(track, 5.5) == pytest.approx(0.5)  # on the way down, not when it comes back up to 6 and down again
-    assert forgotten(track, 4.0) == pytest.approx(0.5)
-    assert forgotten(track, 3.9) is None
+    assert forgetting_at(track, 9.0) == 0.0
+    assert forgetting_at(track, 8.0) == pytest.approx(0.1)  # halfway from 0 to 0.2
+    assert forgetting_at(track, 5.5) == pytest.approx(0.5)  # on the way down, not when it comes back up to 6 and down again
+    assert forgetting_at(track, 4.0) == pytest.approx(0.5)
+    assert forgetting_at(track, 3.9) is None
 
 
 def test_an_arm_is_compared_with_the_best_plain_fine_tuning_at_the_same_new_loss() -> None:
-    from tradeoff import YARDSTICK, compare
+    from tradeoff import BASELINES, compare
 
-    plain, slow, slower, fast, short = YARDSTICK
+    plain, slow, slower, fast, short = BASELINES
     runs = {
         plain: run(plain, (3.0, 9.0), (4.0, 7.0), (4.2, 5.0)),
         slow: run(slow, (3.0, 9.0), (3.4, 7.0)),
@@ -62,18 +62,19 @@ def test_an_arm_is_compared_with_the_best_plain_fine_tuning_at_the_same_new_loss
     assert found[short].ratio == pytest.approx(0.9 / 0.8) and found[short].time == 0.5  # one of the five, and above their hull
 
 
-def test_no_ratio_where_nothing_was_forgotten() -> None:
-    from tradeoff import YARDSTICK, beside, compare
+def test_no_ratio_where_nothing_was_forgetting_at() -> None:
+    from tradeoff import BASELINES, compare, relative_forgetting
 
-    runs = {name: run(name, (3.0, 9.0), (2.9, 7.0)) for name in YARDSTICK}
-    assert compare(runs)[YARDSTICK[0]].ratio == float("inf")
-    assert beside(runs[YARDSTICK[0]], runs[YARDSTICK[1]]) is None
+    runs = {name: run(name, (3.0, 9.0), (2.9, 7.0)) for name in BASELINES}
+    assert compare(runs)[BASELINES[0]].ratio == float("inf")
+    assert relative_forgetting(runs[BASELINES[0]], runs[BASELINES[1]]) is None
 
 
 def test_every_arm_reads_as_a_recipe_and_says_whether_it_needs_old_text() -> None:
     from arms import ARMS
     from stage import QUICK, Stage
-    from tradeoff import PAIRS, YARDSTICK
+    from tradeoff import BASELINES
+    from tradeoff_table import PAIRS
 
     from hf_grow.training.config.train_config import read_recipe
 
@@ -83,7 +84,7 @@ def test_every_arm_reads_as_a_recipe_and_says_whether_it_needs_old_text() -> Non
         assert not read_recipe(recipe, name).mistakes, name
         named = json.dumps({k: v for k, v in recipe.items() if k != "data"}) + json.dumps(recipe["data"].get("replay", ""))
         assert arm.old_data == any(word in named for word in ("fisher-old", "fisher-mapped", "fisher-si", "old.jsonl")), name
-    assert {*YARDSTICK, *(n for pair in PAIRS for n in pair)} <= ARMS.keys()
+    assert {*BASELINES, *(n for pair in PAIRS for n in pair)} <= ARMS.keys()
 
 
 @pytest.mark.slow

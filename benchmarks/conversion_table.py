@@ -1,4 +1,4 @@
-"""The table of a benchmark, for the terminal and as a markdown file that says how it was made."""
+"""The table of `conversion.py`, for the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from measure import Usage
+from results_file import markdown_list, markdown_table
 from rich.console import Console
 from rich.table import Table
 
@@ -22,8 +23,7 @@ COLUMNS = ("", "seconds (min to max)", "x cp (fastest)", "x cp + sync (fastest)"
 
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Medians over the repeats, and ratios of medians and of the fastest runs. The first row is cp, the second cp and sync; peaks are the
-    largest seen."""
+    """Medians over the repeats, ratios of medians and of the fastest runs, and the highest peaks. The first row is cp, the second cp and sync."""
     table = []
     for row in rows:
         middle = statistics.median(row.seconds)
@@ -56,8 +56,4 @@ def show(rows: Sequence[Row], facts: Mapping[str, str], title: str) -> None:
 
 
 def markdown(rows: Sequence[Row], facts: Mapping[str, str], title: str) -> str:
-    lines = [f"# {title}", ""]
-    lines += [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 1)}"]
-    lines += [f"| {' | '.join(line)} |" for line in cells(rows)]
-    lines += ["", *(f"- {name}: {value}" for name, value in facts.items()), ""]
-    return "\n".join(lines)
+    return "\n".join([f"# {title}", "", *markdown_table(COLUMNS, cells(rows)), "", *markdown_list(facts), ""])
