@@ -205,9 +205,11 @@ def train(
     Raises InputError, with every mistake, before anything is written.
     """
     from hf_grow.training import train as run
-    from hf_grow.training.config import train_config as recipes
+    from hf_grow.training.config import recipe_files, train_config
 
-    read = recipes.read_recipe({**recipe, **changes}) if isinstance(recipe, Mapping) else recipes.load_recipe(Path(recipe), changes)
+    read = (
+        train_config.read_recipe({**recipe, **changes}) if isinstance(recipe, Mapping) else recipe_files.load_recipe(Path(recipe), changes)
+    )
     return run.train(read, output=None if output is None else str(output), resume=resume, overwrite=overwrite, notify=notify)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,19 +15,17 @@ from hf_grow.checkpoint.reader import open_folder
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, enough_memory, print_json, show_next
 from hf_grow.common import yaml_io as yaml_text
-from hf_grow.common.suggest import did_you_mean
 from hf_grow.common.units import format_bytes
-from hf_grow.errors import ExecutionError, InputError
+from hf_grow.errors import ExecutionError
 from hf_grow.model.param_count import format_count
 from hf_grow.options import Excludes, Options, Requires, parse
+from hf_grow.training.config.recipe_files import RECIPES, find_recipe, load_recipe, parse_overrides
 from hf_grow.training.distributed.launch import is_main_process
 
 if TYPE_CHECKING:
     from hf_grow.training.distributed.launch import Launch
     from hf_grow.training.train import TrainResult
 
-RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "_recipes" / "train").glob("*.yaml"))}
-"""The training recipes that come with hf-grow; in the repository they lie in recipes/train/."""
 OVERRIDES = True
 """This command reads further --key value pairs itself."""
 
@@ -72,60 +69,16 @@ def _epilog() -> str:
     return "\n".join([*lines, "  and every argument of transformers' TrainingArguments: learning_rate, max_steps, bf16, report_to, ..."])
 
 
-def find_recipe(text: str) -> Path:
-    """A file, or a bare name of RECIPES (a file of that name in the current folder goes first). Raises InputError."""
-    path = Path(text)
-    if path.is_file() or path.suffix or os.sep in text:
-        return path
-    if text not in RECIPES:
-        raise InputError(
-            f"There is no training recipe {text!r}.{did_you_mean(text, RECIPES)}",
-            hint=f"Give a YAML file, or one of: {', '.join(RECIPES)}.",
-        )
-    return RECIPES[text]
-
-
-def overrides(words: list[str]) -> dict[str, Any]:
-    """['--data.seq_length', '128', '--bf16'] -> {'data.seq_length': 128, 'bf16': True}; values as YAML reads them.
-
-    Raises InputError for a word that belongs to no key.
-    """
-    import yaml
-
-    found: dict[str, Any] = {}
-    at = 0
-    while at < len(words):
-        word = words[at]
-        at += 1
-        if not word.startswith("--") or len(word) < 3:
-            raise InputError(f"{word!r} belongs to no key.", hint="Write --KEY VALUE; a list as --train '[new, norms]'.")
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            if at < len(words) and not words[at].startswith("--"):
-                text, at = words[at], at + 1
-            else:
-                text = "true"
-        try:
-            value = yaml_text.loads(text)
-        except yaml.YAMLError:
-            raise InputError(
-                f"--{key}: {text!r} cannot be read.", hint="Values are read as YAML; quote what it takes for something else."
-            ) from None
-        found[".".join(part.replace("-", "_") if i == 0 else part for i, part in enumerate(key.split(".")))] = value
-    return found
-
-
 def run(arguments: argparse.Namespace) -> int:
     path = find_recipe(arguments.recipe)
     if is_main_process() and not arguments.json:
         render.note(f"Reading {path} ...")  # what comes next imports torch and transformers, which takes seconds
     from hf_grow.common.safe_files import replace_nonfinite
-    from hf_grow.training.config import train_config as recipe
     from hf_grow.training.train import dry_run, train
 
     how = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False)
     _quiet()
-    read = recipe.load_recipe(path, overrides(arguments.overrides))
+    read = load_recipe(path, parse_overrides(arguments.overrides))
     settings: dict[str, Any] = {"output": how.output, "resume": how.resume, "overwrite": how.overwrite}
     first = is_main_process()
     if how.dry_run:

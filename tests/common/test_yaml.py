@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_grow.cli import main
-from hf_grow.cli.train import overrides
 from hf_grow.common import yaml_io as yaml_text
 from hf_grow.methods.depth import IdentityOptions
 from hf_grow.options import load_yaml, parse
 from hf_grow.training.config import train_config as training
+from hf_grow.training.config.recipe_files import load_recipe, parse_overrides
 
 NUMBERS = {
     "1e-4": 1e-4, "1E-4": 1e-4, "-1e4": -1e4, "+2.5e3": 2500.0, "1.e2": 100.0, ".5e1": 5.0, "1.0e-5": 1e-5, "3e+2": 300.0, "12": 12, "0.5": 0.5,
@@ -52,7 +52,7 @@ def test_growth_recipes_training_recipes_and_the_command_line_read_it_alike(tmp_
     file.write_text("noise: 1e-2\n")
     assert parse(IdentityOptions, load_yaml(file), where="it").noise == 0.01
     file.write_text("model: there\nlearning_rate: 2e-5\ndata: {train: here}\nregularizer: {kind: l2sp, lambda: 1e-3}\n")
-    read = training.load_recipe(file, overrides(["--weight_decay", "1e-2", "--warmup.lr=5e-1"]))
+    read = load_recipe(file, parse_overrides(["--weight_decay", "1e-2", "--warmup.lr=5e-1"]))
     assert read.mistakes == ()
     assert read.recipe is not None
     assert (read.arguments["learning_rate"], read.arguments["weight_decay"]) == (2e-5, 1e-2)

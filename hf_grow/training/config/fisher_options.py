@@ -1,33 +1,64 @@
-"""Options of the Fisher estimate."""
+"""Options of `hf-grow fisher`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hf_grow.options import Excludes, Options, ParameterCount
-
-if TYPE_CHECKING:
-    pass
+from hf_grow.options import Excludes, Options, ParameterCount, Requires
 
 
 class FisherOptions(Options):
     """How the Fisher is estimated."""
 
     kind: Annotated[Literal["true", "empirical"], Excludes("from_growth")] = "true"
-    """Labels: drawn from the model (true), or the text's own (empirical; a sequence at a time, as with --exact)."""
+    """Labels: sampled from the model (true), or those of the text (empirical; one sequence at a time, as with --exact)."""
     exact: Annotated[bool, Excludes("from_growth")] = False
     """Square the gradient of every single sequence, not of a batch: less noise for the same tokens, more time."""
     tokens: Annotated[ParameterCount, Field(ge=1), Excludes("from_growth")] = 131_072
-    """Tokens of text to use. 64 batches of 2048 are plenty; 16 will do; 4 are noisy."""
+    """Tokens of text to use. 64 batches of 2048 are plenty; 16 are enough; 4 are noisy."""
     batch: Annotated[int, Field(ge=1), Excludes("from_growth")] = 4
-    """Sequences in a batch."""
+    """Sequences per batch."""
     seq_length: Annotated[int, Field(ge=2), Excludes("from_growth")] = 512
-    """Tokens in a sequence; at most what the model was made for."""
+    """Tokens per sequence; at most max_position_embeddings of the model."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float64"], Excludes("from_growth")] = "auto"
-    """Dtype to compute in. Default: bfloat16 on a GPU, float32 on a CPU. Not float16: its gradients underflow and their squares overflow."""
+    """Dtype to compute in. Default: bfloat16 on a GPU, float32 on a CPU. Not float16: gradients underflow and their squares overflow."""
     storage: Literal["fp32", "bf16"] = "fp32"
     """Dtype in the file."""
     seed: Annotated[int, Field(ge=0, lt=2**63), Excludes("from_growth")] = 0
-    """Seed of the labels and of the choice of text."""
+    """Seed of the sampled labels and of the choice of text."""
+
+
+class FisherFileOptions(Options):
+    """What `hf-grow fisher` reads and writes."""
+
+    output: str
+    """File to write (also -o), such as fisher.safetensors."""
+    text: str | None = None
+    """Text of the old domain: a folder, a file (txt, jsonl, json, parquet), a glob, or the id of a data set on the Hub."""
+    from_growth: Path | None = None
+    """Instead of text: the Fisher of the source, mapped through MODEL's growth.json so that the penalty of any move stays the same."""
+    merge: Path | None = None
+    """Fisher of earlier tasks, for the same tensors; the file holds decay * merge + this one (online EWC)."""
+    decay: Annotated[float, Field(ge=0, le=1), Requires("merge")] = 1.0
+    """Weight of --merge (gamma)."""
+    utility: Path | None = None
+    """Also write the sum of squared gradients of every expert of a mixture to this JSON file, for hf-grow experts --utility."""
+    calibrate: Annotated[float, Field(gt=0)] | None = None
+    """Find the lambda with which short trainings on --on raise the old loss by at most this many nats per token."""
+    on: str | None = None
+    """New text for --calibrate; like --text."""
+    calibrate_steps: Annotated[int, Field(ge=1), Requires("calibrate")] = 60
+    """Steps of each training."""
+    calibrate_lr: Annotated[Annotated[float, Field(gt=0)] | None, Requires("calibrate"), Excludes("recipe")] = None
+    """Learning rate of each training without --recipe. Default: 1e-4."""
+    recipe: Annotated[str | None, Requires("calibrate")] = None
+    """For --calibrate: the training recipe that lambda is for. Its learning rate, decay, schedule, batch, sequence length and penalty are used."""
+    device: Annotated[str | None, Excludes("from_growth")] = None
+    """Where the model runs: cpu, cuda, cuda:1. Default: the first GPU, else the CPU."""
+    overwrite: bool = False
+    """Replace an existing file."""
+    dry_run: bool = False
+    """Print the size, memory and compute that are needed, and stop."""

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 from hf_grow.common.suggest import did_you_mean
 from hf_grow.errors import InputError
-from hf_grow.options import Options, load_yaml, nested_keys, unmet_requirements, validate
+from hf_grow.options import Options, nested_keys, unmet_requirements, validate
 from hf_grow.training.config.data_options import DataOptions
 from hf_grow.training.config.distill_options import DistillOptions
 from hf_grow.training.config.lora_options import LoraOptions
@@ -175,23 +174,6 @@ def training_arguments_model() -> type[Options]:
         fields[field.name] = (kind, None)
     model: type[Options] = create_model("Arguments", __base__=Options, **fields)
     return model
-
-
-def load_recipe(path: Path, overrides: Mapping[str, Any]) -> RecipeData:
-    """The recipe of a file, with what the command line sets instead ("data.seq_length": 128). Raises InputError if the file cannot be read."""
-    data = load_yaml(path)
-    for key, value in overrides.items():
-        data = set_key(data, key.split("."), value, key)
-    return read_recipe(data, str(path))
-
-
-def set_key(data: Any, keys: list[str], value: Any, whole: str) -> dict[str, Any]:
-    """A copy of nested data with one value set. Raises InputError where the way leads through something that holds no keys."""
-    if data is not None and not isinstance(data, dict):
-        raise InputError(f"--{whole}: {keys[0]} cannot be set inside {str(data)[:40]!r}.")
-    inside = dict(data or {})
-    inside[keys[0]] = value if len(keys) == 1 else set_key(inside.get(keys[0]), keys[1:], value, whole)
-    return inside
 
 
 def read_recipe(data: Mapping[str, Any], where: str = "The recipe") -> RecipeData:

@@ -12,7 +12,7 @@ from test_train_recipe import fisher_of
 from trained import grown, recipe, tokenizer
 
 from hf_grow.cli import main
-from hf_grow.training.config.train_config import load_recipe
+from hf_grow.training.config.recipe_files import load_recipe
 from hf_grow.training.setup.checks import check
 
 DAMAGE, DECAY, CHAT = "holds the damage", "pulls to zero what the penalty holds", "unlearns to chat"

@@ -17,8 +17,8 @@ from trained import FAST, WORDS, grown, recipe, run, source, text, tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_grow.cli import main
-from hf_grow.cli.train import RECIPES, overrides
 from hf_grow.errors import InputError
+from hf_grow.training.config.recipe_files import RECIPES, parse_overrides
 from hf_grow.training.config.train_config import SET_BY_HF_GROW, TrainRecipe, read_recipe, training_arguments_model
 from hf_grow.training.regularizers.importance_file import checkpoint_fingerprint, model_fingerprint
 from hf_grow.training.setup.checks import arguments_for
@@ -266,15 +266,15 @@ def test_overriding_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert (r["warmup"]["steps"], r["gradient_accumulation_steps"], r["activation_checkpointing"], r["max_steps"]) == (2, 2, True, 3)
     assert r["data"]["eval"].keys() == {"old", "new"}
     assert "--data.seq_length.x: " in run(capsys, "train", path, "--data.seq_length.x", 1, status=2)["error"]
-    assert "belongs to no key" in run(capsys, "train", path, "stray", status=2)["error"]
+    assert "Unexpected argument 'stray'" in run(capsys, "train", path, "stray", status=2)["error"]
     assert "unknown key" in run(capsys, "train", path, "--no_such_key", 1, status=2)["error"]
 
 
 def test_words_to_values() -> None:
-    found = overrides(["--a.b", "1e-4", "--c=x=y", "--flag", "--none", "null", "--n", "-1", "--s", '"5"', "--list", "[1, a]"])
+    found = parse_overrides(["--a.b", "1e-4", "--c=x=y", "--flag", "--none", "null", "--n", "-1", "--s", '"5"', "--list", "[1, a]"])
     assert found == {"a.b": 1e-4, "c": "x=y", "flag": True, "none": None, "n": -1, "s": "5", "list": [1, "a"]}
     with pytest.raises(InputError, match="cannot be read"):
-        overrides(["--a", "[1"])
+        parse_overrides(["--a", "[1"])
 
 
 def test_every_argument_of_trainer_may_stand_in_a_recipe() -> None:

@@ -17,8 +17,8 @@ from trained import run, text, tokenizer
 
 from hf_grow import api
 from hf_grow.cli.grow import RECIPES as GROWTHS
-from hf_grow.cli.train import RECIPES
 from hf_grow.model.param_count import count_parameters, format_count
+from hf_grow.training.config.recipe_files import RECIPES
 from hf_grow.training.config.train_config import read_recipe
 from hf_grow.training.trainer.events import read_events
 

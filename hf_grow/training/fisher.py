@@ -1,0 +1,241 @@
+"""`hf-grow fisher`: writes a file of per-parameter importance (Fisher) on old data.
+
+It is estimated on text, or mapped from the source's file through a growth; on request lambda is calibrated on new text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.checkpoint.source import open_source
+from hf_grow.checkpoint.writer import check_disk_space
+from hf_grow.common.extras import require_packages
+from hf_grow.common.safe_files import to_json
+from hf_grow.errors import InputError, OutputError
+from hf_grow.growth.plan import GrowthPlan, check_source
+from hf_grow.model import flops
+from hf_grow.model.meta_model import meta_model
+from hf_grow.model.param_count import count_parameters
+from hf_grow.options import unmet_requirements
+from hf_grow.training.calibrate import MAX_EVAL_ROWS, MIN_ROWS, Trials, calibrate, plan_trials
+from hf_grow.training.config.data_options import TextOptions
+from hf_grow.training.config.fisher_options import FisherFileOptions, FisherOptions
+from hf_grow.training.config.train_config import collect_mistakes, raise_mistakes
+from hf_grow.training.data.source_model import load_with_tokenizer
+from hf_grow.training.data.sources import find_text
+from hf_grow.training.param_updates.param_provenance import check_fits
+from hf_grow.training.regularizers.build import make_penalty
+from hf_grow.training.regularizers.fisher import (
+    by_names_on_disk,
+    estimate_fisher,
+    estimation_memory,
+    expert_utility,
+    merge_online,
+    sample_sequences,
+)
+from hf_grow.training.regularizers.importance_file import (
+    check_same_model,
+    checkpoint_fingerprint,
+    model_fingerprint,
+    open_importance,
+    write_importance,
+)
+from hf_grow.training.regularizers.importance_growth import check_importance_of_source, grow_importance
+from hf_grow.training.regularizers.penalty import QuadraticPenalty
+from hf_grow.training.setup.train_setup import Notify
+from hf_grow.training.setup.warnings import RECOVER, damaged
+
+ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""(label, total tokens) -> a context whose value is called with tokens done."""
+
+
+def write_fisher(
+    source: str, revision: str | None, files: FisherFileOptions, options: FisherOptions, *, notify: Notify, progress_bar: ProgressBar
+) -> dict[str, Any]:
+    """Writes the file that ``files`` and ``options`` ask for, of the checkpoint ``source``; returns what was done, as JSON data.
+
+    Raises InputError with every mistake before a model is loaded.
+    """
+    out = Path(files.output).expanduser()
+    _check_options(files, options, out, notify)
+    trials = plan_trials(files, options, out, notify) if files.calibrate is not None else None
+    if trials is not None and files.recipe is not None:
+        if "seq_length" in options.model_fields_set:
+            raise InputError("--seq-length: the recipe sets it (data.seq_length).", hint="Leave one of the two out.")
+        options = options.model_copy(update={"seq_length": trials.seq_length})
+    checkpoint = open_source(source, revision=revision, weights=not files.dry_run, notify=notify)
+    check_source(checkpoint.info)
+    if files.utility is not None and not checkpoint.info.architecture.is_moe:
+        raise InputError(f"--utility: {checkpoint.ref} has no experts.")
+    if files.from_growth is None and checkpoint.growth is not None:
+        method = damaged(GrowthPlan.from_json(checkpoint.growth), checkpoint.growth)
+        if method is not None:
+            notify(
+                f"{checkpoint.ref} was grown by {method}, which changes the function, and was not trained since: a penalty with this "
+                f"Fisher holds the damage. {RECOVER}"
+            )
+    check_disk_space(out, _file_bytes(checkpoint, options))
+    if files.dry_run:
+        return _dry_run(checkpoint, options, mapped=files.from_growth is not None)
+    start = time.perf_counter()
+    if files.from_growth is not None:
+        facts = _map_fisher(checkpoint, files.from_growth, options, out)
+    else:
+        facts = _estimate(checkpoint, files, options, out, trials, notify, progress_bar)
+    return {"output": str(out), **facts, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _check_options(files: FisherFileOptions, options: FisherOptions, out: Path, notify: Notify) -> None:
+    """Raises InputError with all options that exclude each other, missing inputs and existing outputs."""
+    mistakes = []
+    if (files.text is None) == (files.from_growth is None):
+        mistakes.append("give one of --text (old data) and --from-growth (the source's Fisher).")
+    if files.from_growth is not None:
+        mistakes += [f"--{n} needs --text." for n in ("merge", "utility", "calibrate") if getattr(files, n) is not None]
+    if (files.calibrate is None) != (files.on is None):
+        mistakes.append("--calibrate NATS and --on NEW_DATA go together.")
+    if files.calibrate is not None and files.device not in (None, "cpu", "cuda", "cuda:0"):
+        mistakes.append(
+            f"--calibrate trains on the first GPU, as hf-grow train does, not on {files.device}. Choose it by CUDA_VISIBLE_DEVICES."
+        )
+    mistakes += unmet_requirements(files, options)
+    for key, path in (("output", out), ("utility", files.utility)):
+        if path is not None:
+            collect_mistakes(mistakes, f"--{key}", partial(_check_writable, path, files))
+    for key, text in (("text", files.text), ("on", files.on)):
+        if text is not None:
+            collect_mistakes(mistakes, f"--{key}", partial(find_text, TextOptions(path=[text]), notify=notify))
+    for key, file in (("merge", files.merge), ("from-growth", files.from_growth)):
+        if file is not None:
+            collect_mistakes(mistakes, f"--{key}", partial(open_importance, file))
+    raise_mistakes("The command line", mistakes)
+
+
+def _check_writable(path: Path, files: FisherFileOptions) -> None:
+    """Raises OutputError if ``path`` is a folder, exists and must not be replaced, or has no parent folder."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder.", hint="Name a file.")
+    if path.exists() and not files.overwrite and not files.dry_run:
+        raise OutputError(f"{path} exists.", hint="Give another name, or --overwrite.")
+    if not path.parent.is_dir():
+        raise OutputError(f"There is no folder {path.parent}.")
+
+
+def _file_bytes(checkpoint: Checkpoint, options: FisherOptions) -> int:
+    return count_parameters(checkpoint.info.architecture).total * (4 if options.storage == "fp32" else 2)
+
+
+def _dry_run(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) -> dict[str, Any]:
+    parameters = count_parameters(checkpoint.info.architecture).total
+    facts = {"dry_run": True, "parameters": parameters, "file_bytes": _file_bytes(checkpoint, options)}
+    if mapped:
+        return {**facts, "note": "mapped tensor by tensor; no model is loaded"}
+    length = min(options.seq_length, checkpoint.config.get("max_position_embeddings") or options.seq_length)
+    memory = estimation_memory(parameters, {"bfloat16": 2, "float64": 8}.get(options.dtype, 4))
+    return {
+        **facts, "tokens": options.tokens, "memory_bytes": {**memory, "total": sum(memory.values())},
+        "flops": flops.training_flops(meta_model(checkpoint.info.config), length) * options.tokens,
+        "note": "activations of one batch are not included",
+    }  # fmt: skip
+
+
+def _map_fisher(checkpoint: Checkpoint, source_file: Path, options: FisherOptions, out: Path) -> dict[str, Any]:
+    if checkpoint.growth is None:
+        raise InputError(f"{checkpoint.ref} has no growth.json.", hint="--from-growth needs a model that hf-grow made.")
+    plan = GrowthPlan.from_json(checkpoint.growth)
+    check_fits(plan, checkpoint)
+    source = open_importance(source_file)
+    check_importance_of_source(source, plan, checkpoint)
+    metadata = {
+        **{k: v for k, v in source.metadata.items() if k not in ("format", "made_by", "sample", "model", "revision")},
+        "model": checkpoint.ref, "revision": checkpoint.revision, "sample": checkpoint_fingerprint(checkpoint),
+        "mapped_from": source.metadata.get("model", ""), "mapped_by": plan.growth.method,
+    }  # fmt: skip
+    shapes = {n: t.shape for n, t in plan.targets.items()}
+    write_importance(out, shapes, grow_importance(plan, source.read), metadata, storage=options.storage)
+    return {"kind": metadata.get("kind", ""), "mapped_from": metadata["mapped_from"], "mapped_by": plan.growth.method}
+
+
+def _estimate(
+    checkpoint: Checkpoint,
+    files: FisherFileOptions,
+    options: FisherOptions,
+    out: Path,
+    trials: Trials | None,
+    notify: Notify,
+    progress_bar: ProgressBar,
+) -> dict[str, Any]:
+    require_packages("datasets")
+    arch = checkpoint.info.architecture
+    shapes = {n: t.shape for n, t in checkpoint.info.tensors.items() if n in arch.tensors}
+    earlier = None
+    if files.merge is not None:
+        earlier = open_importance(files.merge)
+        check_same_model(earlier, shapes, None)
+    model, tokenizer = load_with_tokenizer(checkpoint, _compute_dtype(options, files.device), files.device)
+    length = min(options.seq_length, model.config.max_position_embeddings)
+    assert files.text is not None
+    read = partial(sample_sequences, model=model, tokenizer=tokenizer, length=length, seed=options.seed)
+    wanted = -(-options.tokens // length)
+    rows = read([files.text], count=wanted + (MAX_EVAL_ROWS if trials is not None else 0))
+    heldout = new = None
+    if trials is not None and files.on is not None:
+        new = read([files.on], count=files.calibrate_steps * trials.batch + MAX_EVAL_ROWS)
+        for label, found in ((files.text, rows), (files.on, new)):
+            if len(found) < MIN_ROWS:
+                raise InputError(
+                    f"{label} has {len(found)} sequences of {length} tokens; --calibrate needs {MIN_ROWS}.",
+                    hint="Use a smaller --seq-length.",
+                )
+        split = len(rows) - min(MAX_EVAL_ROWS, len(rows) // 2)
+        rows, heldout = rows[:split], rows[split:]
+    if len(rows) < wanted:
+        notify(f"{files.text} has {rows.numel():,} tokens, fewer than the {options.tokens:,} of --tokens.")
+    with progress_bar("Fisher", rows.numel()) as progress:
+        fisher, tokens = estimate_fisher(model, rows, options, progress=progress)
+    metadata = {
+        "kind": options.kind, "exact": options.exact or options.kind == "empirical", "tokens": tokens, "seq_length": length,
+        "batch": options.batch, "seed": options.seed, "dtype": str(model.dtype).removeprefix("torch."),
+        "model": checkpoint.ref, "revision": checkpoint.revision,
+    }  # fmt: skip
+    if earlier is not None:
+        metadata |= {"merged": earlier.metadata.get("model", ""), "decay": files.decay}
+    tensors = by_names_on_disk(model, fisher)
+    if earlier is not None:
+        tensors = merge_online(tensors, earlier.read, files.decay)
+    write_importance(out, shapes, tensors, {**metadata, "sample": model_fingerprint(model)}, storage=options.storage)
+    facts: dict[str, Any] = dict(metadata)
+    facts["mean"] = sum(float(t.sum().double()) for t in fisher.values()) / sum(t.numel() for t in fisher.values())
+    facts["bytes"] = out.stat().st_size
+    if files.utility is not None:
+        table = expert_utility(arch.layers, arch.size("experts"), by_names_on_disk(model, fisher), arch.tensors)
+        files.utility.write_text(to_json({"utility": table}, indent=None), encoding="utf-8")
+        facts["utility"] = str(files.utility)
+    if trials is not None and new is not None and heldout is not None and files.calibrate is not None:
+        del fisher, tensors
+        notify(f"The Fisher is in {out}; lambda is calibrated next.")
+        plan = None if checkpoint.growth is None else GrowthPlan.from_json(checkpoint.growth)
+        penalty = make_penalty(trials.penalty, model.float(), plan)
+        assert isinstance(penalty, QuadraticPenalty)
+        split = len(new) - min(MAX_EVAL_ROWS, len(new) // 2)
+        with progress_bar("calibrating", 6 * files.calibrate_steps * trials.batch * length) as progress:
+            calibration = calibrate(
+                model, penalty, old=heldout, train=new[:split], new=new[split:], tolerated=files.calibrate,
+                arguments=trials.arguments, progress=progress,
+            )  # fmt: skip
+        facts["calibration"] = {**calibration.to_json(), **trials.to_json(), "tolerated": files.calibrate}
+    return facts
+
+
+def _compute_dtype(options: FisherOptions, device: str | None) -> str:
+    if options.dtype != "auto":
+        return options.dtype
+    return "bfloat16" if (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda") else "float32"
