@@ -16,14 +16,14 @@ import torch
 from models import BY_NAME, make, save
 
 from hf_grow import api
-from hf_grow.cli import fisher, grow, main, push, train, verify
+from hf_grow.cli import grow, main, push, train, verify
 from hf_grow.cli.grow import OutputOptions
 from hf_grow.cli.verify import CompareOptions
 from hf_grow.errors import GrowError
 from hf_grow.growth.tensormap import Expr, Noise, Orthogonal
 from hf_grow.methods import METHODS
 from hf_grow.options import Excludes, Options, Requires, unmet_requirements, validate
-from hf_grow.training.config.fisher_options import FisherOptions
+from hf_grow.training.config.fisher_options import FisherFileOptions, FisherOptions
 from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.config.train_config import TrainRecipe
 
@@ -296,7 +296,7 @@ def declared(*models: type[Options]) -> list[tuple[type[Options], str, Requires 
     ("command", "models"),
     [
         (["replay", "{source}", "-o", "{tmp}/out"], [ReplayOptions]),
-        (["fisher", "{source}", "-o", "{tmp}/out"], [fisher.RunOptions, FisherOptions]),
+        (["fisher", "{source}", "-o", "{tmp}/out"], [FisherFileOptions, FisherOptions]),
         (["dus", "{source}"], [OutputOptions]),
         (["verify", "{source}", "{source}"], [CompareOptions]),
         (["train", "llama_pro_domain"], [train.RunOptions]),

@@ -273,7 +273,7 @@ def test_overriding_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
 def test_words_to_values() -> None:
     found = parse_overrides(["--a.b", "1e-4", "--c=x=y", "--flag", "--none", "null", "--n", "-1", "--s", '"5"', "--list", "[1, a]"])
     assert found == {"a.b": 1e-4, "c": "x=y", "flag": True, "none": None, "n": -1, "s": "5", "list": [1, "a"]}
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is not valid YAML"):
         parse_overrides(["--a", "[1"])
 
 
