@@ -15,7 +15,8 @@ import pytest
 import hf_grow
 from hf_grow.methods import METHODS
 from hf_grow.methods.pipeline import PIPELINE
-from hf_grow.model.families import FAMILIES, PREDICATES, Dim, Family, TensorSpec
+from hf_grow.model.families import FAMILIES
+from hf_grow.model.family import PREDICATES, Dim, Family, TensorSpec
 
 ROOT = Path(hf_grow.__file__).parent
 

@@ -20,7 +20,7 @@ from hf_grow.common.units import format_bytes
 from hf_grow.errors import InputError, SourceError
 from hf_grow.growth.plan import HEAD, GrowthPlan, check_source
 from hf_grow.model.architecture import Entry
-from hf_grow.model.families import AXES
+from hf_grow.model.family import AXES
 from hf_grow.model.param_count import count_parameters, format_count
 from hf_grow.publish.layer_map import layer_map
 from hf_grow.publish.lineage import lineage

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.growth.evaluate import BLOCK
 from hf_grow.growth.tensors import TensorRows
-from hf_grow.model.families import Dim
+from hf_grow.model.family import Dim
 from hf_grow.model.loading import reset_output_flags, transformers_errors
 
 

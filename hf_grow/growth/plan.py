@@ -22,7 +22,7 @@ from hf_grow.growth.growth import Growth, Guarantee, LayerOrigin
 from hf_grow.growth.tensormap import Expr, Scope, Shape, Share, Source
 from hf_grow.growth.tensormap_json import from_json, to_json
 from hf_grow.model.architecture import Architecture
-from hf_grow.model.families import DERIVED_BUFFERS
+from hf_grow.model.family import DERIVED_BUFFERS
 from hf_grow.model.param_count import ModelSize, count_parameters, extrapolation_warnings
 
 FORMAT = 1

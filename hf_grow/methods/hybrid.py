@@ -20,7 +20,7 @@ from hf_grow.methods.depth import DEPTH_METHODS
 from hf_grow.methods.width.width_methods import WIDTH_METHODS, explicit_sizes
 from hf_grow.methods.width.width_search import Widths, candidate_widths, widths_of, with_widths
 from hf_grow.model.architecture import Architecture
-from hf_grow.model.families import MAX_LAYERS
+from hf_grow.model.family import MAX_LAYERS
 from hf_grow.model.param_count import TOLERANCE, block_parameters, check_target, count_parameters, format_count
 from hf_grow.options import Options, ParameterCount
 

@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from hf_grow.errors import SourceError
-from hf_grow.model.families import AXES, FAMILIES, MAX_LAYERS, MAX_TENSORS, PREDICATES, Config, Dim, TensorSpec
+from hf_grow.model.families import FAMILIES
+from hf_grow.model.family import AXES, MAX_LAYERS, MAX_TENSORS, PREDICATES, Config, Dim, TensorSpec
 from hf_grow.model.unsupported import explain_unsupported
 
 OUTPUT_FLAGS = ("return_dict", "output_attentions", "output_hidden_states")

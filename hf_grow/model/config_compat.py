@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_grow.errors import SourceError
 from hf_grow.model.architecture import Architecture
-from hf_grow.model.families import Config
+from hf_grow.model.family import Config
 
 
 def portable_config(config: Config) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from hf_grow.errors import PlanError
 from hf_grow.model.architecture import Architecture
-from hf_grow.model.families import PREDICATES, TensorSpec
+from hf_grow.model.family import PREDICATES, TensorSpec
 
 TOLERANCE = 0.05
 """A growth misses its target when it ends farther away than this share of it."""

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_grow.errors import SourceError
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.config_compat import portable_config
-from hf_grow.model.families import FAMILIES, PREDICATES
+from hf_grow.model.families import FAMILIES
+from hf_grow.model.family import PREDICATES
 from hf_grow.model.param_count import block_parameters, count_parameters, format_count
 from hf_grow.model.unsupported import UNSUPPORTED
 

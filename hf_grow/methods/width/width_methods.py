@@ -29,7 +29,7 @@ from hf_grow.methods.width.width_maps import Symmetry, WidthMaps
 from hf_grow.methods.width.width_search import Widths, check_widths, nearest_widths, width_warnings, widths_of
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.config_compat import portable_config
-from hf_grow.model.families import FFN_AXES
+from hf_grow.model.family import FFN_AXES
 from hf_grow.options import Options, ParameterCount
 
 Positive = Annotated[int, Field(ge=1, le=2**20)]

@@ -10,7 +10,7 @@ from typing import Any
 from hf_grow.errors import PlanError
 from hf_grow.methods.width.activation_maps import divisors, heads_feasible
 from hf_grow.model.architecture import Architecture
-from hf_grow.model.families import FFN_AXES
+from hf_grow.model.family import FFN_AXES
 from hf_grow.model.param_count import check_target, count_parameters, format_count
 
 LARGEST_FACTOR = 4.0
