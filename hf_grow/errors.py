@@ -1,15 +1,15 @@
-"""Everything hf-grow raises on purpose.
+"""The exceptions of hf-grow and their exit statuses.
 
     GrowError                    exit status 1: the work failed
-    ├── InputError               exit status 2: what the user gave cannot be used
-    │   ├── SourceError          the source checkpoint is missing, damaged, hostile or of no known family
-    │   ├── PlanError            the growth asked for is impossible, or misses its target
-    │   └── OutputError          the output exists, cannot be written, or has no room
-    ├── ExecutionError           writing went wrong half-way (the partial folder stays, and can be resumed)
-    └── VerificationError        the result is not what the plan says
+    ├── InputError               exit status 2: invalid input
+    │   ├── SourceError          the source checkpoint is missing, damaged, malicious or of an unsupported family
+    │   ├── PlanError            the requested growth is impossible or misses its target
+    │   └── OutputError          the output exists, cannot be written, or the disk is full
+    ├── ExecutionError           writing failed; the partial folder remains and can be resumed
+    └── VerificationError        the result differs from the plan
 
-A message says what is wrong, what was found, what is allowed; ``hint`` says what to do next. Values in it come from files of unknown origin,
-so `shown` makes every message fit to be read, in one place.
+``message`` says what is wrong, what was found and what is allowed; ``hint`` says what to do next. Both may quote untrusted files, so they are
+made safe to print (`printable`) and bounded here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from __future__ import annotations
 import unicodedata
 
 MAX_COLUMNS, MAX_LINES = 1_000, 60
-"""The longest line, and the most lines, of one message."""
+"""Limits of one message: characters per line, and lines."""
 
 
 def printable(text: str, columns: int = MAX_COLUMNS) -> str:
-    """`text` as a terminal may show it: no control, format or half characters (ESC becomes \\x1b), and long lines without their middle."""
+    """`text` without control characters, format characters and lone surrogates (ESC becomes \\x1b), long lines shortened in the middle."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() or c == "\n" or unicodedata.category(c) == "Zs" else escape(c) for c in text)
     if len(text) <= columns:
@@ -31,7 +31,7 @@ def printable(text: str, columns: int = MAX_COLUMNS) -> str:
 
 
 def escape(character: str) -> str:
-    """A character by its number, as Python writes it."""
+    """A character as a Python escape sequence."""
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
@@ -43,7 +43,7 @@ def _bounded(message: str) -> str:
 
 
 class GrowError(Exception):
-    """Base of all errors a user may see; the command line prints it without a traceback."""
+    """Base of all errors that users see; the command line prints them without a traceback and exits with `exit_code`."""
 
     exit_code = 1
 
@@ -56,24 +56,26 @@ class GrowError(Exception):
 
 
 class InputError(GrowError):
+    """Invalid input: options, recipes, files or folders."""
+
     exit_code = 2
 
 
 class SourceError(InputError):
-    pass
+    """The source checkpoint is missing, damaged, malicious or of an unsupported family."""
 
 
 class PlanError(InputError):
-    pass
+    """The requested growth is impossible or misses its target."""
 
 
 class OutputError(InputError):
-    pass
+    """The output exists, cannot be written, or does not fit on its disk."""
 
 
 class ExecutionError(GrowError):
-    pass
+    """Writing failed; the partial folder remains and can be resumed."""
 
 
 class VerificationError(GrowError):
-    pass
+    """The result differs from the plan or from what its guarantee promises."""

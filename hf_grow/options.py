@@ -1,7 +1,7 @@
-"""Options and recipes: one declaration gives the YAML keys, the command-line flags, their help and their defaults.
+"""Options as pydantic models: one declaration gives the YAML keys, the command-line flags, their help and their defaults.
 
-An options class is a pydantic model; the docstring under a field is its help. YAML is read strictly (an unknown key or a string where a
-number belongs is an error), and every mistake is reported at once.
+The docstring under a field is its help text. YAML is read strictly: unknown keys and strings in place of numbers are errors, and all of
+them are reported at once.
 """
 
 from __future__ import annotations
@@ -20,60 +20,60 @@ from hf_grow.common.suggest import did_you_mean
 from hf_grow.errors import InputError
 
 MAX_LISTED_LAYERS = 100_000
-"""Layers of one list: more than any model has."""
+"""Length limit of a layer list."""
 MAX_YAML = 1_000_000
-"""Bytes of a recipe, or of a file of prompts."""
+"""Size limit in bytes of a YAML file."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 class Options(BaseModel):
-    """Base of all option models."""
+    """Base of all option models: frozen, strict about unknown keys, without NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def non_defaults(self) -> dict[str, Any]:
-        """The options that differ from their defaults, as JSON data."""
+        """The options that differ from their defaults, as JSON data: what growth.json records."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
     def extra_sources(self) -> tuple[str, ...]:
-        """Further source checkpoints (folders or Hub ids) that a growth with these options reads; it calls them "1", "2", and so on."""
+        """Additional source checkpoints (folders or Hub ids) that the growth reads, in the order of their labels "1", "2", ..."""
         return ()
 
 
 def parse_size(value: Any) -> Any:
-    """'10.7B' -> 10_700_000_000. Units K, M, B, T; plain integers pass."""
+    """'10.7B' -> 10_700_000_000. Units K, M, B, T (powers of 1000); plain integers pass. Raises ValueError."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMBT]?)\s*", value, re.IGNORECASE)
     if not match:
-        raise ValueError(f"{value!r} is no size; write 10.7B, 350M or a plain number of parameters")
+        raise ValueError(f"{value!r} is not a size; write 10.7B, 350M or a plain number of parameters")
     return round(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def parse_bytes(value: Any) -> Any:
-    """'5GB' -> 5_000_000_000; 'KiB' and so on are powers of 1024. Plain integers pass."""
+    """'5GB' -> 5_000_000_000; KiB, MiB, ... are powers of 1024. Plain integers pass. Raises ValueError."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
     if not match:
-        raise ValueError(f"{value!r} is no number of bytes; write 5GB, 512MiB or a plain number")
+        raise ValueError(f"{value!r} is not a number of bytes; write 5GB, 512MiB or a plain number")
     base = 1024 if match[3] else 1000
     return round(float(match[1]) * base ** ["", "K", "M", "G", "T"].index(match[2].upper()))
 
 
 def parse_layers(value: Any) -> Any:
-    """'0-23,8-31' -> (0, ..., 23, 8, ..., 31): both ends count, as in the papers."""
+    """'0-23,8-31' -> (0, ..., 23, 8, ..., 31); ranges are inclusive, as in the papers. Raises ValueError."""
     if not isinstance(value, str):
         return tuple(value) if isinstance(value, list) else value
     layers: list[int] = []
     for part in value.split(","):
         match = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
         if not match:
-            raise ValueError(f"{part!r} is no layer range; write 0-23,8-31 (both ends count)")
+            raise ValueError(f"{part!r} is not a layer range; write 0-23,8-31 (ranges are inclusive)")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ValueError(f"{part.strip()!r} runs backwards; write {last}-{first}, or single layers")
+            raise ValueError(f"{part.strip()!r} is a decreasing range; write {last}-{first}, or single layers")
         layers.extend(range(first, last + 1))
         if len(layers) > MAX_LISTED_LAYERS:
             raise ValueError(f"the list holds more than {MAX_LISTED_LAYERS:,} layers")
@@ -87,7 +87,7 @@ LayerList = Annotated[tuple[int, ...], BeforeValidator(parse_layers)]
 
 @dataclass(frozen=True)
 class Requires:
-    """Metadata of a field that means something only where another is given, other than as 0, no or nothing: as one of ``values``, where there are some."""
+    """Field metadata: the option requires `other` to be truthy, or one of ``values`` if any are given."""
 
     other: str
     values: tuple[Any, ...] = ()
@@ -95,7 +95,7 @@ class Requires:
 
 @dataclass(frozen=True)
 class Excludes:
-    """Metadata of a field that means nothing where another is given."""
+    """Field metadata: the option cannot be combined with `other`."""
 
     other: str
 
@@ -104,54 +104,59 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def parse(model: type[M], data: Mapping[str, Any], *, where: str, strict: bool = True, check_requirements: bool = True) -> M:
-    """`data` as a `model`. Raises InputError that lists every mistake, one line each. ``check_requirements=False``: further options will be put beside these."""
-    parsed, found = validate(model, data, strict=strict)
+    """Validates `data` as a `model`.
+
+    ``where``: the source of the data, for the message. ``strict=False``: strings are converted, as on a command line.
+    ``check_requirements=False``: leaves `Requires` and `Excludes` to a later `unmet_requirements` together with other options.
+    Raises InputError that lists all errors, one per line.
+    """
+    parsed, errors = validate(model, data, strict=strict)
     if parsed is not None and check_requirements:
-        found = unmet_requirements(parsed)
-    raise_errors(where, found)
+        errors = unmet_requirements(parsed)
+    raise_errors(where, errors)
     assert parsed is not None
     return parsed
 
 
-def raise_errors(where: str, found: Sequence[str]) -> None:
-    """Raises InputError with all mistakes, one a line, if there are any."""
-    if found:
-        raise InputError(f"{where} has {len(found)} mistake{'s' * (len(found) > 1)}:\n" + "\n".join(f"  {line}" for line in found))
+def raise_errors(where: str, errors: Sequence[str]) -> None:
+    """Raises InputError with all errors, one per line, if there are any."""
+    if errors:
+        raise InputError(f"{where} has {len(errors)} mistake{'s' * (len(errors) > 1)}:\n" + "\n".join(f"  {line}" for line in errors))
 
 
 def unmet_requirements(*options: BaseModel) -> list[str]:
-    """One line for each option that was given and means nothing beside the others; `Needs` and `Unless` look at all of them, not at what is nested."""
-    has = {name: getattr(model, name) for model in options for name in type(model).model_fields}
-    found = []
+    """One line per given option whose `Requires` or `Excludes` is violated; they see the fields of all `options`, not nested ones."""
+    values = {name: getattr(model, name) for model in options for name in type(model).model_fields}
+    errors = []
     for model in options:
         for name, field in type(model).model_fields.items():
-            if name not in model.model_fields_set or has[name] is None or has[name] is False:
+            if name not in model.model_fields_set or values[name] is None or values[name] is False:
                 continue
             label = field.alias or name
             for rule in field.metadata:
-                if not isinstance(rule, Requires | Excludes) or rule.other not in has:
+                if not isinstance(rule, Requires | Excludes) or rule.other not in values:
                     continue
-                other, there = rule.other, has[rule.other]
+                other, value = rule.other, values[rule.other]
                 if isinstance(rule, Excludes):
-                    if there is not None and there is not False:
-                        found.append(f"{label}: means nothing beside {other}. Leave one of them out.")
-                elif rule.values and there not in rule.values:
-                    found.append(f"{label}: belongs to {other} {' or '.join(map(str, rule.values))}, and {other} is {there}.")
-                elif not rule.values and not there:
-                    found.append(f"{label}: means nothing without {other}. Give that too, or leave it out.")
-            found += [f"{label}.{line}" for line in _unmet_inside(has[name])]
-    return found
+                    if value is not None and value is not False:
+                        errors.append(f"{label}: cannot be combined with {other}. Leave one of them out.")
+                elif rule.values and value not in rule.values:
+                    errors.append(f"{label}: requires {other} {' or '.join(map(str, rule.values))}, not {value}.")
+                elif not rule.values and not value:
+                    errors.append(f"{label}: requires {other}. Add {other}, or leave {label} out.")
+            errors += [f"{label}.{line}" for line in _unmet_nested(values[name])]
+    return errors
 
 
-def _unmet_inside(value: Any) -> list[str]:
+def _unmet_nested(value: Any) -> list[str]:
     if isinstance(value, BaseModel):
         return unmet_requirements(value)
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    return [f"{key}.{line}" for key, v in inside for line in _unmet_inside(v)]
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return [f"{key}.{line}" for key, v in items for line in _unmet_nested(v)]
 
 
 def validate(model: type[M], data: Mapping[str, Any], *, strict: bool = True) -> tuple[M | None, list[str]]:
-    """`data` as a `model`, or None and every mistake as a line that begins with its key."""
+    """`data` as a `model`, or None with one line per error that begins with the key."""
     try:
         return model.model_validate(dict(data), strict=strict), []
     except ValidationError as error:
@@ -181,9 +186,9 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     return f"{where}: {re.sub(r'^[A-Z][a-z]+ should', 'should', error['msg'])}, got {value!r}."
 
 
-def _model_at(model: type[BaseModel], place: tuple[str | int, ...]) -> type[BaseModel]:
-    """The model that stands at a place inside another, as far as its fields hold one model each."""
-    for key in place:
+def _model_at(model: type[BaseModel], location: tuple[str | int, ...]) -> type[BaseModel]:
+    """The nested model at a location, as far as its fields hold a single model each."""
+    for key in location:
         inner = _models_in(model.model_fields[key].annotation) if isinstance(key, str) and key in model.model_fields else []
         model = inner[0] if len(inner) == 1 else model
     return model
@@ -192,21 +197,21 @@ def _model_at(model: type[BaseModel], place: tuple[str | int, ...]) -> type[Base
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for part in get_args(annotation) for found in _models_in(part)]
+    return [inner for part in get_args(annotation) for inner in _models_in(part)]
 
 
 def nested_keys(model: type[BaseModel]) -> list[str]:
-    """The keys of a model and, behind them, those of the models inside it, with dots."""
-    below = [(f.alias or n, inner) for n, f in model.model_fields.items() for inner in _models_in(f.annotation)]
-    return [f.alias or n for n, f in model.model_fields.items()] + [f"{key}.{k}" for key, inner in below for k in nested_keys(inner)]
+    """The keys of a model, then those of nested models with dots."""
+    nested = [(f.alias or n, inner) for n, f in model.model_fields.items() for inner in _models_in(f.annotation)]
+    return [f.alias or n for n, f in model.model_fields.items()] + [f"{key}.{k}" for key, inner in nested for k in nested_keys(inner)]
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as a mapping. Raises InputError if it cannot be read or is none."""
+    """Reads a YAML mapping with string keys. Raises InputError."""
     import yaml
 
     try:
-        data = yaml_io.loads(read_text(path, most=MAX_YAML, error=InputError, missing=f"Cannot read {path}: there is no such file."))
+        data = yaml_io.loads(read_text(path, max_bytes=MAX_YAML, error=InputError, missing=f"Cannot read {path}: no such file."))
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):

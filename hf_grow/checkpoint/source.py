@@ -145,7 +145,7 @@ def companions(folder: Path) -> list[Path]:
 
 def companion_bytes(path: Path) -> bytes:
     """A companion file as it comes along: byte for byte, but for a tokenizer_config.json that older readers could not use."""
-    data = read_bytes(path, most=MAX_COMPANION)
+    data = read_bytes(path, max_bytes=MAX_COMPANION)
     if path.name != TOKENIZER_CONFIG:
         return data
     try:

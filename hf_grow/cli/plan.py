@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     now = count_parameters(checkpoint.info.architecture).total
     if target <= now or format_count(target) == format_count(now):
         raise InputError(
-            f"{checkpoint.ref} has {format_count(now)} parameters ({now:,}) already; {format_count(target)} is no growth.",
+            f"{checkpoint.ref} already has {format_count(now)} parameters ({now:,}); {format_count(target)} is not larger.",
             hint="Give a larger --to.",
         )
     ways: list[tuple[GrowthPlan, str]] = []

@@ -1,1 +1,1 @@
-"""Small helpers that know nothing of models: files of unknown origin, YAML, progress bars, free memory, units."""
+"""Helpers that are independent of models: untrusted files, YAML, progress bars, free memory, units, suggestions."""

@@ -1,6 +1,7 @@
-"""How much memory this process may still take: what the machine has free, and what every control group (container) that it lies in leaves it.
+"""Memory available to this process: the machine's free memory and the limits of its control groups (containers).
 
-Control groups: Linux, Documentation/admin-guide/cgroup-v2.rst (memory.max, memory.current) and cgroup-v1/memory.rst (memory.limit_in_bytes).
+Linux Documentation/admin-guide/cgroup-v2.rst (memory.max, memory.current) and cgroup-v1/memory.rst (memory.limit_in_bytes). psutil is no
+replacement: its virtual_memory() ignores control groups.
 """
 
 from __future__ import annotations
@@ -9,28 +10,28 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-UNIFIED = ("memory.max", "memory.current", "inactive_file")
-SEPARATE = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-"""Files of the limit and of what is used, and what memory.stat calls pages of files that go when memory is short; of version 2 and 1."""
+CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+"""The files of limit and usage, and the memory.stat field of reclaimable page cache."""
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that can be taken without being killed, as far as the system tells."""
-    left = [_of_machine(root)]
-    for folder, (limit, used, reclaimable) in _groups(root):
-        most, taken = _number(folder / limit), _number(folder / used)
-        if most is not None and taken is not None:
-            left.append(max(0, most - max(0, taken - _field(folder / "memory.stat", reclaimable))))
-    return min(left)
+    """Bytes that this process can allocate before it runs into a limit, as far as the system reports. ``root``: where /proc and /sys are."""
+    available = [_machine_memory(root)]
+    for folder, (limit_file, usage_file, reclaimable) in _control_groups(root):
+        limit, usage = _number(folder / limit_file), _number(folder / usage_file)
+        if limit is not None and usage is not None:
+            available.append(max(0, limit - max(0, usage - _field(folder / "memory.stat", reclaimable))))
+    return min(available)
 
 
-def _of_machine(root: Path) -> int:
-    # In KiB. Without /proc: what there is at all.
+def _machine_memory(root: Path) -> int:
+    # MemAvailable is in KiB. Without /proc, the physical memory.
     return 1024 * _field(root / "proc/meminfo", "MemAvailable:") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """The groups that this process lies in and all above them. Inside a container the paths may be the host's: then only the top is there."""
+def _control_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """The control groups of this process and their parents. In a container the paths may be the host's; then only the root group exists."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -43,11 +44,11 @@ def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
             continue
         for top in ("sys/fs/cgroup/memory",) if controllers else ("sys/fs/cgroup", "sys/fs/cgroup/unified"):
             for group in (inside, *inside.parents):
-                yield root / top / group, SEPARATE if controllers else UNIFIED
+                yield root / top / group, CGROUP_V1 if controllers else CGROUP_V2
 
 
 def _number(path: Path) -> int | None:
-    """None where there is no file, or no limit ("max")."""
+    """None if the file does not exist or says "max" (no limit)."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):
@@ -55,7 +56,7 @@ def _number(path: Path) -> int | None:
 
 
 def _field(path: Path, name: str) -> int:
-    """A number of a file with lines "name number ..."; 0 where there is none."""
+    """The number in the line "name number ..."; 0 if there is none."""
     try:
         rows = [line.split() for line in path.read_text().splitlines()]
         return next((int(row[1]) for row in rows if len(row) > 1 and row[0] == name), 0)

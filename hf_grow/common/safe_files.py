@@ -1,6 +1,6 @@
-"""Small files of unknown origin: read without a hang, a flood of memory, or a value that JSON does not have.
+"""Reads small untrusted files and JSON: only regular files, bounded in size and depth, strict JSON.
 
-Links are followed, since the Hub's cache is made of them; whatever they lead to must be a regular file.
+Symbolic links are followed, since the Hub cache consists of them; the target must be a regular file.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 from hf_grow.errors import GrowError, SourceError
 
 MAX_FILE_BYTES = 64_000_000
-"""Bytes of a configuration, an index, a tokenizer or a record."""
+"""Limit for configs, indexes, tokenizers and records."""
 MAX_DEPTH = 400
-"""Lists and objects inside each other: few in a config, but growth.json gets two deeper with every training since the growth."""
+"""Nesting of JSON values: low in a config, but growth.json nests two levels deeper with every training after the growth."""
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -28,16 +28,16 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character, unless its other half stands beside it
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # a surrogate escape, which may lack its other half
 
 
 def open_regular(path: Path, *, missing: str = "", error: type[GrowError] = SourceError) -> FileIO:
-    """The open file, unbuffered. Raises `error` where it cannot be read, or is a folder, a pipe, a device or a socket; never waits for a writer.
+    """Opens a regular file, unbuffered. Never blocks on a pipe.
 
-    ``missing``: what to say where there is no such file.
+    ``missing``: message if the file does not exist. Raises `error` if it cannot be read or is a folder, pipe, device or socket.
     """
     try:
-        # First by name: opening some devices does something. Then the open file itself: what bears the name may have changed meanwhile.
+        # By name first, since opening a device can have side effects; then the open file, since the name may point elsewhere by now.
         _check_regular(path, os.stat(path), error)
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         try:
@@ -54,12 +54,14 @@ def open_regular(path: Path, *, missing: str = "", error: type[GrowError] = Sour
 
 def _check_regular(path: Path, found: os.stat_result, error: type[GrowError]) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise error(f"Cannot read {path}: it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'something else')}, not a regular file.")
+        raise error(f"Cannot read {path}: it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'a special file')}, not a regular file.")
 
 
 def check_no_special_files(folder: Path, inner: str) -> None:
-    """Raises SourceError if a folder, or its folder `inner`, holds a pipe, a device, a socket or a loop of links: some library would open it, and
-    wait. Links that lead nowhere hold nobody up. Raises OSError where the folder itself cannot be read."""
+    """Raises SourceError if `folder`, or its subfolder `inner`, contains a pipe, device, socket or link loop, which a library might open and block on.
+
+    Dangling links are allowed. Raises OSError if the folder itself cannot be read.
+    """
     for path in (*folder.iterdir(), *folder.glob(f"{inner}/*")):
         try:
             found = path.stat()
@@ -72,52 +74,55 @@ def check_no_special_files(folder: Path, inner: str) -> None:
 
 
 def error_text(problem: OSError | ValueError) -> str:
-    """What the operating system says, without its number and the name of the file."""
+    """The operating system's message, without error number and file name."""
     return (isinstance(problem, OSError) and problem.strerror) or str(problem)
 
 
-def read_bytes(path: Path, *, missing: str = "", most: int = MAX_FILE_BYTES, error: type[GrowError] = SourceError) -> bytes:
-    """All of a regular file of at most `most` bytes. Raises `error`."""
+def read_bytes(path: Path, *, missing: str = "", max_bytes: int = MAX_FILE_BYTES, error: type[GrowError] = SourceError) -> bytes:
+    """The content of a regular file of at most `max_bytes` bytes. Raises `error`."""
     with open_regular(path, missing=missing, error=error) as file:
         try:
             data = bytearray()
-            # Not by its size alone: a file that grows, or one of /proc, tells another.
-            while os.fstat(file.fileno()).st_size <= most and (piece := file.read(min(1 << 20, most + 1 - len(data)))):
+            # The reported size alone is not enough: files may grow, and those in /proc report 0.
+            while os.fstat(file.fileno()).st_size <= max_bytes and (piece := file.read(min(1 << 20, max_bytes + 1 - len(data)))):
                 data += piece
-            too_large = max(len(data), os.fstat(file.fileno()).st_size) > most
+            too_large = max(len(data), os.fstat(file.fileno()).st_size) > max_bytes
         except OSError as problem:
             raise error(f"Cannot read {path}: {error_text(problem)}.") from None
     if too_large:
-        raise error(f"{path} is larger than {most} bytes; that is no plausible file of its kind.")
+        raise error(f"{path} is larger than {max_bytes} bytes, more than a file of this kind can have.")
     return bytes(data)
 
 
-def read_text(path: Path, *, missing: str = "", most: int = MAX_FILE_BYTES, error: type[GrowError] = SourceError) -> str:
-    """The same as text. Raises `error`, also for what is not UTF-8."""
-    data = read_bytes(path, missing=missing, most=most, error=error)
+def read_text(path: Path, *, missing: str = "", max_bytes: int = MAX_FILE_BYTES, error: type[GrowError] = SourceError) -> str:
+    """`read_bytes` as UTF-8 text. Raises `error`."""
+    data = read_bytes(path, missing=missing, max_bytes=max_bytes, error=error)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as problem:
         raise error(f"{path} is not UTF-8 text (byte {problem.start}).") from None
 
 
-def read_json(path: Path, missing: str = "", *, most: int = MAX_FILE_BYTES, error: type[GrowError] = SourceError) -> dict[str, Any]:
-    """A JSON object. Raises `error` for any other value, and as `parse_json` does."""
-    data = parse_json(read_bytes(path, missing=missing, most=most, error=error), str(path), error=error)
+def read_json(path: Path, missing: str = "", *, max_bytes: int = MAX_FILE_BYTES, error: type[GrowError] = SourceError) -> dict[str, Any]:
+    """The JSON object in a file. Raises `error` for any other value, and as `read_bytes` and `parse_json` do."""
+    data = parse_json(read_bytes(path, missing=missing, max_bytes=max_bytes, error=error), str(path), error=error)
     if not isinstance(data, dict):
         raise error(f"{path} must hold a JSON object.")
     return data
 
 
 def parse_json(data: bytes, where: str, *, error: type[GrowError] = SourceError) -> Any:
-    """JSON as its standard has it: UTF-8, no NaN, no infinity (nor a number that becomes one), no half characters, and of bounded depth."""
+    """Parses strict JSON (RFC 8259): UTF-8, no NaN or infinity (nor numbers that overflow to it), no lone surrogates, at most MAX_DEPTH levels.
+
+    ``where``: name of the source in error messages. Raises `error`.
+    """
     try:
-        value = json.loads(data.decode("utf-8-sig"), parse_constant=_no_number, parse_float=_finite)
+        value = json.loads(data.decode("utf-8-sig"), parse_constant=_reject_constant, parse_float=_finite)
         _check_depth(value)
-        if _HALF.search(data):
+        if _SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise error(f"{where} is not valid JSON: it holds half of a character (a lone surrogate).") from None
+        raise error(f"{where} is not valid JSON: it contains a lone surrogate.") from None
     except (ValueError, RecursionError) as problem:
         text = "it is nested too deeply" if isinstance(problem, RecursionError) else str(problem)
         raise error(f"{where} is not valid JSON: {text}.") from None
@@ -125,7 +130,7 @@ def parse_json(data: bytes, where: str, *, error: type[GrowError] = SourceError)
 
 
 def to_json(data: Any, *, indent: int | None = 2) -> str:
-    """JSON that every reader takes, ending in a line break; compact where `indent` is None. Raises ValueError for NaN and infinity."""
+    """Strict JSON text with a final newline; compact if `indent` is None. Raises ValueError for NaN and infinity."""
     separators = (",", ":") if indent is None else None
     return json.dumps(data, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -139,8 +144,8 @@ def replace_nonfinite(value: Any, nonfinite: Callable[[float], Any] = lambda num
     return nonfinite(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number in JSON")
+def _reject_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _finite(text: str) -> float:

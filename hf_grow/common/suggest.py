@@ -1,4 +1,4 @@
-"""What somebody may have meant: one table of other programs' words, and spelling. For commands, flags, methods and keys of recipes."""
+"""'Did you mean' suggestions for commands, flags, methods and recipe keys: synonyms of other programs, and spelling."""
 
 from __future__ import annotations
 
@@ -58,35 +58,34 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     )
     for word in words.split()
 }  # fmt: skip
-"""What other programs call it -> what it is called here, the likeliest first."""
-CLOSE = 0.6
-"""Share of letters in common (difflib's ratio) from which a word counts as misspelt."""
-
-LONGEST = 100
-"""Letters of a word that are looked at: comparing takes the square of its length, and no name of ours is half as long."""
+"""Term of other programs -> names here, the most likely first."""
+MIN_SIMILARITY = 0.6
+"""difflib ratio from which a word counts as a misspelling."""
+MAX_LENGTH = 100
+"""Characters compared per word, since difflib takes quadratic time."""
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """The one of ``known`` that ``word`` stands for, or None. Dashes, underscores and case make no difference; of a dotted key the last part counts too."""
-    names = {_plain(k): k for k in reversed(list(known))}
-    wanted = _plain(word)
+    """The one of ``known`` that ``word`` most likely means, or None. Ignores case, dashes and underscores; the last part of a dotted key matches too."""
+    names = {_normalized(k): k for k in reversed(list(known))}
+    wanted = _normalized(word)
     for name in (wanted, *SYNONYMS.get(wanted, ()), *SYNONYMS.get(wanted.rpartition(".")[2], ())):
         if name in names:
             return names[name]
-    whole = {n: max(_alike(wanted, n), _alike(wanted, n.rpartition(".")[2]) - 0.01 * n.count(".")) for n in names}
-    best = max(whole, key=whole.__getitem__, default="")
-    return names[best] if best and whole[best] >= CLOSE else None
+    similarity = {n: max(_ratio(wanted, n), _ratio(wanted, n.rpartition(".")[2]) - 0.01 * n.count(".")) for n in names}
+    best = max(similarity, key=similarity.__getitem__, default="")
+    return names[best] if best and similarity[best] >= MIN_SIMILARITY else None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """' Did you mean dus?', to stand behind a sentence; empty where nothing is near."""
+    """' Did you mean dus?' to append to a sentence, or an empty string."""
     found = closest(word, known)
     return f" Did you mean {found}?" if found else ""
 
 
-def _plain(word: str) -> str:
-    return word[:LONGEST].strip().lstrip("-").replace("-", "_").lower()
+def _normalized(word: str) -> str:
+    return word[:MAX_LENGTH].strip().lstrip("-").replace("-", "_").lower()
 
 
-def _alike(a: str, b: str) -> float:
+def _ratio(a: str, b: str) -> float:
     return difflib.SequenceMatcher(None, a, b).ratio()

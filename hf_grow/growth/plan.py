@@ -246,7 +246,7 @@ def check_source(source: SourceInfo) -> dict[str, str]:
         if unknown:
             lines.append(f"{len(unknown)} unknown: {_some(sorted(unknown))}")
         raise SourceError(
-            f"The weights of {source.ref} are not those of its config.json "
+            f"The weights of {source.ref} do not match its config.json "
             f"({source.architecture.family.architecture}, {source.architecture.layers} layers): {'; '.join(lines)}.",
             hint="Check num_hidden_layers, tie_word_embeddings and that every shard is there; "
             "a checkpoint of the base model without its head must be saved as ...ForCausalLM first.",
@@ -280,12 +280,12 @@ def make_plan(source: SourceInfo, growth: Growth) -> GrowthPlan:
     expected = target.tensors
     growth = replace(growth, warnings=(*growth.warnings, *extrapolation_warnings(source.architecture, target)))
     if growth.tensors.keys() != expected.keys():
-        raise PlanError(f"The map and the table differ in {_some(sorted(growth.tensors.keys() ^ expected.keys()))}.")
+        raise PlanError(f"The growth and the target config differ in {_some(sorted(growth.tensors.keys() ^ expected.keys()))}.")
     for name, expr in growth.tensors.items():
         try:
             shape = expr.shape(scope)
         except (LookupError, ValueError) as error:
-            raise PlanError(f"{name} cannot be made: {error}") from None
+            raise PlanError(f"{name} cannot be built: {error}") from None
         if shape != expected[name].shape:
             raise PlanError(f"{name} would have shape {list(shape)}, but the target config makes it {list(expected[name].shape)}.")
     lost = source.tensors.keys() - {s.key for e in growth.tensors.values() for s in e.sources()} - growth.dropped.keys()

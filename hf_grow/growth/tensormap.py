@@ -274,7 +274,7 @@ class Orthogonal(Expr):
 
     def shape(self, scope: Scope) -> Shape:
         if len(self.size) != 2 or self.size[0] > self.size[1]:
-            raise ValueError(f"{self.size[0]} rows of {self.size[-1]} numbers cannot all be at right angles")
+            raise ValueError(f"{self.size[0]} rows of {self.size[-1]} numbers cannot all be orthogonal")
         return self.size
 
 

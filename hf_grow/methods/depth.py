@@ -187,7 +187,7 @@ def build_dus(arch: Architecture, options: DusOptions) -> Growth:
     explicit = None if options.drop is None else 2 * (n - options.drop)
     target = _target(arch, options, _dus_layers, _even(n), {"drop": explicit}, 2 * (n - n // 4))
     layers = _crossfaded(_dus_layers(n, target), n, n - target // 2, options.seam_average)
-    why = f"layers 0-{target // 2 - 1} are followed by a second pass through {n - target // 2}-{n - 1}; the loss rises at first, until pretraining has gone on for a while"
+    why = f"layers 0-{target // 2 - 1} are followed by a second pass through {n - target // 2}-{n - 1}; the loss is higher until pretraining continues"
     return _build(arch, "dus", options, layers, Guarantee("changes the function", why))
 
 
@@ -240,7 +240,7 @@ def _build(arch: Architecture, method: str, options: DepthOptions, layers: list[
         tensors={name: _tensor(arch, entry, layers, options.noise) for name, entry in target.tensors.items()},
         guarantee=guarantee,
         layers=tuple(layers),
-        dropped={n: "its layer is in no place of the list" for n, e in arch.tensors.items() if e.layer >= 0 and e.layer not in used},
+        dropped={n: "its layer is not in the list" for n, e in arch.tensors.items() if e.layer >= 0 and e.layer not in used},
         warnings=tuple(_warnings(arch, layers)),
         seed=options.seed,
     )
@@ -255,7 +255,7 @@ def _tensor(arch: Architecture, entry: Entry, layers: Sequence[LayerOrigin], noi
     names = [entry.at(layer=i) for i in origin.sources]
     if any(name not in arch.tensors for name in names):
         raise PlanError(
-            f"Layers {' and '.join(map(str, origin.sources))} cannot be averaged: one is dense, the other a mixture of experts.",
+            f"Layers {' and '.join(map(str, origin.sources))} cannot be averaged: one is dense, the other has experts.",
             hint="Use --seam-average 0.",
         )
     expr: Expr = Source(names[0]) if len(names) == 1 else Sum(tuple(map(Source, names)), origin.weights)

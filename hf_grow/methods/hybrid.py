@@ -72,7 +72,7 @@ def rank_candidates(arch: Architecture, options: HybridOptions) -> list[HybridCa
     now, hint = count_parameters(arch).total, "Change --to, --max-depth or --multiple-of."
     if nearest is None and options.to > now:
         raise PlanError(
-            f"{format_count(options.to)} parameters cannot be met within {TOLERANCE:.0%}: the source has {format_count(now)}, and no depth and width within "
+            f"{format_count(options.to)} parameters cannot be reached within {TOLERANCE:.0%}: the source has {format_count(now)}, and no depth and width within "
             "these limits come near.",
             hint=hint,
         )

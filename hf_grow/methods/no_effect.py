@@ -31,8 +31,8 @@ def reject_ineffective_options(method: Method, arch: Architecture, options: Opti
     if idle:
         names = ", ".join("--" + name.replace("_", "-") for name in idle)
         raise PlanError(
-            f"{names} would change nothing here: {method.name} of this source with the other options gives the same model whatever "
-            f"{'they say' if len(idle) > 1 else 'it says'}.",
+            f"{names} {'have' if len(idle) > 1 else 'has'} no effect here: {method.name} of this source with the other options gives the same model whatever "
+            f"{'their values' if len(idle) > 1 else 'its value'}.",
             hint="Leave it out." if len(idle) == 1 else "Leave them out.",
         )
 

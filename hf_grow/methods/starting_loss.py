@@ -32,13 +32,13 @@ class StartingLoss:
     """Rise of the loss over the source's."""
 
     @property
-    def knows_nothing(self) -> bool:
+    def is_chance_level(self) -> bool:
         """Whether the loss is within 10 % of that of a model that knows nothing, or above."""
         return SOURCE_LOSS + self.prose > 0.9 * math.log(VOCABULARY)
 
     def __str__(self) -> str:
-        worth = ", about the loss of a model that knows nothing" if self.knows_nothing else ""
-        rise = f"{self.prose:+.2f} nats a token on prose, {self.code:+.2f} on code"
+        worth = ", about the loss of an untrained model" if self.is_chance_level else ""
+        rise = f"{self.prose:+.2f} nats per token on prose, {self.code:+.2f} on code"
         return f"{MODEL} (30 layers of 576) began {rise} after {self.how}{worth}"
 
 

@@ -1,1 +1,1 @@
-"""Model families, the architecture of one config, config.json for every reader, parameter counts, FLOPs."""
+"""Model families, the architecture of a config, config.json compatibility, parameter counts and FLOPs."""

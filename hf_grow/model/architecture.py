@@ -1,4 +1,4 @@
-"""A family bound to one config.json: its sizes, its predicates, and the full list of its tensors."""
+"""The architecture of one config.json: axis sizes, conditions, and the full list of tensors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hf_grow.model.family import AXES, MAX_LAYERS, MAX_TENSORS, PREDICATES, Conf
 from hf_grow.model.unsupported import explain_unsupported
 
 OUTPUT_FLAGS = ("return_dict", "output_attentions", "output_hidden_states")
-"""Keys of every family that say what a model returns."""
+"""Config keys of every family that control what a model returns."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of one architecture."""
+    """One tensor of one architecture. ``layer`` and ``expert`` are -1 outside blocks and experts."""
 
     name: str
     spec: TensorSpec
@@ -28,19 +28,19 @@ class Entry:
     shape: tuple[int, ...]
 
     def at(self, *, layer: int | None = None, expert: int | None = None) -> str:
-        """The name of this tensor's counterpart in another layer or expert."""
+        """The name of the same tensor in another layer or expert."""
         return self.spec.name.format(layer=self.layer if layer is None else layer, expert=self.expert if expert is None else expert)
 
     @property
     def writes_residual(self) -> bool:
-        """Inside a block, what is made in `hidden` is added to the residual stream."""
+        """Whether the output is added to the residual stream: block tensors that produce `hidden`."""
         return self.layer >= 0 and self.spec.dims[0] == Dim("out", ("hidden",))
 
 
 class Architecture:
-    """A family bound to one config.json: sizes, predicates and the full list of tensors.
+    """A family bound to one config.json: axis sizes, conditions and the full list of tensors.
 
-    Raises SourceError for an unknown family or for sizes that no model can have.
+    Raises SourceError for an unsupported family, a quantized checkpoint, and values that are invalid or implausible.
     """
 
     def __init__(self, config: Config) -> None:
@@ -49,7 +49,7 @@ class Architecture:
             why, nearest = explain_unsupported(config, FAMILIES)
             raise SourceError(
                 f"model_type {model_type!r} is not supported: {why}.",
-                hint=f"Nearest is {nearest}. Supported families: {', '.join(FAMILIES)}.",
+                hint=f"The nearest supported family is {nearest}. Supported: {', '.join(FAMILIES)}.",
             )
         if config.get("quantization_config"):
             raise SourceError(
@@ -64,17 +64,19 @@ class Architecture:
         if config.get("max_position_embeddings") is not None:
             self._positive("max_position_embeddings", config["max_position_embeddings"])
         if self.size("head_dim") % 2:
-            raise SourceError(f"head_dim is {self.size('head_dim')}; rotary position embeddings need an even one.")
+            raise SourceError(f"head_dim is {self.size('head_dim')}; rotary position embeddings need an even size.")
         if self.family.heads_divide_hidden and self.size("hidden") % self.heads:
             raise SourceError(
                 f"hidden_size {self.size('hidden')} is not a multiple of num_attention_heads {self.heads}, "
-                f"which {self.family.architecture} demands."
+                f"as {self.family.architecture} requires."
             )
         if self.layers > MAX_LAYERS or self.layers * max(1, self.size("experts")) > MAX_TENSORS // 16:
-            raise SourceError(f"config.json asks for {self.layers} layers and {self.size('experts')} experts; that is no real model.")
+            raise SourceError(
+                f"config.json describes {self.layers} layers and {self.size('experts')} experts, more than any real model has."
+            )
 
     def get(self, key: str) -> Any:
-        """What the family's config class makes of a key: left out, its default; null, None, which is not the same."""
+        """The value of a config key as the family's config class reads it: the default if missing, but None if null."""
         spellings = (key, *(alias for alias, canonical in self.family.aliases.items() if canonical == key))
         given = [self.config[k] for k in spellings if k in self.config]
         return next((v for v in given if v is not None), None) if given else self.family.defaults.get(key)
@@ -85,32 +87,32 @@ class Architecture:
         return value
 
     def _check_layers(self) -> None:
-        """Switches, and keys that speak of single layers: what would be misread later, or fail far from here."""
+        """Raises SourceError for switches and per-layer keys of the wrong type, which would be misread or fail later."""
 
-        def refuse(key: str, wanted: str) -> None:
+        def reject(key: str, wanted: str) -> None:
             raise SourceError(f"config.json: {key} must be {wanted}, got {str(self.get(key))[:80]}.")
 
-        def whole(value: Any) -> bool:
+        def is_int(value: Any) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)
 
         for key, default in self.family.defaults.items():
             if isinstance(default, bool) and not isinstance(self.get(key), bool):
-                refuse(key, "true or false")
+                reject(key, "true or false")
         for key in OUTPUT_FLAGS:
             if not isinstance(self.get(key), bool | None):
-                refuse(key, "true or false")
+                reject(key, "true or false")
         if self.top_k > self.size("experts"):
-            refuse("num_experts_per_tok", f"at most the number of experts, {self.size('experts')}")
+            reject("num_experts_per_tok", f"at most the number of experts, {self.size('experts')}")
         if "decoder_sparse_step" in self.family.defaults:
             self._positive("decoder_sparse_step", self.get("decoder_sparse_step"))
             dense = self.get("mlp_only_layers")
-            if dense is not None and not (isinstance(dense, list) and all(map(whole, dense))):
-                refuse("mlp_only_layers", "a list of layers")
-        if self.get("max_window_layers") is not None and not whole(self.get("max_window_layers")):
-            refuse("max_window_layers", "a number of layers")
+            if dense is not None and not (isinstance(dense, list) and all(map(is_int, dense))):
+                reject("mlp_only_layers", "a list of layers")
+        if self.get("max_window_layers") is not None and not is_int(self.get("max_window_layers")):
+            reject("max_window_layers", "a number of layers")
         types = self.get("layer_types")
         if types is not None and not (isinstance(types, list) and len(types) == self.layers and all(isinstance(t, str) for t in types)):
-            refuse("layer_types", f"a list of {self.layers} names, one a layer")
+            reject("layer_types", f"a list of {self.layers} names, one per layer")
 
     @cached_property
     def layers(self) -> int:
@@ -133,13 +135,13 @@ class Architecture:
         return self._positive("num_experts_per_tok", self.get("num_experts_per_tok")) if self.is_moe else 0
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether a block's FFN is a mixture of experts."""
+        """Whether the FFN of this block has experts."""
         if "mlp_only_layers" not in self.family.defaults:
             return self.is_moe
         return layer not in (self.get("mlp_only_layers") or ()) and (layer + 1) % self.get("decoder_sparse_step") == 0
 
     def size(self, axis: str) -> int:
-        """Size of one axis; 0 for an axis this family has not."""
+        """Size of an axis of `AXES`; 0 if the family does not have it. Raises SourceError for an invalid value."""
         if axis == "group":
             if self.heads % self.size("kv"):
                 raise SourceError(
@@ -159,10 +161,11 @@ class Architecture:
         return self._positive(key, value)
 
     def has_norm_over(self, axis: str) -> bool:
-        """Whether some norm acts over this axis (Qwen3: q_norm and k_norm over head_dim)."""
+        """Whether a norm acts over this axis (Qwen3: q_norm and k_norm over head_dim)."""
         return any(d.role == "norm" and d.axes == (axis,) for spec in self.family.tensors for d in spec.dims)
 
     def entries(self, spec: TensorSpec) -> Iterator[Entry]:
+        """The tensors of one row of the table, by layer and expert."""
         for layer in range(self.layers) if "{layer}" in spec.name else (-1,):
             if not PREDICATES[spec.when](self, layer):
                 continue
@@ -173,20 +176,20 @@ class Architecture:
 
     @property
     def count(self) -> int:
-        """How many tensors there are, without making a list of them."""
-        counted = 0
+        """Number of tensors, without listing them."""
+        total = 0
         for spec in self.family.tensors:
             places = (
                 sum(PREDICATES[spec.when](self, i) for i in range(self.layers))
                 if "{layer}" in spec.name
                 else PREDICATES[spec.when](self, -1)
             )
-            counted += places * (self.size("experts") if "{expert}" in spec.name else 1)
-        return counted
+            total += places * (self.size("experts") if "{expert}" in spec.name else 1)
+        return total
 
     @cached_property
     def tensors(self) -> dict[str, Entry]:
-        """Every tensor of the checkpoint by its name on disk: embedding, blocks in order, final norm, head."""
+        """Every tensor by its name on disk: embedding, blocks in order, final norm, head."""
         entries = [e for spec in self.family.tensors for e in self.entries(spec)]
         last = self.layers
 

@@ -1,4 +1,4 @@
-"""config.json and tokenizer_config.json in every spelling that their readers want."""
+"""config.json and tokenizer_config.json that transformers 4.x and 5.x, vLLM and llama.cpp can all read."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hf_grow.model.family import Config
 
 
 def portable_config(config: Config) -> dict[str, Any]:
-    """`config` with every spelling that readers want: transformers 4.x and 5.x, vLLM, llama.cpp's converter.
+    """`config` with both old and new spellings of its keys.
 
-    transformers 5 writes rope_parameters / dtype and drops rope_theta / rope_scaling / torch_dtype; 4.x ignores the new keys and then
-    uses default theta without a word. head_dim is made explicit: without it, an old reader derives it from hidden_size.
+    transformers 5 writes rope_parameters / dtype instead of rope_theta / rope_scaling / torch_dtype; 4.x ignores the new keys and silently uses
+    the default theta. head_dim is made explicit, since old readers derive it from hidden_size. Raises SourceError as `Architecture` does.
     """
     arch = Architecture(config)
     out = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
@@ -32,10 +32,10 @@ def portable_config(config: Config) -> dict[str, Any]:
 
 
 def portable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json as transformers 4.x reads it as well.
+    """tokenizer_config.json that transformers 4.x reads as well.
 
-    transformers 5 names the class of a tokenizer.json TokenizersBackend, which 4.x does not know; its name there, PreTrainedTokenizerFast, is one
-    that both know. A list under extra_special_tokens, an error in 4.x, is additional_special_tokens there, and 5.x reads that key too.
+    transformers 5 names the class TokenizersBackend, which 4.x does not know; both know PreTrainedTokenizerFast. A list under
+    extra_special_tokens is an error in 4.x; both read additional_special_tokens.
     """
     out = dict(config)
     if out.get("tokenizer_class") == "TokenizersBackend":
@@ -46,7 +46,7 @@ def portable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(arch: Architecture) -> dict[str, Any]:
-    """The rotary settings in both spellings. As transformers does, rope_scaling goes before rope_parameters, and a theta inside before one outside."""
+    """Rotary settings in both spellings. As in transformers, rope_scaling overrides rope_parameters, and a theta inside them the outer one."""
     given = arch.get("rope_scaling") or arch.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
         raise SourceError(f"config.json: the rotary settings must be an object, got {str(given)[:80]}.")
@@ -54,9 +54,9 @@ def _rope(arch: Architecture) -> dict[str, Any]:
     theta = scaling.pop("rope_theta", arch.get("rope_theta"))
     old_type = scaling.pop("type", "default")
     scaling.setdefault("rope_type", old_type)
-    plain = scaling["rope_type"] == "default"
+    is_default = scaling["rope_type"] == "default"
     return {
         "rope_theta": theta,
-        **({} if plain else {"rope_scaling": scaling}),  # transformers 5 warns of the key even where it is null
-        "rope_parameters": {"rope_theta": theta, **({"rope_type": "default"} if plain else scaling)},
+        **({} if is_default else {"rope_scaling": scaling}),  # transformers 5 warns about the key even if it is null
+        "rope_parameters": {"rope_theta": theta, **({"rope_type": "default"} if is_default else scaling)},
     }

@@ -1,8 +1,8 @@
-"""FLOPs of a token, counted by torch as it runs a model without weights (on the meta device) on one sequence.
+"""FLOPs per token, counted by torch while running a weightless model (on the meta device) on one sequence.
 
-So attention counts, at the length that is trained (scores of a whole sequence, as torch and Chowdhery et al. 2022, arXiv 2204.02311, appendix B, count
-them: a causal mask spares none), and of the backward pass what is needed: no gradients of frozen weights, and none of activations before the
-first weight that trains. What gradient checkpointing computes twice counts once.
+Attention counts the scores of the whole sequence, causal mask or not, as torch and Chowdhery et al. 2022 (arXiv 2204.02311, appendix B) do.
+The backward pass counts what is needed: no gradients of frozen weights, none of activations before the first trainable weight, and no
+recomputation by gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def forward_flops(config: Mapping[str, Any], length: int) -> float:
-    """Of the model of a config.json, of one token in a sequence of `length`."""
+    """Forward FLOPs per token of the model of a config.json, in a sequence of `length` tokens."""
     import torch
 
     with torch.no_grad():
@@ -27,7 +27,7 @@ def forward_flops(config: Mapping[str, Any], length: int) -> float:
 
 
 def training_flops(model: Module, length: int) -> float:
-    """Forward and backward, of a model on the meta device (adapters and all) whose parameters say by requires_grad what trains."""
+    """Forward and backward FLOPs per token of a model on the meta device, adapters included; requires_grad marks the trainable parameters."""
     return _count(model, length, backward=True)
 
 
@@ -36,13 +36,13 @@ def _count(model: Any, length: int, backward: bool = False) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.set_attn_implementation("eager")  # every product by itself; fused kernels are counted with what they compute twice
-    base.set_experts_implementation("batched_mm")  # experts of a token, without asking which
+    base.set_attn_implementation("eager")  # fused kernels would be counted with their recomputation
+    base.set_experts_implementation("batched_mm")  # independent of the routing, which meta tensors do not have
     for module in base.modules():
         if isinstance(getattr(module, "rope_type", None), str):
-            module.rope_type = "default"  # dynamic ones look at the numbers of the positions; the products are the same
+            module.rope_type = "default"  # dynamic types read position values; the FLOPs are the same
     ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
-    # A mask of its own: transformers would look at numbers to make one.
+    # An explicit mask, since transformers would read tensor values to build one.
     mask = torch.zeros(1, 1, length, length, device="meta")
     with transformers_errors("the model", does="run"), FlopCounterMode(display=False) as counter:
         logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits

@@ -1,7 +1,6 @@
-"""Where transformers loads what lies in a folder: whatever it raises there becomes one message.
+"""Loading configs, models and tokenizers with transformers, whose many exceptions become one SourceError.
 
-Configs and tokenizers fail in many ways (KeyError for an unknown activation, TypeError for a word where a number belongs, and so on), and each of them
-says something about the file. The message names the library's error, so that a bug of ours would be found by it too; the error itself is its cause.
+The message quotes transformers' error, which is also the cause, so that a bug of hf-grow can be told from a damaged file.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ TOKENIZER_HINT = "Copy the files of the tokenizer, and config.json, from the ori
 
 @contextmanager
 def transformers_errors(what: str, hint: str = CONFIG_HINT, *, does: str = "load") -> Iterator[None]:
-    """Raises SourceError for whatever is raised inside, except errors of ours, a lack of memory and an interruption."""
+    """Converts any exception inside into a SourceError "transformers X cannot load `what`", except GrowError and out-of-memory errors."""
     try:
         yield
     except (GrowError, MemoryError):
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, of the accelerator and the CPU
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # of accelerator and CPU
             raise
         import transformers
 
@@ -37,23 +36,23 @@ def transformers_errors(what: str, hint: str = CONFIG_HINT, *, does: str = "load
 
 
 def reset_output_flags(config: PreTrainedConfig) -> None:
-    """Has a model return an object with logits or a loss, and nothing else, whatever its config.json says."""
+    """Makes a model return an object with logits or loss only, whatever its config.json says."""
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
 
 
 def output_flags(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The output flags of a config.json, to restore after `reset_output_flags`."""
+    """The output flags that a config.json has, to restore after `reset_output_flags`."""
     return {k: config[k] for k in OUTPUT_FLAGS if k in config}
 
 
 def one_line_error(error: Exception) -> str:
-    """An error of a library in one line: its type, and what it says."""
-    said = " ".join(str(error).split())[:400].rstrip(".")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """An exception as one line: type and message."""
+    message = " ".join(str(error).split())[:400].rstrip(".")
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def load_tokenizer(place: str | Path, ref: str = "", revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or a Hub id, tried once; code of the repository is never run. Raises SourceError for one that cannot be used."""
+    """Loads and tries the tokenizer of a folder or Hub id, without remote code. ``ref``: its name in messages. Raises SourceError."""
     from transformers import AutoTokenizer
 
     local = Path(place).is_dir()

@@ -1,4 +1,4 @@
-"""The parameters of a model by name, without its weights: all of them, in Trainer's groups, and tensors under those names."""
+"""Models without weights (on the meta device): their parameter names, Trainer's parameter groups, and tensors renamed for them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def meta_model(config: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def to_memory_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under names on disk -> under the model's names in memory (experts fused): they are loaded as if they were its weights."""
+    """Renames tensors from names on disk to the model's parameter names (experts fused), by loading them as weights."""
     import torch
 
     own = {n for n, _ in model.named_parameters()}
@@ -39,7 +39,7 @@ def to_memory_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[
 
 
 def trainer_param_groups(model: PreTrainedModel) -> list[list[str]]:
-    """Parameter names of Trainer's two groups, decayed and not, in the order of its optimizer."""
+    """Parameter names of Trainer's two optimizer groups (with and without weight decay), in optimizer order."""
     from transformers import Trainer
 
     decayed = set(Trainer.get_decay_parameter_names(None, model))

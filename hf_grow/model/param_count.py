@@ -1,9 +1,7 @@
-"""How large a model is, counted from the table of its family, never estimated.
+"""Parameter counts from the table of a family, and checks of target sizes.
 
-total     all parameters stored (a tied head counts once)
-active    parameters a token passes through: of the experts only top_k, and not the embedding table unless it is the head too
-
-And what is no sensible size: one that is no growth (`check_target`), or farther than anyone is known to have gone in one step (`beyond`).
+total     all stored parameters (a tied head counts once)
+active    parameters used per token: top_k of the experts, and the embedding only if it is also the head
 """
 
 from __future__ import annotations
@@ -17,41 +15,42 @@ from hf_grow.model.architecture import Architecture
 from hf_grow.model.family import PREDICATES, TensorSpec
 
 TOLERANCE = 0.05
-"""A growth misses its target when it ends farther away than this share of it."""
-
-
+"""Largest allowed relative distance from the target size."""
 LARGEST_STEP = 4.0
-"""Growth of the active parameters at once from which a growth is marked as far: four times, the factor that G_stack (arXiv 2405.15319) recommends."""
+"""Growth factor of the active parameters above which a growth is marked as untested: what G_stack (arXiv 2405.15319) recommends."""
 MANY_EXPERTS = 64
-"""Experts of the target from which a growth is marked as far. A rule of thumb of ours, not of a paper."""
+"""Number of experts above which a growth is marked as untested. A rule of thumb, not from a paper."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
+    """Parameter counts and what follows from them."""
+
     total: int
     active: int
     kv_values: int
-    """Numbers stored in the KV cache for one token (keys and values, all layers)."""
+    """Values in the KV cache per token (keys and values, all layers)."""
 
     @property
     def flops(self) -> int:
-        """Forward FLOPs of one token: 2 a parameter passed, attention scores not counted (they depend on the length)."""
+        """Forward FLOPs per token: 2 per active parameter, without attention scores (which depend on the length)."""
         return 2 * self.active
 
     def serving_bytes(self, context: int) -> int:
-        """Memory to serve one sequence of `context` tokens in 16 bit: all weights (experts that rest count too) and the KV cache."""
+        """Memory in bytes to serve one sequence of `context` tokens in 16 bit: all weights and the KV cache."""
         return 2 * self.total + 2 * self.kv_values * context
 
 
 def _counts(arch: Architecture) -> Iterator[tuple[TensorSpec, int, list[int]]]:
-    """Every row of the table with its parameters in one place (all experts together) and the layers it stands in (-1: outside the blocks)."""
+    """Every table row with its parameters per layer (all experts together) and the layers that have it (-1: outside the blocks)."""
     for spec in arch.family.tensors:
         layers = [i for i in (range(arch.layers) if "{layer}" in spec.name else (-1,)) if PREDICATES[spec.when](arch, i)]
-        each = math.prod(arch.size(axis) for d in spec.dims for axis in d.axes)
-        yield spec, each * (arch.size("experts") if "{expert}" in spec.name else 1), layers
+        count = math.prod(arch.size(axis) for d in spec.dims for axis in d.axes)
+        yield spec, count * (arch.size("experts") if "{expert}" in spec.name else 1), layers
 
 
 def count_parameters(arch: Architecture) -> ModelSize:
+    """Total and active parameters of an architecture."""
     total, active = 0, 0.0
     for spec, count, layers in _counts(arch):
         total += count * len(layers)
@@ -73,27 +72,28 @@ def block_parameters(arch: Architecture) -> list[int]:
 
 
 def check_target(now: int, target: int, nearest: int, *, hint: str = "Give a larger --to.") -> None:
-    """Raises PlanError where `target` parameters are no growth, or where `nearest`, which a method reaches, misses them by more than 5 %.
-
-    Also where the source itself is as near: a model of 134.5 million is called 135M, and one of 142 million is no answer to that.
+    """Raises PlanError if `target` parameters are not more than the source's (`now`), or if `nearest`, the closest size that a method reaches, is
+    more than 5 % off or no closer than the source: 142M is no answer to 135M for a source of 134.5M.
     """
     if target <= now or format_count(target) == format_count(now):
-        raise PlanError(f"The source has {format_count(now)} parameters ({now:,}) already; {format_count(target)} is no growth.", hint=hint)
+        raise PlanError(
+            f"The source already has {format_count(now)} parameters ({now:,}); {format_count(target)} is not larger.", hint=hint
+        )
     if abs(nearest - target) > TOLERANCE * target:
         raise PlanError(
-            f"{format_count(target)} parameters cannot be met within {TOLERANCE:.0%}: the source has {format_count(now)}, "
+            f"{format_count(target)} parameters cannot be reached within {TOLERANCE:.0%}: the source has {format_count(now)}, "
             f"the nearest reachable size is {format_count(nearest)}.",
             hint=hint,
         )
     if abs(target - now) <= abs(target - nearest):
         raise PlanError(
-            f"The source has {format_count(now)} parameters, nearer to {format_count(target)} than the nearest growth, {format_count(nearest)}.",
+            f"The source has {format_count(now)} parameters, closer to {format_count(target)} than the nearest growth, {format_count(nearest)}.",
             hint=hint,
         )
 
 
 def extrapolation_warnings(old: Architecture, new: Architecture) -> list[str]:
-    """What of a growth is farther than is known to work, in words."""
+    """One warning for each respect in which a growth goes beyond what is known to work."""
     out = []
     times = count_parameters(new).active / count_parameters(old).active
     if times > LARGEST_STEP:

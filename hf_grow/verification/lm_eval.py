@@ -163,7 +163,7 @@ def _declared(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        data = yaml_io.loads(read_text(path, most=MAX_YAML, error=InputError), local_tags=True)
+        data = yaml_io.loads(read_text(path, max_bytes=MAX_YAML, error=InputError), local_tags=True)
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

@@ -232,7 +232,7 @@ def test_a_crash_between_any_two_steps(
 
 def test_refused_combinations(source: Path, tmp_path: Path, open_hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*growing(source, tmp_path / "out", "--stream-push")) == 2
-    assert "means nothing without push" in capsys.readouterr().err
+    assert "requires push" in capsys.readouterr().err
     assert run(*streaming(source, tmp_path / "out", "--with-optimizer", tmp_path)) == 2
     assert "sends the model only" in capsys.readouterr().err
     assert open_hub.log == []

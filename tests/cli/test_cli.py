@@ -174,7 +174,7 @@ WRONG = {
     "not a checkpoint": (["dus", "{empty}"], "model.safetensors"),
     "revision of a folder": (["dus", "{source}", "--revision", "main"], "evision"),
     "unwritable": (["dus", "{source}", "-o", "/proc/nowhere/x"], "Cannot write"),
-    "publishing nowhere": (["dus", "{source}", "--private"], "private: means nothing without push"),
+    "publishing nowhere": (["dus", "{source}", "--private"], "private: requires push"),
     "verify nothing": (["verify", "{source}", "./nowhere"], "no folder"),
     "verify text": (["verify", "{source}", "{source}", "--text", "./nowhere"], "is not a file"),
     "verify tokens": (["verify", "{source}", "{source}", "--tokens", "0"], "tokens: "),

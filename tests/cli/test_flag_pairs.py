@@ -147,11 +147,11 @@ RECIPE = {"model": "m", "data": {"train": "t"}}
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"monitor": {"lr_factor": 0.1}}, "monitor.lr_factor: belongs to on_instability lower_lr or rollback"),
-        ({"monitor": {"lr_factor": 0.1, "on_instability": "longer_warmup"}}, "monitor.lr_factor: belongs to"),
-        ({"warmup": {"alpha_start": 0.5}}, "warmup.alpha_start: means nothing without alpha_steps"),
-        ({"warmup": {"shape": "cosine"}}, "warmup.shape: means nothing without alpha_steps"),
-        ({"warmup": {"shape": "cosine", "alpha_steps": 0}}, "warmup.shape: means nothing without alpha_steps"),
+        ({"monitor": {"lr_factor": 0.1}}, "monitor.lr_factor: requires on_instability lower_lr or rollback"),
+        ({"monitor": {"lr_factor": 0.1, "on_instability": "longer_warmup"}}, "monitor.lr_factor: requires"),
+        ({"warmup": {"alpha_start": 0.5}}, "warmup.alpha_start: requires alpha_steps"),
+        ({"warmup": {"shape": "cosine"}}, "warmup.shape: requires alpha_steps"),
+        ({"warmup": {"shape": "cosine", "alpha_steps": 0}}, "warmup.shape: requires alpha_steps"),
     ],
 )
 def test_a_key_without_what_it_belongs_to(given: dict[str, Any], told: str) -> None:

@@ -118,16 +118,16 @@ def test_an_option_that_does_nothing_is_refused_for_flags_recipes_steps_and_pyth
 ) -> None:
     source = sources["mistral"]
     assert main(["depth", str(source), "--method", "stack", "--seed", "3", "--dry-run"]) == 2
-    assert "--seed would change nothing here" in capsys.readouterr().err
+    assert "--seed has no effect here" in capsys.readouterr().err
     (tmp_path / "r.yaml").write_text(f"source: {source}\nmethod: stack\nseed: 3\ndry_run: true\n")
     assert main(["grow", str(tmp_path / "r.yaml")]) == 2
-    assert "--seed would change nothing here" in capsys.readouterr().err
+    assert "--seed has no effect here" in capsys.readouterr().err
     (tmp_path / "r.yaml").write_text(
         f"source: {source}\ndry_run: true\nsteps: [{{method: stack}}, {{method: tile, factor: 2, symmetry: none, strength: 0.1}}]\n"
     )
     assert main(["grow", str(tmp_path / "r.yaml")]) == 2
-    assert "Step 2 (tile): --strength would change nothing here" in capsys.readouterr().err
-    with pytest.raises(GrowError, match="--seed would change nothing here"):
+    assert "Step 2 (tile): --strength has no effect here" in capsys.readouterr().err
+    with pytest.raises(GrowError, match="--seed has no effect here"):
         api.plan(source, "stack", seed=3)
     assert api.plan(source, "stack", seed=3, noise=0.1).growth.seed == 3
 

@@ -330,7 +330,7 @@ def test_a_config_that_is_not_of_these_weights(llama: Path, tmp_path: Path) -> N
     folder = Path(shutil.copytree(llama, tmp_path / "source"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    assert "are not those of its config.json" in refusal(folder).message
+    assert "do not match its config.json" in refusal(folder).message
     (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "none"}))
     error = refusal(folder)
     assert isinstance(error, SourceError)

@@ -34,17 +34,17 @@ def with_tensor(name: str, expr: Any, **changes: Any) -> Growth:
 @pytest.mark.parametrize(
     ("growth", "says"),
     [
-        (with_tensor("model.extra", Source(Q)), "The map and the table differ in model.extra"),
-        (replace(STACK, tensors={n: e for n, e in STACK.tensors.items() if n != Q}), f"The map and the table differ in {Q}"),
+        (with_tensor("model.extra", Source(Q)), "The growth and the target config differ in model.extra"),
+        (replace(STACK, tensors={n: e for n, e in STACK.tensors.items() if n != Q}), f"The growth and the target config differ in {Q}"),
         (with_tensor(Q, Fill((3, 3))), "would have shape [3, 3], but the target config makes it [48, 48]"),
-        (with_tensor(Q, Source("model.missing")), "cannot be made: 'model.missing'"),
-        (with_tensor(Q, Take(Source(Q), 0, "nowhere", "out")), "cannot be made: 'nowhere'"),
+        (with_tensor(Q, Source("model.missing")), "cannot be built: 'model.missing'"),
+        (with_tensor(Q, Take(Source(Q), 0, "nowhere", "out")), "cannot be built: 'nowhere'"),
         (with_tensor(Q, Take(Source(Q), 5, "x", "out"), axes={"x": tile(48, 2)}), "there is no dimension 5"),
         (with_tensor(Q, Take(Source(Q), 0, "x", "out"), axes={"x": tile(7, 2)}), "takes 7, dimension 0 has 48"),
-        (with_tensor(Q, Concat((), 0)), "cannot be made"),
+        (with_tensor(Q, Concat((), 0)), "cannot be built"),
         (with_tensor("model.norm.weight", Fill((48,))), "These source tensors would be lost: model.norm.weight"),
         (replace(STACK, config={**STACK.config, "num_attention_heads": 7}), "The target config cannot be built: "),
-        (replace(STACK, config={**STACK.config, "num_hidden_layers": 5}), "The map and the table differ in model.layers.4."),
+        (replace(STACK, config={**STACK.config, "num_hidden_layers": 5}), "The growth and the target config differ in model.layers.4."),
     ],
     ids=["extra", "missing", "shape", "no-source", "no-axis", "no-dimension", "axis-size", "empty", "lost", "config", "deeper-config"],
 )

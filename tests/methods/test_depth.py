@@ -465,10 +465,10 @@ def test_a_large_mixture_is_sized_in_seconds():
 @pytest.mark.parametrize(
     ("method", "options", "says"),
     [
-        ("dus", {"to": "30B"}, ["30.00B parameters cannot be met within 5%", "the source has 7.24B", "nearest reachable size is 14.22B",
+        ("dus", {"to": "30B"}, ["30.00B parameters cannot be reached within 5%", "the source has 7.24B", "nearest reachable size is 14.22B",
                                 "13.79B (62 layers)", "14.22B (64 layers)"]),
         ("dus", {"to": "7.24B", "layers_to": 48}, ["--to and --layers-to each set the number of layers; give one"]),
-        ("dus", {"to": "1B"}, ["7.24B parameters (7,241,732,096) already", "1.00B is no growth", "7.68B (34 layers)"]),
+        ("dus", {"to": "1B"}, ["already has 7.24B parameters (7,241,732,096)", "1.00B is not larger", "7.68B (34 layers)"]),
         ("dus", {"drop": 16}, ["--drop 16 leaves 2(n-m) = 32 layers of 32: nothing grows", "less than 16"]),
         ("dus", {"drop": 40}, ["nothing grows"]),
         ("dus", {"drop": 8, "layers_to": 48}, ["--layers-to and --drop each set"]),
@@ -478,7 +478,7 @@ def test_a_large_mixture_is_sized_in_seconds():
         ("dus", {"layers_to": 32}, ["32 layers cannot be reached"]),
         ("dus", {"drop": 8, "seam_average": 9}, ["seam_average 9", "at most the 8 dropped ones", "--seam-average 8 or less"]),
         ("dus", {"drop": 0, "seam_average": 1}, ["at most the 0 dropped ones"]),
-        ("stack", {"to": "10.7B"}, ["10.70B parameters cannot be met", "14.22B (64 layers)"]),
+        ("stack", {"to": "10.7B"}, ["10.70B parameters cannot be reached", "14.22B (64 layers)"]),
         ("stack", {"layers_to": 48}, ["48 layers cannot be reached", "64, 96, 128"]),
         ("stack", {"factor": 2, "layers_to": 64}, ["--layers-to and --factor each set"]),
         ("interleave", {"layers_to": 257}, ["257 layers cannot be reached", "256"]),
@@ -502,14 +502,14 @@ def test_a_growth_that_cannot_be_is_refused_with_what_can(method: str, options: 
     ("method", "options", "says"),
     [
         ("dus", {"factor": 2}, "factor: unknown key. Known: drop, layers_to, noise, seam_average, seed, to"),
-        ("dus", {"to": "big"}, "'big' is no size"),
+        ("dus", {"to": "big"}, "'big' is not a size"),
         ("dus", {"drop": -1}, "drop: should be"),
         ("dus", {"layers_to": 0}, "layers_to: should be"),
         ("stack", {"factor": 1}, "factor: should be"),
         ("stack", {"factor": 9}, "factor: should be"),
         ("layers", {}, "layers: is missing"),
-        ("layers", {"layers": "5-3"}, "'5-3' runs backwards; write 3-5"),
-        ("layers", {"layers": "a"}, "'a' is no layer range"),
+        ("layers", {"layers": "5-3"}, "'5-3' is a decreasing range; write 3-5"),
+        ("layers", {"layers": "a"}, "'a' is not a layer range"),
         ("layers", {"layers": "0-3", "noise": 2}, "noise: should be"),
         ("layers", {"layers": "0-3", "seed": -1}, "seed: should be"),
     ],
@@ -523,7 +523,7 @@ def test_options_that_make_no_sense_are_refused_by_name(method: str, options: di
 def test_dense_and_sparse_layers_cannot_be_averaged():
     with pytest.raises(PlanError) as caught:
         grow(BY_NAME["qwen3_moe-mixed"].config, "dus", drop=2, seam_average=1)
-    assert "cannot be averaged: one is dense, the other a mixture of experts" in caught.value.message
+    assert "cannot be averaged: one is dense, the other has experts" in caught.value.message
     assert "--seam-average 0" in caught.value.hint
 
 

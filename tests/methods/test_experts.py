@@ -255,11 +255,11 @@ REFUSED = {
     "two origins": ("mixtral", {"add": 2, "utility": [1, 2, 3, 4], "copy_from": "0"}, "give one"),
     "add to dense": ("llama", {"add": 2}, "mixture"),
     "router of copies": ("mixtral", {"add": 2, "router": "zeros"}, "keep the router rows"),
-    "prompts for nothing": ("llama", {"experts": 2, "prompts": {"experts": [{"positive": ["a"]}, {"positive": ["b"]}]}}, "means nothing"),
-    "noise of copies": ("llama", {"experts": 4, "noise": 0.1}, "belongs to --init noise"),
-    "drop of copies": ("llama", {"experts": 4, "drop": 0.1}, "belongs to --init drop"),
-    "no shared expert": ("llama", {"experts": 4, "shared_expert": "zero"}, "shared one"),
-    "pooling of noise": ("llama", {"experts": 4, "prompt_pooling": "last"}, "belongs to --router prompts"),
+    "prompts for nothing": ("llama", {"experts": 2, "prompts": {"experts": [{"positive": ["a"]}, {"positive": ["b"]}]}}, "does not apply"),
+    "noise of copies": ("llama", {"experts": 4, "noise": 0.1}, "requires --init noise"),
+    "drop of copies": ("llama", {"experts": 4, "drop": 0.1}, "requires --init drop"),
+    "no shared expert": ("llama", {"experts": 4, "shared_expert": "zero"}, "shared expert"),
+    "pooling of noise": ("llama", {"experts": 4, "prompt_pooling": "last"}, "requires --router prompts"),
     "no prompts": ("llama", {"experts": 2, "router": "prompts"}, "needs --prompts"),
     "prompts of another number": (
         "llama",
@@ -267,13 +267,13 @@ REFUSED = {
         "for 2 experts",
     ),
     "weights of one": ("llama", {"experts": 2, "weights": [1, 2]}, "several checkpoints"),
-    "too many at right angles": ("llama", {"experts": 64, "router": "orthogonal"}, "right angles"),
+    "too many at right angles": ("llama", {"experts": 64, "router": "orthogonal"}, "all be orthogonal"),
     "window": ("qwen3-window", {"experts": 4}, "sliding window"),
     "copy_from dense": ("llama", {"experts": 4, "copy_from": "0"}, "dense"),
     "copy_from": ("mixtral", {"experts": 6, "copy_from": "4"}, "experts 0-3"),
     "drop in a mixture": ("mixtral", {"experts": 8, "init": "drop"}, "dense FFN"),
-    "fewer": ("mixtral", {"experts": 3}, "no growth"),
-    "same": ("mixtral", {"experts": 4}, "no growth"),
+    "fewer": ("mixtral", {"experts": 3}, "is not a growth"),
+    "same": ("mixtral", {"experts": 4}, "is not a growth"),
 }
 
 

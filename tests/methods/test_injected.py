@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import BY_NAME, make, save
-from test_verification import failed
+from reports import failed_checks
 
 from hf_grow import api
 from hf_grow.checkpoint.reader import open_folder
@@ -74,7 +74,7 @@ def test_storing_in_bf16_does_not_hide_them(error: str, tmp_path: Path) -> None:
     """The stored weights are rounded by more than some of these errors; the map is judged before it is rounded."""
     source = save(make(BY_NAME["llama"], dtype=torch.bfloat16), tmp_path / "source")
     report = api.verify(source, wrong(source, *BF16_TILE, ERRORS[error], tmp_path / "out"))
-    assert "lossless" in failed(report)
+    assert "lossless" in failed_checks(report)
     assert {c.name for c in report.checks if c.status == "pass"} >= {"tensors", "SHA-256", "config.json", "source"}
 
 
@@ -82,7 +82,7 @@ def test_without_an_error_the_rounding_passes_and_is_told(tmp_path: Path) -> Non
     source = save(make(BY_NAME["llama"], dtype=torch.bfloat16), tmp_path / "source")
     api.grow(source, tmp_path / "out", "tile", factor=3)
     report = api.verify(source, tmp_path / "out")
-    assert failed(report) == set()
+    assert failed_checks(report) == set()
     rounding = report.metrics["rounding"]
     assert {c.name for c in report.checks if c.status == "pass"} >= {"lossless", "rounding"}
     assert report.metrics["kl_nats_per_token"] > 100 * rounding["map"]["kl_nats_per_token"]
@@ -106,7 +106,7 @@ def test_errors_in_mixtures_are_found(error: str, names: dict[str, str], tmp_pat
         return replace(w.plan, growth=replace(w.plan.growth, tensors=tensors))
 
     report = api.verify(source, wrong(source, "identity", {"at": "2"}, swap, tmp_path / "out"))
-    assert failed(report) == {"lossless"}
+    assert failed_checks(report) == {"lossless"}
 
 
 def routing(chosen: list[list[int]]) -> Routing:

@@ -230,7 +230,7 @@ def test_lossless_aki_of_twice_the_hidden_size_is_the_same_in_sum_over_its_copie
 
 @pytest.mark.parametrize("options", [{"ffn": "copies"}, {"new_heads": "split"}, {"ffn": "null"}], ids=str)
 def test_lossless_aki_refuses_what_it_would_ignore(options: dict[str, str]) -> None:
-    with pytest.raises(PlanError, match="means nothing with --lossless"):
+    with pytest.raises(PlanError, match="does not apply with --lossless"):
         plan_of(source("llama"), "aki", factor=2, lossless=True, **options)
 
 

@@ -277,7 +277,7 @@ def test_a_refused_config_is_told_which_key_is_wrong(change: dict[str, Any], say
         ({"num_experts_per_tok": 5}, "num_experts_per_tok must be at most the number of experts, 4, got 5"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step must be a positive integer"),
         ({"mlp_only_layers": 3}, "mlp_only_layers must be a list of layers"),
-        ({"num_experts": 10**6}, "no real model"),
+        ({"num_experts": 10**6}, "more than any real model"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
@@ -463,17 +463,21 @@ def test_an_unknown_family_is_told_why_and_what_is_nearest() -> None:
         ({"model_type": "gemma2"}, "norms multiply by 1 + weight", "llama"),
         ({"model_type": "gpt_neox"}, "LayerNorm", "llama"),
         ({"model_type": "deepseek_v3"}, "latent attention", "qwen3_moe"),
-        ({"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2"}}, "save its language model alone", "qwen2"),
-        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "of its language model its norms multiply", "llama"),
-        ({"model_type": "mistral9"}, "not in the table", "mistral"),
-        ({}, "names no family", "llama"),
-        ({"model_type": "x" * 500}, "not in the table", ""),
+        ({"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2"}}, "save its language model on its own", "qwen2"),
+        (
+            {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+            "its language model is not supported either: its norms multiply",
+            "llama",
+        ),
+        ({"model_type": "mistral9"}, "no tensor table", "mistral"),
+        ({}, "no valid model_type", "llama"),
+        ({"model_type": "x" * 500}, "no tensor table", ""),
     ]
     for config, why, nearest in cases:
         with pytest.raises(SourceError) as caught:
             Architecture(config)
         assert why in caught.value.message
-        assert caught.value.hint.startswith(f"Nearest is {nearest}")
+        assert caught.value.hint.startswith(f"The nearest supported family is {nearest}")
 
 
 def test_families_that_are_kept_out_are_transformers_own() -> None:

@@ -18,6 +18,12 @@ from hf_grow.growth.tensors import InMemoryTensors
 from hf_grow.model.architecture import Architecture
 from hf_grow.options import parse
 
+SMOLLM2_135M = {
+    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+"""134.5 million parameters, which is called 135M."""
+
 
 def growth_of(config: Any, method: str, **options: Any) -> Growth:
     """Options as a recipe gives them."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import BY_NAME, make, save
+from reports import failed_checks
 from safetensors.torch import load_file, save_file
 from trained import grown
 
@@ -45,18 +46,13 @@ def check(old: Path, new: Path, **options: Any) -> Report:
     return verify_checkpoints(open_folder(old), open_folder(new), **options)
 
 
-def failed(report: Report) -> set[str]:
-    assert report.ok == (not any(c.status == "fail" for c in report.checks))
-    return {c.name.split(" in transformers")[0] for c in report.checks if c.status == "fail"}
-
-
 def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_a_lossless_growth_passes_with_equal_logits(pair: tuple[Path, Path]) -> None:
     report = check(*pair)
-    assert failed(report) == set()
+    assert failed_checks(report) == set()
     assert {c.name for c in report.checks if c.status == "pass"} >= {"tensors", "SHA-256", "lossless", "logits", "source", "provenance"}
     assert report.metrics["logit_difference_max"] == 0
     assert report.metrics["kl_nats_per_token"] == 0
@@ -67,7 +63,7 @@ def test_a_lossless_growth_passes_with_equal_logits(pair: tuple[Path, Path]) -> 
 def test_structure_only_runs_no_model(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     report = check(*pair, structure_only=True)
-    assert failed(report) == set()
+    assert failed_checks(report) == set()
     assert report.metrics == {}
 
 
@@ -82,7 +78,7 @@ def test_one_flipped_bit_is_found(kind: str, copy: tuple[Path, Path]) -> None:
         f.seek(stored.stop - 7)
         f.write(bytes([byte ^ 1]))
     report = check(old, new, structure_only=True)
-    assert failed(report) == {"tensors", "SHA-256"}
+    assert failed_checks(report) == {"tensors", "SHA-256"}
     assert name in next(c.detail for c in report.checks if c.name == "tensors")
 
 
@@ -93,24 +89,24 @@ def test_another_source_is_found(copy: tuple[Path, Path]) -> None:
     for f in old.glob("*.safetensors*"):
         f.unlink()
     save_file(stored, old / "model.safetensors", {"format": "pt"})
-    assert failed(check(old, new, structure_only=True)) == {"tensors"}
+    assert failed_checks(check(old, new, structure_only=True)) == {"tensors"}
     other = old.parent / "other"
     save(make(BY_NAME["mixtral"], num_hidden_layers=3, dtype=torch.bfloat16), other)
-    assert failed(check(other, new, structure_only=True)) == {"source"}
+    assert failed_checks(check(other, new, structure_only=True)) == {"source"}
 
 
 def test_a_config_that_was_changed_is_found(copy: tuple[Path, Path]) -> None:
     old, new = copy
     edit_json(new / "config.json", rms_norm_eps=1e-5)
-    assert failed(check(old, new, structure_only=True)) == {"config.json"}
+    assert failed_checks(check(old, new, structure_only=True)) == {"config.json"}
     edit_json(new / "config.json", num_hidden_layers=5)
-    assert failed(check(old, new, structure_only=True)) == {"config.json", "names and shapes", "builds"}
+    assert failed_checks(check(old, new, structure_only=True)) == {"config.json", "names and shapes", "builds"}
 
 
 def test_a_config_that_transformers_cannot_build_is_found(copy: tuple[Path, Path]) -> None:
     old, new = copy
     edit_json(new / "config.json", hidden_act="no_such_activation")
-    assert failed(check(old, new, structure_only=True)) == {"config.json", "builds"}
+    assert failed_checks(check(old, new, structure_only=True)) == {"config.json", "builds"}
 
 
 def test_a_provenance_of_something_else_is_found(copy: tuple[Path, Path]) -> None:
@@ -118,11 +114,11 @@ def test_a_provenance_of_something_else_is_found(copy: tuple[Path, Path]) -> Non
     record = json.loads((new / "growth.json").read_text())
     record["target"]["tensors"]["model.norm.weight"][1] = [7]
     (new / "growth.json").write_text(json.dumps(record))
-    assert failed(check(old, new, structure_only=True)) == {"provenance"}
+    assert failed_checks(check(old, new, structure_only=True)) == {"provenance"}
     (new / "growth.json").write_text('{"format": 1}')
-    assert failed(check(old, new, structure_only=True)) == {"provenance"}
+    assert failed_checks(check(old, new, structure_only=True)) == {"provenance"}
     (new / "growth.json").write_text('{"format": 99}')
-    assert failed(check(old, new, structure_only=True)) == {"provenance"}
+    assert failed_checks(check(old, new, structure_only=True)) == {"provenance"}
 
 
 def test_a_growth_that_claims_to_be_lossless_and_is_not_fails(copy: tuple[Path, Path]) -> None:
@@ -133,14 +129,14 @@ def test_a_growth_that_claims_to_be_lossless_and_is_not_fails(copy: tuple[Path, 
     record = json.loads((new / "growth.json").read_text())
     record["growth"]["guarantee"]["kind"] = "lossless"
     (new / "growth.json").write_text(json.dumps(record))
-    assert failed(check(old, new)) == {"lossless"}
+    assert failed_checks(check(old, new)) == {"lossless"}
 
 
 def test_without_provenance_nothing_is_promised_and_the_models_are_compared_all_the_same(copy: tuple[Path, Path]) -> None:
     old, new = copy
     (new / "growth.json").unlink()
     report = check(old, new)
-    assert failed(report) == set()
+    assert failed_checks(report) == set()
     assert {c.name for c in report.checks if c.status == "skip"} == {"provenance", "lossless"}
     assert report.metrics["logit_difference_max"] == 0
 
@@ -261,7 +257,7 @@ def test_where_fp32_does_not_fit_bf16_is_taken_and_the_report_says_why(
     api.grow(source, tmp_path / "new", "tile", factor=3)
     monkeypatch.setattr("hf_grow.verification.models.available_memory", lambda: 10**6)
     report = api.verify(source, tmp_path / "new")
-    assert failed(report) == set()
+    assert failed_checks(report) == set()
     assert report.metrics["dtype"] == "bfloat16"
     assert "are free" in report.metrics["dtype_because"]
     assert report.metrics["dtype_because"] in next(c.detail for c in report.checks if c.name == "lossless")

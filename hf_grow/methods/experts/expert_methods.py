@@ -41,10 +41,10 @@ def _check_meaning(arch: Architecture, options: ExpertsOptions) -> None:
     given = options.non_defaults()
     shared = not arch.is_moe and UPCYCLED.get(arch.family.model_type, ("",))[0] == "qwen2_moe"
     means = {
-        "noise": (options.init == "noise", "belongs to --init noise"),
-        "drop": (options.init == "drop", "belongs to --init drop"),
-        "shared_expert": (shared, "is for a dense source whose family of experts has a shared one (qwen2)"),
-        "prompt_pooling": (options.router == "prompts", "belongs to --router prompts"),
+        "noise": (options.init == "noise", "requires --init noise"),
+        "drop": (options.init == "drop", "requires --init drop"),
+        "shared_expert": (shared, "applies to dense sources whose MoE family has a shared expert (qwen2)"),
+        "prompt_pooling": (options.router == "prompts", "requires --router prompts"),
     }
     for name, (does, why) in means.items():
         if name in given and not does:
@@ -56,7 +56,7 @@ def _sized(arch: Architecture, count: int, top_k: int, shards: int) -> Architect
     if arch.is_moe:
         return Architecture({**arch.config, **experts_keys(arch, count), "num_experts_per_tok": top_k})
     if arch.family.model_type not in UPCYCLED:
-        raise PlanError(f"{arch.family.architecture} has no family of experts here.")
+        raise PlanError(f"{arch.family.architecture} has no MoE counterpart in hf-grow.")
     return Architecture(upcycled_config(arch, count, top_k, shards))
 
 

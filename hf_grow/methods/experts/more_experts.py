@@ -70,25 +70,27 @@ def experts_keys(arch: Architecture, count: int) -> dict[str, int]:
 def _check(arch: Architecture, options: ExpertsOptions, new: int, top_k: int) -> None:
     old = arch.size("experts")
     if options.init not in ("copy", "noise") or options.shards:
-        raise PlanError(f"--init {options.init} makes experts of a dense FFN; the source is a mixture.", hint="Use --init copy or noise.")
+        raise PlanError(
+            f"--init {options.init} makes experts from a dense FFN; the source is an MoE model.", hint="Use --init copy or noise."
+        )
     if options.weights:
-        raise PlanError("--weights are those of an average of dense checkpoints; the source is a mixture.")
+        raise PlanError("--weights averages dense checkpoints; the source is an MoE model.")
     if sum(bool(x) for x in (options.copy_from, options.utility, options.experts_from)) > 1:
         raise PlanError("--copy-from, --utility and --experts-from each say where new experts come from; give one.")
     if new < old or (new == old and top_k == arch.top_k):
-        raise PlanError(f"The source has {old} experts, top {arch.top_k}; {new} experts, top {top_k}, are no growth.")
+        raise PlanError(f"The source has {old} experts, top {arch.top_k}; {new} experts, top {top_k}, is not a growth.")
     if top_k > new:
         raise PlanError(f"--top-k {top_k} is more than the {new} experts.")
     if options.utility and (len(options.utility) not in (1, arch.layers) or any(len(row) != old for row in options.utility)):
         raise PlanError(f"--utility must hold {old} numbers, or {arch.layers} lists of them.")
     if options.router != "normal" and not options.experts_from:
-        raise PlanError("Copied experts keep the router rows of what they copy; --router means nothing here.")
+        raise PlanError("Copied experts keep the router rows of the experts they copy; --router does not apply.")
 
 
 def _check_donor(arch: Architecture, other: Architecture, ref: str) -> None:
     """Raises PlanError for a checkpoint whose FFN is no expert of this mixture."""
     if other.is_moe:
-        raise PlanError(f"{ref} is a mixture itself; new experts come from dense checkpoints.")
+        raise PlanError(f"{ref} is an MoE model; new experts come from dense checkpoints.")
     pairs = {"layers": (arch.layers, other.layers), "hidden": (arch.size("hidden"), other.size("hidden"))}
     pairs |= {"FFN": (arch.size("expert_inter"), other.size("inter")), "vocab": (arch.size("vocab"), other.size("vocab"))}
     for what, (mine, theirs) in pairs.items():

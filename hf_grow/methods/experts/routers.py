@@ -18,7 +18,7 @@ def check_router(options: ExpertsOptions, rows: int) -> None:
     """Raises PlanError where prompts and router do not go together, or are not as many as the new rows."""
     if options.router not in MEASURED:
         if options.prompts is not None:
-            raise PlanError(f"--prompts means nothing to --router {options.router}.", hint="Use --router prompts or cheap-embed.")
+            raise PlanError(f"--prompts does not apply to --router {options.router}.", hint="Use --router prompts or cheap-embed.")
         return
     if options.prompts is None:
         raise PlanError(
@@ -38,7 +38,7 @@ def new_rows(entry: Entry, rows: int, options: ExpertsOptions) -> Expr:
             return Noise(size, options.router_std, entry.name)
         case "orthogonal":
             if rows > size[1]:
-                raise PlanError(f"{rows} router rows of {size[1]} numbers cannot all be at right angles.", hint="Use --router normal.")
+                raise PlanError(f"{rows} router rows of {size[1]} numbers cannot all be orthogonal.", hint="Use --router normal.")
             return Orthogonal(size, options.router_std, entry.name)
         case _:  # measured rows have length one; cheap ones are the same in every layer
             return Sum((Values(size, _key(options, entry.layer)),), (options.router_std * math.sqrt(size[1]),))

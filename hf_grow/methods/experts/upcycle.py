@@ -51,15 +51,15 @@ def dense_name(arch: Architecture, entry: Entry) -> str:
 def upcycled(arch: Architecture, options: ExpertsOptions, others: Sequence[Architecture]) -> Growth:
     """The growth of a dense model; ``others``: the architectures of further checkpoints. Raises PlanError for what does not fit."""
     if arch.family.model_type not in UPCYCLED:
-        raise PlanError(f"{arch.family.architecture} has no family of experts here.", hint=f"These have: {', '.join(UPCYCLED)}.")
+        raise PlanError(f"{arch.family.architecture} has no MoE counterpart in hf-grow.", hint=f"These have: {', '.join(UPCYCLED)}.")
     foreign = [n for n in ("copy_from", "add", "utility", "router_noise") if getattr(options, n)]
     if foreign:
-        raise PlanError(f"--{foreign[0].replace('_', '-')} is about the experts of a mixture; the source is dense.")
+        raise PlanError(f"--{foreign[0].replace('_', '-')} applies to MoE sources; this one is dense.")
     weights = _average(arch, options, others)
     experts = options.experts or (len(weights) if others else 0)
     shards = _shards(arch, options, experts)
     if experts % len(weights):
-        raise PlanError(f"{experts} experts cannot be shared out evenly to {len(weights)} checkpoints.")
+        raise PlanError(f"{experts} experts cannot be divided evenly among {len(weights)} checkpoints.")
     top_k = options.top_k or 2 * shards
     if top_k > experts or top_k % shards:
         what = f"a multiple of the {shards} shards, at most {experts}" if shards > 1 else f"at most the {experts} experts"
@@ -90,14 +90,14 @@ def _average(arch: Architecture, options: ExpertsOptions, others: Sequence[Archi
         for key in ("num_hidden_layers", "tie_word_embeddings", "rms_norm_eps", "rope_parameters", "rope_theta", "sliding_window"):
             mine, theirs = (portable_config(a.config).get(key, a.get(key)) for a in (arch, other))
             if mine != theirs:
-                raise PlanError(f"{ref} has {key} {theirs}, the source {mine}; they cannot be one model.")
+                raise PlanError(f"{ref} has {key} {theirs}, the source {mine}; they cannot be merged.")
         sizes = {a: (arch.size(a), other.size(a)) for a in ("vocab", "hidden", "kv", "group", "head_dim", "inter")}
         for axis, (mine, theirs) in sizes.items():
             if mine != theirs:
                 raise PlanError(f"{ref} has another shape: {axis} {theirs}, the source {mine}.")
     weights = options.weights or (1.0,) * (1 + len(others))
     if options.weights and not others:
-        raise PlanError("--weights are those of an average over several checkpoints.", hint="Name the others with --experts-from.")
+        raise PlanError("--weights averages several checkpoints.", hint="Name the others with --experts-from.")
     if len(weights) != 1 + len(others) or not sum(weights):
         raise PlanError(f"--weights needs {1 + len(others)} numbers, the source's first, that are not all zero.")
     return tuple(w / sum(weights) for w in weights)
@@ -106,7 +106,7 @@ def _average(arch: Architecture, options: ExpertsOptions, others: Sequence[Archi
 def _shards(arch: Architecture, options: ExpertsOptions, experts: int) -> int:
     if options.init != "fine-grained":
         if options.shards:
-            raise PlanError("--shards belongs to --init fine-grained.")
+            raise PlanError("--shards requires --init fine-grained.")
         return 1
     shards = options.shards or 2
     if arch.size("inter") % shards or experts % shards:
@@ -126,7 +126,7 @@ def upcycled_config(arch: Architecture, experts: int, top_k: int, shards: int) -
     if biased and model_type == "mixtral":
         raise PlanError(f"{architecture} has no biases; the source has {' and '.join(biased)}.")
     if arch.get("use_sliding_window"):
-        raise PlanError(f"{architecture} cannot look through a sliding window in some layers only, as the source does.")
+        raise PlanError(f"{architecture} does not support a sliding window in some layers only, as the source has.")
     inter = arch.size("inter") // shards
     config = {
         k: v for k, v in portable_config(arch.config).items() if k not in ("mlp_bias", "auto_map", "layer_types", "max_window_layers")

@@ -200,7 +200,7 @@ def check_heads(heads: int, kv: int, new_heads: int, new_kv: int) -> None:
         return
     near = nearest_heads(heads, kv, new_heads, new_kv)
     raise PlanError(
-        f"{heads} query heads on {kv} kv heads cannot become {new_heads} on {new_kv}: the new heads must divide by the new kv heads, "
+        f"{heads} query heads on {kv} kv heads cannot become {new_heads} on {new_kv}: the number of heads must be a multiple of the number of kv heads, "
         f"and ceil(r/r') * {kv} <= {new_kv} must hold with r = {heads // kv} and r' = new heads / new kv heads.",
         hint="Nearest pairs that work: " + ", ".join(f"{h}/{g}" for h, g in near) + ".",
     )
@@ -318,7 +318,7 @@ def head_dim_space(size: int, target: int, *, normed: bool) -> HeadDimSpace:
     mean square and so eps, and both gains take (d/d')^(1/4). Values do as keys do; o_proj takes it back.
     """
     if target % 2 or target < size:
-        raise PlanError(f"head_dim {size} cannot become {target}: rotary embeddings need an even size, not below the old one.")
+        raise PlanError(f"head_dim {size} cannot become {target}: rotary embeddings need an even size that is not smaller.")
     whole = target % size == 0
     step = target // size if whole else 1
     places = [j * step for j in range(size // 2)] + [target // 2 + j * step for j in range(size // 2)]

@@ -114,9 +114,9 @@ def _asked(arch: Architecture, options: WidthOptions) -> Widths:
             )
         explicit["expert_inter"], explicit["inter"] = options.intermediate, None
     if options.expert_intermediate and not arch.size("expert_inter"):
-        raise PlanError(f"{arch.family.architecture} has no experts; --expert-intermediate means nothing here.")
+        raise PlanError(f"{arch.family.architecture} has no experts; --expert-intermediate does not apply.")
     if options.shared_intermediate and not arch.size("shared_inter"):
-        raise PlanError(f"{arch.family.architecture} has no shared expert; --shared-intermediate means nothing here.")
+        raise PlanError(f"{arch.family.architecture} has no shared expert; --shared-intermediate does not apply.")
     given = {k: v for k, v in explicit.items() if v is not None}
     if sum(x is not None for x in (options.to, options.factor)) + bool(set(given) - {"head_dim"}) > 1 and (options.to or given):
         raise PlanError("--to, --factor and explicit sizes each set the widths; give one kind.")
@@ -218,8 +218,8 @@ def _guarantee(arch: Architecture, shape: Widths, hidden: HiddenSpaces, kind: st
         whole = max(2, round(shape.hidden / old.hidden)) * old.hidden
         instead = "the method tile at any size" if kind == "net2net" else f"--hidden {whole}, or the method tile at any size"
         why = (
-            f"hidden_size {old.hidden} -> {shape.hidden} copies some coordinates more often than others, which RMSNorm does not forgive; "
-            f"lossless would be {instead}"
+            f"hidden_size {old.hidden} -> {shape.hidden} copies some coordinates more often than others, which changes the RMSNorm; "
+            f"for a lossless growth use {instead}"
         )
         return Guarantee("changes the function", why)
     if shape == old:
@@ -287,7 +287,7 @@ def build_copies(method: str) -> Any:
             for name in ("ffn", "new_heads"):
                 if name in options.model_fields_set:
                     raise PlanError(
-                        f"--{name.replace('_', '-')} means nothing with --lossless: what is new comes from the next layer and adds zero."
+                        f"--{name.replace('_', '-')} does not apply with --lossless: new units come from the next layer and add zero."
                     )
             exact = ExactOptions.model_fields
             hidden = spaces.tiled_hidden(old, shape.hidden, max(1, shape.hidden // old), mode="scale")

@@ -42,7 +42,7 @@ class Widths:
             exact: float = getattr(self, name) * factor
             if abs(exact - round(exact)) > 1e-9:
                 raise PlanError(
-                    f"--factor {factor:g} makes {name} {exact:g}, which is no whole number.", hint="Give the sizes one by one instead."
+                    f"--factor {factor:g} makes {name} {exact:g}, which is not an integer.", hint="Give the sizes one by one instead."
                 )
             return round(exact)
 
@@ -137,7 +137,7 @@ def check_widths(arch: Architecture, shape: Widths) -> None:
         pairs.sort(key=lambda p: (abs(p[0] - shape.heads), abs(p[1] - shape.kv)))
         words = ", ".join(f"--heads {h} --kv-heads {g}" for h, g in pairs[:3])
         raise PlanError(
-            f"{arch.family.architecture} demands that hidden_size divides by the heads; {shape.hidden} does not by {shape.heads}.",
+            f"{arch.family.architecture} requires hidden_size to be a multiple of the number of heads; {shape.hidden} is not divisible by {shape.heads}.",
             hint=f"With --hidden {shape.hidden} these work: {words}."
             if words
             else f"Use a hidden_size that is a multiple of {shape.heads}.",
@@ -150,11 +150,11 @@ def width_warnings(arch: Architecture, shape: Widths) -> list[str]:
     for name, unit in (("hidden", 128), ("inter", 128), ("expert_inter", 64), ("shared_inter", 128)):
         size = getattr(shape, name)
         if size != getattr(old, name) and getattr(old, name) % unit == 0 and size % unit:
-            out.append(f"{name} {size} is no multiple of {unit}: matrix products on GPUs get slower.")
+            out.append(f"{name} {size} is not a multiple of {unit}: matrix products on GPUs get slower.")
     for parallel in (8, 4):
         if old.kv % parallel == 0 and shape.kv % parallel:
             out.append(
-                f"{shape.kv} kv heads do not divide by {parallel}: tensor parallelism over {parallel} GPUs is no longer possible without copies."
+                f"{shape.kv} kv heads are not divisible by {parallel}: tensor parallelism over {parallel} GPUs is no longer possible without copies."
             )
             break
     if shape.head_dim != old.head_dim and arch.has_norm_over("head_dim"):

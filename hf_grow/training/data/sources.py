@@ -215,7 +215,7 @@ def _commit(ref: str, revision: str | None, notify: Notify) -> str:
         if not cached.is_file():
             raise
         notify(f"The Hub cannot be reached; using {ref} from the cache.")
-        return read_text(cached, most=200).strip()
+        return read_text(cached, max_bytes=200).strip()
     with suppress(OSError):  # a read-only cache is not an error
         cached.parent.mkdir(parents=True, exist_ok=True)
         cached.write_text(commit, encoding="utf-8")

@@ -47,8 +47,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             from rich.console import Console
             from rich.progress import MofNCompleteColumn
 
-            self.bar = progress_bar(Console(stderr=True), MofNCompleteColumn, facts=True)
-            self.task = self.bar.add_task("training", total=state.max_steps or None, completed=state.global_step, facts="")
+            self.bar = progress_bar(Console(stderr=True), MofNCompleteColumn, details=True)
+            self.task = self.bar.add_task("training", total=state.max_steps or None, completed=state.global_step, details="")
             self.bar.start()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -64,7 +64,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         total = len(eval_dataloader) if has_length(eval_dataloader) else None
         if self.bar is not None:
             if self.evaluation is None:
-                self.evaluation = self.bar.add_task("evaluating", total=total, facts="")
+                self.evaluation = self.bar.add_task("evaluating", total=total, details="")
             self.bar.update(self.evaluation, completed=self.batches, total=total)
         elif time.monotonic() - self.told >= LOG_INTERVAL:
             self.told = time.monotonic()
@@ -118,7 +118,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def _draw(self, state: Any) -> None:
         """The bar has what the last evaluation found too: on the way to the next one, with its step."""
         old = f"at step {self.measured_at}: " if self.measured and self.measured_at != state.global_step else ""
-        self.bar.update(self.task, facts="  ".join(filter(None, [_pairs(self.facts), old + _pairs(self.measured)])))
+        self.bar.update(self.task, details="  ".join(filter(None, [_pairs(self.facts), old + _pairs(self.measured)])))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.ended = True

@@ -436,7 +436,7 @@ def test_a_dry_run_writes_nothing(saved: Path, tmp_path: Path, capsys: pytest.Ca
     [
         (["--temperature", "0"], "temperature: should be greater than 0"),
         (["--top-p", "2"], "top_p"),
-        (["--tokens", "none"], "is no size"),
+        (["--tokens", "none"], "is not a size"),
         (["--prompts", "nowhere.txt"], "no file or folder"),
         (["--device", "quantum"], "cannot be moved to quantum"),
         (["--revision", "v1"], "is a folder and has no revision"),

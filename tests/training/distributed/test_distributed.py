@@ -272,7 +272,7 @@ def test_what_several_processes_cannot_do(tmp_path: Path, capsys: pytest.Capture
 
 def test_options_that_only_a_dry_run_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, tmp_path / "grown")
-    assert "processes: means nothing without dry_run" in run(capsys, "train", path, "--processes", 2, status=2)["error"]
+    assert "processes: requires dry_run" in run(capsys, "train", path, "--processes", 2, status=2)["error"]
     assert "processes: should be greater than or equal to 1" in run(capsys, "train", path, "--dry-run", "--processes", 0, status=2)["error"]
     assert "distributed_type is None" in run(capsys, "train", path, "--dry-run", "--accelerate", path, status=2)["error"]
     assert "Cannot read" in run(capsys, "train", path, "--dry-run", "--accelerate", tmp_path / "no.yaml", status=2)["error"]

@@ -178,8 +178,8 @@ def test_a_clock_may_stand_still() -> None:
 
 def test_time_is_of_a_dry_run_of_these_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, tmp_path / "grown")
-    assert "time: means nothing without dry_run" in run(capsys, "train", path, "--time", status=2)["error"]
+    assert "time: requires dry_run" in run(capsys, "train", path, "--time", status=2)["error"]
     said = run(capsys, "train", path, "--dry-run", "--time", "--processes", 2, status=2)["error"]
-    assert "time: means nothing beside processes" in said
+    assert "time: cannot be combined with processes" in said
     said = run(capsys, "train", path, "--dry-run", "--time", "--accelerate", FILES / "ddp.yaml", status=2)["error"]
-    assert "time: means nothing beside accelerate" in said
+    assert "time: cannot be combined with accelerate" in said

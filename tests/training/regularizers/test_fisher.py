@@ -366,7 +366,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(folder: Path, tmp_path:
         ([], "one of --text"),
         (["--text", "a", "--from-growth", "b"], "one of --text"),
         (["--from-growth", "b", "--merge", "c", "--utility", "u.json", "--calibrate", "1"], "has 6 mistakes"),
-        (["--text", "a", "--decay", "0.5"], "decay: means nothing without merge"),
+        (["--text", "a", "--decay", "0.5"], "decay: requires merge"),
         (["--text", "a", "--calibrate", "0.1"], "go together"),
         (["--text", "a", "--storage", "fp16"], "'fp32' or 'bf16'"),
         (["--text", "a", "--dtype", "float16"], "should be 'auto', 'float32', 'bfloat16' or 'float64'"),
@@ -538,7 +538,7 @@ def test_calibration_takes_the_recipe_that_lambda_is_for(folder: Path, tmp_path:
     assert found == {"lr": 0.003, "weight_decay": 0.05, "schedule": "linear", "batch": 4, "kind": "l2sp", "form": "proximal"}
     assert told["seq_length"] == 24
     assert of_recipe("g", "--calibrate-lr", "0.1") == 2
-    assert "calibrate_lr: means nothing beside recipe" in capsys.readouterr().err
+    assert "calibrate_lr: cannot be combined with recipe" in capsys.readouterr().err
     recipe.write_text("model: m\ndata: {train: new.txt}\nregularizer: {kind: si}\n")
     assert of_recipe("g") == 2
     assert "looks for the lambda of ewc or l2sp, not of si" in capsys.readouterr().err

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grown import SMOLLM2_135M, growth_of
 from models import BY_NAME, make, save
-from test_sizes import SMALL, grow
 
 from hf_grow.cli import main
 from hf_grow.demo.small_model import build_tokenizer
@@ -20,6 +20,7 @@ from hf_grow.methods import METHODS
 from hf_grow.methods.starting_loss import MODEL, SOURCE_LOSS, STARTING_LOSSES, VOCABULARY, StartingLoss, nearest_starting_loss
 from hf_grow.model.architecture import Architecture
 
+SMOL = Architecture(SMOLLM2_135M)
 ROOT = Path(__file__).parents[2]
 RESULTS = (ROOT / "benchmarks" / "results" / "starting-loss.md").read_text()
 each_start = pytest.mark.parametrize("start", STARTING_LOSSES, ids=lambda s: s.how)
@@ -37,7 +38,7 @@ def test_a_figure_is_that_of_the_benchmark_and_of_the_documents(start: StartingL
 def test_the_source_is_that_of_the_benchmark() -> None:
     assert RESULTS.startswith(f"# The loss right after growing {MODEL}\n")
     assert f"{SOURCE_LOSS:.2f}" == f"{float(re.findall(r'source.s loss is ([0-9.]+) on prose', RESULTS)[0]):.2f}"
-    assert SMALL.size("vocab") == VOCABULARY
+    assert SMOL.size("vocab") == VOCABULARY
 
 
 @each_start
@@ -48,30 +49,39 @@ def test_a_growth_is_told_its_own_measurement(start: StartingLoss) -> None:
     for flag, value in zip(words[1::2], words[2::2], strict=True):
         options[flag.removeprefix("--").replace("-", "_")] = float(value) if re.fullmatch(r"[\d.]+", value) else value
     options = {k: int(v) if isinstance(v, float) and v == int(v) and k not in ("drop", "factor") else v for k, v in options.items()}
-    assert nearest_starting_loss(grow(words[0], **options), SMALL) == start
+    assert nearest_starting_loss(growth_of(SMOLLM2_135M, words[0], **options), SMOL) == start
 
 
 def test_lossless_growths_and_unmeasured_ones_are_told_nothing() -> None:
-    ways: list[Growth] = [grow("identity"), grow("tile", factor=2), grow("aki", factor=2, lossless=True), grow("layers", layers="0-29,3")]
+    ways: list[Growth] = [
+        growth_of(SMOLLM2_135M, "identity"),
+        growth_of(SMOLLM2_135M, "tile", factor=2),
+        growth_of(SMOLLM2_135M, "aki", factor=2, lossless=True),
+        growth_of(SMOLLM2_135M, "layers", layers="0-29,3"),
+    ]
     mixture = Architecture(BY_NAME["mixtral"].config)
     more = METHODS["experts"].build(mixture, METHODS["experts"].options(experts=6))
-    assert [nearest_starting_loss(way, SMALL) for way in ways] == [None] * 4
+    assert [nearest_starting_loss(way, SMOL) for way in ways] == [None] * 4
     assert nearest_starting_loss(more, mixture) is None and not more.guarantee.lossless
 
 
 def test_the_nearest_measurement_is_taken() -> None:
-    near = nearest_starting_loss(grow("experts", experts=4, init="drop", drop=0.45), SMALL)
+    near = nearest_starting_loss(growth_of(SMOLLM2_135M, "experts", experts=4, init="drop", drop=0.45), SMOL)
     assert near is not None and near.how.endswith("--drop 0.5")
-    assert near.knows_nothing and "knows nothing" in str(near)
-    small = nearest_starting_loss(grow("dus", layers_to=34), SMALL)
-    assert small is not None and not small.knows_nothing
+    assert near.is_chance_level and "untrained" in str(near)
+    small = nearest_starting_loss(growth_of(SMOLLM2_135M, "dus", layers_to=34), SMOL)
+    assert small is not None and not small.is_chance_level
 
 
 def test_twice_the_layers_by_dus_is_the_stack_and_far_growths_are_told_nothing() -> None:
-    twice = nearest_starting_loss(grow("dus", layers_to=60), SMALL)
+    twice = nearest_starting_loss(growth_of(SMOLLM2_135M, "dus", layers_to=60), SMOL)
     assert twice is not None and twice.how == "stack"
-    for far in (grow("dus", layers_to=56), grow("interleave", layers_to=240), grow("aki", factor=3)):
-        assert nearest_starting_loss(far, SMALL) is None
+    for far in (
+        growth_of(SMOLLM2_135M, "dus", layers_to=56),
+        growth_of(SMOLLM2_135M, "interleave", layers_to=240),
+        growth_of(SMOLLM2_135M, "aki", factor=3),
+    ):
+        assert nearest_starting_loss(far, SMOL) is None
 
 
 def test_plan_dry_run_and_json_tell_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,9 +36,9 @@ def lines(found: Any) -> list[str]:
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_steps_and_time_left_stay_whatever_the_facts(width: int) -> None:
     terminal = console(width)
-    with progress_bar(terminal, MofNCompleteColumn, facts=True) as drawn:
-        task = drawn.add_task("training", total=123_456, completed=1_234, facts=LONG)
-        drawn.update(task, completed=123_000, facts=LONG)
+    with progress_bar(terminal, MofNCompleteColumn, details=True) as drawn:
+        task = drawn.add_task("training", total=123_456, completed=1_234, details=LONG)
+        drawn.update(task, completed=123_000, details=LONG)
     drawn_lines = [line for line in lines(terminal) if "training" in line]
     assert drawn_lines
     for line in drawn_lines:
@@ -116,7 +116,7 @@ def test_a_log_repeats_no_evaluation_as_if_it_were_of_its_step(monkeypatch: pyte
     shown = training.Progress(1024, said.append)
     drawn: list[str] = []
     shown.on_train_begin(None, state(), None)
-    monkeypatch.setattr(shown.bar, "update", lambda task, facts="", **more: drawn.append(facts))
+    monkeypatch.setattr(shown.bar, "update", lambda task, details="", **more: drawn.append(details))
     shown.evaluated(state(), {"eval_old_loss": 3.25})
     shown.on_log(None, state(10), None, {"loss": 2.5})
     shown.on_train_end(None, state(10), None)

@@ -55,12 +55,12 @@ def test_links_to_regular_files_are_followed_as_the_hub_s_cache_needs(tmp_path: 
 
 def test_a_file_is_not_larger_than_allowed_whatever_it_says(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 100)
-    assert read_bytes(tmp_path / "a", most=100) == b"x" * 100
+    assert read_bytes(tmp_path / "a", max_bytes=100) == b"x" * 100
     with pytest.raises(SourceError, match="larger than 99 bytes"):
-        read_bytes(tmp_path / "a", most=99)
+        read_bytes(tmp_path / "a", max_bytes=99)
     assert os.stat("/proc/self/status").st_size == 0
     with pytest.raises(SourceError, match="larger than 9 bytes"):
-        read_bytes(Path("/proc/self/status"), most=9)
+        read_bytes(Path("/proc/self/status"), max_bytes=9)
 
 
 def test_a_missing_file_a_zero_byte_and_other_encodings(tmp_path: Path) -> None:
@@ -76,9 +76,9 @@ def test_a_missing_file_a_zero_byte_and_other_encodings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"a": NaN}', "NaN is no number"),
-        ('{"a": [Infinity]}', "Infinity is no number"),
-        ("[-Infinity]", "-Infinity is no number"),
+        ('{"a": NaN}', "NaN is not a JSON"),
+        ('{"a": [Infinity]}', "Infinity is not a JSON"),
+        ("[-Infinity]", "-Infinity is not a JSON"),
         ("[1e999]", "too large"),
         ("[-1e400]", "too large"),
         ("9" * 5000, "digits"),

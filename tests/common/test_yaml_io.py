@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_grow.cli import main
-from hf_grow.common import yaml_io as yaml_text
+from hf_grow.common import yaml_io
 from hf_grow.methods.depth import IdentityOptions
 from hf_grow.options import load_yaml, parse
 from hf_grow.training.config import train_config as training
@@ -25,14 +25,14 @@ WORDS = ("e4", "1e", "1e-", "abc1e4", "1e4x", "1e4 2", "0-23", "1e-4,2", "v1e4",
 
 @pytest.mark.parametrize("text", NUMBERS)
 def test_a_number_is_a_number(text: str) -> None:
-    found = yaml_text.loads(f"key: {text}")["key"]
+    found = yaml_io.loads(f"key: {text}")["key"]
     assert (found, type(found)) == (NUMBERS[text], type(NUMBERS[text]))
-    assert yaml_text.loads(f"key: '{text}'") == {"key": text}
+    assert yaml_io.loads(f"key: '{text}'") == {"key": text}
 
 
 @pytest.mark.parametrize("text", WORDS)
 def test_a_word_stays_a_word(text: str) -> None:
-    assert yaml_text.loads(f"key: {text}") == {"key": text}
+    assert yaml_io.loads(f"key: {text}") == {"key": text}
 
 
 scalars = st.one_of(
@@ -42,7 +42,7 @@ scalars = st.one_of(
 
 @given(st.dictionaries(st.sampled_from("abcd"), st.one_of(scalars, st.lists(scalars))))
 def test_what_is_written_is_read_as_it_was(data: dict[str, object]) -> None:
-    found = yaml_text.loads(yaml_text.dumps(data))
+    found = yaml_io.loads(yaml_io.dumps(data))
     assert found == data
     assert repr(found) == repr(data)  # 1 is not 1.0
 
@@ -60,7 +60,7 @@ def test_growth_recipes_training_recipes_and_the_command_line_read_it_alike(tmp_
 
 
 def test_a_word_that_looks_like_a_number_is_told_how_to_be_written() -> None:
-    found = training.read_recipe(yaml_text.loads("attn_implementation: 1e5\nmodel: m\ndata: {train: x}")).mistakes
+    found = training.read_recipe(yaml_io.loads("attn_implementation: 1e5\nmodel: m\ndata: {train: x}")).mistakes
     assert found == ("attn_implementation: 100000.0 is read as a number; put quotes around a word.",)
 
 
@@ -74,16 +74,16 @@ BAD = {
     "a long text many times": ("a: &a '" + "x" * 100_000 + "'\nb: [" + "*a, " * 5_000 + "*a]\n", "more than"),
     "depth of lists": ("a: " + "[" * 5_000, "nested"),
     "depth of mappings": ("".join(" " * i + "a:\n" for i in range(200)), "nested"),
-    "a list that holds itself": ("a: &a [*a]\n", "stands inside"),
-    "a mapping that holds itself": ("a: &a {b: {c: *a}}\n", "stands inside"),
-    "a boolean that is none": ("a: !!bool maybe\n", "not what its tag"),
-    "a number that is none": ("a: !!int x\n", "not what its tag"),
-    "a date that is none": ("a: !!timestamp 2024-13-45 99:00:00\n", "not what its tag"),
-    "a number without end": (f"a: {'9' * 50_000}\n", "not what its tag"),
-    "a key that stands twice": ("noise: 0.1\nseed: 1\nnoise: 0.2\n", "'noise' stands twice"),
+    "a list that holds itself": ("a: &a [*a]\n", "a node that contains it"),
+    "a mapping that holds itself": ("a: &a {b: {c: *a}}\n", "a node that contains it"),
+    "a boolean that is none": ("a: !!bool maybe\n", "does not match its tag"),
+    "a number that is none": ("a: !!int x\n", "does not match its tag"),
+    "a date that is none": ("a: !!timestamp 2024-13-45 99:00:00\n", "does not match its tag"),
+    "a number without end": (f"a: {'9' * 50_000}\n", "does not match its tag"),
+    "a duplicate key": ("noise: 0.1\nseed: 1\nnoise: 0.2\n", "duplicate key 'noise'"),
     "code": ("a: !!python/object/apply:os.system [true]\n", "could not determine a constructor"),
-    "half of a character": ('output: "\\ud800"\n', "half of a character"),
-    "a zero byte": ('output: "a\\0b"\n', "zero byte"),
+    "a lone surrogate": ('output: "\\ud800"\n', "lone surrogate"),
+    "a zero byte": ('output: "a\\0b"\n', "NUL byte"),
     "a list as a key": ("? [a]\n: b\n", "unhashable"),
     "bytes that are no text": (b"a: \xff\xfe", "UTF-8"),
     "control characters": ("a: \x1b[2J", "not valid YAML"),
@@ -106,17 +106,17 @@ def test_a_hostile_recipe_is_one_message(case: str, command: str, tmp_path: Path
 
 @pytest.mark.parametrize("case", ["billion laughs", "merge keys that double", "a long text many times", "depth of lists"])
 def test_what_grows_by_its_aliases_is_refused_before_it_grows(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    loader, composed = yaml_text._classes()[0], []
+    loader, composed = yaml_io._classes()[0], []
     compose = loader.compose_node
     monkeypatch.setattr(loader, "compose_node", lambda self, *a: composed.append(1) or compose(self, *a))
     monkeypatch.setattr(loader, "construct_document", lambda *a: pytest.fail("values are made of it"))
     with pytest.raises(yaml.YAMLError):
-        yaml_text.loads(str(BAD[case][0]))
+        yaml_io.loads(str(BAD[case][0]))
     assert len(composed) < 10_000
 
 
 def test_dates_and_aliases_that_are_small_are_read() -> None:
-    assert yaml_text.loads("a: 2024-13-45 99:99:99\nb: &b [1, 2]\nc: *b\nd: {<<: {x: 1}, y: 2}") == {
+    assert yaml_io.loads("a: 2024-13-45 99:99:99\nb: &b [1, 2]\nc: *b\nd: {<<: {x: 1}, y: 2}") == {
         "a": "2024-13-45 99:99:99", "b": [1, 2], "c": [1, 2], "d": {"x": 1, "y": 2},
     }  # fmt: skip
 

@@ -7,56 +7,46 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grown import SMOLLM2_135M, growth_of
 from models import BY_NAME, make, save
 
 from hf_grow.cli import main
 from hf_grow.errors import PlanError
-from hf_grow.growth.growth import Growth
 from hf_grow.methods import METHODS
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.param_count import count_parameters, extrapolation_warnings
 
-SMALL = Architecture(
-    {
-        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
-    }
-)  # fmt: skip
-"""134.5 million parameters, which is called 135M."""
+SMOL = Architecture(SMOLLM2_135M)
 SIZED = ("dus", "stack", "interleave", "identity", "tile", "aki", "hybrid", "experts")
-
-
-def grow(method: str, **options: Any) -> Growth:
-    return METHODS[method].build(SMALL, METHODS[method].options(**options))
 
 
 @pytest.mark.parametrize("size", ["1M", "134M", "134515008", "135M"])
 @pytest.mark.parametrize("method", SIZED)
 def test_the_size_that_the_source_has_is_no_growth(method: str, size: str) -> None:
-    assert count_parameters(SMALL).total == 134_515_008
-    with pytest.raises(PlanError, match=r"already; .* is no growth") as refused:
-        grow(method, to=size)
+    assert count_parameters(SMOL).total == 134_515_008
+    with pytest.raises(PlanError, match=r"already has .* is not larger") as refused:
+        growth_of(SMOLLM2_135M, method, to=size)
     assert "134,515,008" in str(refused.value)
     assert refused.value.hint
 
 
 def test_a_growth_that_ends_farther_from_the_target_than_the_source_is_refused() -> None:
     """32 layers are 142M: within 5 % of 138M, but the source is nearer."""
-    with pytest.raises(PlanError, match="nearer to 138M than the nearest growth, 142M") as refused:
-        grow("dus", to="138M")
+    with pytest.raises(PlanError, match="closer to 138M than the nearest growth, 142M") as refused:
+        growth_of(SMOLLM2_135M, "dus", to="138M")
     assert "142M (32 layers)" in refused.value.hint
-    assert count_parameters(Architecture(grow("dus", to="139M").config)).total > 141e6
+    assert count_parameters(Architecture(growth_of(SMOLLM2_135M, "dus", to="139M").config)).total > 141e6
 
 
 @pytest.mark.parametrize(("method", "size"), [("dus", "14B"), ("tile", "14B"), ("hybrid", "14B"), ("experts", "160M"), ("experts", "250M")])
 def test_a_size_that_a_method_misses_by_more_than_5_percent_is_refused(method: str, size: str) -> None:
-    with pytest.raises(PlanError, match="cannot be met within 5%"):
-        grow(method, to=size)
+    with pytest.raises(PlanError, match="cannot be reached within 5%"):
+        growth_of(SMOLLM2_135M, method, to=size)
 
 
 def test_experts_say_which_sizes_they_reach() -> None:
     with pytest.raises(PlanError) as refused:
-        grow("experts", to="250M")
+        growth_of(SMOLLM2_135M, "experts", to="250M")
     assert "(2 experts)" in refused.value.hint and "(3 experts)" in refused.value.hint
 
 
@@ -72,7 +62,7 @@ NEAR = [
 
 @pytest.mark.parametrize(("method", "options", "far"), [(*way, True) for way in FAR] + [(*way, False) for way in NEAR], ids=str)
 def test_what_is_far_beyond_the_papers_is_told(method: str, options: dict[str, Any], far: bool) -> None:
-    found = extrapolation_warnings(SMALL, Architecture(grow(method, **options).config))
+    found = extrapolation_warnings(SMOL, Architecture(growth_of(SMOLLM2_135M, method, **options).config))
     assert bool(found) is far
     assert all(line.startswith("Far beyond what is known to work") for line in found)
 
@@ -110,7 +100,7 @@ def test_plan_marks_what_is_far_and_names_the_steps_that_reach_it(folder: Path, 
 def test_plan_offers_no_growth_that_is_farther_from_the_target_than_the_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     now = count_parameters(Architecture(BY_NAME["llama"].config)).total
     status, said = run(capsys, "plan", folder, "--to", now + 1)
-    assert status == 2 and "is no growth" in said
+    assert status == 2 and "is not larger" in said
     status, said = run(capsys, "plan", folder, "--to", round(1.015 * now))
     assert status == 0
     assert "hf-grow dus" not in said and "No way comes within 5% of" in said
