@@ -203,5 +203,5 @@ def test_uploads_draw_no_bars_of_the_library() -> None:
 
     for module in (push, stream):
         code = inspect.getsource(module)
-        assert "no_bars()" in code
-        assert " bars()" not in code
+        assert "progress_bars_disabled()" in code
+        assert " progress_bars()" not in code

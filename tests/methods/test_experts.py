@@ -253,7 +253,7 @@ REFUSED = {
     "biases": ("llama-bias", {"experts": 4}, "has no biases"),
     "utility of another": ("mixtral", {"add": 2, "utility": [1, 2]}, "must hold 4 numbers"),
     "two origins": ("mixtral", {"add": 2, "utility": [1, 2, 3, 4], "copy_from": "0"}, "give one"),
-    "add to dense": ("llama", {"add": 2}, "mixture"),
+    "add to dense": ("llama", {"add": 2}, "applies to MoE"),
     "router of copies": ("mixtral", {"add": 2, "router": "zeros"}, "keep the router rows"),
     "prompts for nothing": ("llama", {"experts": 2, "prompts": {"experts": [{"positive": ["a"]}, {"positive": ["b"]}]}}, "does not apply"),
     "noise of copies": ("llama", {"experts": 4, "noise": 0.1}, "requires --init noise"),
