@@ -1,4 +1,4 @@
-"""`hf-grow inspect MODEL`: what a checkpoint is and what it was grown from, from config, headers and growth.json alone."""
+"""`hf-grow inspect MODEL`: size, architecture, lineage and layer map of a checkpoint, without reading its weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_grow.model.architecture import Entry
 from hf_grow.model.family import AXES
 from hf_grow.model.param_count import count_parameters, format_count
 from hf_grow.publish.layer_map import layer_map
-from hf_grow.publish.lineage import lineage
+from hf_grow.publish.lineage import Node, lineage
 from hf_grow.publish.names import public_ref
 from hf_grow.publish.picture import save_picture
 
@@ -34,26 +34,40 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the layer map of a grown checkpoint into FILE (.svg, or .png)")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the layer map of a grown checkpoint into FILE (.svg or .png)")
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     checkpoint = open_source(arguments.source, revision=arguments.revision, weights=False, notify=render.note)
-    extra = check_source(checkpoint.info)
-    arch = checkpoint.info.architecture
     plan, layers = _growth(checkpoint)
+    tree = lineage(_name(checkpoint), checkpoint.info.history, plan.source.donors if plan else None, checkpoint.revision)
+    facts = _facts(checkpoint, tree, layers)
     if arguments.picture:
         if plan is None or layers is None:
             raise InputError(f"{checkpoint.ref} was not grown by hf-grow: it has no layer map.", hint="Leave --picture out.")
         save_picture(layers, public_ref(plan.source.ref, plan.source.revision), _name(checkpoint), arguments.picture)
         render.note(f"wrote {arguments.picture}")
+    if arguments.json:
+        print_json(facts)
+        return 0
+    _show(checkpoint, facts, tree)
+    if tree.parents:
+        show_lineage(render.console, tree)
+    if layers:
+        show_layer_map(render.console, layers)
+    return 0
+
+
+def _facts(checkpoint: Checkpoint, tree: Node, layers: LayerMap | None) -> dict[str, Any]:
+    """What --json prints."""
+    unknown_tensors = check_source(checkpoint.info)
+    arch = checkpoint.info.architecture
     size = count_parameters(arch)
     parts: Counter[str] = Counter()
     for entry in arch.tensors.values():
         parts[_part(entry)] += math.prod(entry.shape)
-    tree = lineage(_name(checkpoint), checkpoint.info.history, plan.source.donors if plan else None, checkpoint.revision)
-    facts: dict[str, Any] = {
+    return {
         "model": checkpoint.ref,
         "revision": checkpoint.revision,
         "architecture": arch.family.architecture,
@@ -62,39 +76,34 @@ def run(arguments: argparse.Namespace) -> int:
         "tied": arch.tied,
         "parameters": size.total,
         "active_parameters": size.active,
-        "parts": dict(parts),
+        "parts": dict(parts.most_common()),
         "dtypes": dict(Counter(t.dtype for t in checkpoint.tensors.values())),
-        "files": {name: facts["size"] for name, facts in checkpoint.files.items()},
-        "not_in_the_table": extra,
+        "files": {name: file["size"] for name, file in checkpoint.files.items()},
+        "not_in_the_table": unknown_tensors,
         "training": training_totals(training_stages(checkpoint.growth)),
         "history": [dict(step) for step in checkpoint.info.history],
         "lineage": tree.to_json(),
         "layer_map": [{"sources": list(b.sources), "kind": b.kind} for b in layers.blocks] if layers else None,
     }
-    if arguments.json:
-        print_json(facts)
-        return 0
-    table = Table(title=f"{checkpoint.ref}: {arch.family.architecture}", title_justify="left", title_style="bold", show_header=False)
-    table.add_row(
-        "parameters", f"{format_count(size.total)} ({size.total:,})" + (f", {format_count(size.active)} active" if arch.is_moe else "")
-    )
+
+
+def _show(checkpoint: Checkpoint, facts: dict[str, Any], tree: Node) -> None:
+    arch, total = checkpoint.info.architecture, facts["parameters"]
+    table = Table(title=f"{checkpoint.ref}: {facts['architecture']}", title_justify="left", title_style="bold", show_header=False)
+    active = f", {format_count(facts['active_parameters'])} active" if arch.is_moe else ""
+    table.add_row("parameters", f"{format_count(total)} ({total:,}){active}")
     table.add_row("layers", str(arch.layers))
-    table.add_row("axes", ", ".join(f"{k} {v}" for k, v in facts["axes"].items()))
+    table.add_row("axes", ", ".join(f"{axis} {size}" for axis, size in facts["axes"].items()))
     table.add_row("embeddings", _tying(checkpoint, arch.tied))
-    for part, count in parts.most_common():
-        table.add_row(part, f"{format_count(count)} ({count / size.total:.1%})")
-    table.add_row("dtypes", ", ".join(f"{n} tensors {d}" for d, n in facts["dtypes"].items()))
+    for part, count in facts["parts"].items():
+        table.add_row(part, f"{format_count(count)} ({count / total:.1%})")
+    table.add_row("dtypes", ", ".join(f"{count} tensors {dtype}" for dtype, count in facts["dtypes"].items()))
     table.add_row("files", f"{len(checkpoint.files)}, {format_bytes(sum(facts['files'].values()))}")
     if tree.parents:
         table.add_row("grown by", Text(f"{tree.step.split(',')[0]} from {tree.parents[0].name}"))
-    if trained := describe_training(facts["training"]):
-        table.add_row("since then", trained)
+    if training := describe_training(facts["training"]):
+        table.add_row("since then", training)
     render.console.print(table)
-    if tree.parents:
-        show_lineage(render.console, tree)
-    if layers:
-        show_layer_map(render.console, layers)
-    return 0
 
 
 def _tying(checkpoint: Checkpoint, tied: bool) -> str:
@@ -105,7 +114,7 @@ def _tying(checkpoint: Checkpoint, tied: bool) -> str:
 
 
 def _growth(checkpoint: Checkpoint) -> tuple[GrowthPlan | None, LayerMap | None]:
-    """The growth that made the checkpoint, where growth.json holds one that can be read."""
+    """The growth that made the checkpoint, if growth.json records one that can be read."""
     if checkpoint.growth is None:
         return None, None
     try:

@@ -18,43 +18,43 @@ GLYPHS: dict[Kind, tuple[str, str, str]] = {
     "average": ("~", "~", "magenta"),
     "identity": ("+", "+", "green"),
 }
-"""In a terminal that knows Unicode; in one that does not; colour. The glyphs differ too, so that colour is not needed."""
-ACROSS = 64
-MOST_RUNS = 32
+"""Kind of layer -> glyph in Unicode, in ASCII, and colour. The glyphs differ too, so that colour is not needed."""
+LAYERS_PER_LINE = 64
+MAX_RUNS = 32
+INNER_AXES = ("hidden", "inter", "expert_inter", "kv", "group", "head_dim", "experts")
 
 
 def show_layer_map(console: Console, layers: LayerMap) -> None:
-    """One glyph a layer, then one row for every run of layers that follow each other in the source too."""
-    ascii_only = console.options.ascii_only
+    """One glyph per layer, then one row for each run of layers that are consecutive in the source too."""
     strips = Table(title="layer map", title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
-    before: list[Kind] = ["kept"] * layers.source.layers
-    for title, kinds in (("source", before), ("target", [b.kind for b in layers.blocks])):
-        for start in range(0, len(kinds), ACROSS):
-            glyphs = Text.assemble(*((_glyph(k, ascii_only), GLYPHS[k][2]) for k in kinds[start : start + ACROSS]))
-            strips.add_row("" if start else title, str(start), glyphs)
+    source: list[Kind] = ["kept"] * layers.source.layers
+    for title, kinds in (("source", source), ("target", [b.kind for b in layers.blocks])):
+        for start in range(0, len(kinds), LAYERS_PER_LINE):
+            line = Text.assemble(*(_glyph(console, kind) for kind in kinds[start : start + LAYERS_PER_LINE]))
+            strips.add_row("" if start else title, str(start), line)
     console.print(strips)
-    runs = Table(box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("layers", "", "from", ""):
-        runs.add_column(column, justify="right" if column else "left")
-    found = layers.runs()
-    for run in found[:MOST_RUNS]:
-        runs.add_row(run.target, Text(_glyph(run.kind, ascii_only), GLYPHS[run.kind][2]), run.source, MEANING[run.kind])
-    console.print(runs)
-    if len(found) > MOST_RUNS:
-        console.print(f"... and {len(found) - MOST_RUNS} more runs (--json has all, --picture draws them)", style="dim")
-    for text in _shapes(layers):
+        table.add_column(column, justify="right" if column else "left")
+    runs = layers.runs()
+    for run in runs[:MAX_RUNS]:
+        table.add_row(run.target, _glyph(console, run.kind), run.source, MEANING[run.kind])
+    console.print(table)
+    if len(runs) > MAX_RUNS:
+        console.print(f"... and {len(runs) - MAX_RUNS} more runs (--json lists all, --picture draws them)", style="dim")
+    for text in _changes_inside(layers):
         console.print(text, markup=False)
 
 
-def _glyph(kind: Kind, ascii_only: bool) -> str:
-    return GLYPHS[kind][1 if ascii_only else 0]
+def _glyph(console: Console, kind: Kind) -> Text:
+    unicode, ascii_, colour = GLYPHS[kind]
+    return Text(ascii_ if console.options.ascii_only else unicode, colour)
 
 
-def _shapes(layers: LayerMap) -> Iterator[str]:
-    """What changed inside the layers."""
-    a, b = layers.source, layers.target
-    axes = ("hidden", "inter", "expert_inter", "kv", "group", "head_dim", "experts")
-    changed = [f"{axis} {a.size(axis) or '-'} -> {b.size(axis) or '-'}" for axis in axes if a.size(axis) != b.size(axis)]
+def _changes_inside(layers: LayerMap) -> Iterator[str]:
+    """What changed within the layers: further checkpoints, and sizes."""
+    old, new = layers.source, layers.target
+    changed = [f"{axis} {old.size(axis) or '-'} -> {new.size(axis) or '-'}" for axis in INNER_AXES if old.size(axis) != new.size(axis)]
     if layers.further:
         yield f"with       {len(layers.further)} further checkpoints in every layer"
     if changed:
@@ -62,12 +62,13 @@ def _shapes(layers: LayerMap) -> Iterator[str]:
 
 
 def show_lineage(console: Console, root: Node) -> None:
+    """The tree of the checkpoints that ``root`` was grown from."""
     tree = Tree(Text(root.text, "bold"), guide_style="dim")
-    _grow(tree, root)
+    _add_parents(tree, root)
     console.print("lineage", style="bold")
-    console.print(tree, soft_wrap=False)  # a tree would cut what does not fit
+    console.print(tree, soft_wrap=False)  # soft wrapping would cut off long lines of a tree
 
 
-def _grow(tree: Tree, node: Node) -> None:
+def _add_parents(tree: Tree, node: Node) -> None:
     for parent in node.parents:
-        _grow(tree.add(Text(parent.text)), parent)
+        _add_parents(tree.add(Text(parent.text)), parent)

@@ -1,4 +1,4 @@
-"""What plans, sizes and reports look like to people."""
+"""Terminal output of plans, candidates and progress."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from hf_grow.growth.growth import CandidateTable
     from hf_grow.growth.plan import GrowthPlan
 
-MOST_COLUMNS = 4_000
-"""The longest piece of a line on the terminal: a list of all layers of a large model fits."""
+MAX_CHARACTERS = 4_000
+"""Of one piece of text: enough for a list of all layers of a large model."""
 
 
 class Screen(Console):
-    """What is printed holds values from files of unknown origin: everything goes through `shown`, and only rich's own styles move the cursor."""
+    """A console for values from untrusted files: all text goes through `printable`, so that only rich's own control codes reach the terminal."""
 
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(printable(segment.text, MOST_COLUMNS), segment.style)
+            yield segment if segment.control else Segment(printable(segment.text, MAX_CHARACTERS), segment.style)
 
 
-# No markup: names of folders, files and tensors may hold brackets and colons.
+# No markup: names of folders, files and tensors may contain brackets and colons.
 console = Screen(highlight=False, soft_wrap=True, markup=False, emoji=False)
 notes = Screen(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
@@ -47,14 +47,8 @@ def note(message: str) -> None:
     notes.print(message, style="dim", markup=False)
 
 
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def plan_facts(plan: GrowthPlan) -> dict[str, Any]:
-    """The figures of a plan, for --json."""
+    """The plan as JSON data, for --json."""
     old, new = plan.sizes
     return {
         "method": plan.growth.method,
@@ -83,6 +77,7 @@ def plan_facts(plan: GrowthPlan) -> dict[str, Any]:
 
 
 def show_plan(plan: GrowthPlan) -> None:
+    """Prints the table of a plan, its layers, guarantee and warnings."""
     old, new = plan.sizes
     a, b = plan.source.architecture, plan.architecture
     table = Table(title=f"{plan.growth.method}: {plan.source.refs}", title_justify="left", title_style="bold")
@@ -95,8 +90,8 @@ def show_plan(plan: GrowthPlan) -> None:
     table.add_row("weights on disk", format_bytes(plan.source.nbytes), format_bytes(plan.nbytes))
     if more := len(plan.source.donors):
         table.add_row(f"weights of {more} further source{'s' * (more > 1)}", format_bytes(plan.source_nbytes - plan.source.nbytes), "")
-    table.add_row("forward FLOPs a token", format_count(old.flops), format_count(new.flops))
-    table.add_row("KV cache a token (16 bit)", f"{old.kv_values / 512:.0f} KiB", f"{new.kv_values / 512:.0f} KiB")
+    table.add_row("forward FLOPs per token", format_count(old.flops), format_count(new.flops))
+    table.add_row("KV cache per token (16 bit)", f"{old.kv_values / 512:.0f} KiB", f"{new.kv_values / 512:.0f} KiB")
     console.print(table)
     console.print(f"layers     {layer_ranges(plan.growth.layers)}", markup=False)
     copies = len(plan.copies())
@@ -115,7 +110,7 @@ def show_plan(plan: GrowthPlan) -> None:
 
 
 def show_candidates(candidates: CandidateTable) -> None:
-    """The shapes that a method ranked, with the chosen one in bold."""
+    """Prints the sizes that a method ranked, the chosen one in bold."""
     table = Table(title=candidates.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("", *candidates.columns):
         table.add_column(column, justify="right", no_wrap=True)
@@ -128,7 +123,10 @@ def show_candidates(candidates: CandidateTable) -> None:
 
 @contextmanager
 def bytes_bar(label: str, total: int, *, quiet: bool, then: str = "") -> Iterator[Progress]:
-    """A progress bar on stderr with bytes a second and the time left; silent where stderr is no terminal. ``then``: what goes on after the last byte."""
+    """A progress bar on stderr with bytes per second and the time left; nothing where stderr is not a terminal.
+
+    ``then``: the description after the last byte, if the work goes on.
+    """
     if quiet or not sys.stderr.isatty():
         yield lambda nbytes: None
         return
@@ -147,7 +145,7 @@ def bytes_bar(label: str, total: int, *, quiet: bool, then: str = "") -> Iterato
 
 @contextmanager
 def tokens_bar(label: str, total: int, *, quiet: bool) -> Iterator[TokenProgress]:
-    """The same for tokens, whose number so far it shows; where stderr is no terminal, in a line now and then."""
+    """A progress bar on stderr that counts tokens; where stderr is not a terminal, a line now and then."""
     if quiet:
         yield TokenProgress()
         return

@@ -9,6 +9,7 @@ from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, add_source, enough_memory, print_json
 from hf_grow.common.extras import require_packages
+from hf_grow.common.units import format_duration
 from hf_grow.options import Options, parse
 from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.data.replay import ReplayResult, SamplingEstimate, estimate_sampling, sample_replay
@@ -75,7 +76,7 @@ def _show_estimate(estimate: SamplingEstimate, options: ReplayOptions, how: Repl
         f"speed      {estimate.tokens_per_second:,.0f} tokens/s sampled, of which {estimate.kept:.0%} pass the filters", markup=False
     )
     render.console.print(
-        f"estimate   {render.duration(estimate.seconds)} for {options.tokens:,} tokens (nothing written: --dry-run)", markup=False
+        f"estimate   {format_duration(estimate.seconds)} for {options.tokens:,} tokens (nothing written: --dry-run)", markup=False
     )
     return 0
 
@@ -91,7 +92,7 @@ def _show(replay: ReplayResult, out: Path) -> None:
         render.console.print(
             f"cut        {counts['cut']:,} texts, at {length:,} tokens (--max-length): they are packed without EOS", markup=False
         )
-    render.console.print(f"wrote      {out}: {counts['tokens']:,} tokens, {render.duration(replay.seconds)}", markup=False)
+    render.console.print(f"wrote      {out}: {counts['tokens']:,} tokens, {format_duration(replay.seconds)}", markup=False)
     if replay.sampled_tokens:
         render.console.print(f"speed      {facts['tokens_per_second']:,.0f} tokens/s sampled", markup=False)
     render.console.print(f"use it     replay: {{path: {out}, share: 0.25}} in the recipe of hf-grow train", markup=False)

@@ -15,7 +15,7 @@ from hf_grow.checkpoint.reader import open_folder
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, enough_memory, print_json, show_next
 from hf_grow.common import yaml_io as yaml_text
-from hf_grow.common.units import format_bytes
+from hf_grow.common.units import format_bytes, format_duration
 from hf_grow.errors import ExecutionError
 from hf_grow.model.param_count import format_count
 from hf_grow.options import Excludes, Options, Requires, parse
@@ -208,7 +208,7 @@ def _time(time: dict[str, Any]) -> str:
     measured = f"{time['seconds_a_step']:.3g} s a step{rate} (median of {count})"
     if time["seconds"] is None:
         return f"{measured}; how many steps there are is not known"
-    return f"{measured}: {render.duration(time['seconds'])} in all, without {without}"
+    return f"{measured}: {format_duration(time['seconds'])} in all, without {without}"
 
 
 def after_training(output: Path) -> list[tuple[str | Path, ...]]:

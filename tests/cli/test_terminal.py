@@ -210,8 +210,8 @@ def test_what_a_library_prints_past_python_does_not_stand_before_the_json(source
     """As tokenizers does: its warnings are written by Rust, to file descriptor 1."""
     code = (
         "import os, sys; from hf_grow import cli\n"
-        "run = cli._run\n"
-        "cli._run = lambda words: (os.write(1, b'a warning\\n'), run(words))[1]\n"
+        "run = cli.run_command\n"
+        "cli.run_command = lambda words: (os.write(1, b'a warning\\n'), run(words))[1]\n"
         "status = cli.main(sys.argv[1:])\n"
         "print('after')\n"
         "sys.exit(status)"
