@@ -19,7 +19,7 @@ from hf_grow._version import __version__
 
 if TYPE_CHECKING:
     from hf_grow.api import grow, plan, push, train, verify
-    from hf_grow.convert.execute import Result
+    from hf_grow.checkpoint.writer import Result
     from hf_grow.convert.in_memory import grow_model
     from hf_grow.errors import ExecutionError, GrowError, InputError, OutputError, PlanError, SourceError, VerificationError
     from hf_grow.growth.growth import Guarantee
@@ -32,7 +32,7 @@ _HOMES = {
     **dict.fromkeys(
         ("ExecutionError", "GrowError", "InputError", "OutputError", "PlanError", "SourceError", "VerificationError"), "hf_grow.errors"
     ),
-    "Result": "hf_grow.convert.execute",
+    "Result": "hf_grow.checkpoint.writer",
     "Guarantee": "hf_grow.growth.growth",
     "grow_model": "hf_grow.convert.in_memory",
     "METHODS": "hf_grow.methods",

@@ -118,6 +118,16 @@ def parse(model: type[M], data: Mapping[str, Any], *, where: str, strict: bool =
     return parsed
 
 
+def combined(*models: type[Options]) -> type[Options]:
+    """A model with the fields of several, so that the mistakes in all of them are reported at once. `part` takes it apart again."""
+    return type("Options", models, {"__module__": __name__})
+
+
+def part(options: Options, model: type[M]) -> M:
+    """The fields of ``model`` in the options of a `combined` model."""
+    return model(**{name: getattr(options, name) for name in options.model_fields_set & model.model_fields.keys()})
+
+
 def raise_errors(where: str, errors: Sequence[str]) -> None:
     """Raises InputError with all errors, one per line, if there are any."""
     if errors:

@@ -115,6 +115,15 @@ def open_source(
     return _download(remote, checkpoint, notify) if weights else checkpoint
 
 
+def with_weights(checkpoint: Checkpoint, notify: Callable[[str], None] = lambda message: None) -> Checkpoint:
+    """The checkpoint with its weights on this machine: unchanged for a folder, else downloaded at its commit. Raises SourceError."""
+    if checkpoint.folder is None:
+        return _download(hub.fetch_listing(checkpoint.ref, checkpoint.revision), checkpoint, notify)
+    if checkpoint.revision and not companions(checkpoint.folder):
+        notify(f"The cached copy of {checkpoint.ref} has no tokenizer; the grown checkpoint will have none either.")
+    return checkpoint
+
+
 def prefer_cached(checkpoint: Checkpoint) -> Checkpoint:
     """A checkpoint on the Hub, as a copy in the cache where all its weights are there; else as it is."""
     if checkpoint.folder is not None or not all(hub.cached_file(checkpoint.ref, checkpoint.revision, f) for f in checkpoint.files):

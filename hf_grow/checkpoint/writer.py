@@ -49,6 +49,20 @@ class Shard:
         return self.slots[-1].stop if self.slots else len(self.header)
 
 
+@dataclass(frozen=True)
+class Result:
+    """What was written."""
+
+    out: Path
+    shards: Mapping[str, str]
+    """Weight file -> SHA-256."""
+    nbytes: int
+    """Bytes of the weight files."""
+    seconds: float
+    resumed: int
+    """Tensors kept from an interrupted run."""
+
+
 def layout(targets: Mapping[str, TensorInfo], max_shard_size: int = DEFAULT_SHARD_SIZE) -> list[Shard]:
     """Shards filled in order, each up to `max_shard_size` bytes of data (a larger single tensor gets a shard of its own)."""
     groups: list[list[str]] = [[]]

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from hf_grow.api import plan_for
+from hf_grow.api.planning import plan_for
 from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import COMMANDS, render
 from hf_grow.cli.commands import add_json, add_source, print_json

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from rich.table import Table
 
+from hf_grow.checkpoint.writer import Progress
 from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, existing_folder, print_json
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import ExecutionError
-from hf_grow.options import Options, Requires, parse
+from hf_grow.options import Options, parse
 from hf_grow.publish.manifest import Manifest, make_manifest
 from hf_grow.publish.push import Destination, Pushed, card_additions, push, retry_hint, uploaded_weights
 
@@ -32,29 +35,6 @@ class PushOptions(Options):
     """List what would be sent, and send nothing."""
 
 
-class PublishOptions(Options):
-    """Publishing as a part of a growth."""
-
-    push: str | None = None
-    """Publish the result as this repository on the Hub, OWNER/NAME; see hf-grow push."""
-    private: Annotated[bool, Requires("push")] = False
-    """With --push, make the repository private."""
-    push_revision: Annotated[str | None, Requires("push")] = None
-    """With --push, branch to commit to, made if need be."""
-    create_pr: Annotated[bool, Requires("push")] = False
-    """With --push, open a pull request instead of committing."""
-    message: Annotated[str | None, Requires("push")] = None
-    """With --push, first line of the commit."""
-    stream_push: Annotated[bool, Requires("push")] = False
-    """With --push, send each shard when it is finished and remove it here: two shards lie on the disk at most. The commit comes last."""
-
-    def destination(self) -> Destination | None:
-        """Where the result is published, if anywhere."""
-        if self.push is None:
-            return None
-        return Destination(self.push, self.private, self.push_revision, self.create_pr, self.message)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="checkpoint folder, as hf-grow or save_pretrained writes it")
     parser.add_argument("repo", metavar="REPO", help="repository on the Hub, OWNER/NAME; NAME alone is one of your account")
@@ -68,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     to = Destination(arguments.repo, options.private, options.revision, options.create_pr, options.message)
     if options.dry_run:
         return _dry_run(make_manifest(folder), to, as_json=arguments.json)
-    pushed = push_with_bar(folder, to, quiet=arguments.json)
+    with publishing_bar(folder, to, quiet=arguments.json) as progress:
+        pushed = push(folder, to, progress=progress, notify=render.note)
     if arguments.json:
         print_json(pushed_facts(pushed))
     else:
@@ -76,14 +57,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def push_with_bar(folder: Path, to: Destination, *, quiet: bool) -> Pushed:
-    """Pushes with one progress bar: bytes hashed first, then a moving bar while huggingface_hub uploads all files at once."""
+@contextmanager
+def publishing_bar(folder: Path, to: Destination, *, quiet: bool) -> Iterator[Progress]:
+    """A progress bar for `push`: it counts the bytes checked, and pulses while huggingface_hub sends all files at once. An interruption inside
+    becomes an ExecutionError that says how to continue."""
     manifest = make_manifest(folder)
     if manifest.left_out:
         render.note(f"Left out: {', '.join(manifest.left_out)}.")
     try:
         with render.bytes_bar("checking", manifest.weight_nbytes, quiet=quiet, then="sending") as progress:
-            return push(folder, to, progress=progress, notify=render.note)
+            yield progress
     except KeyboardInterrupt:
         raise ExecutionError("Interrupted while publishing.", hint=retry_hint(folder, to)) from None
 

@@ -29,11 +29,11 @@ from hf_grow.checkpoint.folder_exchange import error_filename
 from hf_grow.checkpoint.partial_folder import PartialFolder
 from hf_grow.checkpoint.provenance import recorded_files
 from hf_grow.checkpoint.reader import GROWTH, Checkpoint
-from hf_grow.checkpoint.shard_sink import ShardSink, peak_shard_bytes
+from hf_grow.checkpoint.shard_sink import ShardSink
 from hf_grow.checkpoint.tensor_cache import TensorCache
 from hf_grow.checkpoint.tied_heads import check_tied_heads
 from hf_grow.checkpoint.transfer import copy_range, hash_range, write_all
-from hf_grow.checkpoint.writer import DEFAULT_MEMORY, WORKERS, Progress, Shard, Slot, check_disk_space
+from hf_grow.checkpoint.writer import DEFAULT_MEMORY, WORKERS, Progress, Result, Shard, Slot
 from hf_grow.common.safe_files import error_text, open_regular, read_json
 from hf_grow.convert.metadata import write_metadata
 from hf_grow.errors import ExecutionError, GrowError, OutputError, SourceError
@@ -43,17 +43,6 @@ from hf_grow.growth.tensormap import Fill, Noise
 
 if TYPE_CHECKING:
     from hf_grow.growth.evaluate import Evaluator
-
-
-@dataclass(frozen=True)
-class Result:
-    out: Path
-    shards: Mapping[str, str]
-    """Weight file -> SHA-256."""
-    nbytes: int
-    seconds: float
-    resumed: int
-    """Tensors kept from an interrupted run."""
 
 
 @dataclass
@@ -115,19 +104,16 @@ def execute(
     before it gets its name; it returns their names. ``sink`` may take shards away as they are finished. ``cache`` fetches the source's tensors where
     `checkpoint` is on the Hub; it is made for the same shards.
 
-    Raises OutputError before a byte is written if `out` exists or the disk has no room; SourceError if a weight is not finite (unless
+    Raises OutputError before a byte is written if `out` exists; SourceError if a weight is not finite (unless
     `allow_nonfinite`); ExecutionError if writing fails. After an error or an interruption `out`.partial can be gone on with by `resume`;
     with `overwrite` too, an `out` that exists is replaced when all is done.
     """
     began = time.perf_counter()
     check_tied_heads(plan, checkpoint)
     total = sum(s.size for s in shards)
-    PartialFolder.check(out, resume=resume, overwrite=overwrite)
     key = hashlib.sha256(f"{plan.fingerprint}\n{__version__}\n{[(s.file, s.size) for s in shards]}".encode()).hexdigest()
     sink = sink or ShardSink()
     workers = workers or WORKERS
-    if not resume:
-        check_disk_space(out, peak_shard_bytes(shards, sink.window) + (cache.peak_bytes(workers) if cache else 0))
     with PartialFolder(out, key, resume=resume, overwrite=overwrite) as folder, translate_os_errors(folder):
         if folder.complete:
             return _as_recorded(out, total, time.perf_counter() - began, len(plan.targets), sink)

@@ -126,7 +126,7 @@ def test_what_is_here_is_not_fetched(folder: Path) -> None:
 @pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way in ("seam", "experts", "stack-noise"))) for way in WAYS])
 def test_the_result_is_that_of_a_whole_source(way: str, served: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for keep, workers in ((0, 4), (20_000, 1)):
-        monkeypatch.setattr("hf_grow.convert.execute.WORKERS", workers)
+        monkeypatch.setattr("hf_grow.api.growth_job.WORKERS", workers)
         served.log.clear()
         out = tmp_path / f"streamed-{keep}-{workers}"
         assert run(*words(way, out, "--stream-source", "--source-cache", keep, "--max-shard-size", "50KB", "--json")) == 0
@@ -275,16 +275,17 @@ def test_a_file_that_is_another_one_meanwhile(
     repo = served.repos[SOURCE]
     blobs = [b for n, b in repo.commits[repo.refs["main"]].items() if n.endswith(".safetensors")]
     originals = [b.sha256 for b in blobs]
-    from hf_grow.cli import grow
+    from hf_grow.api import growth_job
 
-    real = grow.fetch_small
+    real = growth_job.fetch_companions
 
-    def then_change(*args: Any) -> None:
-        real(*args)
+    def then_change(checkpoint: Any) -> Path:
+        folder = real(checkpoint)
         for blob in blobs:
             blob.__dict__["sha256"] = "0" * 64
+        return folder
 
-    monkeypatch.setattr(grow, "fetch_small", then_change)
+    monkeypatch.setattr(growth_job, "fetch_companions", then_change)
     said = refused(capsys, *words("seam", tmp_path / "out", "--stream-source"), status=2)
     assert "is not the one that was listed" in said
     for blob, sha256 in zip(blobs, originals, strict=True):
@@ -332,11 +333,11 @@ def test_small_files_must_have_the_hash_that_was_listed(
 
 def test_what_a_streamed_source_proves_is_said(served: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*words("seam", tmp_path / "a", "--stream-source")) == 0
-    assert "proved by `hf-grow verify`" in capsys.readouterr().out
+    assert "checked by `hf-grow verify`" in capsys.readouterr().out
     assert run(*words("seam", tmp_path / "b", "--stream-source", "--json")) == 0
     assert "hf-grow verify" in json.loads(capsys.readouterr().out)["source_checked"]
     assert run(*words("seam", tmp_path / "c")) == 0
-    assert "proved by" not in capsys.readouterr().out
+    assert "checked by" not in capsys.readouterr().out
 
 
 def test_bytes_that_a_server_changed_under_true_headers_are_found_by_verify(

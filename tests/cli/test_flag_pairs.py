@@ -113,7 +113,7 @@ def test_in_every_pair_both_flags_are_heard_or_refused(
     recorder = Recorder(place, capsys)
     monkeypatch.setattr("hf_grow.cli.demo.run_demo", recorder.told(None))
     monkeypatch.setattr("hf_grow.training.peft.lora.merge_adapter", recorder.told(SimpleNamespace(base="b", layers=1, plan=None)))
-    monkeypatch.setattr("hf_grow.cli.push.push_with_bar", recorder.told(Pushed("you/model", "url", "c" * 40, "", 1, 1)))
+    monkeypatch.setattr("hf_grow.cli.push.push", recorder.told(Pushed("you/model", "url", "c" * 40, "", 1, 1)))
     monkeypatch.setattr("hf_grow.cli.push.uploaded_weights", recorder.told(None))
     outcome = recorder.outcome([w.format(tmp=place) for w in base])
     heard = 0
@@ -173,4 +173,4 @@ def test_a_key_beside_what_it_belongs_to() -> None:
 @pytest.mark.parametrize("key", ["name", "split", "revision", "files", "text_field", "limit"])
 def test_text_that_is_sampled_is_not_read_from_a_data_set(key: str) -> None:
     _, wrong = validate(TrainRecipe, {"model": "m", "data": {"train": "t", "replay": {"self": {}, key: 3 if key == "limit" else "x"}}})
-    assert len(wrong) == 1 and f"{key} would do nothing" in wrong[0]
+    assert len(wrong) == 1 and f"{key} would have no effect" in wrong[0]

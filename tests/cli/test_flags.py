@@ -7,6 +7,8 @@ What is done is looked at from outside: the growth that is planned, and the call
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,19 @@ import torch
 from models import BY_NAME, make, save
 
 from hf_grow import api
-from hf_grow.cli import grow, main, push, train, verify
-from hf_grow.cli.grow import OutputOptions
+from hf_grow.api import growth_job
+from hf_grow.api.output_options import OutputOptions
+from hf_grow.checkpoint.tensor_cache import TensorCache
+from hf_grow.checkpoint.writer import Result, layout
+from hf_grow.cli import grow, main, train, verify
+from hf_grow.cli.grow import CommandOptions
 from hf_grow.cli.verify import CompareOptions
 from hf_grow.errors import GrowError
 from hf_grow.growth.tensormap import Expr, Noise, Orthogonal
 from hf_grow.methods import METHODS
-from hf_grow.options import Excludes, Options, Requires, unmet_requirements, validate
+from hf_grow.options import Excludes, Options, Requires, combined, unmet_requirements, validate
+from hf_grow.publish.push import Pushed
+from hf_grow.publish.stream import StreamSink
 from hf_grow.training.config.fisher_options import FisherFileOptions, FisherOptions
 from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.config.train_config import TrainRecipe
@@ -169,21 +177,33 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             else ""
         )
 
-    def streamed(plan: Any, checkpoint: Any, shards: Any, keep: int, *, quiet: bool) -> Any:
-        made.append(("streamed", keep))
-        return checkpoint, None
+    def told_cache(plan: Any, checkpoint: Any, shards: Any, *, keep: int) -> TensorCache:
+        made.append(("cache", keep))
+        return TensorCache(plan, checkpoint, shards, keep=keep)
 
-    monkeypatch.setattr(grow, "layout", told("layout", []))
-    monkeypatch.setattr(grow, "streamed", streamed)
-    monkeypatch.setattr(grow, "check_trainer_checkpoint", told("check optimizer"))
-    monkeypatch.setattr(grow, "warn_unsettled", told("unsettled"))
-    monkeypatch.setattr(grow, "check_destination", told("destination"))
-    monkeypatch.setattr(grow, "prepare", lambda to: made.append(("prepare", repr(to))) or to)
-    monkeypatch.setattr(grow, "grow_checkpoint_state", told("optimizer", "also"))
-    monkeypatch.setattr(grow, "StreamSink", told("sink", "sink"))
-    monkeypatch.setattr(grow.PartialFolder, "check", told("place"))
-    monkeypatch.setattr("hf_grow.convert.execute.execute", told("execute"))
-    monkeypatch.setattr(grow, "_finish", lambda *a, **k: made.append(("finish", str(a[1]), repr(a[4]))) or 0)
+    class ToldSink(StreamSink):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(("sink", repr(self.to)))
+            self.pushed = pushed
+
+    pushed = Pushed("you/model", "url", "c" * 40, None, 1, 1)
+    monkeypatch.setattr(growth_job, "layout", lambda targets, size: made.append(("layout", size)) or layout(targets, size))
+    # A source that seems to be on the Hub.
+    monkeypatch.setattr(growth_job, "prefer_cached", lambda checkpoint: replace(checkpoint, folder=None))
+    monkeypatch.setattr(growth_job, "_was_given_as_folder", lambda checkpoint: False)
+    monkeypatch.setattr(growth_job, "fetch_companions", told("companions", Path()))
+    monkeypatch.setattr("hf_grow.checkpoint.tensor_cache.TensorCache", told_cache)
+    monkeypatch.setattr(growth_job, "check_trainer_checkpoint", told("check optimizer"))
+    monkeypatch.setattr(growth_job, "warn_unsettled", told("unsettled"))
+    monkeypatch.setattr(growth_job, "check_destination", told("destination"))
+    monkeypatch.setattr(growth_job, "prepare_repo", lambda to: made.append(("prepare", repr(to))) or to)
+    monkeypatch.setattr(growth_job, "grow_checkpoint_state", told("optimizer", "also"))
+    monkeypatch.setattr(growth_job, "StreamSink", ToldSink)
+    monkeypatch.setattr(growth_job.PartialFolder, "check", told("place"))
+    monkeypatch.setattr("hf_grow.convert.execute.execute", told("execute", Result(Path(), {}, 1, 1.0, 0)))
+    monkeypatch.setattr(growth_job, "push", told("push", pushed))
+    monkeypatch.setattr(grow, "publishing_bar", lambda *arguments, **named: nullcontext(lambda nbytes: None))
     return made
 
 
@@ -195,7 +215,7 @@ def words(options: Mapping[str, Any], place: Path) -> list[str]:
 
 
 def test_every_output_option_has_samples() -> None:
-    assert OutputOptions.model_fields.keys() == OUTPUT.keys() | {"dry_run"}
+    assert combined(CommandOptions, OutputOptions).model_fields.keys() == OUTPUT.keys() | {"dry_run"}
 
 
 @pytest.mark.parametrize("through", ["flags", "recipe"])
@@ -343,6 +363,5 @@ def test_the_keys_of_a_training_recipe_are_asked_for_what_they_need() -> None:
 
 
 def test_publishing_flags_belong_to_a_repository() -> None:
-    assert {name for _, name, rule in declared(push.PublishOptions) if rule.other == "push"} == push.PublishOptions.model_fields.keys() - {
-        "push"
-    }
+    publishing = {"private", "push_revision", "create_pr", "message", "stream_push"}
+    assert {name for _, name, rule in declared(OutputOptions) if rule.other == "push"} == publishing

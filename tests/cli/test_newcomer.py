@@ -153,7 +153,7 @@ def test_an_interruption_is_json_too(source: Path, capsys: pytest.CaptureFixture
     def interrupted(*words: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_grow.cli.grow.open_sources", interrupted)
+    monkeypatch.setattr("hf_grow.api.growth_job.open_sources", interrupted)
     assert main(["dus", str(source), "--json"]) == 1
     facts = json.loads(capsys.readouterr().out)
     assert (facts["status"], "--resume" in facts["error"]) == (1, True)

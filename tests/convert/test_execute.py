@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from grown import write
 from models import BY_NAME, Case, each_case, make, save, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -111,7 +112,7 @@ def test_a_seam_in_fp64_is_the_weighted_mean_to_the_last_bits(tmp_path: Path) ->
 
 def test_noise_has_the_size_asked_for_only_on_repeated_matrices_and_no_block_size_changes_it(tmp_path: Path) -> None:
     source = save(make({**BY_NAME["llama"].config, "hidden_size": 192, "intermediate_size": 512}), tmp_path / "source")
-    api.grow(source, tmp_path / "a", "stack", noise=0.1, memory_budget=1000)
+    write(source, tmp_path / "a", "stack", {"noise": 0.1}, memory_budget=1000)
     api.grow(source, tmp_path / "b", "stack", noise=0.1, max_shard_size=10**5, workers=2)
     a, b, old = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b"), tensors_of(source)
     assert all(torch.equal(a[n], b[n]) for n in a)
@@ -258,7 +259,7 @@ def test_computed_tensors_that_are_not_finite_pass_when_allowed_and_verify(bad: 
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[3, 5] = bad
     source = save(model, tmp_path / "source")
-    api.grow(source, tmp_path / "out", "dus", drop=1, seam_average=1, allow_nonfinite=True, memory_budget=1000)
+    write(source, tmp_path / "out", "dus", {"drop": 1, "seam_average": 1}, allow_nonfinite=True, memory_budget=1000)
     written, stored = tensors_of(tmp_path / "out"), tensors_of(source)
     mixed = "model.layers.{}.mlp.up_proj.weight"
     for layer in (2, 4):  # the seam, a mean of the bad layer and another, and a copy

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from grown import growth_of, plan_of
+from grown import growth_of, plan_of, write
 from models import BY_NAME, CASES, Case, make, save
 from safetensors.torch import load_file
 
@@ -68,7 +68,7 @@ def test_neither_shards_nor_memory_nor_workers_change_a_bit(way: str, tmp_path: 
     for i, how in enumerate(
         ({"max_shard_size": 20_000, "memory_budget": 1}, {"max_shard_size": 100_000, "memory_budget": 5000, "workers": 3})
     ):
-        api.grow(source, tmp_path / str(i), method, **how, **options)
+        write(source, tmp_path / str(i), method, options, **how)
         assert len(list((tmp_path / str(i)).glob("*.safetensors"))) > 1
         assert same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / str(i)))
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_grow.api import find_method
+from hf_grow.api import find_method, plan
+from hf_grow.checkpoint.reader import open_folder
+from hf_grow.checkpoint.writer import DEFAULT_SHARD_SIZE, layout
+from hf_grow.convert.execute import execute
 from hf_grow.convert.in_memory import describe_model, disk_names, grow_model
 from hf_grow.growth.evaluate import Evaluator
 from hf_grow.growth.growth import Growth, compose
@@ -45,6 +49,14 @@ def plan_of(model: PreTrainedModel, method: str, /, *, deeper: str = "", **optio
 
 def grown_by(model: PreTrainedModel, method: str, /, **options: Any) -> PreTrainedModel:
     return grow_model(model, plan_of(model, method, **options))
+
+
+def write(
+    source: Path, out: Path, method: str, options: dict[str, Any], *, max_shard_size: int = DEFAULT_SHARD_SIZE, **settings: Any
+) -> None:
+    """A growth written with settings that a user may not give, such as a memory budget of one byte."""
+    made = plan(source, method, **options)
+    execute(made, open_folder(source), out, layout(made.targets, max_shard_size), **settings)
 
 
 def through(plan: GrowthPlan, tensors: dict[str, Tensor], quantity: Quantity) -> dict[str, Tensor]:

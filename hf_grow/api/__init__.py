@@ -2,81 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_grow.api.growth_job import GrowthJob
+from hf_grow.api.output_options import OutputOptions
+from hf_grow.api.planning import Notify, find_method, ignore, open_sources, plan_for
 from hf_grow.checkpoint.donors import parse_donor_refs, with_donors
 from hf_grow.checkpoint.model_ids import ALIASES
 from hf_grow.checkpoint.reader import Checkpoint, open_folder
 from hf_grow.checkpoint.source import open_source
-from hf_grow.checkpoint.writer import DEFAULT_MEMORY, DEFAULT_SHARD_SIZE, Progress, layout
-from hf_grow.common.suggest import did_you_mean
-from hf_grow.convert.measure import measure
+from hf_grow.checkpoint.writer import Progress, Result
 from hf_grow.errors import InputError
-from hf_grow.growth.growth import Method
-from hf_grow.growth.plan import GrowthPlan, SourceInfo, check_source, make_plan
-from hf_grow.methods import METHODS
-from hf_grow.methods.no_effect import reject_ineffective_options
-from hf_grow.methods.pipeline import PIPELINE
-from hf_grow.options import Options, parse
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.options import combined, parse, part
+from hf_grow.publish.push import Destination, Pushed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_grow.convert.execute import Result
-    from hf_grow.publish.push import Pushed
     from hf_grow.training.train import TrainResult
     from hf_grow.verification import Report
 
-Notify = Callable[[str], None]
 
+@dataclass(frozen=True)
+class GrowthResult(Result):
+    """What `grow` wrote, and what it published."""
 
-def _quiet(message: str) -> None:
-    pass
-
-
-def find_method(name: str) -> Method:
-    known = {**METHODS, PIPELINE.name: PIPELINE}
-    if name not in known:
-        raise InputError(f"Unknown method {name!r}.{did_you_mean(name, known)}", hint=f"Methods: {', '.join(known)}.")
-    return known[name]
-
-
-def plan_for(info: SourceInfo, method: Method, options: Options) -> GrowthPlan:
-    """A checked plan for a described source. The source is checked first: its faults explain themselves better than a plan's."""
-    check_source(info)
-    for other in info.donors.values():
-        check_source(other)
-    others = [other.architecture for other in info.donors.values()]
-    plan = make_plan(info, method.build(info.architecture, options, others) if others else method.build(info.architecture, options))
-    if not method.checks_own_options:
-        reject_ineffective_options(method, info.architecture, options, others)
-    return plan
-
-
-def open_sources(ref: str, options: Options, *, revision: str | None = None, weights: bool, notify: Notify = _quiet) -> Checkpoint:
-    """The source, with the further checkpoints that the options name (a Hub id may carry a revision: OWNER/NAME@REVISION).
-
-    Raises SourceError as `open_source` does, and where tokenizers differ.
-    """
-    main = open_source(ref, revision=revision, weights=weights, notify=notify)
-    return with_donors(main, parse_donor_refs(options.extra_sources()), weights=weights, notify=notify)
+    pushed: Pushed | None
+    """The commit on the Hub, where a repository was given."""
 
 
 def plan(
-    source: str | Path | PreTrainedModel, method: str = "dus", *, revision: str | None = None, notify: Notify = _quiet, **options: Any
+    source: str | Path | PreTrainedModel, method: str = "dus", *, revision: str | None = None, notify: Notify = ignore, **options: Any
 ) -> GrowthPlan:
-    """Plans a growth; reads only config and headers (of a folder, or of a Hub repository), or a model in memory.
+    """Plans a growth; reads only config and headers (of a folder or a Hub repository), or a model in memory.
 
-    ``options`` are those of the method, as on the command line: ``plan("mistralai/Mistral-7B-v0.1", "dus", to="10.7B")``.
-    Raises InputError (SourceError, PlanError) with what is wrong.
+    ``options`` are those of the method, as on the command line: ``plan("mistralai/Mistral-7B-v0.1", "dus", to="10.7B")``. Several growths as one:
+    ``plan(source, "pipeline", steps=[{"method": "tile", "factor": 2}, {"method": "identity"}])``.
+    Raises InputError (SourceError, PlanError).
     """
     found = find_method(method)
     parsed = parse(found.options, options, where=f"method {method}", strict=False)
     if isinstance(source, str | Path):
-        info = open_sources(str(source), parsed, revision=revision, weights=False, notify=notify).info
+        info = open_sources(str(source), parsed, revision=revision, notify=notify).info
     else:
         from hf_grow.convert.in_memory import describe_model
 
@@ -94,38 +65,32 @@ def grow(
     method: str = "dus",
     *,
     revision: str | None = None,
-    max_shard_size: int = DEFAULT_SHARD_SIZE,
-    resume: bool = False,
-    overwrite: bool = False,
-    memory_budget: int = DEFAULT_MEMORY,
     workers: int = 0,
-    allow_nonfinite: bool = False,
     progress: Progress = lambda nbytes: None,
-    notify: Notify = _quiet,
+    notify: Notify = ignore,
     **options: Any,
-) -> Result:
-    """Grows a checkpoint (folder or Hub id) into the folder `out`.
+) -> GrowthResult:
+    """Grows a checkpoint (folder or Hub id) into the folder ``out``, and publishes it where ``push`` names a repository.
 
-    Raises InputError before a byte is written, ExecutionError if writing fails; see `hf_grow.convert.execute.execute`.
+    ``options`` are those of the method (``plan`` takes the same) and those of `OutputOptions`, which the command line has as flags:
+
+    - writing: ``max_shard_size``, ``resume``, ``overwrite``, ``memory_budget`` (bytes, or text such as "5GB"), ``allow_nonfinite``
+    - a Hub source, tensor by tensor instead of whole: ``stream_source``, ``source_cache``
+    - the optimizer state of a Trainer checkpoint: ``with_optimizer``, ``optimizer_policy``, ``exact_steps``
+    - publishing: ``push``, ``private``, ``push_revision``, ``create_pr``, ``message``; shard by shard while growing: ``stream_push``
+
+    ``workers``: threads that write, 0 for one per core, at most 4. ``progress`` gets the bytes written and checked since its last call, ``notify``
+    notes for the user. Raises InputError before a byte is written, ExecutionError if writing or publishing fails.
     """
-    from hf_grow.convert.execute import execute
-
     found = find_method(method)
-    parsed = parse(found.options, options, where=f"method {method}", strict=False)
-    checkpoint = open_sources(str(source), parsed, revision=revision, weights=True, notify=notify)
-    plan = measure(plan_for(checkpoint.info, found, parsed), checkpoint, notify=notify)
-    return execute(
-        plan,
-        checkpoint,
-        Path(out),
-        layout(plan.targets, max_shard_size),
-        resume=resume,
-        overwrite=overwrite,
-        memory_budget=memory_budget,
-        workers=workers,
-        allow_nonfinite=allow_nonfinite,
-        progress=progress,
-    )
+    texts = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    parsed = parse(combined(found.options, OutputOptions), texts, where=f"method {method}", strict=False)
+    chosen, output = part(parsed, found.options), part(parsed, OutputOptions)
+    job = GrowthJob(str(source), found, chosen, output, out=Path(out), revision=revision, workers=workers, notify=notify)
+    job.check()
+    job.prepare()
+    result = job.carry_out(progress)
+    return GrowthResult(**vars(result), pushed=job.publish())
 
 
 def verify(
@@ -138,7 +103,7 @@ def verify(
     tokens: int = 2048,
     dtype: str = "auto",
     progress: Progress = lambda nbytes: None,
-    notify: Notify = _quiet,
+    notify: Notify = ignore,
     **options: Any,
 ) -> Report:
     """Checks the grown checkpoint `new` against its source `old` (folder or Hub id); `Report.ok` tells the outcome.
@@ -179,13 +144,12 @@ def push(
     create_pr: bool = False,
     message: str | None = None,
     progress: Progress = lambda nbytes: None,
-    notify: Notify = _quiet,
+    notify: Notify = ignore,
 ) -> Pushed:
     """Sends a grown or trained folder to the Hub, with its model card, as one commit.
 
     Raises OutputError before anything is sent if the folder is not whole, failed its verification, or the repository may not be written.
     """
-    from hf_grow.publish.push import Destination
     from hf_grow.publish.push import push as send
 
     return send(Path(folder), Destination(repo, private, revision, create_pr, message), progress=progress, notify=notify)
@@ -197,7 +161,7 @@ def train(
     output: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    notify: Notify = _quiet,
+    notify: Notify = ignore,
     **changes: Any,
 ) -> TrainResult:
     """Carries out a training recipe: a YAML file, or its content. ``changes`` replace keys of it, nested ones with dots in a mapping's name.
