@@ -234,7 +234,7 @@ def test_refused_combinations(source: Path, tmp_path: Path, open_hub: HubServer,
     assert run(*growing(source, tmp_path / "out", "--stream-push")) == 2
     assert "requires push" in capsys.readouterr().err
     assert run(*streaming(source, tmp_path / "out", "--with-optimizer", tmp_path)) == 2
-    assert "stream_push: means nothing beside with_optimizer" in capsys.readouterr().err
+    assert "stream_push: cannot be combined with with_optimizer" in capsys.readouterr().err
     assert open_hub.log == []
 
 
