@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import BY_NAME, make, save
 from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +24,9 @@ FAST = {
     "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 3, "eval_steps": 3,
     "use_cpu": True, "lr_scheduler_type": "constant", "warmup_steps": 0, "save_total_limit": 8,
 }  # fmt: skip
+
+ROLLBACK_OPTIONS = {"window": 8, "on_instability": "rollback", "threshold": 30.0, "variance": 1e6}
+"""Of the monitor: a loss that `with_spike` makes is seen as a spike, and nothing else is."""
 
 
 def tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
@@ -101,3 +105,31 @@ def run(capsys: Any, *words: object, status: int = 0) -> dict[str, Any]:
     captured = capsys.readouterr()
     assert found == status, captured.err
     return json.loads(captured.out) if status == 0 else {"error": captured.err}
+
+
+def logged(out: Path) -> dict[int, float]:
+    """The loss of every step, by the last line that tells it."""
+    from hf_grow.training.trainer.events import read_events
+
+    return {e["step"]: e["loss"] for e in read_events(out / "events.jsonl") if e["event"] == "log"}
+
+
+def edited(path: Path, **changes: Any) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(data))
+    return data
+
+
+def with_spike(monkeypatch: pytest.MonkeyPatch, at: int, times: int = 1) -> None:
+    """The loss that the monitor hears of is tall at one step; the training itself is as it is."""
+    from hf_grow.training.trainer.trainer import BaseGrowTrainer
+
+    watch, left = BaseGrowTrainer.watch, [times]
+
+    def spiked(self: Any) -> None:
+        if self.state.global_step == at and left[0]:
+            left[0] -= 1
+            self._step_loss = torch.tensor(100.0)
+        watch(self)
+
+    monkeypatch.setattr(BaseGrowTrainer, "watch", spiked)

@@ -18,8 +18,7 @@ from models import BY_NAME, make
 from penalties import random_importance
 from safetensors.torch import load_file
 from sharded import free_port
-from test_train import logged
-from trained import recipe, run, tokenizer
+from trained import logged, recipe, run, tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_grow import api

@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_monitor import OPTIONS, with_spike
-from test_taken_up import edited
-from test_train import logged
-from trained import grown, recipe, run, source, text
+from trained import ROLLBACK_OPTIONS, edited, grown, logged, recipe, run, source, text, with_spike
 
 from hf_grow.cli import main
 from hf_grow.training.config.monitor_options import MonitorOptions
@@ -155,7 +152,7 @@ def test_a_rollback_passes_over_the_batches_that_led_to_it(
     streaming: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Back from step 7 to the checkpoint of step 4: steps 5 to 7 take the rows that 8 to 10 would have had; a resumed run knows of it."""
-    settings = {"max_steps": 10, "save_steps": 4, "gradient_accumulation_steps": 1, "monitor": {**OPTIONS, "restore_steps": 4},
+    settings = {"max_steps": 10, "save_steps": 4, "gradient_accumulation_steps": 1, "monitor": {**ROLLBACK_OPTIONS, "restore_steps": 4},
                 "data": {"streaming": streaming}, "learning_rate": 1e-3}  # fmt: skip
     path = streamed(tmp_path, grown(tmp_path), **settings)
     run(capsys, "train", path, "-o", tmp_path / "calm", "--max_steps", 13)

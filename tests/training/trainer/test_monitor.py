@@ -10,15 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from test_train import logged
-from trained import grown, losses_told, recipe, run, source
+from trained import ROLLBACK_OPTIONS, grown, logged, losses_told, recipe, run, source, with_spike
 
 from hf_grow.training.config.monitor_options import MonitorOptions
 from hf_grow.training.trainer.checkpointing import last_checkpoint
 from hf_grow.training.trainer.events import EVENTS, EventLog, read_events
 from hf_grow.training.trainer.monitor import Finding, Monitor, detrended, robust_z
-from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
 
 def falling(steps: int, seed: int = 0, noise: float = 0.05) -> list[float]:
@@ -160,27 +157,11 @@ def test_docs_tell_every_event_and_key() -> None:
 # ---- in the trainer -------------------------------------------------------------------------------------------------------------------------------
 
 
-def with_spike(monkeypatch: pytest.MonkeyPatch, at: int, times: int = 1) -> None:
-    """The loss that the monitor hears of is tall at one step; the training itself is as it is."""
-    watch, left = BaseGrowTrainer.watch, [times]
-
-    def spiked(self: BaseGrowTrainer) -> None:
-        if self.state.global_step == at and left[0]:
-            left[0] -= 1
-            self._step_loss = torch.tensor(100.0)
-        watch(self)
-
-    monkeypatch.setattr(BaseGrowTrainer, "watch", spiked)
-
-
-OPTIONS = {"window": 8, "on_instability": "rollback", "threshold": 30.0, "variance": 1e6}
-
-
 def test_a_rollback_goes_back_to_the_checkpoint_and_lowers_the_rate_for_a_while(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = grown(tmp_path)
-    path = recipe(tmp_path, model, max_steps=10, save_steps=4, monitor=OPTIONS, learning_rate=1e-3)
+    path = recipe(tmp_path, model, max_steps=10, save_steps=4, monitor=ROLLBACK_OPTIONS, learning_rate=1e-3)
     run(capsys, "train", path, "-o", tmp_path / "calm")
     with_spike(monkeypatch, at=7)
     found = run(capsys, "train", path)
@@ -201,7 +182,7 @@ def test_a_rollback_goes_back_to_the_checkpoint_and_lowers_the_rate_for_a_while(
 def test_a_run_resumed_after_a_rollback_knows_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = recipe(tmp_path, grown(tmp_path), max_steps=10, save_steps=4, monitor=OPTIONS)
+    path = recipe(tmp_path, grown(tmp_path), max_steps=10, save_steps=4, monitor=ROLLBACK_OPTIONS)
     with_spike(monkeypatch, at=7)
     run(capsys, "train", path)
     out = tmp_path / "out"
@@ -214,7 +195,7 @@ def test_a_run_resumed_after_a_rollback_knows_of_it(
 def test_milder_reactions_change_the_rates_from_the_next_step_on(
     action: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**OPTIONS, "on_instability": action, **({"extra_warmup": 4} if action == "longer_warmup" else {})}
+    options = {**ROLLBACK_OPTIONS, "on_instability": action, **({"extra_warmup": 4} if action == "longer_warmup" else {})}
     path = recipe(tmp_path, grown(tmp_path), max_steps=10, monitor=options, learning_rate=1e-3)
     with_spike(monkeypatch, at=6)
     run(capsys, "train", path)

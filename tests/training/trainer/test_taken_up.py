@@ -12,9 +12,8 @@ import torch
 from models import BY_NAME, make, tokens
 from safetensors.torch import load_file
 from test_carry import CASES, GROWTHS, adamw, trained
-from test_train import logged
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-from trained import grown, recipe, run, source
+from trained import edited, grown, logged, recipe, run, source
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_grow import api
@@ -42,12 +41,6 @@ def grow(capsys: Any, checkpoint: Path, out: Path, *words: str) -> Path:
     depth = ["depth", checkpoint, "--method", "identity", "--layers-to", "4", "-o", out, "--with-optimizer", checkpoint]
     run(capsys, *depth, *words)
     return out
-
-
-def edited(path: Path, **changes: Any) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps(data))
-    return data
 
 
 def rates(out: Path) -> dict[int, float]:

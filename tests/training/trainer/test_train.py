@@ -23,7 +23,7 @@ from models import BY_NAME, make, tokens
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
-from trained import FAST, grown, losses_told, recipe, run, source, text
+from trained import FAST, grown, logged, losses_told, recipe, run, source, text
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hf_grow import api
@@ -76,11 +76,6 @@ def trainer(model: Any, out: Path, growing: Growing, **arguments: Any) -> BaseGr
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters()}
-
-
-def logged(out: Path) -> dict[int, float]:
-    """The loss of every step, by the last line that tells it."""
-    return {e["step"]: e["loss"] for e in read_events(out / "events.jsonl") if e["event"] == "log"}
 
 
 # ---- a run, from the recipe to the saved model ----------------------------------------------------------------------------------------------
