@@ -1,13 +1,13 @@
-"""A source's importances mapped to the grown model, for where there is no text to estimate them anew.
+"""A source's importances mapped to the grown model, where there is no text to estimate them on.
 
-The true diagonal would map by squared gains (B_out^2 F A_in^2), but it punishes moves that change nothing as much as moves that do, and moves
-of all copies together too little. This is the form that keeps the penalty: for any move d of the source and its image d' on the grown model,
+The true diagonal maps by squared gains (B_out^2 F A_in^2), but it punishes moves that leave the function as it is like those that change it, and moves of
+all copies together too little. This map keeps the penalty instead: for any move d of the source and its image d' on the grown model,
 sum F' d'^2 = sum F d^2. With c_e the factor with which source entry k arrives at target entry e,
 
-    F'_e = F_k / sum of c^2 over the entries that k went to          (for even copies F' = F * c_in / c_out)
+    F'_e = F_k / sum of c^2 over all entries that hold k        (for even copies F' = F * c_in / c_out)
 
-which among all that keep it has the smallest largest value. Entries that pass nothing back (pads, identity blocks) have F' = 0 and do not
-count. Where a target entry mixes several sources (averaged layers) no diagonal can keep the penalty; there it is the mean of what each asks for.
+which has the smallest maximum of all maps that keep it. Entries that pass no gradient back (padding, identity blocks) have F' = 0 and do not count.
+Where a target entry mixes several sources (averaged layers) no diagonal keeps the penalty; F' is then the mean of theirs, weighted by c^2.
 """
 
 from __future__ import annotations
@@ -25,52 +25,42 @@ from hf_grow.growth.entry_provenance import Piece, gather, outer, scatter_add, t
 from hf_grow.growth.evaluate import Evaluator
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.tensors import InMemoryTensors
-from hf_grow.training.regularizers.importance_file import SAMPLES_PER_TENSOR, ImportanceFile, check_same_model, decode_samples
+from hf_grow.training.regularizers.importance_file import ImportanceFile, check_same_model, close_samples, decode_samples, sample_positions
 
 
 def grow_importance(plan: GrowthPlan, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """F' of every target tensor (fp64), as `read` gives F of source tensors by name. In the order in which they are complete."""
+    """(name, F' in fp64) of every target tensor, each as soon as it is complete. ``read``: F of a source tensor by name."""
     evaluator = Evaluator(plan, InMemoryTensors({}))
-    pieces = {name: _pieces(plan, name) for name in plan.targets}
-    readers: dict[str, list[tuple[str, int]]] = {}
-    for name, found in pieces.items():
-        for at, piece in enumerate(found):
-            readers.setdefault(piece.source, []).append((name, at))
-    waiting: dict[str, _WeightedMean] = {}
-    for source, members in readers.items():
+    pieces = {name: _live_pieces(plan, name) for name in plan.targets}
+    by_source: dict[str, list[tuple[str, Piece]]] = {}
+    for name, of_target in pieces.items():
+        for piece in of_target:
+            by_source.setdefault(piece.source, []).append((name, piece))
+    incomplete: dict[str, _WeightedMean] = {}
+    for source, held in by_source.items():
         shape = plan.source.by_key[source].shape
-        # Only the main source's importances are known; weights of further checkpoints are held by none.
-        share = (
-            read(source).double() / _squared_coefficient_sum(plan, evaluator, members, pieces, shape)
-            if source in plan.source.tensors
-            else torch.zeros(shape)
-        )
-        share = share.nan_to_num(0.0, 0.0, 0.0)  # what went nowhere alive
-        for name, at in members:
-            total = waiting.setdefault(name, _WeightedMean(len(pieces[name])))
-            total.add(share, pieces[name][at], evaluator)
-            if total.left == 0:
-                yield name, waiting.pop(name).result()
-    for name, found in pieces.items():
-        if not found:
+        if source in plan.source.tensors:
+            squares = torch.zeros(shape, dtype=torch.float64)
+            for _, piece in held:
+                squares += scatter_add(_squared_coefficients(piece, evaluator), piece.index, tuple(shape))
+            importance = (read(source).double() / squares).nan_to_num(0.0, 0.0, 0.0)  # 0 / 0: held nowhere
+        else:
+            importance = torch.zeros(shape)  # weights of further donors have no penalty
+        for name, piece in held:
+            mean = incomplete.setdefault(name, _WeightedMean(len(pieces[name])))
+            mean.add(importance, piece, evaluator)
+            if mean.missing == 0:
+                yield name, incomplete.pop(name).result()
+    for name, of_target in pieces.items():
+        if not of_target:
             yield name, torch.zeros(plan.targets[name].shape, dtype=torch.float64)
 
 
-def _pieces(plan: GrowthPlan, name: str) -> list[Piece]:
+def _live_pieces(plan: GrowthPlan, name: str) -> list[Piece]:
     layer = plan.architecture.tensors[name].layer
     if layer >= 0 and plan.growth.layers[layer].identity:
         return []
     return [p for p in trace(plan, name) if bool(outer(p.alive()).any())]
-
-
-def _squared_coefficient_sum(
-    plan: GrowthPlan, evaluator: Evaluator, members: list[tuple[str, int]], pieces: dict[str, list[Piece]], shape: tuple[int, ...]
-) -> Tensor:
-    """Sum of c^2 over all entries that each entry of a source went to."""
-    total = torch.zeros(shape, dtype=torch.float64)
-    for name, at in members:
-        total += scatter_add(_squared_coefficients(pieces[name][at], evaluator), pieces[name][at].index, tuple(shape))
-    return total
 
 
 def _squared_coefficients(piece: Piece, evaluator: Evaluator) -> Tensor:
@@ -78,70 +68,64 @@ def _squared_coefficients(piece: Piece, evaluator: Evaluator) -> Tensor:
 
 
 class _WeightedMean:
-    """The mean over the pieces of one target tensor, each counting by its c^2; where there is one piece, what it asks for."""
+    """Mean over the pieces of one target tensor, weighted by c^2."""
 
-    def __init__(self, left: int) -> None:
-        self.left, self.several = left, left > 1
-        self.top: Tensor | None = None
-        self.bottom: Tensor | None = None
+    def __init__(self, pieces: int) -> None:
+        self.missing, self.single = pieces, pieces == 1
+        self.sum: Tensor | None = None
+        self.weights: Tensor | None = None
 
-    def add(self, share: Tensor, piece: Piece, evaluator: Evaluator) -> None:
-        self.left -= 1
-        if not self.several:
-            self.top = gather(share, piece.index) * outer(piece.alive())
+    def add(self, importance: Tensor, piece: Piece, evaluator: Evaluator) -> None:
+        self.missing -= 1
+        if self.single:
+            self.sum = gather(importance, piece.index) * outer(piece.alive())
             return
         weight = _squared_coefficients(piece, evaluator)
-        asked = gather(share, piece.index) * weight
-        self.top = asked if self.top is None else self.top.add_(asked)
-        self.bottom = weight if self.bottom is None else self.bottom.add_(weight)
+        weighted = gather(importance, piece.index) * weight
+        self.sum = weighted if self.sum is None else self.sum.add_(weighted)
+        self.weights = weight if self.weights is None else self.weights.add_(weight)
 
     def result(self) -> Tensor:
-        assert self.top is not None
-        return self.top if self.bottom is None else (self.top / self.bottom).nan_to_num_(0.0, 0.0, 0.0)
+        assert self.sum is not None
+        return self.sum if self.weights is None else (self.sum / self.weights).nan_to_num_(0.0, 0.0, 0.0)
 
 
-def check_importance_of_source(found: ImportanceFile, plan: GrowthPlan, grown: Checkpoint) -> None:
-    """Raises InputError if the importances are not those of the source that `grown` was grown from.
+def check_importance_of_source(file: ImportanceFile, plan: GrowthPlan, grown: Checkpoint) -> None:
+    """Raises InputError if ``file`` is not of the source that ``grown`` was grown from.
 
-    The source need not be there: its sampled values are looked up where growth put them, in tensors that were not varied.
+    The source need not be there: its sampled values are looked up where growth put them, in tensors without symmetry breaking.
     """
     shapes = {n: t.shape for n, t in plan.source.tensors.items() if n in plan.source.architecture.tensors}
-    check_same_model(found, shapes, None)
-    saved = decode_samples(found.metadata["sample"])
+    check_same_model(file, shapes, None)
+    positions = {n: sample_positions(math.prod(shapes[n])) for n in sorted(shapes)}
+    saved = iter(decode_samples(file.metadata["sample"]).tolist())
+    samples = {n: [next(saved) for _ in p] for n, p in positions.items()}
     stored = StoredTensors(grown)
-    wrong = compared = at = 0
-    places = {n: (at, at := at + min(SAMPLES_PER_TENSOR, math.prod(shapes[n]))) for n in sorted(shapes)}
+    expected, found = [], []
     for name in plan.targets:
         pieces = trace(plan, name)
-        if len(pieces) != 1 or pieces[0].vary or pieces[0].source not in places:
+        if len(pieces) != 1 or pieces[0].vary or pieces[0].source not in positions:
             continue
-        piece, shape = pieces[0], shapes[pieces[0].source]
-        start, stop = places.pop(piece.source)
-        spots = torch.linspace(0, math.prod(shape) - 1, stop - start, dtype=torch.float64).long()
-        for spot, value in zip(spots.tolist(), saved[start:stop].tolist(), strict=True):
-            target = [_target_index(i, a, c) for i, a, c in zip(piece.index, piece.alive(), _unravel_index(spot, shape), strict=True)]
+        piece = pieces[0]
+        shape = shapes[piece.source]
+        for position, value in zip(positions.pop(piece.source), samples[piece.source], strict=True):
+            coordinates = [int(c) for c in torch.unravel_index(position, shape)]
+            target = [_target_index(i, a, c) for i, a, c in zip(piece.index, piece.alive(), coordinates, strict=True)]
             if any(t is None for t in target):
                 continue
             row = stored.rows(name, int(target[0] or 0), int(target[0] or 0) + 1)[0].double()
-            here = float(row if row.dim() == 0 else row[int(target[1] or 0)])
             gain = piece.scale * math.prod(float(g[t]) for g, t in zip(piece.gain, target, strict=True) if t is not None)
-            compared += 1
-            wrong += abs(here / gain - value) > 2.0**-6 * abs(value) + 1e-6
-    if not compared or wrong > compared / 1000:
+            expected.append(value)
+            found.append(float(row if row.dim() == 0 else row[int(target[1] or 0)]) / gain)
+    wrong = ~close_samples(torch.tensor(expected), torch.tensor(found))
+    if not expected or int(wrong.sum()) > len(expected) / 1000:
         raise InputError(
-            f"{found.path} is not of the model that {grown.ref} was grown from ({plan.source.ref}): the weights differ.",
-            hint="Take the Fisher of the source itself.",
+            f"{file.path} is not of the model that {grown.ref} was grown from ({plan.source.ref}): the weights differ.",
+            hint="Use the Fisher of the source.",
         )
 
 
 def _target_index(index: Tensor, alive: Tensor, coordinate: int) -> int | None:
-    found = torch.nonzero((index == coordinate) & alive)
-    return int(found[0]) if len(found) else None
-
-
-def _unravel_index(spot: int, shape: tuple[int, ...]) -> list[int]:
-    out = []
-    for size in reversed(shape):
-        spot, rest = divmod(spot, size)
-        out.append(rest)
-    return out[::-1]
+    """The first position of a dimension that holds a source coordinate, None if there is none."""
+    positions = torch.nonzero((index == coordinate) & alive)
+    return int(positions[0]) if len(positions) else None

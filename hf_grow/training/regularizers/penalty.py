@@ -1,8 +1,8 @@
-"""The penalty 1/2 lambda sum F (w - w*)^2: its gradient, its proximal step, its value. EWC (Kirkpatrick et al. 2017, arXiv 1612.00796).
+"""The quadratic penalty 1/2 lambda sum F (w - w*)^2: gradient, proximal step and value. EWC (Kirkpatrick et al. 2017, arXiv 1612.00796).
 
-The gradient lambda F (w - w*) is added to p.grad once an optimizer step, after the last backward: no graph, no second backward, right under
-gradient accumulation (a term in the loss would count once a micro-batch), and under DDP, whose processes have averaged their gradients by
-then and add the same. Sharded parameters (FSDP2: DTensor) get F and w* sharded alike, so that every process works on its own rows.
+The gradient lambda F (w - w*) is added to p.grad once per optimizer step, after the last backward pass: no graph and no second backward pass, exact
+under gradient accumulation (a loss term would count once per micro-batch), and under DDP, whose processes have averaged their gradients by then
+and add the same. For sharded parameters (FSDP2) F and w* are sharded alike.
 """
 
 from __future__ import annotations
@@ -17,55 +17,61 @@ import torch
 from torch import Tensor, nn
 
 from hf_grow.errors import InputError
+from hf_grow.training.param_updates.masks import local
 from hf_grow.training.param_updates.parameter_map import parameters
-from hf_grow.training.regularizers.importance_file import full_tensor
+from hf_grow.training.regularizers.importance_file import encode_samples, sample_values
+from hf_grow.training.regularizers.sharding import full_tensor, shard_like, sum_over_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK = 1 << 18
-"""Values worked on at a time on a CPU: they stay in the cache between operations."""
+"""Values per operation on a CPU, so that they stay in its cache."""
 STORAGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LearningRate = float | Mapping[Tensor, float]
+"""One learning rate, or one per parameter (0 where there is none)."""
 
 
 class Penalty(ABC):
-    """What the trainer knows. A training loop calls, in this order: attach once, after the model is on its devices and wrapped; then for each
-    step add_gradient after the last backward and before clipping, before_step and after_step around optimizer.step."""
+    """A regularizer as a training loop sees it.
+
+    The loop calls `attach` once, after the model was moved and wrapped. In each optimizer step it calls `add_gradient` after the last backward pass
+    and before clipping, then `before_step` and `after_step` around optimizer.step.
+    """
 
     name = ""
 
     @abstractmethod
     def attach(self, model: nn.Module) -> None:
-        """Binds to the parameters of `model`. Called again, it binds to those of another wrapping of the same model."""
+        """Binds to the parameters of ``model``. A second call binds to another wrapping of the same model."""
 
     @abstractmethod
     def add_gradient(self, scale: float = 1.0) -> None:
-        """p.grad += scale * d(penalty)/dp; `scale` is the GradScaler's, if there is one."""
+        """p.grad += scale * d(penalty)/dp. ``scale``: that of the GradScaler, if there is one."""
 
     def before_step(self) -> None:  # noqa: B027 (nothing by default)
-        """Just before optimizer.step."""
+        """Called just before optimizer.step."""
 
-    def after_step(self, lr: LearningRate, settle: Callable[[], None] = lambda: None) -> None:
-        """Just after optimizer.step, with its learning rate, or one for each parameter.
+    def after_step(self, lr: LearningRate, restore_frozen: Callable[[], None] = lambda: None) -> None:
+        """Called just after optimizer.step, with its learning rate.
 
-        ``settle`` is called once: it puts back what must not move. A proximal step comes before it, what looks at the step that was done after.
+        Calls ``restore_frozen`` once, which restores entries that must not move: after a proximal step, and before whatever reads the new weights.
         """
-        settle()
+        restore_frozen()
 
     @abstractmethod
     def value(self) -> float:
-        """The penalty at the current weights. Where parameters are sharded, every process must ask."""
+        """The penalty at the current weights. A collective for sharded parameters."""
 
     def finish(self, folder: Path, model: PreTrainedModel) -> None:  # noqa: B027 (nothing by default)
-        """When training is over: writes into `folder`, where the trained `model` goes, what a later run may read. Every process must call."""
+        """Called at the end of training, by every process: writes to ``folder`` what a later training of ``model`` can read."""
 
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes it holds for the whole model, all processes together. Needs no `attach`."""
+        """Bytes held for the whole model, over all processes; does not need `attach`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs. Where parameters are sharded, every process must ask."""
+        """State for a resumed run. A collective for sharded parameters."""
         return {"name": self.name}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -74,71 +80,71 @@ class Penalty(ABC):
             raise InputError(f"The checkpoint was saved with penalty {state.get('name')!r}, the recipe asks for {self.name!r}.")
 
 
-def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor on the parameter's device, sharded as the parameter is."""
-    if not hasattr(parameter, "placements"):
-        return tensor.to(parameter.device)
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(parameter, DTensor)
-
-    mesh, placements = parameter.device_mesh, parameter.placements
-    # Every process has the whole: no one sends anything. The copy lets go of it.
-    shard = distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
-    return DTensor.from_local(shard.to_local().clone(), mesh, placements, shape=tensor.shape, stride=tensor.stride())
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, sharing its memory."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part.detach()
-
-
-def chunks(tensors: tuple[Tensor | float, ...]) -> Iterator[tuple[Any, ...]]:
-    """Equal tensors (numbers pass) in pieces that fit the cache of a CPU; whole on an accelerator, where a launch costs more."""
-    held = [t for t in tensors if isinstance(t, Tensor)]
-    if held[0].device.type != "cpu" or held[0].numel() <= CHUNK or not all(t.is_contiguous() for t in held):
+def chunks(tensors: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Tensors of one shape (numbers pass) in chunks that fit the cache of a CPU; unsplit on an accelerator, where kernel launches cost more."""
+    first, *others = (t for t in tensors if isinstance(t, Tensor))
+    if first.device.type != "cpu" or first.numel() <= CHUNK or not all(t.is_contiguous() for t in (first, *others)):
         yield tensors
         return
     flat = [t.view(-1) if isinstance(t, Tensor) else t for t in tensors]
-    for start in range(0, held[0].numel(), CHUNK):
+    for start in range(0, first.numel(), CHUNK):
         yield tuple(t[start : start + CHUNK] if isinstance(t, Tensor) else t for t in flat)
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.element_size() >= 4 else tensor.float()
+
+
+def check_supported(params: Mapping[str, nn.Parameter]) -> None:
+    """Raises InputError for parameters whose gradients cannot be changed."""
+    if any(hasattr(p, "ds_id") for p in params.values()):
+        raise InputError("Penalties do not work under DeepSpeed, which keeps gradients to itself.", hint="Use FSDP2 or DDP.")
 
 
 @dataclass
 class HeldParameter:
-    """One parameter with its importance (a tensor, or one number) and its anchor."""
+    """One parameter, its importance (a tensor, or one number) and its anchor."""
 
     parameter: nn.Parameter
     importance: Tensor | float
     anchor: Tensor
 
+    def local(self, *more: Tensor) -> Iterator[tuple[Any, ...]]:
+        """(parameter, anchor, importance, *more) in chunks of this process's shard."""
+        importance = local(self.importance) if isinstance(self.importance, Tensor) else self.importance
+        return chunks((local(self.parameter), local(self.anchor), importance, *(local(t) for t in more)))
+
 
 class AnchoredPenalty(Penalty):
-    """A penalty that holds weights near those that training started from; a run is only resumed near the same ones."""
+    """A penalty on the distance from the weights that training starts from; a run can be resumed only with the same ones."""
 
     anchors: dict[str, Tensor]
-    """w*, whole tensors by name."""
+    """w*, unsharded, by name."""
 
     def state_dict(self) -> dict[str, Any]:
-        from hf_grow.training.regularizers.importance_file import encode_samples, sample_values
-
-        # Anchors are the weights that training starts from, which a resumed run loads first as well; this tells whether they are the same.
+        # Not the anchors, which a resumed run loads as its initial weights, but a fingerprint of them.
         return super().state_dict() | {"anchors": encode_samples({n: sample_values(a) for n, a in self.anchors.items()})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         if state["anchors"] != self.state_dict()["anchors"]:
             raise InputError(
-                "The run to be resumed was held near other weights than these.",
+                "The run to resume was anchored to other weights.",
                 hint="Make the penalty from the model that the run started from, before the checkpoint is loaded.",
             )
 
 
 class QuadraticPenalty(AnchoredPenalty):
-    """1/2 lambda sum F (w - w*)^2 over parameters.
+    """1/2 lambda sum F (w - w*)^2 over all parameters with an anchor.
 
-    ``anchors``: w* by bare parameter name, whole tensors. ``importance``: gives F of a parameter, whole, when it is attached.
+    Args:
+        name: of the penalty, checked on resume.
+        strength: lambda.
+        anchors: w* by bare parameter name, unsharded.
+        importance: returns F of a parameter by its bare name, unsharded and of its shape, or one number for all entries; called by `attach`.
+        proximal: decoupled form: a proximal step after the optimizer's, instead of a gradient.
+        storage: dtype of F.
+        scalar_importance: whether F is one number per parameter, for `nbytes`.
     """
 
     def __init__(
@@ -150,77 +156,71 @@ class QuadraticPenalty(AnchoredPenalty):
         *,
         proximal: bool = False,
         storage: torch.dtype = torch.float32,
-        even: bool = False,
+        scalar_importance: bool = False,
     ) -> None:
-        """``even``: F is one number, for `nbytes`."""
-        self.name, self.strength, self.proximal, self.storage, self.even = name, strength, proximal, storage, even
+        self.name, self.strength, self.proximal = name, strength, proximal
+        self.storage, self.scalar_importance = storage, scalar_importance
         self.anchors, self.importance = anchors, importance
         self.held: dict[str, HeldParameter] = {}
 
     def attach(self, model: nn.Module) -> None:
-        found = parameters(model)
-        unknown = [n for n, p in found.items() if p.requires_grad and n not in self.anchors]
+        params = parameters(model)
+        unknown = [n for n, p in params.items() if p.requires_grad and n not in self.anchors]
         if unknown:
             raise InputError(
-                f"The penalty holds no anchor for {unknown[0]} ({len(unknown)} such parameters).",
-                hint="Adapters and other new modules cannot be held near weights that they did not have; train without a penalty.",
+                f"The penalty has no anchor for {unknown[0]} ({len(unknown)} such parameters).",
+                hint="Adapters and other new modules have no old weights; train them without a penalty.",
             )
-        if any(hasattr(p, "ds_id") for p in found.values()):
-            raise InputError("Penalties do not work under DeepSpeed, which keeps the gradients to itself.", hint="Use FSDP2 or DDP.")
-        self.held = {n: self._hold(n, found[n]) for n in self.anchors if n in found}
+        check_supported(params)
+        self.held = {n: self._hold(n, params[n]) for n in self.anchors if n in params}
 
     def _hold(self, name: str, p: nn.Parameter) -> HeldParameter:
         anchor = shard_like(full_tensor(self.anchors[name]), p)
-        self.anchors[name] = anchor  # one copy, wherever it lies now
+        self.anchors[name] = anchor  # no second copy on another device
         importance = self.importance(name)
         if isinstance(importance, Tensor):
             importance = shard_like(importance.to(self.storage), p)
         return HeldParameter(p, importance, anchor)
 
-    def add_gradient(self, scale: float = 1.0) -> None:
-        if not self.proximal:
-            self._add(scale)
-
     @torch.no_grad()
-    def _add(self, scale: float) -> None:
+    def add_gradient(self, scale: float = 1.0) -> None:
+        if self.proximal:
+            return
         weight = self.strength * scale
         for h in self.held.values():
             if not h.parameter.requires_grad:
                 continue
             if h.parameter.grad is None:
                 h.parameter.grad = torch.zeros_like(h.parameter)
-            of = h.importance
-            parts = (local(h.parameter.grad), local(h.parameter), local(h.anchor), local(of) if isinstance(of, Tensor) else of)
-            for grad, p, anchor, f in chunks(parts):
-                away = _difference(p, anchor)
+            for p, anchor, f, grad in h.local(h.parameter.grad):
+                difference = _difference(p, anchor)
                 if isinstance(f, float):
-                    grad.add_(away, alpha=weight * f)
-                elif grad.dtype == away.dtype == f.dtype:
-                    grad.addcmul_(f, away, value=weight)
+                    grad.add_(difference, alpha=weight * f)
+                elif grad.dtype == difference.dtype == f.dtype:
+                    grad.addcmul_(f, difference, value=weight)
                 else:
-                    grad.add_(away.mul_(f), alpha=weight)
+                    grad.add_(difference.mul_(f), alpha=weight)
 
-    def after_step(self, lr: LearningRate, settle: Callable[[], None] = lambda: None) -> None:
+    def after_step(self, lr: LearningRate, restore_frozen: Callable[[], None] = lambda: None) -> None:
         if self.proximal:
-            self._pull(lr)
-        settle()
+            self._proximal_step(lr)
+        restore_frozen()
 
     @torch.no_grad()
-    def _pull(self, lr: LearningRate) -> None:
-        """w <- (w + t w*) / (1 + t) with t = lr lambda F, the proximal operator of lr times the penalty."""
+    def _proximal_step(self, lr: LearningRate) -> None:
+        """w <- (w + t w*) / (1 + t) with t = lr lambda F: the proximal operator of lr times the penalty."""
         for h in self.held.values():
             rate = lr if isinstance(lr, int | float) else lr.get(h.parameter, 0.0)
             if not h.parameter.requires_grad or not rate:
                 continue
-            of = h.importance
-            for p, anchor, f in chunks((local(h.parameter), local(h.anchor), local(of) if isinstance(of, Tensor) else of)):
-                back = _difference(p, anchor)
+            for p, anchor, f in h.local():
+                difference = _difference(p, anchor)
                 if isinstance(f, float):
                     t = rate * self.strength * f
-                    p.sub_(back, alpha=t / (1 + t))
+                    p.sub_(difference, alpha=t / (1 + t))
                 else:
-                    t = f.to(back.dtype) * (rate * self.strength)
-                    p.sub_(back.mul_(t).div_(t.add_(1)))
+                    t = f.to(difference.dtype) * (rate * self.strength)
+                    p.sub_(difference.mul_(t).div_(t.add_(1)))
 
     @torch.no_grad()
     def value(self) -> float:
@@ -228,40 +228,26 @@ class QuadraticPenalty(AnchoredPenalty):
             return 0.0
         terms = []
         for h in self.held.values():
-            of = h.importance
             p = local(h.parameter)
             total = torch.zeros((), dtype=torch.float64 if p.dtype == torch.float64 else torch.float32, device=p.device)
-            for w, anchor, f in chunks((p, local(h.anchor), local(of) if isinstance(of, Tensor) else of)):
-                away = _difference(w, anchor)
-                total += (away * away * f).sum()
-            terms.append(_sum_over_shards(total, h.parameter))
+            for w, anchor, f in h.local():
+                difference = _difference(w, anchor)
+                total += (difference * difference * f).sum()
+            terms.append(sum_over_shards(total, h.parameter))
         return 0.5 * self.strength * float(torch.stack(terms).double().sum())
 
     def term(self) -> Tensor:
-        """The penalty as a differentiable number, for a loss of one's own: add it once an optimizer step, not once a micro-batch."""
+        """The penalty as a differentiable scalar, for a custom loss; add it once per optimizer step, not per micro-batch."""
         return sum(
             (0.5 * self.strength * (h.importance * (h.parameter - h.anchor).square()).sum() for h in self.held.values()),
             start=torch.zeros(()),
         )
 
     def nbytes(self) -> int:
-        count = sum(a.numel() for a in self.anchors.values())
-        return sum(a.numel() * a.element_size() for a in self.anchors.values()) + (0 if self.even else count * self.storage.itemsize)
+        importance = 0 if self.scalar_importance else self.storage.itemsize
+        return sum(a.numel() * (a.element_size() + importance) for a in self.anchors.values())
 
 
 def _difference(p: Tensor, anchor: Tensor) -> Tensor:
-    """w - w*, at least in fp32: differences of bf16 weights would be rounded once more."""
+    """w - w* in at least fp32: bf16 would round it once more."""
     return p - anchor if p.element_size() >= 4 else p.float() - anchor.float()
-
-
-def _sum_over_shards(total: Tensor, parameter: Tensor) -> Tensor:
-    """The sum over the processes that hold different rows of a parameter; replicas count once."""
-    if not hasattr(parameter, "placements"):
-        return total
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    assert isinstance(parameter, DTensor)
-
-    kinds = [Partial() if p.is_shard() else Replicate() for p in parameter.placements]
-    whole: Tensor = DTensor.from_local(total, parameter.device_mesh, kinds).full_tensor()
-    return whole

@@ -1,12 +1,11 @@
-"""Synaptic intelligence (Zenke, Poole and Ganguli 2017, arXiv 1703.04200): importance from the path that training takes.
+"""Synaptic intelligence (Zenke, Poole and Ganguli 2017, arXiv 1703.04200): importance from the training path.
 
-Along the path omega -= g dw adds up what each weight did for the loss; after a task, F += 2 max(omega, 0) / (distance^2 + xi), where
-distance is how far the weight went. The paper's c sum Omega d^2 is 1/2 lambda sum F d^2 with F = 2 Omega and c = lambda: for a quadratic loss
-that is trained to its minimum, F is its second derivative. g is the gradient of the task's loss alone, without the penalty's own part and
-before clipping; negative omega is no importance.
+Along the path omega -= g dw, each weight's contribution to the decrease of the loss. After a task F += 2 max(omega, 0) / (distance^2 + xi), where
+distance is how far the weight moved. The paper's c sum Omega d^2 equals 1/2 lambda sum F d^2 with F = 2 Omega and c = lambda; for a quadratic loss
+trained to its minimum, F is its second derivative. g is the gradient of the task loss alone, without the penalty's and before clipping.
 
-Costs, while the path is collected: gradient, weights before the step, omega, weights at the start, each as large as the model, besides F and
-w*. With a file of importances and no `consolidate_every` nothing is collected, and it costs what EWC does.
+While the path is followed, four more tensors of the model's size are kept: gradient, weights before the step, omega, and weights at the start.
+With a file of importances and without `consolidate_every` no path is followed, and the cost is that of EWC.
 """
 
 from __future__ import annotations
@@ -18,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hf_grow.training.param_updates.masks import local
 from hf_grow.training.regularizers.fisher import by_names_on_disk
-from hf_grow.training.regularizers.importance_file import full_tensor, model_fingerprint, write_importance
-from hf_grow.training.regularizers.penalty import LearningRate, Penalty, QuadraticPenalty, chunks, local, shard_like
+from hf_grow.training.regularizers.importance_file import model_fingerprint, write_importance
+from hf_grow.training.regularizers.penalty import LearningRate, Penalty, QuadraticPenalty, chunks
+from hf_grow.training.regularizers.sharding import full_tensor, shard_like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +31,14 @@ _SAVED_TENSORS = ("omega", "start")
 
 
 class SynapticIntelligence(QuadraticPenalty):
-    """``every``: consolidate after so many steps. ``collect``: whether the path is followed at all."""
+    """QuadraticPenalty whose F comes from the path.
+
+    Args beyond those of `QuadraticPenalty`:
+        importance: F of earlier tasks; None for none.
+        xi: damping.
+        every: steps between consolidations; None for one at the end.
+        collect: whether the path is followed.
+    """
 
     def __init__(
         self,
@@ -44,15 +52,15 @@ class SynapticIntelligence(QuadraticPenalty):
         proximal: bool = False,
         storage: torch.dtype = torch.float32,
     ) -> None:
-        def nothing_yet(name: str) -> Tensor:
+        def zeros(name: str) -> Tensor:
             return torch.zeros(self.anchors[name].shape, dtype=storage)
 
-        super().__init__("si", strength, anchors, importance or nothing_yet, proximal=proximal, storage=storage)
+        super().__init__("si", strength, anchors, importance or zeros, proximal=proximal, storage=storage)
         self.xi, self.every, self.collect, self.steps = xi, every, collect, 0
         self.path: dict[str, dict[str, Tensor]] = {}
 
     def attach(self, model: nn.Module) -> None:
-        before = self.state_dict() if self.held else None  # bound to another wrapping: its path goes on
+        state = self.state_dict() if self.held else None  # bound to another wrapping: the path continues
         super().attach(model)
         if self.collect:
             self.path = {
@@ -64,32 +72,31 @@ class SynapticIntelligence(QuadraticPenalty):
                 }
                 for n, h in self.held.items()
             }
-        if before is not None:
-            self.load_state_dict(before)
+        if state is not None:
+            self.load_state_dict(state)
 
     @torch.no_grad()
     def add_gradient(self, scale: float = 1.0) -> None:
-        for n, kept in self.path.items():
-            grad = self.held[n].parameter.grad
+        for n, path in self.path.items():
+            gradient, grad = local(path["gradient"]), self.held[n].parameter.grad
             if grad is None:
-                local(kept["gradient"]).zero_()
+                gradient.zero_()
                 continue
-            own = local(kept["gradient"])
-            own.copy_(local(grad))
-            if scale != 1.0:  # under a GradScaler, an overflow is a step that will be skipped
-                own.div_(scale).nan_to_num_(0.0, 0.0, 0.0)
+            gradient.copy_(local(grad))
+            if scale != 1.0:  # a GradScaler skips the step of an overflow
+                gradient.div_(scale).nan_to_num_(0.0, 0.0, 0.0)
         super().add_gradient(scale)
 
     @torch.no_grad()
     def before_step(self) -> None:
-        for n, kept in self.path.items():
-            local(kept["before"]).copy_(local(self.held[n].parameter))
+        for n, path in self.path.items():
+            local(path["before"]).copy_(local(self.held[n].parameter))
 
     @torch.no_grad()
-    def after_step(self, lr: LearningRate, settle: Callable[[], None] = lambda: None) -> None:
-        super().after_step(lr, settle)
-        for n, kept in self.path.items():
-            tensors = (local(kept["omega"]), local(kept["gradient"]), local(self.held[n].parameter), local(kept["before"]))
+    def after_step(self, lr: LearningRate, restore_frozen: Callable[[], None] = lambda: None) -> None:
+        super().after_step(lr, restore_frozen)
+        for n, path in self.path.items():
+            tensors = (local(path["omega"]), local(path["gradient"]), local(self.held[n].parameter), local(path["before"]))
             for omega, grad, p, before in chunks(tensors):
                 omega.sub_(grad * (p - before))
         self.steps += 1
@@ -98,11 +105,11 @@ class SynapticIntelligence(QuadraticPenalty):
 
     @torch.no_grad()
     def consolidate(self) -> None:
-        """The path since the last time becomes importance, the weights reached become the anchor, a new path begins."""
-        for n, kept in self.path.items():
+        """Adds the importance of the path so far to F, moves the anchor to the current weights, and starts a new path."""
+        for n, path in self.path.items():
             h = self.held[n]
             assert isinstance(h.importance, Tensor)
-            p, start, omega = local(h.parameter), local(kept["start"]), local(kept["omega"])
+            p, start, omega = local(h.parameter), local(path["start"]), local(path["omega"])
             distance = (p - start).to(omega.dtype)
             local(h.importance).add_(2 * omega.clamp(min=0) / (distance * distance + self.xi))
             start.copy_(p)
@@ -110,41 +117,41 @@ class SynapticIntelligence(QuadraticPenalty):
             local(h.anchor).copy_(p)
 
     def importances(self) -> dict[str, Tensor]:
-        """F by parameter name, whole tensors on the CPU. Where parameters are sharded, every process must ask."""
+        """F by parameter name, unsharded, on the CPU. A collective for sharded parameters."""
         return {n: full_tensor(h.importance).cpu() for n, h in self.held.items() if isinstance(h.importance, Tensor)}
 
     def finish(self, folder: Path, model: PreTrainedModel) -> None:
-        """Consolidates, and writes FILE: the `fisher` of a later run that begins at these weights."""
+        """Consolidates, and writes IMPORTANCE_FILE: the `fisher` of a later run that starts from these weights."""
         if not self.collect:
             return
         self.consolidate()
-        found, identity = self.importances(), model_fingerprint(model)
+        importances, fingerprint = self.importances(), model_fingerprint(model)
         if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
             return
-        tensors = dict(by_names_on_disk(model, found))
-        facts = {"kind": "si", "steps": self.steps, "xi": self.xi, "model": str(folder), "sample": identity}
-        write_importance(folder / IMPORTANCE_FILE, {n: tuple(t.shape) for n, t in tensors.items()}, iter(tensors.items()), facts)
+        tensors = dict(by_names_on_disk(model, importances))
+        metadata = {"kind": "si", "steps": self.steps, "xi": self.xi, "model": str(folder), "sample": fingerprint}
+        write_importance(folder / IMPORTANCE_FILE, {n: tuple(t.shape) for n, t in tensors.items()}, iter(tensors.items()), metadata)
 
     def nbytes(self) -> int:
-        count = sum(a.numel() for a in self.anchors.values())
-        return super().nbytes() + (4 * 4 * count if self.collect else 0)
+        return super().nbytes() + (4 * 4 * sum(a.numel() for a in self.anchors.values()) if self.collect else 0)
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"name": self.name, "steps": self.steps}
-        if self.collect:
-            state["anchor"] = {n: full_tensor(h.anchor).cpu().clone() for n, h in self.held.items()}
-            state["importance"] = {n: t.clone() for n, t in self.importances().items()}
-            state["path"] = {n: {k: full_tensor(kept[k]).cpu().clone() for k in _SAVED_TENSORS} for n, kept in self.path.items()}
-        else:
-            state |= super().state_dict()
-        return state
+        if not self.collect:
+            return {**super().state_dict(), "steps": self.steps}
+        return {
+            "name": self.name,
+            "steps": self.steps,
+            "anchor": {n: full_tensor(h.anchor).cpu().clone() for n, h in self.held.items()},
+            "importance": {n: t.clone() for n, t in self.importances().items()},
+            "path": {n: {k: full_tensor(path[k]).cpu().clone() for k in _SAVED_TENSORS} for n, path in self.path.items()},
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if not self.collect:
             super().load_state_dict(state)
             return
-        Penalty.load_state_dict(self, state)  # the anchors come with the state
+        Penalty.load_state_dict(self, state)  # the anchors are part of the state
         self.steps = int(state["steps"])
         for n, h in self.held.items():
             assert isinstance(h.importance, Tensor)
