@@ -499,9 +499,9 @@ def test_collapsed_coordinates_are_refused_where_they_do_not_exist(tmp_path: Pat
     chosen = options(fisher=str(tmp_path / "f.safetensors"), collapsed=True)
     for method, given in (("stack", {}), ("aki", {"factor": 2}), ("dus", {"drop": 0})):
         plan = plan_of(source, method, **given)
-        with pytest.raises(InputError, match="ollapsed"):
+        with pytest.raises(InputError, match="collapsed: "):
             make_penalty(chosen, grow_model(source, plan), plan)
-    with pytest.raises(InputError, match="needs the growth plan"):
+    with pytest.raises(InputError, match="collapsed needs growth.json"):
         make_penalty(chosen, source, None)
     plan = plan_of(source, "tile", factor=2)
     random_importance(small(seed=3), tmp_path / "f.safetensors")
