@@ -1,12 +1,12 @@
-"""One axis grown: which source coordinate each target coordinate comes from, and the gains of the dual pair.
+"""Axis maps: how one dimension grows, with gains for activations and for gradients.
 
-Activations of a space map by x' = A x, their gradients by g' = B g, with B^T A = I (then every map built from them is exact).
-Both have one nonzero a row, at the same place, so an AxisMap is a list of runs
+Activations map by x' = A x and their gradients by g' = B g, with B^T A = I (then every map built from them is exact). A and B have at most
+one nonzero per row, at the same place, so an AxisMap is a list of runs
 
-    Run(start, length, a, b)      target rows take source rows start, start+1, ... with gain a in A and b in B
-    Run(None, length, 0, 0)       target rows outside the range of A
+    AxisRun(start, length, a, b)      target rows copy source rows start, start+1, ... with gain a in A and b in B
+    AxisRun(None, length, 0, 0)       target rows outside the range of A
 
-and executing one is a few slice copies. Tile, zero pad, uneven split, whole heads and single duplicated neurons are all run lists.
+that are executed as a few slice copies. Tiling, zero padding, uneven splits, whole heads and single duplicated neurons are all lists of runs.
 """
 
 from __future__ import annotations
@@ -22,23 +22,27 @@ from hf_grow.growth.tensormap import Quantity
 
 @dataclass(frozen=True)
 class AxisRun:
+    """`length` target rows: source rows from `start` on (None: none), with gain ``a`` in A and ``b`` in B."""
+
     start: int | None
     length: int
     a: float = 1.0
     b: float = 1.0
 
     def gain(self, role: Literal["out", "in"], quantity: Quantity) -> float:
-        """Gain applied to `quantity` by a dimension of `role`: weights W' = A W B^T, gradients G' = B G A^T, grad2 squared."""
+        """Gain on `quantity` along a dimension of `role`: weights W' = A_out W B_in^T, gradients G' = B_out G A_in^T, grad2 the squared gains."""
         gain = self.a if (role == "out") == (quantity == "weight") else self.b
         return gain * gain if quantity == "grad2" else gain
 
 
 @dataclass(frozen=True)
 class AxisMap:
+    """A map from an axis of ``source_size`` coordinates to one of ``target_size``. Raises ValueError for a run outside the source axis."""
+
     source_size: int
     runs: tuple[AxisRun, ...]
     dual: bool = True
-    """Whether this grows an activation space, so that B^T A = I is expected; maps that only place or cut values are not."""
+    """Whether the map grows an activation space, so that B^T A = I is required; not for maps that only place or cut values."""
 
     def __post_init__(self) -> None:
         for run in self.runs:
@@ -50,13 +54,13 @@ class AxisMap:
         return sum(r.length for r in self.runs)
 
     def rows(self) -> Iterator[tuple[int | None, float, float]]:
-        """(source, a, b) of every target coordinate."""
+        """(source coordinate or None, a, b) of every target coordinate."""
         for r in self.runs:
             for i in range(r.length):
                 yield (None if r.start is None else r.start + i), r.a, r.b
 
     def window(self, start: int, stop: int) -> Iterator[AxisRun]:
-        """The runs of target rows [start, stop)."""
+        """The runs of target rows [start, stop), cut to that range."""
         at = 0
         for r in self.runs:
             low, high = max(start, at), min(stop, at + r.length)
@@ -65,28 +69,15 @@ class AxisMap:
             at += r.length
 
     def is_exact(self) -> bool:
-        """B^T A = I: over the copies of every source coordinate, the products of the gains add up to one."""
+        """Whether B^T A = I: over the copies of every source coordinate the products a b sum to one."""
         total = [0.0] * self.source_size
         for source, a, b in self.rows():
             if source is not None:
                 total[source] += a * b
         return all(math.isclose(t, 1.0, rel_tol=1e-12) for t in total)
 
-    def then(self, after: AxisMap) -> AxisMap:
-        """The map that does this one first, then `after`."""
-        if after.source_size != self.target_size:
-            raise ValueError(f"cannot follow a map to {self.target_size} by one from {after.source_size}")
-        runs: list[AxisRun] = []
-        for r in after.runs:
-            if r.start is None:
-                runs.append(r)
-                continue
-            for inner in self.window(r.start, r.start + r.length):
-                runs.append(AxisRun(inner.start, inner.length, inner.a * r.a, inner.b * r.b))
-        return AxisMap(self.source_size, merge_runs(runs))
-
     def times(self, inner: AxisMap) -> AxisMap:
-        """The map of the product axis self * inner (row-major: `self` is the slow one)."""
+        """The map of the product axis self * inner (`self` is the slower one), as the Kronecker product."""
         runs: list[AxisRun] = []
         for source, a, b in self.rows():
             for r in inner.runs:
@@ -97,13 +88,16 @@ class AxisMap:
         return AxisMap(self.source_size * inner.source_size, merge_runs(runs), self.dual and inner.dual)
 
     def to_json(self) -> Any:
+        """Plain JSON data, as growth.json stores it."""
         return {"source_size": self.source_size, "dual": self.dual, "runs": [[r.start, r.length, r.a, r.b] for r in self.runs]}
 
     @staticmethod
     def from_json(data: Any) -> AxisMap:
+        """Inverse of `to_json`, for untrusted data. Raises ValueError."""
+
         def number(value: Any, kind: type[int] | type[float] = int) -> Any:
             if isinstance(value, bool) or not isinstance(value, (int, kind)) or not math.isfinite(value):
-                raise TypeError(f"{str(value)[:80]} is no {kind.__name__}")
+                raise TypeError(f"{str(value)[:80]} is not {'an int' if kind is int else 'a float'}")
             return kind(value)
 
         try:
@@ -114,7 +108,7 @@ class AxisMap:
 
 
 def merge_runs(runs: Iterable[AxisRun]) -> tuple[AxisRun, ...]:
-    """Neighbouring runs that continue each other become one."""
+    """Merges neighbouring runs that continue each other."""
     out: list[AxisRun] = []
     for r in runs:
         last = out[-1] if out else None
@@ -128,23 +122,13 @@ def merge_runs(runs: Iterable[AxisRun]) -> tuple[AxisRun, ...]:
     return tuple(out)
 
 
-def identity(size: int) -> AxisMap:
-    return AxisMap(size, (AxisRun(0, size),))
-
-
 def select(size: int, indices: Sequence[int]) -> AxisMap:
-    """Rows picked one by one with unit gains (a cut, a shard, a permutation)."""
+    """Source rows picked by index with unit gains (a cut, a shard, a permutation)."""
     return AxisMap(size, merge_runs(AxisRun(i, 1) for i in indices))
 
 
-def tile(size: int, copies: int, pad: int = 0) -> AxisMap:
-    """`copies` of the whole axis, each holding 1/copies of what readers see, then `pad` zero rows (LEMON; HyperCloning)."""
-    runs = [AxisRun(0, size, 1.0, 1.0 / copies)] * copies
-    return AxisMap(size, (*runs, AxisRun(None, pad, 0.0, 0.0)) if pad else tuple(runs))
-
-
 def duplicate(size: int, sources: Sequence[int]) -> AxisMap:
-    """Target row i copies source row sources[i], readers divide by the number of copies (Net2Net, Chen et al. 2016, section 3.2)."""
+    """Target row i copies source row sources[i]; readers divide by the number of copies (Net2Net, Chen et al. 2016, section 3.2)."""
     counts = [0] * size
     for s in sources:
         counts[s] += 1

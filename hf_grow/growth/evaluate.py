@@ -1,8 +1,8 @@
-"""Evaluating expressions: row blocks of a target tensor from row blocks of source tensors.
+"""Evaluates expressions in row blocks of the target tensor.
 
-Everything but a plain copy is computed in fp32 (fp64 where the source is fp64) and cast last. Row blocks keep memory small and change
-nothing: noise is drawn in fixed chunks keyed by (seed, key, chunk), so neither block size, order, sharding nor resumption shows.
-A method with a node of its own registers its evaluator: ``@evaluate.register`` on ``(node, evaluator, start, stop) -> Tensor``.
+Everything but a plain copy is computed in fp32 (fp64 if the source is fp64) and cast last. The result does not depend on block size, order,
+sharding or resumption: noise is drawn in fixed chunks keyed by (seed, key, chunk). A new node registers its evaluator:
+``@evaluate.register`` on ``(node, evaluator, start, stop) -> Tensor``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import singledispatch
 
@@ -27,6 +27,7 @@ from hf_grow.growth.tensormap import (
     Concat,
     Expr,
     Fill,
+    Generated,
     Noise,
     Orthogonal,
     Quantity,
@@ -43,11 +44,11 @@ from hf_grow.growth.tensormap import (
 from hf_grow.growth.tensors import TensorRows, raw_bytes, torch_dtype
 
 BLOCK = 8 << 20  # bytes of one block in the compute dtype
-MANY_RUNS = 16  # above this, one gather beats slice copies
+MANY_RUNS = 16  # above this, one index_select is faster than slice copies
 
 
 class Evaluator:
-    """Evaluates one plan's expressions. ``quantity`` chooses what flows through the map: weights, gradients or squared gradients."""
+    """Evaluates the expressions of one plan. ``quantity``: what flows through the map, weights, gradients or squared gradients."""
 
     def __init__(self, plan: GrowthPlan, tensors: TensorRows, quantity: Quantity = "weight") -> None:
         if plan.growth.measurements:
@@ -64,17 +65,17 @@ class Evaluator:
         self._moments: dict[Expr, tuple[float, float]] = {}
 
     def rows(self, expr: Expr, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of dimension 0, in the compute dtype; a tensor of its own, which the caller may change."""
+        """Rows [start, stop) of dimension 0: a new tensor [stop - start, ...] in the compute dtype, which the caller may modify."""
         return evaluate(expr, self, start, stop)
 
     def blocks(self, expr: Expr, info: TensorInfo, budget: int, *, allow_nonfinite: bool = False) -> Iterator[Tensor]:
-        """The whole tensor in the target's dtype, as row blocks that take about `budget` bytes to compute.
+        """The tensor `info` as row blocks in its dtype, which take about `budget` bytes to compute.
 
-        Raises SourceError where a value is NaN or infinite (unless `allow_nonfinite`: it is then written so), ExecutionError where it is
-        finite and does not fit the target's dtype.
+        Raises SourceError for NaN and infinite values (unless `allow_nonfinite`, which keeps them), ExecutionError for finite values that
+        overflow the dtype.
         """
-        # A block lives about four times over: source rows, result, a temporary of either, the cast. Beyond BLOCK, larger ones are slower:
-        # they leave the cache, and the allocator takes fresh pages for each.
+        # About four copies of a block exist at once: source rows, result, a temporary, the cast. Blocks above BLOCK are slower: they do not
+        # fit the cache, and each one gets fresh pages from the allocator.
         row = math.prod(info.shape[1:]) * self.compute.itemsize
         step = max(1, min(budget // 4, BLOCK) // max(row, 1))
         for start in range(0, info.shape[0], step):
@@ -84,14 +85,15 @@ class Evaluator:
             check.update(raw_bytes(block))
             if not check.finite:
                 block = _not_finite(wide, block, info.dtype, allow_nonfinite)
-            del wide  # the block may be needed for long
+            del wide  # the caller may keep the block
             yield block
 
     def whole(self, expr: Expr, info: TensorInfo) -> Tensor:
+        """The tensor `info` in memory, with its shape and dtype. Raises as `blocks` does."""
         return torch.cat(list(self.blocks(expr, info, 1 << 62)))
 
     def moments(self, expr: Expr) -> tuple[float, float]:
-        """Mean and standard deviation of all values of an expression, to nine digits: what lies behind depends on the processor's order of summing."""
+        """Mean and standard deviation of an expression's values, rounded to nine digits, since further ones depend on the summation order."""
         if expr not in self._moments:
             shape = expr.shape(self.scope)
             step = max(1, BLOCK // (self.compute.itemsize * max(1, math.prod(shape[1:]))))
@@ -106,16 +108,17 @@ class Evaluator:
 
 
 def _not_finite(wide: Tensor, block: Tensor, dtype: str, allowed: bool) -> Tensor:
-    """A block with values that are not finite after the cast, as it may be written; `wide`: before the cast."""
+    """Checks a block that is not finite after the cast (`wide`: before it) and returns it with canonical NaNs. Raises as `Evaluator.blocks`."""
     if bool((wide.isfinite() & ~block.isfinite()).any()):
         raise ExecutionError(f"a value is too large for {dtype}.", hint="Grow it without noise or averages, or from a source in F32.")
     if not allowed:
         raise SourceError("a value is not finite: the source holds NaN or infinite values.", hint=NOT_FINITE_HINT)
-    return block.masked_fill(block.isnan(), math.nan)  # of one form: which bits arithmetic leaves in a NaN is the processor's affair
+    return block.masked_fill(block.isnan(), math.nan)  # NaN payloads depend on the processor
 
 
 @singledispatch
 def evaluate(expr: Expr, ev: Evaluator, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of an expression in the compute dtype. Raises TypeError for a node without an evaluator."""
     raise TypeError(f"no evaluator is registered for {type(expr).__name__}")
 
 
@@ -127,51 +130,42 @@ def _(expr: Source, ev: Evaluator, start: int, stop: int) -> Tensor:
 @evaluate.register
 def _(expr: Take, ev: Evaluator, start: int, stop: int) -> Tensor:
     axis = ev.axes[expr.axis]
-    if expr.dim == 0:
-        runs = list(axis.window(start, stop))
-        inside = [r for r in runs if r.start is not None]
-        if not inside:
-            return torch.zeros(stop - start, *expr.shape(ev.scope)[1:], dtype=ev.compute)
+    if expr.dim > 0:
+        inner = ev.rows(expr.of, start, stop)
+        if len(axis.runs) > MANY_RUNS:
+            return _gathered(inner, expr.dim, list(axis.runs), 0, expr, ev)
+        shape = [*inner.shape[: expr.dim], axis.target_size, *inner.shape[expr.dim + 1 :]]
+        return _sliced(shape, axis.runs, expr, ev, lambda run: inner.narrow(expr.dim, run.start or 0, run.length))
+    runs = list(axis.window(start, stop))
+    inside = [r for r in runs if r.start is not None]
+    if inside:
         low = min(r.start for r in inside if r.start is not None)
         high = max(r.start + r.length for r in inside if r.start is not None)
         if len(runs) > MANY_RUNS and high - low <= 4 * (stop - start):
             return _gathered(ev.rows(expr.of, low, high), 0, runs, low, expr, ev)
         if len(runs) == 1:
-            return _run_rows(runs[0], expr, ev)
-        result, at = torch.empty(stop - start, *expr.shape(ev.scope)[1:], dtype=ev.compute), 0
-        for run in runs:
-            part = result.narrow(0, at, run.length)
-            if run.start is None:
-                part.zero_()
-            else:
-                torch.mul(ev.rows(expr.of, run.start, run.start + run.length), run.gain(expr.role, ev.quantity), out=part)
-            at += run.length
-        return result
-    inner = ev.rows(expr.of, start, stop)
-    if len(axis.runs) > MANY_RUNS:
-        return _gathered(inner, expr.dim, list(axis.runs), 0, expr, ev)
-    shape = list(inner.shape)
-    shape[expr.dim] = axis.target_size
+            rows, gain = ev.rows(expr.of, low, high), runs[0].gain(expr.role, ev.quantity)
+            return rows if gain == 1 else rows.mul_(gain)
+    shape = [stop - start, *expr.shape(ev.scope)[1:]]
+    return _sliced(shape, runs, expr, ev, lambda run: ev.rows(expr.of, run.start or 0, (run.start or 0) + run.length))
+
+
+def _sliced(shape: Sequence[int], runs: Sequence[AxisRun], expr: Take, ev: Evaluator, read: Callable[[AxisRun], Tensor]) -> Tensor:
+    """Few long runs by slice copies; `read` gives the source values of a run."""
     result, at = torch.empty(shape, dtype=ev.compute), 0
-    for run in axis.runs:
+    for run in runs:
         part = result.narrow(expr.dim, at, run.length)
         if run.start is None:
             part.zero_()
         else:
-            torch.mul(inner.narrow(expr.dim, run.start, run.length), run.gain(expr.role, ev.quantity), out=part)
+            torch.mul(read(run), run.gain(expr.role, ev.quantity), out=part)
         at += run.length
     return result
 
 
-def _run_rows(run: AxisRun, expr: Take, ev: Evaluator) -> Tensor:
-    assert run.start is not None
-    rows, gain = ev.rows(expr.of, run.start, run.start + run.length), run.gain(expr.role, ev.quantity)
-    return rows if gain == 1 else rows.mul_(gain)
-
-
 def _gathered(inner: Tensor, dim: int, runs: list[AxisRun], offset: int, expr: Take, ev: Evaluator) -> Tensor:
-    """Many short runs at once: one index_select, one multiplication."""
-    # Rows outside the range read row 0, times zero: there may be more of them than rows to read.
+    """Many short runs by one index_select and one multiplication."""
+    # Rows outside the range of A read row 0 with gain zero.
     index = torch.cat(
         [torch.zeros(r.length, dtype=torch.long) if r.start is None else torch.arange(r.length) + r.start - offset for r in runs]
     )
@@ -243,48 +237,53 @@ def _(expr: Replace, ev: Evaluator, start: int, stop: int) -> Tensor:
 
 
 @evaluate.register
-def _(expr: Fill, ev: Evaluator, start: int, stop: int) -> Tensor:
-    value = expr.value if ev.quantity == "weight" else 0.0  # a constant carries nothing of the source's gradient
-    return torch.full((stop - start, *expr.size[1:]), value, dtype=ev.compute)
-
-
-@evaluate.register
-def _(expr: Noise, ev: Evaluator, start: int, stop: int) -> Tensor:
-    row = math.prod(expr.size[1:])
+def _(expr: Generated, ev: Evaluator, start: int, stop: int) -> Tensor:
     if ev.quantity != "weight":
         return torch.zeros(stop - start, *expr.size[1:], dtype=ev.compute)
+    return _values(expr, ev, start, stop)
+
+
+@singledispatch
+def _values(expr: Generated, ev: Evaluator, start: int, stop: int) -> Tensor:
+    raise TypeError(f"no evaluator is registered for {type(expr).__name__}")
+
+
+@_values.register
+def _(expr: Fill, ev: Evaluator, start: int, stop: int) -> Tensor:
+    return torch.full((stop - start, *expr.size[1:]), expr.value, dtype=ev.compute)
+
+
+@_values.register
+def _(expr: Noise, ev: Evaluator, start: int, stop: int) -> Tensor:
+    row = math.prod(expr.size[1:])
     mean, spread = (0.0, 1.0) if expr.like is None else ev.moments(expr.like)
     drawn = torch.from_numpy(gaussian(ev.seed, expr.key, start * row, stop * row, expr.std * spread)).to(ev.compute)
     return (drawn if expr.centered else drawn.add_(mean)).view(stop - start, *expr.size[1:])
 
 
-@evaluate.register
+@_values.register
 def _(expr: Orthogonal, ev: Evaluator, start: int, stop: int) -> Tensor:
-    if ev.quantity != "weight":
-        return torch.zeros(stop - start, *expr.size[1:], dtype=ev.compute)
     drawn = ev.rows(Noise(expr.size, 1.0, expr.key), 0, expr.size[0]).double()
-    rows = torch.linalg.qr(drawn.T).Q.T  # few rows, so always all of them
+    rows = torch.linalg.qr(drawn.T).Q.T  # few rows, so all at once
     length = torch.full((len(rows), 1), expr.std * math.sqrt(expr.size[1]), dtype=torch.float64)
-    length = length.copysign((rows * drawn).sum(1, keepdim=True))  # LAPACK leaves the signs open
-    made: Tensor = rows * length
-    return made[start:stop].to(ev.compute)
+    length = length.copysign((rows * drawn).sum(1, keepdim=True))  # QR is unique only up to signs
+    orthogonal: Tensor = rows * length
+    return orthogonal[start:stop].to(ev.compute)
 
 
-@evaluate.register
+@_values.register
 def _(expr: Values, ev: Evaluator, start: int, stop: int) -> Tensor:
-    if ev.quantity != "weight":
-        return torch.zeros(stop - start, *expr.size[1:], dtype=ev.compute)
     values = np.frombuffer(base64.b64decode(ev.data[expr.key]), dtype="<f2").reshape(expr.size)
     return torch.from_numpy(values[start:stop].astype(np.float32)).to(ev.compute)
 
 
 @contextmanager
 def single_threaded_ops() -> Iterator[None]:
-    """Inside, torch uses one thread for one operation: the tensors are what runs in parallel. (The setting is one of the whole process.)"""
+    """Makes torch use one thread per operation, since tensors are processed in parallel. The setting is process-wide; nesting is counted."""
     with _threads.lock:
         if _threads.inside == 0:
             _threads.before = torch.get_num_threads()
-        torch.set_num_threads(1)  # holds for this thread, and for threads that have not used torch yet
+        torch.set_num_threads(1)  # applies to this thread and to threads that have not used torch yet
         _threads.inside += 1
     try:
         yield

@@ -1,10 +1,10 @@
-"""The search for values that are not finite."""
+"""Detects NaN and infinity in raw bytes, without torch."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# Values that are not finite have all exponent bits set: as integers, they are the largest of either sign.
+# Nonfinite values have all exponent bits set: as integers they are the largest of either sign.
 _LIMITS = {"BF16": (np.int16, np.uint16, 0x7F80), "F16": (np.int16, np.uint16, 0x7C00),
            "F32": (np.int32, np.uint32, 0x7F800000), "F64": (np.int64, np.uint64, 0x7FF0000000000000)}  # fmt: skip
 
@@ -13,7 +13,7 @@ NOT_FINITE_HINT = "Use an undamaged checkpoint (or --allow-nonfinite --resume, i
 
 
 class FiniteCheck:
-    """Fed with bytes of one dtype like a hash; `finite` tells whether no value was NaN or infinite. Two vectorised maxima a piece."""
+    """Fed with bytes of one dtype like a hash; `finite` is False once a value was NaN or infinite. ``dtype``: a safetensors name."""
 
     def __init__(self, dtype: str) -> None:
         self.signed, self.unsigned, self.limit = _LIMITS[dtype]

@@ -1,4 +1,4 @@
-"""Random numbers that depend on (seed, key) and their place alone: Gaussian ones, drawn in fixed chunks, and subsets. No torch."""
+"""Random numbers that depend only on (seed, key) and position: Gaussian noise in fixed chunks, and random subsets. Without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def gaussian(seed: int, key: str, first: int, last: int, std: float) -> Floats:
-    """Numbers [first, last) of the stream of `key`, N(0, std^2)."""
+    """Values [first, last) of the stream (seed, key), distributed as N(0, std^2)."""
     quantiles = normal_quantiles() * np.float32(std)
     values = np.empty(last - first, dtype=np.float32)
     for chunk in range(first // NOISE_CHUNK, -(-last // NOISE_CHUNK)):
@@ -27,7 +27,7 @@ def gaussian(seed: int, key: str, first: int, last: int, std: float) -> Floats:
 
 
 def to_dtype_bytes(values: Floats, dtype: str) -> bytes:
-    """The bytes of the values in a dtype of safetensors, rounded to even as torch does."""
+    """The values as little-endian bytes of a safetensors dtype, rounded to nearest even as torch does."""
     match dtype:
         case "BF16":
             bits = values.view(np.uint32)
@@ -47,7 +47,7 @@ def _random_bits(seed: int, key: str, chunk: int) -> np.ndarray[Any, np.dtype[np
 
 @lru_cache(maxsize=16)
 def random_subset(seed: int, key: str, size: int, count: int) -> Indices:
-    """`count` of the numbers below `size`, in order: those whose random 64-bit numbers are the smallest."""
+    """`count` of the integers below `size`, sorted: those with the smallest random 64-bit values."""
     order = np.argsort(_philox(seed, key, "subset").random_raw(size), kind="stable")
     chosen = np.sort(order[:count]).astype(np.int64)
     chosen.setflags(write=False)
@@ -55,15 +55,17 @@ def random_subset(seed: int, key: str, size: int, count: int) -> Indices:
 
 
 def _philox(seed: int, *key: str) -> np.random.Philox:
-    """Its stream is fixed for good (Salmon et al. 2011); that of numpy's normal() is not."""
+    """A Philox generator (Salmon et al. 2011), whose raw stream numpy keeps stable across versions, unlike that of normal()."""
     digest = hashlib.blake2b("\0".join((str(seed), *key)).encode(), digest_size=16).digest()
     return np.random.Philox(key=int.from_bytes(digest, "little"))
 
 
 @cache
 def normal_quantiles() -> Floats:
-    """The standard normal distribution in 65,536 equally likely values (at most 4.3 in size), with variance one: five times as fast as drawing
-    each value, and as fine as 16-bit weights can tell."""
+    """The standard normal distribution as 65,536 equally likely values (at most 4.3 in magnitude) of variance one.
+
+    Looking them up is five times faster than drawing each value, and as fine as 16-bit weights can represent.
+    """
     inverse = NormalDist().inv_cdf
     half = np.array([inverse((i + 0.5) / 65536) for i in range(32768, 65536)])
     values = np.concatenate([-half[::-1], half])

@@ -1,28 +1,26 @@
-"""The algebra of growth: each tensor of the target is a small expression over tensors of the source.
+"""Tensor maps: every tensor of the target as a small expression over tensors of the source.
 
     Source(name)                      a tensor of the source checkpoint, byte for byte
-    Take(of, dim, axis, role)         one dimension grown, cut or reordered by an AxisMap that the plan holds under the name `axis`
+    Take(of, dim, axis, role)         one dimension grown, cut or reordered by the AxisMap that the plan stores under the name `axis`
     Sum(terms, weights)               weighted sum
-    Vary(of, by)                      of * (1 + by), elementwise: noise in proportion to a tensor
-    Share(of, share)                  `of` as it is, of whose gradient only this share arrives: one of several copies that are used in turn
-    Concat(parts, dim)                parts side by side
-    Subset(of, dim, count, key)       `count` coordinates of a dimension, chosen at random by (plan seed, key), in their order
-    Replace(of, by, dim, key)         `of`, in which the coordinates that Subset chooses under the same key are those of `by`
-    Fill(shape, value)                a constant
-    Noise(shape, std, key, like)      N(0, std^2), seeded by (plan seed, key); `like`: std counts in standard deviations of that expression,
-                                      and the mean may be its mean
-    Orthogonal(shape, std, key)       random rows at right angles to each other
-    Values(shape, key)                numbers that the plan holds under the name `key`, measured on the source before it is carried out
+    Vary(of, by)                      of * (1 + by), elementwise: noise proportional to a tensor
+    Share(of, share)                  the weight `of`, with this share of its gradient: one of several copies that are used in turn
+    Concat(parts, dim)                concatenation
+    Subset(of, dim, count, key)       `count` random coordinates of a dimension, chosen by (plan seed, key), in order
+    Replace(of, by, dim, key)         `of` with the coordinates that Subset chooses under the same key replaced by those of `by`
+    Fill(size, value)                 a constant
+    Noise(size, std, key, like)       N(0, std^2), seeded by (plan seed, key); with `like`, std is relative to that expression's standard deviation
+    Orthogonal(size, std, key)        random orthogonal rows
+    Values(size, key)                 numbers stored in the plan under `key`, measured on the source
 
-An expression says nothing of weights or gradients: the evaluator is given the quantity, and
+An expression does not say whether weights or gradients flow through it; the evaluator is given the quantity:
 
     weight                    W' = A_out W B_in^T
-    grad    (and exp_avg)     G' = B_out G A_in^T        Noise and Fill carry no gradient of the source
+    grad    (and exp_avg)     G' = B_out G A_in^T        zero for Fill, Noise, Orthogonal and Values
     grad2   (exp_avg_sq, F)   the same with squared gains
 
-so the same map grows weights, Adam's moments and the Fisher (Shen et al. 2022, "Staged Training", derives the moment rules for copies).
-A new kind of node is a subclass of Expr in the file of its method, with its evaluator registered in `execute`; nothing here changes.
-No torch here: plans are made, printed and stored without it.
+so one map grows weights, Adam moments and the Fisher (Shen et al. 2022, "Staged Training", derives the moment rules for copies). A new kind
+of node is a subclass of Expr with an evaluator registered in `evaluate`. This module does not need torch.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ Shape = tuple[int, ...]
 
 
 class Axis(Protocol):
-    """What a shape needs to know of an axis map."""
+    """The part of AxisMap that shapes depend on."""
 
     @property
     def source_size(self) -> int: ...
@@ -46,7 +44,7 @@ class Axis(Protocol):
 
 @dataclass(frozen=True)
 class Scope:
-    """What expressions refer to by name."""
+    """What expressions refer to by name: shapes of source tensors by `Source.key`, and axis maps."""
 
     shapes: Mapping[str, Shape]
     axes: Mapping[str, Axis]
@@ -54,20 +52,23 @@ class Scope:
 
 @dataclass(frozen=True)
 class Expr:
-    """Base of all nodes. Fields holding expressions are listed in `parts_of`; everything else is plain JSON data."""
+    """Base of all nodes. Fields that hold expressions are listed in `parts_of`; all others are plain JSON data. ``op``: its name in growth.json."""
 
     op: ClassVar[str] = ""
     parts_of: ClassVar[tuple[str, ...]] = ()
     NODES: ClassVar[dict[str, type[Expr]]] = {}
 
     def __init_subclass__(cls) -> None:
-        assert cls.op not in Expr.NODES, cls
-        Expr.NODES[cls.op] = cls
+        if cls.op:  # not a base class
+            assert cls.op not in Expr.NODES, cls
+            Expr.NODES[cls.op] = cls
 
     def shape(self, scope: Scope) -> Shape:
+        """Shape of the result. Raises ValueError or LookupError if the parts do not fit."""
         raise TypeError(f"{type(self).__name__} gives no shape")
 
     def children(self) -> Iterator[Expr]:
+        """The direct subexpressions."""
         for name in self.parts_of:
             value = getattr(self, name)
             if isinstance(value, tuple):
@@ -76,6 +77,8 @@ class Expr:
                 yield value
 
     def map_children(self, change: Callable[[Expr], Expr]) -> Expr:
+        """A copy with `change` applied to every direct subexpression."""
+
         def apply(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(map(change, value))
@@ -84,18 +87,19 @@ class Expr:
         return replace(self, **{n: apply(getattr(self, n)) for n in self.parts_of}) if self.parts_of else self
 
     def sources(self) -> Iterator[Source]:
-        """Every source tensor read, in order, with repetitions."""
+        """All source tensors read, in order, with repetitions."""
         for child in self.children():
             yield from child.sources()
 
     def axis_names(self) -> Iterator[str]:
+        """The names of all axis maps used."""
         for child in self.children():
             yield from child.axis_names()
 
 
 @dataclass(frozen=True)
 class Source(Expr):
-    """A tensor on disk. ``checkpoint`` names a further source checkpoint where a plan has several ("" is the main one)."""
+    """A tensor on disk. ``checkpoint``: label of an additional source checkpoint; empty for the main one."""
 
     op = "source"
     name: str
@@ -114,7 +118,7 @@ class Source(Expr):
 
 @dataclass(frozen=True)
 class Take(Expr):
-    """Dimension ``dim`` mapped by AxisMap ``axis``: ``role`` out applies A, in applies B (to weights; gradients the other way round)."""
+    """Dimension ``dim`` mapped by AxisMap ``axis``: ``role`` out applies A to weights and B to gradients, in the reverse."""
 
     op = "take"
     parts_of = ("of",)
@@ -138,6 +142,8 @@ class Take(Expr):
 
 @dataclass(frozen=True)
 class Sum(Expr):
+    """Weighted sum of expressions of one shape."""
+
     op = "sum"
     parts_of = ("terms",)
     terms: tuple[Expr, ...]
@@ -152,7 +158,7 @@ class Sum(Expr):
 
 @dataclass(frozen=True)
 class Vary(Expr):
-    """`of` times (1 + `by`), elementwise: noise in proportion to a tensor. Gradients pass as if `by` were zero, as they do with added noise."""
+    """`of * (1 + by)`, elementwise: noise proportional to a tensor. Gradients pass as if `by` were zero, as with added noise."""
 
     op = "vary"
     parts_of = ("of", "by")
@@ -162,13 +168,13 @@ class Vary(Expr):
     def shape(self, scope: Scope) -> Shape:
         shapes = {self.of.shape(scope), self.by.shape(scope)}
         if len(shapes) != 1:
-            raise ValueError(f"values of shapes {sorted(shapes)} to be multiplied")
+            raise ValueError(f"shapes {sorted(shapes)} cannot be multiplied elementwise")
         return shapes.pop()
 
 
 @dataclass(frozen=True)
 class Share(Expr):
-    """One of several copies, each used for a share of the tokens: the weight is `of`, the gradient that share of its gradient."""
+    """One of several copies that each serve a share of the tokens: the weight is `of`, the gradient `share` times its gradient."""
 
     op = "share"
     parts_of = ("of",)
@@ -181,6 +187,8 @@ class Share(Expr):
 
 @dataclass(frozen=True)
 class Concat(Expr):
+    """Expressions concatenated along dimension `dim`."""
+
     op = "concat"
     parts_of = ("parts",)
     parts: tuple[Expr, ...]
@@ -194,13 +202,13 @@ class Concat(Expr):
         for s in shapes:
             s[self.dim] = total
         if any(s != shapes[0] for s in shapes):
-            raise ValueError(f"parts of shapes {shapes} do not fit along dimension {self.dim}")
+            raise ValueError(f"shapes {shapes} cannot be concatenated along dimension {self.dim}")
         return tuple(shapes[0])
 
 
 @dataclass(frozen=True)
 class Subset(Expr):
-    """`count` coordinates of dimension `dim`, drawn without replacement by (plan seed, `key`) and the dimension's size, in their order."""
+    """`count` coordinates of dimension `dim`, drawn without replacement by (plan seed, `key`, size of the dimension), in order."""
 
     op = "subset"
     parts_of = ("of",)
@@ -213,14 +221,14 @@ class Subset(Expr):
         inner = list(self.of.shape(scope))
         _check_dim(self.dim, inner)
         if not 0 <= self.count <= inner[self.dim]:
-            raise ValueError(f"{self.count} of {inner[self.dim]} coordinates cannot be chosen")
+            raise ValueError(f"cannot choose {self.count} of {inner[self.dim]} coordinates")
         inner[self.dim] = self.count
         return tuple(inner)
 
 
 @dataclass(frozen=True)
 class Replace(Expr):
-    """`of`, in which the coordinates of dimension `dim` that `Subset` chooses under the same key are those of `by`, in their order."""
+    """`of` with the coordinates of dimension `dim` that `Subset` chooses under the same key replaced by those of `by`, in order."""
 
     op = "replace"
     parts_of = ("of", "by")
@@ -234,41 +242,46 @@ class Replace(Expr):
         _check_dim(self.dim, whole)
         fits = len(whole) == len(new) and all(n <= w if d == self.dim else n == w for d, (w, n) in enumerate(zip(whole, new, strict=True)))
         if not fits:
-            raise ValueError(f"values of shape {list(new)} cannot replace a part of {list(whole)} along dimension {self.dim}")
+            raise ValueError(f"values of shape {list(new)} cannot replace a part of shape {list(whole)} along dimension {self.dim}")
         return whole
 
 
 @dataclass(frozen=True)
-class Fill(Expr):
-    op = "fill"
+class Generated(Expr):
+    """Base of nodes that read no source values, of shape `size`; no gradient of the source flows into them."""
+
     size: Shape
-    value: float = 0.0
 
     def shape(self, scope: Scope) -> Shape:
         return self.size
 
 
 @dataclass(frozen=True)
-class Noise(Expr):
+class Fill(Generated):
+    """A constant."""
+
+    op = "fill"
+    value: float = 0.0
+
+
+@dataclass(frozen=True)
+class Noise(Generated):
+    """Gaussian noise N(0, std^2), or with `like` in units of its standard deviation. Depends on (plan seed, key) only."""
+
     op = "noise"
     parts_of = ("like",)
-    size: Shape
     std: float
     key: str
     like: Expr | None = None
     centered: bool = True
     """Whether the mean is zero; otherwise it is that of `like`."""
 
-    def shape(self, scope: Scope) -> Shape:
-        return self.size
-
 
 @dataclass(frozen=True)
-class Orthogonal(Expr):
-    """Rows at right angles, each as long as a row of N(0, std^2) is on average; at most as many rows as columns."""
+class Orthogonal(Generated):
+    """Orthogonal rows of the root-mean-square length of rows of N(0, std^2); at most as many rows as columns."""
 
     op = "orthogonal"
-    size: Shape
     std: float
     key: str
 
@@ -279,15 +292,11 @@ class Orthogonal(Expr):
 
 
 @dataclass(frozen=True)
-class Values(Expr):
-    """Numbers that come with the plan (`Growth.data`): what had to be measured on the source, such as router rows from prompts."""
+class Values(Generated):
+    """Numbers stored in the plan (`Growth.data`), measured on the source, such as router rows from prompts."""
 
     op = "values"
-    size: Shape
     key: str
-
-    def shape(self, scope: Scope) -> Shape:
-        return self.size
 
 
 def _check_dim(dim: int, shape: Sequence[int]) -> None:
@@ -296,7 +305,7 @@ def _check_dim(dim: int, shape: Sequence[int]) -> None:
 
 
 def substitute(expr: Expr, tensors: Mapping[str, Expr]) -> Expr:
-    """`expr` with every main source replaced by its own expression: composition of two growth steps."""
+    """`expr` with every tensor of the main source replaced by its expression in `tensors`: the composition of two growths."""
     if isinstance(expr, Source):
         return expr if expr.checkpoint else tensors[expr.name]
     return expr.map_children(lambda child: substitute(child, tensors))

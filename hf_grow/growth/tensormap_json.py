@@ -1,4 +1,4 @@
-"""Expressions of a tensor map as JSON, as growth.json holds them, and back; what comes from a file is checked against the fields of its node."""
+"""Expressions as JSON, as growth.json stores them, and back, with fields checked against their types."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from hf_grow.growth.tensormap import Expr, Source
 
 
 def to_json(expr: Expr) -> Any:
-    """Plain JSON; a copy of a main source is just its name, since most tensors are."""
+    """JSON data; a plain copy from the main source is just its name."""
     if isinstance(expr, Source) and not expr.checkpoint:
         return expr.name
 
-    def plain(name: str, value: Any) -> Any:
+    def field_json(name: str, value: Any) -> Any:
         if name in expr.parts_of:
             return [to_json(v) for v in value] if isinstance(value, tuple) else value and to_json(value)
         return list(value) if isinstance(value, tuple) else value
 
-    return {"op": expr.op, **{f.name: plain(f.name, getattr(expr, f.name)) for f in fields(expr)}}
+    return {"op": expr.op, **{f.name: field_json(f.name, getattr(expr, f.name)) for f in fields(expr)}}
 
 
 def from_json(data: Any) -> Expr:
-    """The inverse of `to_json`. Raises ValueError for anything that is no expression."""
+    """Inverse of `to_json`, for untrusted data. Raises ValueError."""
     if isinstance(data, str):
         return Source(data)
     op = data.get("op") if isinstance(data, dict) else None
@@ -54,7 +54,7 @@ def _hints(op: str) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON is what a field's annotation says (a bool is no number here)."""
+    """Whether a value read from JSON has the annotated type (a bool is not a number)."""
     args = get_args(hint)
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)

@@ -1,4 +1,4 @@
-"""Where source tensors are: in files, of which only the rows asked for are read, or in memory."""
+"""Access to source tensors by rows, from files or from memory."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from hf_grow.growth.plan import DTYPE_NAMES
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
-    found = getattr(torch, DTYPE_NAMES[dtype])
-    assert isinstance(found, torch.dtype)
-    return found
+    """'BF16' -> torch.bfloat16, for the names of safetensors."""
+    result = getattr(torch, DTYPE_NAMES[dtype])
+    assert isinstance(result, torch.dtype)
+    return result
 
 
 class TensorRows(Protocol):
-    """Where source tensors come from: rows [start, stop) of dimension 0, in their own dtype."""
+    """Source tensors by `Source.key`: rows [start, stop) of dimension 0 in the stored dtype."""
 
     writable: bool
-    """Whether what it gives may be changed in place."""
+    """Whether the returned tensors may be modified in place."""
 
     def rows(self, key: str, start: int, stop: int) -> Tensor: ...
 
 
 class InMemoryTensors:
-    """Source tensors that are in memory already."""
+    """Source tensors in memory."""
 
     writable = False
 
@@ -39,5 +40,5 @@ class InMemoryTensors:
 
 
 def raw_bytes(block: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, of any dtype, without a copy."""
+    """The bytes of a contiguous CPU tensor, without a copy."""
     return block.view(torch.uint8).numpy().reshape(-1).data

@@ -9,12 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from axis_maps import tile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import SIZES
 
 from hf_grow.errors import PlanError, SourceError
-from hf_grow.growth.axes import AxisMap, AxisRun, tile
+from hf_grow.growth.axes import AxisMap, AxisRun
 from hf_grow.growth.growth import Growth, Guarantee
 from hf_grow.growth.plan import GrowthPlan, SourceInfo, TensorInfo, make_plan
 from hf_grow.growth.tensormap import Concat, Fill, Source, Take

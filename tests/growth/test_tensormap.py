@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from axis_maps import identity, tile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_grow.growth.axes import AxisMap, AxisRun, identity, tile
+from hf_grow.growth.axes import AxisMap, AxisRun
 from hf_grow.growth.tensormap import Concat, Expr, Fill, Noise, Replace, Scope, Shape, Source, Subset, Sum, Take, substitute
 from hf_grow.growth.tensormap_json import from_json, to_json
 
@@ -192,7 +193,7 @@ def test_a_tensor_that_the_first_step_does_not_make_is_a_key_error():
         (Sum((Source("2x3|a"), Source("3x2|a")), (1.0, 1.0)), "shapes"),
         (Sum((Source("2|a"),), (1.0, 2.0)), "2 weights"),
         (Sum((), ()), "a sum of shapes"),
-        (Concat((Source("2x3|a"), Source("2x4|a")), 0), "do not fit along dimension 0"),
+        (Concat((Source("2x3|a"), Source("2x4|a")), 0), "cannot be concatenated along dimension 0"),
         (Concat((Source("2x3|a"), Source("2|a")), 1), "no dimension 1"),
         (Concat((), 0), "no dimension 0"),
         (Concat((Source("2|a"),), -1), "no dimension -1"),
