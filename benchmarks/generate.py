@@ -18,7 +18,7 @@ import numpy as np
 from hf_grow.checkpoint.reader import INDEX
 from hf_grow.checkpoint.transfer import write_all
 from hf_grow.checkpoint.writer import Shard, build_index, check_disk_space, layout
-from hf_grow.growth.plan import TensorInfo
+from hf_grow.growth.source_info import TensorInfo
 from hf_grow.model.architecture import Architecture
 
 STD = 0.02

@@ -10,7 +10,8 @@ from hf_grow.checkpoint.source import open_source
 from hf_grow.common.suggest import did_you_mean
 from hf_grow.errors import InputError
 from hf_grow.growth.growth import Method
-from hf_grow.growth.plan import GrowthPlan, SourceInfo, check_source, make_plan
+from hf_grow.growth.plan import GrowthPlan, check_source, make_plan
+from hf_grow.growth.source_info import SourceInfo
 from hf_grow.methods import METHODS
 from hf_grow.methods.no_effect import reject_ineffective_options
 from hf_grow.methods.pipeline import PIPELINE

@@ -17,7 +17,8 @@ from hf_grow.checkpoint.safetensors_header import TensorLocation, check_name, re
 from hf_grow.checkpoint.transfer import file_sha256
 from hf_grow.common.safe_files import check_no_special_files, error_text, open_regular, read_json
 from hf_grow.errors import SourceError
-from hf_grow.growth.plan import EMBEDDING, HEAD, SourceInfo
+from hf_grow.growth.plan import EMBEDDING, HEAD
+from hf_grow.growth.source_info import SourceInfo
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -15,7 +15,7 @@ from typing import Any
 
 from hf_grow.common.safe_files import open_regular
 from hf_grow.errors import SourceError
-from hf_grow.growth.plan import DTYPE_BYTES, TensorInfo
+from hf_grow.growth.source_info import DTYPE_BYTES, TensorInfo
 
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_DIMS = 8

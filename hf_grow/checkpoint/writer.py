@@ -17,7 +17,7 @@ from hf_grow.checkpoint.reader import SINGLE
 from hf_grow.common.safe_files import error_text
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import OutputError
-from hf_grow.growth.plan import DTYPE_BYTES, TensorInfo
+from hf_grow.growth.source_info import DTYPE_BYTES, TensorInfo
 
 DEFAULT_SHARD_SIZE = 50 * 10**9  # as save_pretrained of transformers 5
 DEFAULT_MEMORY = 256 << 20  # for evaluating what is no copy

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, cast
 
 from hf_grow.errors import SourceError
 from hf_grow.growth.evaluate import Evaluator
-from hf_grow.growth.plan import DTYPE_NAMES, HEAD, GrowthPlan, SourceInfo, TensorInfo
+from hf_grow.growth.plan import HEAD, GrowthPlan
+from hf_grow.growth.source_info import DTYPE_NAMES, SourceInfo, TensorInfo
 from hf_grow.growth.tensormap import Source
 from hf_grow.growth.tensors import InMemoryTensors
 from hf_grow.model.loading import transformers_errors

@@ -1,8 +1,8 @@
-"""Which source entry every entry of a grown tensor comes from, with its gains: an expression taken apart into pieces.
+"""Provenance of single entries: which source entry each entry of a grown tensor comes from, and with which gains.
 
-A piece says: target entry (i, j, ...) holds source entry (index0[i], index1[j], ...) times gain0[i] * gain1[j] * ... * scale, varied elementwise
-by `vary`. Most tensors are one piece; sums (AKI, averages) have several. Noise and constants come from nowhere and have none.
-A method with a node of its own registers its tracer: ``@pieces.register`` on ``(node, plan) -> list[Piece]``.
+An expression is decomposed into pieces. In a piece, target entry (i, j, ...) is source entry (index0[i], index1[j], ...) times
+gain0[i] * gain1[j] * ... * scale, varied elementwise by `vary`. Most tensors are one piece; sums (AKI, averages) have several; noise and
+constants have none. A new node registers its decomposition: ``@pieces.register`` on ``(node, plan) -> list[Piece]``.
 """
 
 from __future__ import annotations
@@ -21,44 +21,44 @@ from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.tensormap import Concat, Expr, Replace, Scope, Share, Source, Subset, Sum, Take, Vary
 
 Indices = tuple[Tensor, ...]
-"""For each dimension the source's coordinate of every target coordinate (int64), -1 where nothing is read."""
+"""Per dimension, the source coordinate of every target coordinate (int64), -1 if it reads none."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One source tensor inside a target tensor; the vectors are as long as the target's dimensions, one for each."""
+    """The contribution of one source tensor to a target tensor; one vector per dimension of the target."""
 
     source: str
     """Its `Source.key`."""
     index: Indices
     gain: tuple[Tensor, ...]
-    """fp64: the factor with which a weight arrives; 0 where nothing is read."""
+    """Factor on weights (fp64); 0 where nothing is read."""
     back: tuple[Tensor, ...]
-    """fp64: the factor with which a gradient arrives (the dual map)."""
+    """Factor on gradients (fp64), from the dual map."""
     scale: float = 1.0
-    """Further factor of both."""
+    """Additional factor on both."""
     share: float = 1.0
-    """Further factor of gradients."""
+    """Additional factor on gradients."""
     vary: tuple[tuple[Expr, Indices], ...] = ()
-    """Weights are multiplied by 1 + each of these, seen through indices."""
+    """Weights are multiplied by 1 + each expression, read through the indices."""
 
     def coefficients(self, evaluator: Evaluator) -> Tensor:
-        """What a weight of the source is multiplied by on its way to each target entry (fp64, of the target's shape)."""
+        """Factor on the source weight of each target entry (fp64, target shape)."""
         out = outer(self.gain) * self.scale
         for by, index in self.vary:
             out = out * (1 + gather(evaluator.rows(by, 0, by.shape(evaluator.scope)[0]).double(), index))
         return out
 
     def gradient_coefficients(self) -> Tensor:
-        """The same for gradients, which pass as if nothing varied."""
+        """Factor on gradients, which ignore `vary` (fp64, target shape)."""
         return outer(self.back) * (self.scale * self.share)
 
     def alive(self) -> Indices:
-        """For each dimension, where something of the source arrives that also gets gradients (bool)."""
+        """Per dimension, the coordinates that read the source and also pass gradients back (bool)."""
         return tuple((i >= 0) & (g != 0) & (b != 0) for i, g, b in zip(self.index, self.gain, self.back, strict=True))
 
     def first(self) -> Indices:
-        """For each dimension, where a source coordinate appears alive for the first time (bool)."""
+        """Per dimension, the first `alive` copy of each source coordinate (bool)."""
         return tuple(_first(index, alive) for index, alive in zip(self.index, self.alive(), strict=True))
 
 
@@ -73,7 +73,7 @@ def _first(index: Tensor, alive: Tensor) -> Tensor:
 
 
 def outer(vectors: tuple[Tensor, ...]) -> Tensor:
-    """The product of one vector for each dimension, as a tensor (of bools: and)."""
+    """Outer product of one vector per dimension (logical and for bools)."""
     out = vectors[0]
     for vector in vectors[1:]:
         out = out.unsqueeze(-1) & vector if vector.dtype == torch.bool else out.unsqueeze(-1) * vector
@@ -81,7 +81,7 @@ def outer(vectors: tuple[Tensor, ...]) -> Tensor:
 
 
 def gather(tensor: Tensor, index: Indices) -> Tensor:
-    """Target entries from source entries; what reads nothing gets some value, which a gain of zero must remove."""
+    """Source entries at the target's indices; entries that read nothing get an arbitrary value, to be multiplied by a gain of zero."""
     for dim, at in enumerate(index):
         if len(at) != tensor.shape[dim] or not torch.equal(at.cpu(), torch.arange(len(at))):
             tensor = tensor.index_select(dim, at.clamp(min=0).to(tensor.device))
@@ -89,7 +89,7 @@ def gather(tensor: Tensor, index: Indices) -> Tensor:
 
 
 def scatter_add(tensor: Tensor, index: Indices, shape: tuple[int, ...]) -> Tensor:
-    """Source entries as the sums of the target entries that read them: the adjoint of `pick`. What reads nothing must hold zero."""
+    """Adjoint of `gather`: each source entry is the sum of the target entries that read it; those that read nothing must be zero."""
     for dim, at in enumerate(index):
         if len(at) != shape[dim] or not torch.equal(at.cpu(), torch.arange(len(at))):
             whole = tensor.new_zeros(*tensor.shape[:dim], shape[dim], *tensor.shape[dim + 1 :])
@@ -98,15 +98,15 @@ def scatter_add(tensor: Tensor, index: Indices, shape: tuple[int, ...]) -> Tenso
 
 
 def trace(plan: GrowthPlan, name: str) -> list[Piece]:
-    """The pieces of one target tensor. Raises TypeError for a node that reads sources in a way no tracer is known for."""
+    """The pieces of one target tensor. Raises TypeError for a node without a registered decomposition."""
     return pieces(plan.growth.tensors[name], plan)
 
 
 @singledispatch
 def pieces(expr: Expr, plan: GrowthPlan) -> list[Piece]:
     if next(expr.children(), None) is not None and getattr(expr, "like", None) is None:
-        raise TypeError(f"no tracer is registered for {type(expr).__name__}")
-    return []  # constants and noise, also in the spread of a source
+        raise TypeError(f"no decomposition is registered for {type(expr).__name__}")
+    return []  # constants and noise, including noise scaled by a source
 
 
 @pieces.register
@@ -118,14 +118,14 @@ def _(expr: Source, plan: GrowthPlan) -> list[Piece]:
 
 @pieces.register
 def _(expr: Take, plan: GrowthPlan) -> list[Piece]:
-    found = pieces(expr.of, plan)
-    if not found:
+    inner = pieces(expr.of, plan)
+    if not inner:
         return []
-    dim, (came, gain, back) = expr.dim, _vectors(plan.growth.axes[expr.axis], expr.role)
+    dim, (index, gain, back) = expr.dim, _vectors(plan.growth.axes[expr.axis], expr.role)
 
     def taken(vectors: tuple[Tensor, ...], factor: Tensor | None = None) -> tuple[Tensor, ...]:
-        values = vectors[dim][came.clamp(min=0)]
-        values = torch.where(came < 0, -1, values) if factor is None else values * factor
+        values = vectors[dim][index.clamp(min=0)]
+        values = torch.where(index < 0, -1, values) if factor is None else values * factor
         return (*vectors[:dim], values, *vectors[dim + 1 :])
 
     return [
@@ -134,15 +134,15 @@ def _(expr: Take, plan: GrowthPlan) -> list[Piece]:
             index=taken(p.index),
             gain=taken(p.gain, gain),
             back=taken(p.back, back),
-            vary=tuple((by, taken(index)) for by, index in p.vary),
+            vary=tuple((by, taken(at)) for by, at in p.vary),
         )
-        for p in found
+        for p in inner
     ]
 
 
 @lru_cache(maxsize=32)
 def _vectors(axis: AxisMap, role: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Source coordinate, gain of weights and gain of gradients of every target coordinate."""
+    """Source coordinate, weight gain and gradient gain of every target coordinate."""
     lengths = torch.tensor([r.length for r in axis.runs])
     begins = torch.cumsum(lengths, 0) - lengths
     start = torch.tensor([-1 if r.start is None else r.start for r in axis.runs]).repeat_interleave(lengths)
@@ -176,7 +176,7 @@ def _(expr: Replace, plan: GrowthPlan) -> list[Piece]:
 
 
 def _moved(piece: Piece, dim: int, move: Callable[[Tensor, float], Tensor]) -> Piece:
-    """The piece with the vectors of one dimension moved; `move` is told what stands where nothing is read."""
+    """The piece with `move` applied to the vectors of one dimension; its second argument is the value for coordinates that read nothing."""
 
     def moved(vectors: tuple[Tensor, ...], nothing: float) -> tuple[Tensor, ...]:
         return (*vectors[:dim], move(vectors[dim], nothing), *vectors[dim + 1 :])
@@ -211,12 +211,13 @@ def _(expr: Share, plan: GrowthPlan) -> list[Piece]:
 def _(expr: Concat, plan: GrowthPlan) -> list[Piece]:
     scope = Scope(plan.source.scope_shapes, plan.growth.axes)
     lengths = [part.shape(scope)[expr.dim] for part in expr.parts]
-    found, at = [], 0
+    result: list[Piece] = []
+    at = 0
     for part, length in zip(expr.parts, lengths, strict=True):
 
         def padded(vector: Tensor, nothing: float, pad: tuple[int, int] = (at, sum(lengths) - at - length)) -> Tensor:
             return torch.nn.functional.pad(vector, pad, value=nothing)
 
-        found += [_moved(p, expr.dim, padded) for p in pieces(part, plan)]
+        result += [_moved(p, expr.dim, padded) for p in pieces(part, plan)]
         at += length
-    return found
+    return result

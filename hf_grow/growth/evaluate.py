@@ -22,7 +22,8 @@ from hf_grow.errors import ExecutionError, PlanError, SourceError
 from hf_grow.growth.axes import AxisMap, AxisRun
 from hf_grow.growth.finite_check import NOT_FINITE_HINT, FiniteCheck
 from hf_grow.growth.noise import gaussian, random_subset
-from hf_grow.growth.plan import GrowthPlan, TensorInfo
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.growth.source_info import TensorInfo
 from hf_grow.growth.tensormap import (
     Concat,
     Expr,

@@ -1,7 +1,4 @@
-"""What a growth method returns: the target config and, for every tensor of the target, an expression over the source.
-
-Nothing here knows a method by name, reads a weight or imports torch.
-"""
+"""What a growth method returns: the target config and an expression over the source for every target tensor. No weights, no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ GuaranteeKind = Literal["lossless", "changes the function"]
 
 @dataclass(frozen=True)
 class Guarantee:
-    """lossless: source and target compute the same function in real arithmetic. ``because`` says why, or what changes."""
+    """lossless: source and target compute the same function in real arithmetic. ``because``: why, or what changes."""
 
     kind: GuaranteeKind
     because: str
@@ -32,9 +29,9 @@ class Guarantee:
 
 @dataclass(frozen=True)
 class LayerOrigin:
-    """Where one target layer comes from: source layers and their weights (several when averaged).
+    """Where a target layer comes from: source layers and their weights (several if averaged).
 
-    ``new``: not the first appearance of its source. ``identity``: adds nothing to the residual stream yet.
+    ``new``: not the first copy of its source layer. ``identity``: adds zero to the residual stream.
     """
 
     sources: tuple[int, ...]
@@ -75,22 +72,26 @@ class CandidateTable:
 
 @dataclass(frozen=True)
 class Growth:
+    """One growth of one architecture, independent of weights. Guarantees nothing until `make_plan` has checked it."""
+
     method: str
     options: Mapping[str, Any]
-    """The options as asked for, so that the growth can be run again."""
+    """The options that differ from their defaults, enough to build the growth again."""
     config: Mapping[str, Any]
     """The target's config.json."""
     tensors: Mapping[str, Expr]
-    """Every tensor of the target, in the order of its table."""
+    """Every target tensor by its name on disk, in checkpoint order."""
     guarantee: Guarantee
     layers: tuple[LayerOrigin, ...]
     axes: Mapping[str, AxisMap] = field(default_factory=dict)
+    """The axis maps that `Take` nodes refer to, by name."""
     dropped: Mapping[str, str] = field(default_factory=dict)
-    """Source tensors that do not go into the target, with the reason."""
+    """Source tensors that the target does not use, with the reason."""
     warnings: tuple[str, ...] = ()
     seed: int = 0
+    """Seed of all random nodes."""
     data: Mapping[str, str] = field(default_factory=dict)
-    """Numbers of `Values` nodes by their key: float16, little endian, base64. Empty until they are measured."""
+    """Numbers of `Values` nodes by key: float16, little-endian, base64. Empty until measured."""
     measurements: tuple[Measurement, ...] = ()
     """What must still be measured; `hf_grow.convert.measure.measure` puts the results into `data`."""
     candidates: CandidateTable | None = None
@@ -98,9 +99,9 @@ class Growth:
 
 
 def compose(first: Growth, second: Growth) -> Growth:
-    """The growth that does `first`, then `second`, as one map: no intermediate checkpoint, one pass over the weights.
+    """The growth that does `first`, then `second`, as one map without an intermediate checkpoint.
 
-    Exact by substitution. Noise and axis maps of the second step get names of their own where the two would be confused.
+    Exact, since expressions are substituted. Random keys and axis maps of the second step are renamed so that they do not collide.
     Raises PlanError if the second step needs measurements: only the first one reads a checkpoint that exists.
     """
     if second.measurements:
@@ -135,7 +136,7 @@ def compose(first: Growth, second: Growth) -> Growth:
 
 
 def _through(earlier: tuple[LayerOrigin, ...], layer: LayerOrigin) -> LayerOrigin:
-    """The origin of a layer of the second step, told in layers of the first step's source."""
+    """The origin of a second-step layer in terms of the first step's source."""
     inner = [earlier[i] for i in layer.sources]
     parts = [(s, w * v) for o, v in zip(inner, layer.weights, strict=True) for s, w in zip(o.sources, o.weights, strict=True)]
     return LayerOrigin(
@@ -148,18 +149,18 @@ def _through(earlier: tuple[LayerOrigin, ...], layer: LayerOrigin) -> LayerOrigi
 
 @dataclass(frozen=True)
 class Method:
-    """A growth method, as the command line and the plan table know it."""
+    """A growth method, as the command line and the plan table use it."""
 
     name: str
     kind: Literal["depth", "width", "experts", "hybrid"]
     summary: str
     paper: str
     guarantee: str
-    """In a few words, for the method table; the plan of a concrete growth states its own."""
+    """Summary for the method table; a concrete growth states its own guarantee."""
     options: type[Options]
     build: Callable[..., Growth]
-    """From the source's architecture and the options; and from the architectures of further sources, where the options name some."""
+    """(source architecture, options[, architectures of additional sources]) -> Growth. Raises PlanError."""
     for_size: Callable[[Architecture, int], Options | None]
-    """The options that come nearest to a number of parameters, or None where the method has no way there."""
+    """(source architecture, number of parameters) -> the options that come closest, or None if the method cannot."""
     checks_own_options: bool = False
     """Whether `build` rejects options without effect itself, as a pipeline does for each of its steps."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_grow.growth.plan import DTYPE_NAMES
+from hf_grow.growth.source_info import DTYPE_NAMES
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

@@ -49,7 +49,7 @@ class Architecture:
             why, nearest = explain_unsupported(config, FAMILIES)
             raise SourceError(
                 f"model_type {model_type!r} is not supported: {why}.",
-                hint=f"The nearest supported family is {nearest}. Supported: {', '.join(FAMILIES)}.",
+                hint=f"The nearest supported family is {nearest}. Supported families: {', '.join(FAMILIES)}.",
             )
         if config.get("quantization_config"):
             raise SourceError(

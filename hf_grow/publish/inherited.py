@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_grow.errors import InputError
-from hf_grow.growth.plan import GrowthPlan, SourceInfo
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.growth.source_info import SourceInfo
 from hf_grow.publish import licenses as licences
 from hf_grow.publish.licenses import Licence
 from hf_grow.publish.lineage import hub_ancestors

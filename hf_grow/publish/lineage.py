@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_grow.checkpoint.provenance import describe_training
-from hf_grow.growth.plan import SourceInfo
+from hf_grow.growth.source_info import SourceInfo
 from hf_grow.publish.markdown import line
 from hf_grow.publish.names import public_ref
 

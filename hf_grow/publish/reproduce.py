@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_grow.common import yaml_io as yaml_text
-from hf_grow.growth.plan import GrowthPlan, SourceInfo
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.growth.source_info import SourceInfo
 from hf_grow.growth.tensormap import Expr, Noise
 from hf_grow.methods import METHODS
 from hf_grow.options import parse_size

@@ -10,7 +10,8 @@ from typing import Any
 
 from hf_grow.checkpoint.provenance import growth_history, recorded_files
 from hf_grow.common.units import format_bytes
-from hf_grow.growth.plan import GrowthPlan, SourceInfo
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.growth.source_info import SourceInfo
 from hf_grow.methods import METHODS
 from hf_grow.methods import starting_loss as starting
 from hf_grow.model.architecture import Architecture

@@ -9,7 +9,8 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.common.free_memory import available_memory
 from hf_grow.common.units import format_bytes
 from hf_grow.convert.in_memory import build_model, untie_config
-from hf_grow.growth.plan import GrowthPlan, TensorInfo
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.growth.source_info import TensorInfo
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.loading import reset_output_flags, transformers_errors
 from hf_grow.model.param_count import count_parameters

@@ -22,7 +22,8 @@ from hf_grow.checkpoint.safetensors_header import TensorLocation
 from hf_grow.checkpoint.transfer import read_chunks
 from hf_grow.common.safe_files import open_regular
 from hf_grow.errors import GrowError, SourceError
-from hf_grow.growth.plan import DTYPE_NAMES, HEAD, GrowthPlan, check_source
+from hf_grow.growth.plan import HEAD, GrowthPlan, check_source
+from hf_grow.growth.source_info import DTYPE_NAMES
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.loading import one_line_error
 from hf_grow.verification.report import Report

@@ -20,7 +20,8 @@ from safetensors import SafetensorError, deserialize, safe_open
 from hf_grow.checkpoint.reader import INDEX, SINGLE, Checkpoint, open_folder
 from hf_grow.checkpoint.safetensors_header import read_header
 from hf_grow.errors import SourceError
-from hf_grow.growth.plan import DTYPE_BYTES, check_source
+from hf_grow.growth.plan import check_source
+from hf_grow.growth.source_info import DTYPE_BYTES
 from hf_grow.model.architecture import Architecture
 
 CONFIG = {
@@ -463,9 +464,9 @@ def test_a_missing_config_is_named(folder):
     [
         ({"num_hidden_layers": 3}, "9 missing: model.layers.2."),
         ({"num_hidden_layers": 1}, "9 unknown: model.layers.1."),
-        ({"hidden_size": 8}, "but config.json makes it [4, 8]"),
-        ({"vocab_size": 5}, "model.embed_tokens.weight has shape [4, 4], but config.json makes it [5, 4]"),
-        ({"num_key_value_heads": 1}, "k_proj.weight has shape [4, 4], but config.json makes it [2, 4]"),
+        ({"hidden_size": 8}, "but config.json implies [4, 8]"),
+        ({"vocab_size": 5}, "model.embed_tokens.weight has shape [4, 4], but config.json implies [5, 4]"),
+        ({"num_key_value_heads": 1}, "k_proj.weight has shape [4, 4], but config.json implies [2, 4]"),
         ({"attention_bias": True}, "8 missing: "),
         ({"model_type": "qwen3", "num_key_value_heads": 2}, "4 missing: model.layers.0.self_attn.q_norm.weight"),
         ({"num_hidden_layers": 2**70}, "num_hidden_layers must be a positive integer"),

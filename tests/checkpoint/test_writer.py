@@ -21,7 +21,7 @@ from hf_grow.checkpoint.partial_folder import JOURNAL, PartialFolder
 from hf_grow.checkpoint.safetensors_header import read_header
 from hf_grow.checkpoint.writer import build_index, check_disk_space, layout
 from hf_grow.errors import OutputError
-from hf_grow.growth.plan import TensorInfo
+from hf_grow.growth.source_info import TensorInfo
 
 tensor_lists = st.lists(
     st.tuples(st.sampled_from(["BF16", "F32", "F64"]), st.lists(st.integers(1, 9), min_size=1, max_size=3)), min_size=1, max_size=20

@@ -20,7 +20,8 @@ from hf_grow.cli import main, render
 from hf_grow.cli.pictures import show_layer_map, show_lineage
 from hf_grow.errors import InputError, OutputError, SourceError
 from hf_grow.growth.growth import LayerOrigin
-from hf_grow.growth.plan import GrowthPlan, SourceInfo, TensorInfo, make_plan
+from hf_grow.growth.plan import GrowthPlan, make_plan
+from hf_grow.growth.source_info import SourceInfo, TensorInfo
 from hf_grow.methods import METHODS
 from hf_grow.model.architecture import Architecture
 from hf_grow.options import parse

@@ -28,7 +28,8 @@ from hf_grow.convert.in_memory import describe_model, disk_tensors, grow_model
 from hf_grow.errors import ExecutionError, GrowError, OutputError, SourceError
 from hf_grow.growth.evaluate import Evaluator
 from hf_grow.growth.noise import gaussian, to_dtype_bytes
-from hf_grow.growth.plan import TensorInfo, make_plan
+from hf_grow.growth.plan import make_plan
+from hf_grow.growth.source_info import TensorInfo
 from hf_grow.growth.tensormap import Noise
 from hf_grow.growth.tensors import InMemoryTensors, raw_bytes
 from hf_grow.model.architecture import Architecture

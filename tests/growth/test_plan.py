@@ -17,7 +17,8 @@ from models import SIZES
 from hf_grow.errors import PlanError, SourceError
 from hf_grow.growth.axes import AxisMap, AxisRun
 from hf_grow.growth.growth import Growth, Guarantee
-from hf_grow.growth.plan import GrowthPlan, SourceInfo, TensorInfo, make_plan
+from hf_grow.growth.plan import GrowthPlan, make_plan
+from hf_grow.growth.source_info import SourceInfo, TensorInfo
 from hf_grow.growth.tensormap import Concat, Fill, Source, Take
 from hf_grow.methods import METHODS
 from hf_grow.model.architecture import Architecture
@@ -37,7 +38,7 @@ def with_tensor(name: str, expr: Any, **changes: Any) -> Growth:
     [
         (with_tensor("model.extra", Source(Q)), "The growth and the target config differ in model.extra"),
         (replace(STACK, tensors={n: e for n, e in STACK.tensors.items() if n != Q}), f"The growth and the target config differ in {Q}"),
-        (with_tensor(Q, Fill((3, 3))), "would have shape [3, 3], but the target config makes it [48, 48]"),
+        (with_tensor(Q, Fill((3, 3))), "would have shape [3, 3], but the target config implies [48, 48]"),
         (with_tensor(Q, Source("model.missing")), "cannot be built: 'model.missing'"),
         (with_tensor(Q, Take(Source(Q), 0, "nowhere", "out")), "cannot be built: 'nowhere'"),
         (with_tensor(Q, Take(Source(Q), 5, "x", "out"), axes={"x": tile(48, 2)}), "there is no dimension 5"),

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_grow.errors import InputError, PlanError, SourceError
 from hf_grow.growth.growth import Growth, LayerOrigin, compose
-from hf_grow.growth.plan import GrowthPlan, SourceInfo, TensorInfo, make_plan
+from hf_grow.growth.plan import GrowthPlan, make_plan
+from hf_grow.growth.source_info import SourceInfo, TensorInfo
 from hf_grow.growth.tensormap import Expr, Fill, Noise, Source, Sum
 from hf_grow.methods import METHODS
 from hf_grow.model.architecture import Architecture
@@ -739,4 +740,4 @@ def test_what_only_old_converters_store_is_dropped_with_a_reason():
     plan = make_plan(source_info(config, **extra), grow(config, "dus"))
     check_complete(plan)
     assert "tied" in plan.growth.dropped["lm_head.weight"]
-    assert "loader computes" in plan.growth.dropped[buffer]
+    assert "loaders recompute" in plan.growth.dropped[buffer]

@@ -18,7 +18,8 @@ from hf_grow.checkpoint.provenance import format_growth_json
 from hf_grow.convert.in_memory import disk_tensors, grow_model
 from hf_grow.errors import InputError, PlanError
 from hf_grow.growth.evaluate import Evaluator
-from hf_grow.growth.plan import GrowthPlan, SourceInfo, TensorInfo, make_plan
+from hf_grow.growth.plan import GrowthPlan, make_plan
+from hf_grow.growth.source_info import SourceInfo, TensorInfo
 from hf_grow.growth.tensormap import Quantity
 from hf_grow.growth.tensors import InMemoryTensors
 from hf_grow.methods import METHODS

@@ -20,7 +20,8 @@ from hf_grow import api
 from hf_grow.cli import main
 from hf_grow.errors import InputError, OutputError, SourceError
 from hf_grow.growth.growth import compose
-from hf_grow.growth.plan import GrowthPlan, SourceInfo, make_plan
+from hf_grow.growth.plan import GrowthPlan, make_plan
+from hf_grow.growth.source_info import SourceInfo
 from hf_grow.methods import METHODS
 from hf_grow.publish import licenses as licences
 from hf_grow.publish.card import CardOptions, make_card, render_card, write_card

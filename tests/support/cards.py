@@ -19,7 +19,8 @@ import pytest
 
 from hf_grow import api
 from hf_grow._version import __version__
-from hf_grow.growth.plan import GrowthPlan, SourceInfo, TensorInfo, make_plan
+from hf_grow.growth.plan import GrowthPlan, make_plan
+from hf_grow.growth.source_info import SourceInfo, TensorInfo
 from hf_grow.methods import METHODS
 from hf_grow.model.architecture import Architecture
 from hf_grow.options import parse

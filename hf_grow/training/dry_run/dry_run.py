@@ -11,7 +11,7 @@ from hf_grow.common.extras import require_packages
 from hf_grow.common.free_memory import available_memory
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import ExecutionError, GrowError
-from hf_grow.growth.plan import DTYPE_BYTES
+from hf_grow.growth.source_info import DTYPE_BYTES
 from hf_grow.model import flops
 from hf_grow.model.meta_model import meta_model
 from hf_grow.training.config.distill_options import Teacher

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from hf_grow.errors import SourceError
 from hf_grow.growth.axes import AxisMap, AxisRun, merge_runs
-from hf_grow.growth.plan import GrowthPlan, TensorInfo
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.growth.source_info import TensorInfo
 from hf_grow.growth.tensormap import Expr, Fill, Quantity, Share, Source, Sum, Take
 from hf_grow.model.meta_model import to_memory_names
 

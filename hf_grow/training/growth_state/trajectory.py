@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.growth.plan import GrowthPlan, TensorInfo
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.growth.source_info import TensorInfo
 from hf_grow.growth.tensormap import Expr, Noise, Quantity
 from hf_grow.model.meta_model import meta_model, to_memory_names, trainer_param_groups
 

@@ -23,7 +23,7 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.writer import build_shard
 from hf_grow.common.safe_files import open_regular
 from hf_grow.errors import ExecutionError, InputError, OutputError
-from hf_grow.growth.plan import DTYPE_BYTES, TensorInfo
+from hf_grow.growth.source_info import DTYPE_BYTES, TensorInfo
 from hf_grow.growth.tensors import raw_bytes, torch_dtype
 from hf_grow.training.param_updates.parameter_map import parameter_map, parameters
 from hf_grow.training.regularizers.sharding import full_tensor
