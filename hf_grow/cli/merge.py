@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from hf_grow.training.peft.lora import merge_adapter
+    from hf_grow.training.peft.merge import merge_adapter
 
     out = Path(arguments.output)
     merged = merge_adapter(

@@ -1,7 +1,7 @@
-"""T^2 KL(teacher || student) without copies of all logits: some positions at a time, forward and backward in one pass.
+"""T^2 KL(teacher || student) (Hinton et al. 2015, arXiv 1503.02531) without copies of all logits: chunks of positions, forward and backward in one pass.
 
-The plain formula holds five fp32 tensors of [B, L, V] until the backward pass (10 GB at 4096 positions and 128k tokens). Its gradient is known in closed
-form, d/dz T^2 KL = T (softmax(z / T) - p), so it is worked out with the loss, chunk by chunk, into one tensor in the dtype of the student's logits.
+The plain formula holds five fp32 tensors of [B, L, V] until the backward pass (10 GB at 4096 positions and 128k tokens). Its gradient has a closed
+form, d/dz T^2 KL = T (softmax(z / T) - p), so it is computed with the loss, chunk by chunk, into one tensor of the student logits' dtype.
 """
 
 from __future__ import annotations
@@ -14,46 +14,49 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK = 1 << 24
-"""Logits worked on at once; 64 MB in fp32 for each of about four intermediate tensors."""
+"""Logits per chunk: 64 MB in fp32 for each of about four intermediate tensors."""
 
 
-def kl_divergence(student: Tensor, teacher: Tensor, temperature: float, chosen: Tensor | None = None) -> Tensor:
-    """The plain formula: T^2 KL(teacher || student) at every position, [...]. Logits: student [..., V]; teacher [..., V], or [..., k] of the
-    tokens `chosen`. In fp32, or fp64 where the student is."""
-    wide = torch.promote_types(student.dtype, torch.float32)
-    own = (student.to(wide) / temperature).log_softmax(-1)
-    if chosen is not None:
-        own = own.gather(-1, chosen)
-    said = (teacher.to(wide) / temperature).log_softmax(-1)
-    return (said.exp() * (said - own)).sum(-1) * temperature**2
+def kl_divergence(student: Tensor, teacher: Tensor, temperature: float, token_ids: Tensor | None = None) -> Tensor:
+    """The plain formula, T^2 KL(teacher || student) at every position: [...], in fp32, or fp64 where the student is.
+
+    Args:
+        student: logits [..., V].
+        teacher: logits [..., V], or [..., k] of the tokens ``token_ids`` [..., k], over which both distributions are compared.
+    """
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    log_q = (student.to(dtype) / temperature).log_softmax(-1)
+    if token_ids is not None:
+        log_q = log_q.gather(-1, token_ids)
+    log_p = (teacher.to(dtype) / temperature).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1) * temperature**2
 
 
-def summed_kl_divergence(student: Tensor, teacher: Tensor, temperature: float, counted: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """`divergence` summed over the positions where `counted` [B, L] is true; the same gradient for `student` [B, L, V], once."""
+def summed_kl_divergence(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor, token_ids: Tensor | None = None) -> Tensor:
+    """`kl_divergence` summed over the positions where ``mask`` [B, L] is true, differentiable once with respect to ``student`` [B, L, V]."""
     apply: Callable[..., Tensor] = _SummedKLDivergence.apply
-    return apply(student, teacher, temperature, counted, chosen)
+    return apply(student, teacher, temperature, mask, token_ids)
 
 
 class _SummedKLDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, counted: Tensor, chosen: Tensor | None) -> Tensor:
-        wide = torch.promote_types(student.dtype, torch.float32)
-        total = student.new_zeros((), dtype=wide)
-        # Every position is written, those that do not count as zero.
-        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, mask: Tensor, token_ids: Tensor | None) -> Tensor:
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        total = student.new_zeros((), dtype=dtype)
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None  # every position is written below
         step = max(1, CHUNK // student.shape[-1])
         for row in range(student.shape[0]):
             for start in range(0, student.shape[1], step):
-                here = (row, slice(start, start + step))
-                some = None if chosen is None else chosen[here]
-                mask = counted[here].to(wide)[:, None]
-                total += (kl_divergence(student[here], teacher[here], temperature, some)[:, None] * mask).sum()
+                chunk = (row, slice(start, start + step))
+                ids = None if token_ids is None else token_ids[chunk]
+                weight = mask[chunk].to(dtype)[:, None]
+                total += (kl_divergence(student[chunk], teacher[chunk], temperature, ids)[:, None] * weight).sum()
                 if gradient is None:
                     continue
-                slope = (student[here].to(wide) / temperature).softmax(-1)
-                said = (teacher[here].to(wide) / temperature).softmax(-1)
-                slope = slope.sub_(said) if some is None else slope.scatter_add_(-1, some, -said)
-                gradient[here] = slope.mul_(temperature * mask)
+                slope = (student[chunk].to(dtype) / temperature).softmax(-1)
+                p = (teacher[chunk].to(dtype) / temperature).softmax(-1)
+                slope = slope.sub_(p) if ids is None else slope.scatter_add_(-1, ids, -p)
+                gradient[chunk] = slope.mul_(temperature * weight)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total

@@ -1,8 +1,8 @@
-"""A saved LoRA adapter, read by a schema of our own.
+"""Reads a saved LoRA adapter with a strict schema.
 
-peft makes its config of whatever stands in adapter_config.json: `megatron_core` names a module that it imports, and `target_modules` may be any
-regular expression. So the keys that merging needs are read here, each with its type, whatever else asks for something is refused, and which
-layers are updated, and with which rank, is told by the names and shapes in the weights.
+peft passes adapter_config.json on unchecked: `megatron_core` names a module to import, and `target_modules` may be any regular expression. So only
+the keys that merging needs are read, with their types; any other key with an effect is refused; and the updated modules and their ranks are read
+from the names and shapes of the weights.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ IGNORED = {
     "auto_mapping", "peft_version", "revision", "task_type", "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
-"""Keys that change nothing of the merged weights, or say what the names in the weights say."""
+"""Keys without an effect on the merged weights, or redundant to the names of the weights."""
 PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
-"""init_lora_weights that leave the base as it is; the others subtract something from it."""
+"""Values of init_lora_weights that leave the base model unchanged; the others subtract from it."""
 _PLAIN = re.compile(r"\^?[A-Za-z0-9_.]{1,500}")
 _UPDATE = re.compile(r"base_model\.model\.(.+?)\.lora_(A|embedding_A)(?:\.weight)?")
 
 
 class AdapterConfig(Options):
-    """What of adapter_config.json takes part in merging; called as peft calls it."""
+    """The keys of adapter_config.json that merging needs, under peft's names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -55,32 +55,32 @@ class AdapterConfig(Options):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that was read and found sound."""
+    """An adapter with a valid config and weights that match it."""
 
     folder: Path
     config: AdapterConfig
     modules: tuple[str, ...]
-    """Modules of the model that are updated, by their whole names."""
+    """Updated modules of the model, by their full names."""
     layers: tuple[int, ...] | None
-    """Source layers of `layer_replication`, in order, where the adapter has it."""
+    """Source layer of every layer, if the adapter has `layer_replication`."""
 
-    def told(self) -> dict[str, Any]:
-        """What growth.json says of it."""
+    def to_json(self) -> dict[str, Any]:
+        """For growth.json."""
         parts = sorted({m.rpartition(".")[2] for m in self.modules})
         c = self.config
         return {"r": c.r, "lora_alpha": c.lora_alpha, "target_modules": parts, "layer_replication": c.layer_replication}
 
-    def for_peft(self) -> dict[str, Any]:
-        """Arguments of LoraConfig. No `layer_replication`: the layers are there when peft comes, and must not be replicated again."""
-        taken = self.config.model_dump(exclude={"peft_type", "base_model_name_or_path", "layer_replication"})
-        return {**taken, "target_modules": list(self.modules), "task_type": "CAUSAL_LM"}
+    def lora_config_arguments(self) -> dict[str, Any]:
+        """Arguments of LoraConfig, without `layer_replication`: the base model has these layers already."""
+        arguments = self.config.model_dump(exclude={"peft_type", "base_model_name_or_path", "layer_replication"})
+        return {**arguments, "target_modules": list(self.modules), "task_type": "CAUSAL_LM"}
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter in a folder. Raises SourceError for one that is none, is damaged, or asks for what cannot be merged here."""
-    data = read_json(folder / ADAPTER, f"{folder} holds no adapter: it has no {ADAPTER}.")
+    """The adapter in ``folder``. Raises SourceError if there is none, if it is damaged, or if it needs what cannot be merged."""
+    data = read_json(folder / ADAPTER, f"{folder} holds no adapter: {ADAPTER} is missing.")
     if data.get("peft_type") != "LORA":
-        raise SourceError(f"{folder} holds no LoRA adapter.", hint="Only LoRA can be merged into weights here.")
+        raise SourceError(f"{folder} holds no LoRA adapter.", hint="hf-grow merges LoRA only.")
     known = {k: v for k, v in data.items() if k in AdapterConfig.model_fields and v is not None}
     start = data.get("init_lora_weights")
     asked = [
@@ -109,12 +109,12 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _has_effect(value: Any) -> bool:
-    """Whether a key that is none of ours wants something: not null, false, zero or empty, nor a mapping of such values."""
+    """Whether a value of an unknown key is other than null, false, zero or empty, or a mapping of such values."""
     return any(map(_has_effect, value.values())) if isinstance(value, Mapping) else bool(value)
 
 
 def _updated_modules(folder: Path, config: AdapterConfig) -> tuple[str, ...]:
-    """The modules that the weights update. Raises SourceError where a rank is not the config's: peft would make room for that."""
+    """The modules with weights. Raises SourceError if a rank differs from the config's, by which peft allocates memory."""
     if not (folder / WEIGHTS).is_file():
         raise SourceError(f"{folder} has no {WEIGHTS}.", hint="Pickled adapters are not loaded; save it again with peft.")
     found: dict[str, int] = {}
@@ -122,7 +122,7 @@ def _updated_modules(folder: Path, config: AdapterConfig) -> tuple[str, ...]:
         if (match := _UPDATE.fullmatch(name)) and stored.shape:
             found[match[1]] = stored.shape[0]
     if not found:
-        raise SourceError(f"{folder / WEIGHTS} holds no updates of LoRA.")
+        raise SourceError(f"{folder / WEIGHTS} holds no LoRA weights.")
     for module, rank in found.items():
         wanted = next((r for p, r in config.rank_pattern.items() if _rank_pattern_matches(p, module)), config.r)
         if rank != wanted:
@@ -131,12 +131,12 @@ def _updated_modules(folder: Path, config: AdapterConfig) -> tuple[str, ...]:
 
 
 def _rank_pattern_matches(pattern: str, module: str) -> bool:
-    """Whether peft takes a key of rank_pattern for this module: the whole name with ^, else its last parts."""
+    """Whether a key of rank_pattern matches a module, as in peft: the full name after ^, else a suffix of whole parts."""
     return module == pattern[1:] if pattern.startswith("^") else f".{module}".endswith(f".{pattern}")
 
 
 def replicated_layers(pairs: Any) -> tuple[int, ...] | None:
-    """The layers of `layer_replication` ([[0, 3], [1, 4]]: ends do not count), or None where the adapter has none."""
+    """The layers of `layer_replication` ([[0, 3], [1, 4]], ends excluded); None for None. Raises SourceError for another value."""
     if pairs is None:
         return None
     whole = isinstance(pairs, list) and all(
@@ -147,7 +147,7 @@ def replicated_layers(pairs: Any) -> tuple[int, ...] | None:
         for p in pairs
     )
     if not whole or not pairs:
-        raise SourceError(f"layer_replication {str(pairs)[:80]} is no list of [start, end] pairs.")
+        raise SourceError(f"layer_replication {str(pairs)[:80]} is not a list of [start, end] pairs.")
     if sum(stop - start for start, stop in pairs) > 100_000:
         raise SourceError("layer_replication makes more than 100,000 layers.")
     return tuple(i for start, stop in pairs for i in range(start, stop))

@@ -17,7 +17,8 @@ from hf_grow.model.loading import reset_output_flags, transformers_errors
 from hf_grow.model.meta_model import meta_model
 from hf_grow.training.config.distill_options import DistillOptions, Teacher
 from hf_grow.training.config.train_config import TrainRecipe
-from hf_grow.training.distillation.distill import Distiller, teacher_from_model, write_logit_cache
+from hf_grow.training.distillation.distill import Distiller, teacher_from_model
+from hf_grow.training.distillation.logit_cache import write_logit_cache
 from hf_grow.training.param_updates import param_provenance
 from hf_grow.training.param_updates.masks import EVERYTHING, Mask, select
 from hf_grow.training.param_updates.parameter_map import parameter_map

@@ -102,7 +102,7 @@ def test_merging_refuses_what_it_cannot_merge(tmp_path: Path, capsys: pytest.Cap
     assert "holds no adapter" in said(base)
     assert "no LoRA adapter" in said(changed("prefix", peft_type="PREFIX_TUNING"))
     assert "layer 7" in said(changed("far", layer_replication=[[0, 8]]))
-    assert "no list of" in said(changed("odd", layer_replication=[[3, 1]]))
+    assert "not a list of" in said(changed("odd", layer_replication=[[3, 1]]))
     assert "--base" in said(changed("nameless", base_model_name_or_path=None))
     small = save(make(BY_NAME["llama"], hidden_size=24, num_attention_heads=6), tmp_path / "small")
     assert "does not fit" in said(tmp_path / "adapter", "--base", small)
@@ -138,7 +138,7 @@ ASKS = {
     "a rank of another type": ({"r": "4", "lora_alpha": [1], "rank_pattern": {"q_proj": -1}}, "3 mistakes"),
     "an expression": ({"alpha_pattern": {"(a+)+$": 4}}, "only plain names"),
     "layers without end": ({"layer_replication": [[0, 99_999]] * 50}, "more than 100,000"),
-    "odd layers": ({"layer_replication": [[False, True]]}, "no list of"),
+    "odd layers": ({"layer_replication": [[False, True]]}, "not a list of"),
     "a name that is none": ({"base_model_name_or_path": {"a": 1}}, "base_model_name_or_path"),
 }
 

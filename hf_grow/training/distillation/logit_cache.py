@@ -1,0 +1,129 @@
+"""A teacher's top-k logits on disk, for distillation without the teacher in memory.
+
+Memory-mapped .npy files, found by a hash of each row of token ids, so that any order and mixture of rows is served. Logits are stored relative to the
+largest of their position. With k = vocabulary size nothing is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_grow.common.safe_files import read_json, to_json
+from hf_grow.errors import ExecutionError, InputError, SourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+_FORMAT = 1
+
+
+class LogitCache:
+    """keys.npy [rows], logits.npy and chosen.npy (token ids) [rows, length, k], meta.json. Raises InputError if one cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.meta = read_json(folder / "meta.json")
+            keys = np.load(folder / "keys.npy", allow_pickle=False)
+            self.logits = np.load(folder / "logits.npy", mmap_mode="r", allow_pickle=False)
+            self.token_ids = np.load(folder / "chosen.npy", mmap_mode="r", allow_pickle=False)
+        except (SourceError, OSError, ValueError) as error:
+            raise InputError(
+                f"The teacher's logits in {folder} cannot be read: {error}.", hint="Remove the folder; they are computed again."
+            ) from None
+        self.folder = folder
+        self.index = {bytes(key): i for i, key in enumerate(keys)}
+
+    def __call__(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits and token ids [B, L, k] of rows [B, L]. Raises ExecutionError for a row that is not in the cache."""
+        import torch
+
+        try:
+            rows = [self.index[hash_row(row)] for row in input_ids.cpu().numpy()]
+        except KeyError:
+            raise ExecutionError(
+                f"{self.folder} has no logits for a training row.", hint="The data changed since they were computed: remove the folder."
+            ) from None
+        logits, token_ids = np.stack([self.logits[r] for r in rows]), np.stack([self.token_ids[r] for r in rows])
+        return torch.from_numpy(logits).to(input_ids.device), torch.from_numpy(token_ids).to(input_ids.device, torch.int64)
+
+
+def hash_row(row: np.ndarray[Any, Any]) -> bytes:
+    return hashlib.blake2b(row.astype("<i8").tobytes(), digest_size=16).digest()
+
+
+def write_logit_cache(
+    model: PreTrainedModel,
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path,
+    *,
+    top_k: int,
+    dtype: str,
+    identity: str,
+    batch: int = 8,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> LogitCache:
+    """Runs the teacher over all rows once; an existing folder of the same rows, teacher and settings is used.
+
+    Args:
+        model: the teacher.
+        rows: {"input_ids": [length]}, all of one length.
+        folder: appears when it is complete.
+        top_k: logits per position.
+        dtype: of the stored logits, float16 or float32.
+        identity: names the teacher and its weights.
+        batch: rows per forward pass.
+        progress: called with the number of rows done.
+
+    Raises InputError if the folder holds logits of other rows, of another teacher or with other settings.
+    """
+    import torch
+
+    k = min(top_k, model.config.vocab_size)
+    data_hash = hashlib.blake2b(digest_size=16)
+    for ids in _batches(rows, 256):
+        data_hash.update(ids.astype("<i8").tobytes())
+    meta = {"format": _FORMAT, "teacher": identity, "rows": len(rows), "top_k": k, "dtype": dtype, "data": data_hash.hexdigest()}
+    if folder.exists():
+        cache = LogitCache(folder)
+        if {key: cache.meta.get(key) for key in meta} == meta:
+            return cache
+        raise InputError(
+            f"{folder} holds logits of another teacher, other data or other settings.", hint="Remove it, or set another `distill.cache`."
+        )
+    shape = (len(rows), len(rows[0]["input_ids"]), k)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    logits_file = np.lib.format.open_memmap(partial / "logits.npy", mode="w+", dtype=np.dtype(dtype), shape=shape)
+    ids_file = np.lib.format.open_memmap(partial / "chosen.npy", mode="w+", dtype=np.dtype(np.int32), shape=shape)
+    keys, covered, done = [], 0.0, 0
+    model.eval()
+    for ids in _batches(rows, batch):
+        with torch.no_grad():
+            logits = model(input_ids=torch.from_numpy(ids).to(model.device), use_cache=False).logits.float()
+        top = logits.topk(k, dim=-1)
+        covered += float((top.values.logsumexp(-1) - logits.logsumexp(-1)).exp().mean(-1).sum())
+        logits_file[done : done + len(ids)] = (top.values - top.values[..., :1]).cpu().numpy()
+        ids_file[done : done + len(ids)] = top.indices.cpu().numpy()
+        keys += [hash_row(row) for row in ids]
+        done += len(ids)
+        progress(len(ids))
+    logits_file.flush()
+    ids_file.flush()
+    np.save(partial / "keys.npy", np.frombuffer(b"".join(keys), dtype="V16"), allow_pickle=False)
+    (partial / "meta.json").write_text(to_json({**meta, "covered": covered / len(rows)}, indent=None))
+    partial.rename(folder)
+    return LogitCache(folder)
+
+
+def _batches(rows: Sequence[Mapping[str, Any]], size: int) -> Iterable[np.ndarray[Any, Any]]:
+    """Token ids of up to ``size`` rows at a time: int64 [n, length]."""
+    for start in range(0, len(rows), size):
+        yield np.stack([np.asarray(rows[i]["input_ids"], dtype=np.int64) for i in range(start, min(start + size, len(rows)))])
