@@ -1,8 +1,7 @@
-"""The model card of a grown checkpoint: what it is, what was done to make it, what was checked, and what it must not be taken for.
+"""The model card of a grown checkpoint, from growth.json alone: metadata, the text of templates/ filled with facts, and the layer map.
 
-Rendered from growth.json alone, so it needs no weights. Its metadata follow the Hub's rules (https://huggingface.co/docs/hub/model-cards); of the
-four relations to a base model that the Hub knows (adapter, merge, quantized, finetune) none is growth: `finetune` is what the Hub itself takes
-for a full model made from one other, and `merge` for one made of several.
+The metadata follow https://huggingface.co/docs/hub/model-cards. None of the Hub's relations to a base model (adapter, merge, quantized, finetune)
+is growth: `finetune` is what the Hub itself assumes for a full model made from one other, and `merge` for one made of several.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,24 +17,35 @@ from typing import Any
 
 from hf_grow.checkpoint.reader import GROWTH
 from hf_grow.common.safe_files import read_json, read_text
+from hf_grow.common.units import format_bytes
 from hf_grow.errors import InputError, OutputError, SourceError
 from hf_grow.growth.plan import GrowthPlan
+from hf_grow.model.param_count import format_count
 from hf_grow.options import Options
-from hf_grow.publish import licenses as licences
-from hf_grow.publish import sections
-from hf_grow.publish.eval_section import tasks
+from hf_grow.publish import licenses, markdown
+from hf_grow.publish.eval_section import only, tasks
+from hf_grow.publish.facts import card_facts
 from hf_grow.publish.inherited import Inherited, inherit
 from hf_grow.publish.layer_map import layer_map
 from hf_grow.publish.names import is_hub_id, public_ref
 from hf_grow.publish.picture import draw, to_svg
 
 README, PICTURE, NOTICE = "README.md", "layer-map.svg", "NOTICE"
+TEMPLATES = ("training", "verification", "card")
+"""Files in templates/; the first two hold macros for the third."""
+FUNCTIONS: dict[str, Any] = {
+    **{f.__name__: f for f in (markdown.plain, markdown.code, markdown.block, markdown.link, markdown.hub_link, markdown.paper)},
+    **{f.__name__: f for f in (markdown.quoted, markdown.formatted, only, format_bytes, format_count)},
+    "shell": lambda *words: shlex.join(words),
+    "picture": PICTURE,
+}
+"""What the templates use beside the facts."""
 _MARK = re.compile(r"<!-- written by hf-grow, sha256 ([0-9a-f]{64}) -->\n\Z")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
 class CardOptions(Options):
-    """What a card needs to know beyond growth.json."""
+    """What a card needs beyond growth.json."""
 
     name: str | None = None
     """Name of the model, such as OWNER/NAME. Default: the folder's name."""
@@ -63,7 +74,9 @@ def render_card(folder: Path, options: CardOptions | None = None) -> str:
 
 
 def make_card(folder: Path, options: CardOptions | None = None) -> Card:
-    """The card, the files that go with it and what its publisher should know; writes nothing. Raises InputError, as `render_card`."""
+    """The card, its files and the notes for its publisher; writes nothing. Raises InputError, as `render_card`."""
+    from huggingface_hub import ModelCard
+
     options = options or CardOptions()
     record = read_json(folder / GROWTH, f"{folder} has no {GROWTH}: it was not grown by hf-grow, which keeps its record there.")
     plan = GrowthPlan.from_json(record)
@@ -72,11 +85,12 @@ def make_card(folder: Path, options: CardOptions | None = None) -> Card:
     heritage = inherit(plan, license=options.license, base_model=options.base_model, offline=options.offline)
     picture = to_svg(draw(layer_map(plan), public_ref(plan.source.ref, plan.source.revision), name.rsplit("/", 1)[-1]))
     metadata = _metadata(plan, record, heritage, name)
-    body = sections.body(plan, record, heritage, name, PICTURE)
-    duty = _notice(heritage, folder)
+    notice = _notice(heritage, folder)
     card = Card(
-        text=_marked(f"---\n{metadata.to_yaml()}\n---\n\n{body}"),
-        files={PICTURE: _marked(picture)} | ({NOTICE: duty} if duty else {}),
+        text=_marked(
+            str(ModelCard.from_template(metadata, template_str=template(), **FUNCTIONS, **card_facts(plan, record, heritage, name)))
+        ),
+        files={PICTURE: _marked(picture)} | ({NOTICE: notice} if notice else {}),
         metadata=metadata.to_dict(),
         notes=tuple(_notes(heritage, folder, name)),
     )
@@ -121,6 +135,11 @@ def write_card(folder: Path, card: Card, *, output: Path | None = None, overwrit
     return list(texts)
 
 
+def template() -> str:
+    """The template of the whole card."""
+    return "".join((Path(__file__).parent / "templates" / f"{name}.md.jinja").read_text("utf-8") for name in TEMPLATES)
+
+
 def _check(options: CardOptions, name: str) -> None:
     if options.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", options.license):
         raise InputError(f"{options.license!r} is no licence identifier.", hint="Use one of the Hub's, such as apache-2.0 or llama3.1.")
@@ -140,9 +159,11 @@ def _metadata(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, 
     tags = ["hf-grow", "model-growth", *(m for m in growth.method.split("+") if re.fullmatch(r"[a-z0-9_-]{1,40}", m))]
     tags += ["moe"] if target.is_moe else []
     results = [
-        EvalResult(task_type="text-generation", dataset_type=s.task, dataset_name=s.task, metric_type=s.metric, metric_value=s.new)
+        EvalResult(
+            task_type="text-generation", dataset_type=s["task"], dataset_name=s["task"], metric_type=s["metric"], metric_value=s["new"][0]
+        )
         for s in tasks(record.get("verification"))
-        if s.new is not None
+        if s["new"][0] is not None
     ]
     bases = heritage.base_models
     relation = {"base_model_relation": "merge" if len(bases) > 1 else "finetune"} if bases else {}
@@ -177,7 +198,7 @@ def _has(folder: Path, start: str) -> bool:
 
 def _name_notes(heritage: Inherited, name: str) -> list[str]:
     known = heritage.known
-    if not known or not known.name_start or licences.name_fits(known, name):
+    if not known or not known.name_start or licenses.name_fits(known, name):
         return []
     return [f'The {known.title} wants the name of a published model to begin with "{known.name_start}"; {name} does not.']
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.source_info import SourceInfo
-from hf_grow.publish import licenses as licences
+from hf_grow.publish import licenses
 from hf_grow.publish.licenses import Licence
 from hf_grow.publish.lineage import hub_ancestors
 from hf_grow.publish.names import is_hub_id, public_ref
@@ -72,7 +72,7 @@ def _with_licence(found: Inherited, chosen: str | None, cards: list[tuple[str, S
     else:
         origin = f"unknown: ask the owner of the source ({'; '.join(unknown)})"
         notes.append(f"The licence is unknown, so the card names none ({'; '.join(unknown)}). `hf-grow card --license` does once you know.")
-    known = licences.find(licence, name)
+    known = licenses.find(licence, name)
     return Inherited(found.base_models, licence, name, link, found.language, found.datasets, known, origin, tuple(notes))
 
 

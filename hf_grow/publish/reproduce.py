@@ -12,7 +12,6 @@ from typing import Any
 from hf_grow.common import yaml_io as yaml_text
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.source_info import SourceInfo
-from hf_grow.growth.tensormap import Expr, Noise
 from hf_grow.methods import METHODS
 from hf_grow.options import parse_size
 from hf_grow.publish.names import folder_name, public_path
@@ -62,18 +61,6 @@ def _known(method: Any, options: Mapping[str, Any]) -> bool:
 def _shared(options: Mapping[str, Any], others: Mapping[str, SourceInfo]) -> dict[str, Any]:
     """The options without the paths of this machine."""
     return {k: [_public(x, others) if isinstance(x, str) else x for x in v] if isinstance(v, list) else v for k, v in options.items()}
-
-
-def draws_numbers(expr: Expr) -> bool:
-    """Whether random numbers go into a tensor."""
-    below: list[Expr] = []
-
-    def look(child: Expr) -> Expr:
-        below.append(child)
-        return child
-
-    expr.map_children(look)
-    return isinstance(expr, Noise) or any(map(draws_numbers, below))
 
 
 def _flag(name: str, value: Any, others: Mapping[str, SourceInfo]) -> list[str]:

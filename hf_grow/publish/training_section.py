@@ -1,256 +1,165 @@
-"""What was trained since a growth, as a card tells it: the `training` section of growth.json in Markdown, and the recipe to do it again.
+"""Facts for a card from the `training` section of growth.json: what was trained since the growth, and the recipes to repeat it.
 
-The section is read as somebody else's: what has not the right form is left out. Paths of a machine are shown by their last part.
+The section may come from anyone: values of an unexpected form are left out. Local paths are reduced to their last part.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hf_grow.checkpoint.provenance import positive_int, training_stages, training_totals
-from hf_grow.common import yaml_io as yaml_text
-from hf_grow.publish.eval_section import number
-from hf_grow.publish.markdown import code, plain, table
+from hf_grow.common import yaml_io
+from hf_grow.publish.eval_section import mapping, number
 from hf_grow.publish.names import folder_name, is_hub_id, public_path
 
 MOST_LISTED = 20
-MOST_RECIPE = 20_000  # characters
-MOST_DEPTH = 12
-USES: Mapping[str, str] = {"train": "new text", "replay": "old text, mixed in"}
-LEFT_OUT = ("model", "revision", "output", "hub_token")
+MAX_RECIPE = 20_000  # characters
+MAX_DEPTH = 12
+USES = ("train", "replay")
+NOT_SHOWN = ("model", "revision", "output", "hub_token")
+"""Keys of a recipe that the card leaves out, or replaces."""
+
+Stage = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Loss of one named set in nats a token; None where it was not measured."""
-
-    name: str
-    start: float | None
-    end: float | None
-    source: float | None = None
-    """Of what was grown, where the training measured it."""
-
-    @property
-    def rise(self) -> float | None:
-        """Over the source, else over the start."""
-        before = self.start if self.source is None else self.source
-        return None if before is None or self.end is None else self.end - before
+def training_facts(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Everything that a card says of the trainings since the growth; None for weights as they were grown."""
+    stages = training_stages(record)
+    if not stages:
+        return None
+    described = [_stage_facts(stage) for stage in stages]
+    trained = [stage for stage in described if stage["steps"]]
+    return {**training_totals(stages), "stages": described, "trainings": len(trained), "last": trained[-1] if trained else None}
 
 
-@dataclass(frozen=True)
-class Stage:
+def _stage_facts(stage: Stage) -> dict[str, Any]:
     """One training, or an adapter that was merged (then without steps)."""
-
-    facts: Mapping[str, Any]
-
-    @property
-    def steps(self) -> int:
-        return positive_int(self.facts.get("steps"))
-
-    @property
-    def tokens(self) -> int:
-        return positive_int(self.facts.get("tokens"))
-
-    @property
-    def recipe(self) -> Mapping[str, Any]:
-        return _mapping(self.facts, "recipe")
-
-    @property
-    def size(self) -> str:
-        if not self.steps:
-            return "an adapter that was merged in"
-        return (f"{self.tokens:,} tokens in " if self.tokens else "") + f"{self.steps:,} steps"
-
-    @property
-    def losses(self) -> list[Loss]:
-        start, end, source = (_mapping(_mapping(self.facts, "losses"), k) for k in ("start", "end", "source"))
-        names = list(dict.fromkeys([*start, *end]))[:MOST_LISTED]
-        found = [Loss(n, number(start.get(n)), number(end.get(n)), number(source.get(n))) for n in names]
-        return [x for x in found if x.start is not None or x.end is not None]
-
-    @property
-    def old(self) -> Loss | None:
-        """The set that forgetting is measured on."""
-        name = self.recipe.get("old_set", "old")
-        return next((x for x in self.losses if x.name == name and x.rise is not None), None)
+    recipe = mapping(stage, "recipe")
+    losses = list(_losses(stage))
+    regularizer, distill, lora = mapping(recipe, "regularizer"), recipe.get("distill"), recipe.get("lora")
+    teachers = mapping(recipe, "distill").get("teachers")
+    models = [t.get("model", "source") if isinstance(t, Mapping) else t for t in teachers] if isinstance(teachers, list) else ["source"]
+    return {
+        "steps": positive_int(stage.get("steps")),
+        "tokens": positive_int(stage.get("tokens")),
+        "flops": number(stage.get("flops")),
+        "adapter": _settings(mapping(stage, "adapter")),
+        "train": _listed(recipe.get("train", "everything")),
+        "freeze": _listed(recipe.get("freeze")),
+        "regularizer": None
+        if regularizer.get("kind") in (None, "none")
+        else {"kind": str(regularizer["kind"]), "settings": _settings({k: v for k, v in regularizer.items() if k != "kind"})},
+        "teachers": _listed([public_path(m) for m in models if isinstance(m, str)]) if isinstance(distill, Mapping) else [],
+        "lora": _settings(lora) if isinstance(lora, Mapping) else None,
+        "settings": [
+            (title, recipe[key])
+            for key, title in (("learning_rate", "learning rate"), ("lr_scheduler_type", "lr scheduler"), ("seed", "seed"))
+            if isinstance(recipe.get(key), str | int | float)
+        ],
+        "texts": _texts(stage),
+        "losses": losses,
+        "old": next((x for x in losses if x["old"]), None),
+        "measured": [x for x in losses if x["rise"] is not None],
+        "source_measured": any(x["source"] is not None for x in losses),
+    }
 
 
-def stages(record: Mapping[str, Any]) -> list[Stage]:
-    """All training_stages since the growth, oldest first; empty for weights as they were grown."""
-    return [Stage(s) for s in training_stages(record)]
+def _losses(stage: Stage) -> Iterator[dict[str, Any]]:
+    """Losses of the named sets in nats per token. `rise`: over the source's loss where that was measured, else over the start. `old`: the set
+    that forgetting is measured on."""
+    start, end, source = (mapping(stage, "losses", key) for key in ("start", "end", "source"))
+    for name in list(dict.fromkeys([*start, *end]))[:MOST_LISTED]:
+        loss: dict[str, Any] = {"start": number(start.get(name)), "end": number(end.get(name)), "source": number(source.get(name))}
+        before = loss["start"] if loss["source"] is None else loss["source"]
+        rise = None if before is None or loss["end"] is None else loss["end"] - before
+        if loss["start"] is not None or loss["end"] is not None:
+            yield {
+                "name": str(name),
+                **loss,
+                "rise": rise,
+                "old": name == mapping(stage, "recipe").get("old_set", "old") and rise is not None,
+            }
 
 
-def _mapping(facts: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = facts.get(key)
-    return found if isinstance(found, Mapping) else {}
-
-
-def headline(found: Sequence[Stage], *, lossless: bool) -> str:
-    """'Trained after it was grown: 384 tokens in 12 steps.' and the losses of the last training. `lossless`: the growth."""
-    sums = training_totals(tuple(s.facts for s in found))
-    if not sums["steps"]:
-        return "**An adapter was merged into it after it was grown.** What that taught it is not recorded."
-    size = (f"{sums['tokens']:,} tokens in " if sums["tokens"] else "") + f"{sums['steps']:,} steps"
-    several = f" of {sum(bool(s.steps) for s in found)} training_stages" if sum(bool(s.steps) for s in found) > 1 else ""
-    parts = [f"**Trained after it was grown: {size}{several}.**"]
-    last = [s for s in found if s.steps][-1]
-    moved = [x for x in last.losses if x.rise is not None]
-    if not moved:
-        return f"{parts[0]} No loss was measured meanwhile, so nothing here tells what it learned and what it forgot."
-    told = ", ".join(_told(x) for x in moved)
-    parts.append(f"Loss in nats a token{' in the last of them' if several else ''}: {told}.")
-    if last.old is not None:
-        parts.append(_forgot(last.old, lossless))
-    else:
-        parts.append("No old text was measured, so what it forgot is not known.")
-    return " ".join(parts)
-
-
-def _told(loss: Loss) -> str:
-    source = "" if loss.source is None else f" (source {loss.source:.4g})"
-    began = "" if loss.start is None else f"{loss.start:.4g} to "
-    return f"{began}{loss.end:.4g}{source} on {code(loss.name, 40)}"
-
-
-def _forgot(old: Loss, lossless: bool) -> str:
-    """What became of the old text, against what knew it: the source, or a grown model that is the same function."""
-    rise = old.rise or 0.0
-    if old.source is None and not lossless:
-        moved = "rose" if rise > 0 else "fell"
-        return (
-            f"On old text its loss {moved} by {abs(rise):.3g} nats a token since the grown model's start, which growing had changed already: "
-            "what it forgot of its source was not measured."
-        )
-    beside = "" if old.source is None else " that its source knew" if rise > 0 else ", beside its source"
-    if rise > 0:
-        return f"So it forgot {rise:.3g} nats a token of old text{beside}."
-    return f"On the old text it was measured on it forgot nothing{beside}."
-
-
-def section(found: Sequence[Stage], *, lossless: bool) -> Iterator[str]:
-    """The training_stages one by one: what was trained how, on what, and the losses."""
-    for i, stage in enumerate(found):
-        if len(found) > 1:
-            yield f"**{i + 1} of {len(found)}**: {stage.size}."
-        rows = [[title, told] for title, told in _facts(stage) if told]
-        if rows:
-            yield "\n".join(["| | |", "| --- | --- |", *("| " + " | ".join(r) + " |" for r in rows)])
-        texts = _texts(stage)
-        if texts:
-            yield texts
-        if stage.losses:
-            yield "Loss on text that was kept for measuring, in nats a token:"
-            beside = any(x.source is not None for x in stage.losses)
-            titles = ["", "source", "before", "after", "over the source"] if beside else ["", "before", "after", "change"]
-            yield table(titles, [_row(x, stage, beside, lossless) for x in stage.losses])
-
-
-def _row(loss: Loss, stage: Stage, beside: bool, lossless: bool) -> list[str]:
-    forgotten = beside or lossless  # after a growth that changed the function the change alone does not tell
-    old = (" (old text" + (": the last column is what was forgotten)" if forgotten else ")")) if loss == stage.old else ""
-    numbers = ["-" if x is None else f"{x:.4f}" for x in ((loss.source,) if beside else ()) + (loss.start, loss.end)]
-    return [plain(loss.name, 60) + old, *numbers, "-" if loss.rise is None else f"{loss.rise:+.4f}"]
-
-
-def _facts(stage: Stage) -> Iterator[tuple[str, str]]:
-    recipe, flops = stage.recipe, number(stage.facts.get("flops"))
-    yield "steps", f"{stage.steps:,}" if stage.steps else ""
-    yield "tokens", f"{stage.tokens:,}" if stage.tokens else ""
-    yield "FLOPs", f"{flops:.3g}" if flops else ""
-    if not stage.steps:
-        yield "adapter", _settings(_mapping(stage.facts, "adapter"))
-        return
-    yield "trained parts", _listed(recipe.get("train", "everything"))
-    yield "frozen parts", _listed(recipe.get("freeze"))
-    yield "regularizer", _kind(recipe.get("regularizer"))
-    distill = recipe.get("distill")
-    if isinstance(distill, Mapping):
-        teachers = distill.get("teachers")
-        models = [t.get("model", "source") if isinstance(t, Mapping) else t for t in teachers] if isinstance(teachers, list) else ["source"]
-        yield "distilled from", _listed([public_path(m) for m in models if isinstance(m, str)])
-    yield "LoRA", (_settings(recipe["lora"]) or "yes") if isinstance(recipe.get("lora"), Mapping) else ""
-    for key in ("learning_rate", "lr_scheduler_type", "seed"):
-        yield key.replace("_", " ").replace(" type", ""), plain(recipe[key], 40) if isinstance(recipe.get(key), str | int | float) else ""
-
-
-def _kind(regularizer: Any) -> str:
-    if not isinstance(regularizer, Mapping) or regularizer.get("kind") in (None, "none"):
-        return ""
-    settings = _settings({k: v for k, v in regularizer.items() if k != "kind"})
-    return plain(regularizer["kind"], 40) + (f", {settings}" if settings else "")
-
-
-def _settings(options: Mapping[str, Any]) -> str:
-    """The plain values of a section."""
+def _settings(options: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The scalar values of a section."""
     shown = [(k, v) for k, v in options.items() if isinstance(v, str | int | float) and not isinstance(v, bool)]
-    return ", ".join(f"{plain(k, 40)} {plain(public_path(v) if isinstance(v, str) else v, 60)}" for k, v in shown[:MOST_LISTED])
+    return [(str(k), public_path(v) if isinstance(v, str) else v) for k, v in shown[:MOST_LISTED]]
 
 
-def _listed(value: Any) -> str:
+def _listed(value: Any) -> list[str]:
     values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    return ", ".join(plain(v, 60) for v in values[:MOST_LISTED] if isinstance(v, str))
+    return [v for v in values[:MOST_LISTED] if isinstance(v, str)]
 
 
-def _texts(stage: Stage) -> str:
-    """A table of the texts as the training found them: share, tokens, and how often it went through them."""
-    parts = stage.facts.get("data")
+def _texts(stage: Stage) -> list[dict[str, Any]]:
+    """The texts of a training: share, tokens, and passes over them."""
+    parts = stage.get("data")
     parts = [p for p in parts if isinstance(p, Mapping) and isinstance(p.get("label"), str)] if isinstance(parts, list) else []
-    order = list(USES)
-    parts.sort(key=lambda p: order.index(str(p["use"])) if str(p.get("use")) in order else len(order))
-    rows = []
-    for part in parts[:MOST_LISTED]:
-        share, tokens, passes = (number(part.get(k)) for k in ("share", "tokens", "passes"))
-        use = USES.get(str(part.get("use"))) or f"measured as {plain(str(part.get('use', '')).removeprefix('eval '), 40)}"
-        rows.append([
-            use, code(", ".join(map(public_path, part["label"].split(", "))), 80), "-" if share is None else f"{share:.1%}", "-" if tokens is None else f"{tokens:,.0f}",
-            "-" if passes is None else f"{passes:.3g}",
-        ])  # fmt: skip
-    return table(["", "text", "share", "tokens", "passes"], rows) if rows else ""
+    parts.sort(key=lambda part: USES.index(str(part["use"])) if str(part.get("use")) in USES else len(USES))
+    return [
+        {
+            "use": str(part.get("use", "")),
+            "label": ", ".join(map(public_path, part["label"].split(", "))),
+            **{key: number(part.get(key)) for key in ("share", "tokens", "passes")},
+        }
+        for part in parts[:MOST_LISTED]
+    ]
 
 
-def commands(found: Sequence[Stage], name: str) -> tuple[str, list[tuple[str, str | None, str]]]:
-    """How to do the training_stages again: the folder that the growth is to write, and (file, recipe, folder to write) of each.
+def reproduce_trainings(record: Mapping[str, Any], name: str) -> tuple[str, list[dict[str, Any]]]:
+    """How to repeat the trainings: the folder that the growth has to write, and for each training its recipe `file`, the `recipe` (None where none
+    was recorded that can be shown), the `output` folder, and the files it reads that other commands wrote (`fisher`, `replay`).
 
-    `name`: the folder of the last. A recipe is None where none was recorded that could be printed.
+    name: the output folder of the last training.
     """
-    names: list[str] = []
-    for stage in found:
-        model = stage.facts.get("model") or stage.facts.get("merged_into")
-        short = re.sub(r"[^\w.-]", "_", folder_name(model)) if isinstance(model, str) else "grown"
-        names.append(short if short not in (name, *names) else f"{name}-{len(names)}")
-    outputs = [*names[1:], name]
-    made = []
-    for i, stage in enumerate(found):
-        file = "train.yaml" if len(found) == 1 else f"train-{i + 1}.yaml"
-        made.append((file, _recipe(stage, names[i]) if stage.steps else None, outputs[i]))
-    return names[0], made
+    stages = training_stages(record)
+    if not stages:
+        return name, []
+    models: list[str] = []
+    for stage in stages:
+        model = stage.get("model") or stage.get("merged_into")
+        folder = re.sub(r"[^\w.-]", "_", folder_name(model)) if isinstance(model, str) else "grown"
+        models.append(folder if folder not in (name, *models) else f"{name}-{len(models)}")
+    described = [
+        {
+            "file": "train.yaml" if len(stages) == 1 else f"train-{i + 1}.yaml",
+            "recipe": _recipe(stage, models[i]) if positive_int(stage.get("steps")) else None,
+            "output": output,
+            "fisher": _public_paths(mapping(stage, "recipe", "regularizer").get("fisher")),
+            "replay": _public_paths(mapping(stage, "recipe", "data", "replay").get("path")),
+        }
+        for i, (stage, output) in enumerate(zip(stages, [*models[1:], name], strict=True))
+    ]
+    return models[0], described
+
+
+def _public_paths(value: Any) -> list[str]:
+    return [public_path(path) for path in _listed(value)]
 
 
 def _recipe(stage: Stage, model: str) -> str | None:
-    given, revision = stage.facts.get("model"), stage.facts.get("revision")
-    on_the_hub = is_hub_id(given) and isinstance(revision, str) and bool(re.fullmatch(r"[0-9a-f]{7,64}", revision))
-    head = {"model": given, "revision": revision} if on_the_hub else {"model": f"./{model}"}
+    given, revision = stage.get("model"), stage.get("revision")
+    on_hub = is_hub_id(given) and isinstance(revision, str) and bool(re.fullmatch(r"[0-9a-f]{7,64}", revision))
+    head = {"model": given, "revision": revision} if on_hub else {"model": f"./{model}"}
+    renamed = {given: f"./{model}"} if isinstance(given, str) and not on_hub else {}
+    recipe = mapping(stage, "recipe")
     try:
-        rest = {
-            k: _shared(v, {given: f"./{model}"} if isinstance(given, str) and not on_the_hub else {})
-            for k, v in stage.recipe.items()
-            if k not in LEFT_OUT
-        }
+        rest = {k: _without_local_paths(v, renamed) for k, v in recipe.items() if k not in NOT_SHOWN}
     except RecursionError:
         return None
-    text = yaml_text.dumps({**head, **rest})
-    return text if stage.recipe and len(text) <= MOST_RECIPE else None
+    text = yaml_io.dumps({**head, **rest})
+    return text if recipe and len(text) <= MAX_RECIPE else None
 
 
-def _shared(value: Any, renamed: Mapping[str, str], depth: int = 0) -> Any:
-    """A value of the recipe without the paths of a machine. Raises RecursionError for one that goes too deep."""
-    if depth > MOST_DEPTH:
+def _without_local_paths(value: Any, renamed: Mapping[str, str], depth: int = 0) -> Any:
+    """A value of a recipe with local paths reduced. Raises RecursionError for one nested too deeply."""
+    if depth > MAX_DEPTH:
         raise RecursionError
     if isinstance(value, Mapping):
-        return {k: _shared(v, renamed, depth + 1) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_shared(v, renamed, depth + 1) for v in value]
+        return {k: _without_local_paths(v, renamed, depth + 1) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_without_local_paths(v, renamed, depth + 1) for v in value]
     return renamed.get(value) or public_path(value) if isinstance(value, str) else value

@@ -10,8 +10,10 @@ from typing import Any
 
 import cards
 import hub_server
+import jinja2
 import pytest
 import yaml
+from cards import flat
 from huggingface_hub import ModelCard, metadata_load
 from markdown_it import MarkdownIt
 from models import BY_NAME, make, save
@@ -24,7 +26,9 @@ from hf_grow.growth.plan import GrowthPlan, make_plan
 from hf_grow.growth.source_info import SourceInfo
 from hf_grow.methods import METHODS
 from hf_grow.publish import licenses as licences
-from hf_grow.publish.card import CardOptions, make_card, render_card, write_card
+from hf_grow.publish.card import FUNCTIONS, CardOptions, make_card, render_card, template, write_card
+from hf_grow.publish.facts import card_facts
+from hf_grow.publish.inherited import Inherited
 from hf_grow.publish.source_card import parse_card
 
 hub = hub_server.hub
@@ -61,10 +65,6 @@ def grown(tmp_path: Path, method: str = "dus", **changes: Any) -> Path:
         at[last] = value
     (folder / "growth.json").write_text(json.dumps(record))
     return folder
-
-
-def flat(text: str) -> str:
-    return " ".join(text.split())
 
 
 # Examples
@@ -401,14 +401,14 @@ def test_what_routers_do_stands_in_a_table(tmp_path: Path) -> None:
     experts = report.metrics["experts"]
     old, new = experts["old"], experts["new"]
     for row in (
-        f"| entropy of the router, nats | {old['entropy']:.3g} | {new['entropy']:.3g} |",
+        f"| router entropy, nats | {old['entropy']:.3g} | {new['entropy']:.3g} |",
         f"| most loaded expert, share of its layer | {old['most_loaded']['share']:.1%} | {new['most_loaded']['share']:.1%} |",
-        f"| variation of the load | {old['load_variation']:.2f} | {new['load_variation']:.2f} |",
-        f"| experts that no token chose, all layers | {len(old['dead'])} | {len(new['dead'])} |",
+        f"| coefficient of variation of the load | {old['load_variation']:.2f} | {new['load_variation']:.2f} |",
+        f"| dead experts, all layers | {len(old['dead'])} | {len(new['dead'])} |",
     ):
         assert row in text
     assert experts["agreement"]["inherited"] == 1
-    assert f"{experts['agreement']['mean']:.1%} of the experts that the grown model chooses for a token come from one" in text
+    assert f"{experts['agreement']['mean']:.1%} of the experts that the grown model selects for a token descend from one" in text
     assert "Routers on the same text" not in render_card(grown(tmp_path, "experts"))
 
 
@@ -505,20 +505,36 @@ TRAINING = {
 }  # fmt: skip
 
 
+VERIFICATION = {
+    "ok": True,
+    "checks": [{"name": EVIL, "status": "pass", "detail": EVIL}],
+    "warnings": [EVIL],
+    "metrics": {"kl_nats_per_token": 1.0, "text": EVIL, "dtype": EVIL, "tasks": {EVIL: {EVIL: [1, 2]}},
+                "task_settings": {"harness": EVIL, "dtype": EVIL, "limit": EVIL, "tasks": EVIL},
+                "experts": {"old": EVIL, "new": {"entropy": EVIL, "dead": EVIL, "most_loaded": [EVIL]}, "agreement": {"mean": EVIL}}},
+}  # fmt: skip
+
+
+def check_harmless(body: str) -> str:
+    """A card with hostile text in it has the headings, links and images of the template, and no others; returns its HTML."""
+    html = MarkdownIt("commonmark", {"html": True, "linkify": False}).enable("table").render(body)
+    assert "<script" not in html
+    assert re.findall(r"<img[^>]*src=\"([^\"]*)\"", html) == ["layer-map.svg"]
+    assert html.count("<img") == 1
+    assert all(h.startswith(("https://arxiv.org/abs/", "https://huggingface.co/")) for h in re.findall(r'href="([^"]*)"', html))
+    assert len(re.findall(r"<h1", html)) == 1
+    assert "$$" not in body.replace("\\$\\$", "")
+    assert "://evil" not in re.sub(r"```.*?```|`[^`]*`", "", body, flags=re.DOTALL)
+    return html
+
+
 @pytest.mark.parametrize("training", [None, TRAINING], ids=["grown", "trained"])
 @pytest.mark.parametrize("revision", ["", cards.COMMIT])
 def test_names_and_reasons_stay_text(revision: str, training: Any, tmp_path: Path) -> None:
     plan = cards.plan_of("dus")
-    check = {"name": EVIL, "status": "pass", "detail": EVIL}
-    verification = {
-        "ok": True,
-        "checks": [check],
-        "metrics": {"kl_nats_per_token": 1.0, "text": EVIL, "dtype": EVIL, "tasks": {EVIL: {EVIL: [1, 2]}},
-                    "experts": {"old": EVIL, "new": {"entropy": EVIL, "dead": EVIL, "most_loaded": [EVIL]}, "agreement": {"mean": EVIL}}},
-    }  # fmt: skip
     folder = grown(
         tmp_path,
-        verification=verification,
+        verification=VERIFICATION,
         source__ref=EVIL,
         source__revision=revision,
         source__history=[{"source": {"ref": EVIL, "revision": EVIL}, "method": EVIL, "guarantee": {"kind": EVIL}, "layers": [1, 2]}],
@@ -534,20 +550,93 @@ def test_names_and_reasons_stay_text(revision: str, training: Any, tmp_path: Pat
         (folder / "growth.json").write_text(json.dumps(record | {"training": training}))
     evil = folder.rename(tmp_path / "evil <script>`$$")
     card = make_card(evil)
-    body = ModelCard(card.text).text
-    html = MarkdownIt("commonmark", {"html": True, "linkify": False}).enable("table").render(body)
-    assert "<script" not in html
-    assert re.findall(r"<img[^>]*>", html) == [m for m in re.findall(r"<img[^>]*>", html) if 'src="layer-map.svg"' in m]
-    assert html.count("<img") == 1
-    assert all(h.startswith(("https://arxiv.org/abs/", "https://huggingface.co/")) for h in re.findall(r'href="([^"]*)"', html))
+    html = check_harmless(ModelCard(card.text).text)
     titles = ["What was done", "Guarantee and verification", "Evaluation", "Continue training", "Reproduce", "Licence", "Limits"]
     titles[1:1] = ["Training after it was grown"] if training else []
     assert re.findall(r"<h2>(.*?)</h2>", html) == titles
-    assert len(re.findall(r"<h1", html)) == 1
-    assert "$$" not in body.replace("\\$\\$", "")
-    assert "://evil" not in re.sub(r"```.*?```|`[^`]*`", "", body, flags=re.DOTALL)
     assert set(card.metadata["tags"]) == {"hf-grow", "model-growth"}
     assert "<script" not in card.files["layer-map.svg"]
+
+
+def full_facts(method: str) -> dict[str, Any]:
+    """The facts of a card that has all its sections."""
+    measured = json.loads(cards.MEASURED.read_text())
+    plan = cards.plan_of(method)
+    donors = {
+        "code": SourceInfo("org/coder", cards.COMMIT, plan.source.config, plan.source.tensors),
+        "maths": SourceInfo("/home/me/maths", "", plan.source.config, plan.source.tensors),
+    }
+    info = SourceInfo(plan.source.ref, cards.COMMIT, plan.source.config, plan.source.tensors, {}, (), donors)
+    plan = GrowthPlan(info, plan.growth, plan.targets)
+    training = dict(measured["training"])
+    recipe = {**training["recipe"], "freeze": ["embeddings"], "distill": {"teachers": ["source"]}, "lora": {"r": 8}, "seed": 3}
+    recipe |= {"regularizer": {"kind": "ewc", "lambda": 3, "fisher": "fisher.safetensors"}}
+    training |= {"recipe": recipe, "earlier": {"adapter": {"r": 8, "lora_alpha": 16}}}
+    verification = measured["experts"] | {"warnings": ["worse than guessing"]}
+    verification["metrics"] = verification["metrics"] | {
+        "tasks": {"arc_easy": {"acc": [0.5, 0.25], "acc_stderr": [0.1, 0.1]}}, "task_settings": {"harness": "lm-eval 0.4.9", "dtype": "float32", "limit": 20},
+    }  # fmt: skip
+    known = licences.LICENCES["llama3.1"]
+    inherited = Inherited(
+        license="llama3.1",
+        license_link="https://huggingface.co/org/coder/blob/main/LICENSE",
+        known=known,
+        origin="as on the card of org/coder",
+    )
+    facts = card_facts(
+        plan, {**plan.to_json(), "made_by": {"hf_grow": "1"}, "training": training, "verification": verification}, inherited, "org/Grown"
+    )
+    return facts | {"dropped": [("not needed", 3)], "plan_warnings": ["odd"], "lineage": "a\n`-- b"}
+
+
+COMPILED = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(template())
+
+
+def rendered(facts: Any) -> str:
+    return COMPILED.render(**FUNCTIONS, **facts, card_data="x: y").split("---\n", 2)[2]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_template_asks_for_no_fact_that_is_not_there(method: str) -> None:
+    plan = cards.plan_of(method)
+    rendered(card_facts(plan, plan.to_json(), Inherited(), "org/Grown"))
+    rendered(full_facts(method))
+
+
+def leaves(data: Any, path: tuple[Any, ...] = ()) -> Any:
+    """The place of every string in nested data."""
+    if isinstance(data, str):
+        yield path
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list | tuple) else ():
+        yield from leaves(value, (*path, key))
+
+
+def replaced(data: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """The same data with one place changed."""
+    if not path:
+        return value
+    if isinstance(data, dict):
+        return {k: replaced(v, path[1:], value) if k == path[0] else v for k, v in data.items()}
+    return type(data)(replaced(v, path[1:], value) if i == path[0] else v for i, v in enumerate(data))
+
+
+@pytest.mark.parametrize("change", [{}, {"training": None}, {"reproduce__command": ""}], ids=["trained", "grown", "recipe"])
+def test_every_text_in_the_facts_is_escaped(change: dict[str, Any]) -> None:
+    """Each string by itself is replaced by a hostile one, whatever the code that computes it lets through."""
+    facts = full_facts("experts")
+    facts["reproduce"]["recipe"] = "method: dus\n"
+    for path, value in change.items():
+        facts = replaced(facts, tuple(path.split("__")), value)
+    original = rendered(facts)
+    before = re.findall(r"<h\d>", check_harmless(original))
+    shown = 0
+    places = list(leaves(facts))
+    for path in places:
+        if path[-1] not in ("state", "status"):  # chosen by the code from a few words
+            body = rendered(replaced(facts, path, EVIL))
+            shown += body != original
+            assert re.findall(r"<h\d>", check_harmless(body)) == before, path
+    assert shown > len(places) / 2
 
 
 def test_no_token_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from cards import flat
 from models import BY_NAME, make, save
 from safetensors.torch import load_file
 from trained import grown, recipe, run, tokenizer
@@ -231,20 +232,20 @@ def test_trainings_and_growths_in_turn(work: Path, tmp_path: Path, capsys: pytes
     assert "since then" in said
     assert re.sub(r"[\s│]+", " ", said).count("trained for 6 steps (192 tokens)") == 2  # not cut off in the tree either
     card = render_card(tmp_path / "again")
-    assert "**Trained after it was grown: 192 tokens in 6 steps of 2 training_stages.**" in card
+    assert "**Trained further after it was grown: 192 tokens in 6 steps of 2 trainings.**" in card
     assert re.findall(r"^hf-grow train .*$", card, re.MULTILINE) == [
         "hf-grow train train-1.yaml -o out",
         "hf-grow train train-2.yaml -o again",
     ]
     assert card.index("**1 of 2**: 128 tokens in 4 steps.") < card.index("**2 of 2**: 64 tokens in 2 steps.")
-    # Grown once more, the training_stages are history.
+    # Grown once more, the trainings are history.
     api.grow(tmp_path / "again", tmp_path / "larger", "stack")
     assert training_stages(record_of(tmp_path / "larger")) == ()
     tree = run(capsys, "inspect", tmp_path / "larger")["lineage"]
     assert "trained" not in tree["step"]
     assert tree["sources"][0]["step"].endswith("; then trained for 6 steps (192 tokens)")
     assert "then trained for 6 steps" in render_card(tmp_path / "larger")
-    assert "This card speaks of the weights as they were grown" in render_card(tmp_path / "larger")
+    assert "This card describes the weights as they were grown" in render_card(tmp_path / "larger")
 
 
 # ---- the card -----------------------------------------------------------------------------------------------------------------------------
@@ -254,12 +255,12 @@ def test_the_card_of_a_trained_model(work: Path, pair: tuple[Path, Path], capsys
     old, new = pair
     text = render_card(new)
     assert "**The trained model was not verified.**" in text
-    assert "Nobody has compared it with its source." in text
+    assert "It has not been compared with its source." in text
     found = run(capsys, "verify", old, new)["metrics"]
     text = render_card(new, CardOptions(name="me/Trained"))
     losses = record_of(new)["training"]["losses"]
     top = text.split("---\n", 2)[2].split("\n\n")[1]
-    assert top.startswith("> **Trained after it was grown: 128 tokens in 4 steps.**")
+    assert top.startswith("> **Trained further after it was grown: 128 tokens in 4 steps.**")
     assert f"{losses['start']['new']:.4g} to {losses['end']['new']:.4g} on `new`" in top
     assert f"its perplexity is {found['perplexity_new']:.4g}, that of the source {found['perplexity_old']:.4g}" in top
     assert ("there it is still behind its source" in top) == (found["perplexity_new"] > found["perplexity_old"])
@@ -270,10 +271,10 @@ def test_the_card_of_a_trained_model(work: Path, pair: tuple[Path, Path], capsys
     )
     assert "| old text, mixed in | `./old.jsonl` | 25.0% |" in text
     assert "| regularizer | l2sp, lambda 3 |" in text
-    assert "| trained parts | new\\_layers |" in text
+    assert "| trained parameters | new\\_layers |" in text
     for wrong in ("of no training after that", "Not ready for use", "A start for training", "add nothing yet", str(work)):
         assert wrong not in text
-    for said in ("as that training left them, whose SHA-256", "of the trained ones no longer", "| tensors | ok | 39 recomputed from the source",
+    for said in ("the weights after that training, whose SHA-256", "not for the trained ones", "| tensors | ok | 39 recomputed from the source",
                  "KL(source || trained)"):  # fmt: skip
         assert said in text
 
@@ -282,14 +283,14 @@ def test_the_card_of_a_trained_model(work: Path, pair: tuple[Path, Path], capsys
     ("losses", "method", "said"),
     [
         ({"start": {"new": 4.0, "old": 4.25}, "end": {"new": 3.0, "old": 4.0}, "source": {"old": 3.25}}, "dus",
-         "4.25 to 4 (source 3.25) on `old`. So it forgot 0.75 nats a token of old text that its source knew. Growing changed"),
-        ({"start": {"old": 3.0}, "end": {"old": 2.5}, "source": {"old": 2.75}}, "dus", "it forgot nothing, beside its source"),
+         "4.25 to 4 (source 3.25) on `old`. So it forgot 0.75 nats per token of old text that its source knew. Growing changed"),
+        ({"start": {"old": 3.0}, "end": {"old": 2.5}, "source": {"old": 2.75}}, "dus", "it forgot nothing, compared with its source"),
         ({"start": {"new": 4.0, "old": 4.25}, "end": {"new": 3.0, "old": 4.0}}, "dus",
-         "On old text its loss fell by 0.25 nats a token since the grown model's start, which growing had changed already: what it forgot of its source was not measured."),
-        ({"start": {"old": 3.0}, "end": {"old": 3.25}}, "identity", "So it forgot 0.25 nats a token of old text. It began as the same"),
-        ({"start": {"new": 4.0}, "end": {"new": 3.0}}, "identity", "No old text was measured, so what it forgot is not known. It began as the same"),
-        ({"start": {}, "end": {}}, "identity", "No loss was measured meanwhile"),
-        ({"start": {"old": None}, "end": 3}, "identity", "No loss was measured meanwhile"),
+         "On old text its loss fell by 0.25 nats per token since the grown model's start, which growing had already changed: what it forgot of its source was not measured."),
+        ({"start": {"old": 3.0}, "end": {"old": 3.25}}, "identity", "So it forgot 0.25 nats per token of old text. It began as the same"),
+        ({"start": {"new": 4.0}, "end": {"new": 3.0}}, "identity", "No old text was measured, so what it forgot is unknown. It began as the same"),
+        ({"start": {}, "end": {}}, "identity", "No loss was measured, so"),
+        ({"start": {"old": None}, "end": 3}, "identity", "No loss was measured, so"),
     ],
 )  # fmt: skip
 def test_the_first_lines_say_what_is_known(losses: Any, method: str, said: str, tmp_path: Path) -> None:
@@ -297,10 +298,10 @@ def test_the_first_lines_say_what_is_known(losses: Any, method: str, said: str, 
 
     folder = cards.folder_of(cards.plan_of(method), tmp_path / "big")
     rewrite(folder, record_of(folder) | {"training": {"steps": 7, "losses": losses, "recipe": {}}})
-    text = make_card(folder, CardOptions(offline=True)).text
+    text = flat(make_card(folder, CardOptions(offline=True)).text)
     assert said in text
     assert "whose SHA-256" not in text  # none were recorded
-    assert "or a recipe that it does not hold" in text
+    assert "or its recipe is not recorded" in text
 
 
 def test_the_commands_in_the_card_make_the_trained_model_again(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,5 +332,5 @@ def test_an_adapter_that_was_merged_is_told(tmp_path: Path) -> None:
     text = make_card(folder, CardOptions(offline=True)).text
     assert "**An adapter was merged into it after it was grown.**" in text
     assert "| adapter | r 8, lora\\_alpha 16 |" in text
-    assert "cannot be done again" in text
+    assert "cannot be repeated" in text
     assert "/home" not in text

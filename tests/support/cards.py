@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -74,6 +75,11 @@ TRAINING = {
     },
     "regularizer": {"kind": "l2sp", "lambda": 0.1}, "max_steps": 60, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 8, "learning_rate": 3e-3,
 }  # fmt: skip
+
+
+def flat(text: str) -> str:
+    """A card with its line breaks and quote marks as single spaces."""
+    return " ".join(re.sub(r"^> ", "", text, flags=re.MULTILINE).split())
 
 
 def cached_sources(cache: Path) -> None:
