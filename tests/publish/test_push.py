@@ -308,7 +308,7 @@ def test_what_is_not_whole_or_not_what_it_says_is_not_published(
     other = copy("other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
-    assert "not those of its config.json" in refused(capsys, "push", other, REPO)
+    assert "do not match its config.json" in refused(capsys, "push", other, REPO)
     assert "is no folder" in refused(capsys, "push", tmp_path / "nowhere", REPO)
     assert received(open_hub) == 0
 

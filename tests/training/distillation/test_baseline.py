@@ -51,8 +51,8 @@ def test_after_a_growth_that_changed_the_function_the_source_is_the_measure(tmp_
     assert training["losses"] == {"start": found["start"], "end": found["end"], "source": found["source"]}
     card = render_card(out)
     rise = found["end"]["old"] - found["source"]["old"]
-    told = f"it forgot {rise:.3g} nats a token of old text that its source knew" if rise > 0 else "it forgot nothing, beside its source"
-    assert told in card and "| source | before | after | over the source |" in card
+    told = f"it forgot {rise:.3g} nats per token of old text that its source knew" if rise > 0 else "it forgot nothing, compared with its source"
+    assert told in card and "| source | before | after | rise over the source |" in card
     # A resumed run knows it from its checkpoint, even where the source is gone by then.
     shutil.rmtree(out / "checkpoint-6")
     shutil.rmtree(tmp_path / "source")
@@ -86,7 +86,7 @@ def test_after_a_lossless_growth_the_start_is_the_measure(tmp_path: Path, capsys
     found = run(capsys, "train", recipe(tmp_path, grown(tmp_path)))
     assert found["source"] == {} and not events_of(tmp_path / "out", "baseline")
     assert found["forgetting"] == pytest.approx(found["end"]["old"] - found["start"]["old"], abs=1e-9)
-    assert "nats a token of old text" in render_card(tmp_path / "out") or "it forgot nothing." in render_card(tmp_path / "out")
+    assert "nats per token of old text" in render_card(tmp_path / "out") or "it forgot nothing." in render_card(tmp_path / "out")
 
 
 def test_records_tell_the_tokens_that_were_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
