@@ -51,7 +51,11 @@ def test_after_a_growth_that_changed_the_function_the_source_is_the_measure(tmp_
     assert training["losses"] == {"start": found["start"], "end": found["end"], "source": found["source"]}
     card = render_card(out)
     rise = found["end"]["old"] - found["source"]["old"]
-    told = f"it forgot {rise:.3g} nats per token of old text that its source knew" if rise > 0 else "it forgot nothing, compared with its source"
+    told = (
+        f"it forgot {rise:.3g} nats per token of old text that its source knew"
+        if rise > 0
+        else "it forgot nothing, compared with its source"
+    )
     assert told in card and "| source | before | after | rise over the source |" in card
     # A resumed run knows it from its checkpoint, even where the source is gone by then.
     shutil.rmtree(out / "checkpoint-6")
