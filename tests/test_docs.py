@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
@@ -130,6 +131,23 @@ def test_troubleshooting_md_tells_every_class_of_error() -> None:
     classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.GrowError) and c is not errors.GrowError]
     assert len(classes) > 4
     assert not [c.__name__ for c in classes if f"## {c.__name__}" not in text]
+
+
+def test_troubleshooting_md_quotes_messages_that_the_code_has() -> None:
+    """Three dots stand for what the code fills in, N and M for numbers and names, --X for a flag."""
+    strings: list[str] = []
+    for path in (ROOT / "hf_grow").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                strings.append("".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.append(node.value)
+    code = "\n".join(strings)
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    quotes = [quote for cell in rows for quote in re.findall(r"`([^`]+)`", cell)]
+    pieces = {piece.strip(" ,"): quote for quote in quotes for piece in re.split(r"\.\.\.|--X|\bN\b|\bM\b|5\.\.", quote)}
+    assert len(pieces) > 60
+    assert not {piece: quote for piece, quote in pieces.items() if piece not in code}
 
 
 def anchors(page: Path) -> set[str]:
