@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from models import BY_NAME, make
 from pydoc_texts import pydoc_texts
 
 from hf_grow.training.config.replay_options import ReplayOptions
@@ -34,6 +36,14 @@ def bpe_tokenizer(special: list[str], **more: Any) -> Any:
 
 def base_tokenizer() -> Any:
     return bpe_tokenizer(["<s>", "</s>"], bos_token="<s>", eos_token="</s>")
+
+
+def base_model() -> Any:
+    """Random weights, sharpened, so that its samples differ from those of a wrong temperature; in fp64, so that no cache rounds."""
+    model = make(BY_NAME["llama"], vocab_size=300, bos_token_id=0, eos_token_id=1, dtype=torch.float64)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    return model
 
 
 def chat_tokenizer(**more: Any) -> Any:
