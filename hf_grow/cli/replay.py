@@ -51,8 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = load_with_tokenizer(checkpoint, options.dtype, how.device)
     if how.dry_run:
         return _show_estimate(estimate_sampling(model, tokenizer, options), options, how, as_json=arguments.json)
-    smaller = enough_memory("Use a smaller --batch-size, or --device cpu.")
-    with smaller, render.tokens_bar("sampling", options.tokens, quiet=arguments.json) as progress:
+    memory_errors = enough_memory("Use a smaller --batch-size, or --device cpu.")
+    with memory_errors, render.tokens_bar("sampling", options.tokens, quiet=arguments.json) as progress:
         try:
             replay = sample_replay(
                 model, tokenizer, out, options, ref=checkpoint.ref, revision=checkpoint.revision or "", overwrite=how.overwrite, progress=progress,

@@ -76,8 +76,8 @@ def test_sources_without_weights_are_each_used_once(tokenizer, tmp_path: Path) -
 def test_weights_set_the_parts_and_small_sources_come_again(tokenizer, tmp_path: Path) -> None:
     small, large = write_texts(tmp_path / "small", DOCS[:1]), write_texts(tmp_path / "large", DOCS[1:])
     train = [{"path": str(small), "weight": 3}, {"path": str(large), "weight": 1}]
-    told: list[str] = []
-    data = build(data_options(train=train), tokenizer, cache=tmp_path / "cache", sequences=400, notify=told.append)
+    messages: list[str] = []
+    data = build(data_options(train=train), tokenizer, cache=tmp_path / "cache", sequences=400, notify=messages.append)
     own = [tuple(r) for r in packed_reference(tokenizer, DOCS[:1]) if len(r) == LENGTH]
     mine = [tuple(r) for r in rows(data.train) if tuple(r) in set(own)]
     assert len(data.train) == 400 and len(mine) == 300

@@ -191,12 +191,12 @@ def test_what_stands_in_the_way_of_the_output(model, tokenizer, tmp_path: Path) 
 
 
 def test_every_token_of_a_batch_is_told_and_changes_nothing(model, tokenizer, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    sample_replay(model, tokenizer, tmp_path / "a", replay_options(tokens=1), on_token=lambda token, most: told.append((token, most)))
+    calls: list[tuple[int, int]] = []
+    sample_replay(model, tokenizer, tmp_path / "a", replay_options(tokens=1), on_token=lambda token, most: calls.append((token, most)))
     sample_replay(model, tokenizer, tmp_path / "b", replay_options(tokens=1))
     assert sampled_texts(tmp_path / "a") == sampled_texts(tmp_path / "b")
-    batches, last = read_record(tmp_path / "a")["batches"], max(told)[0]
-    assert batches == 1 and told == [(n, 23) for n in range(1, last + 1)]  # one of the 24 is there before
+    batches, last = read_record(tmp_path / "a")["batches"], max(calls)[0]
+    assert batches == 1 and calls == [(n, 23) for n in range(1, last + 1)]  # one of the 24 is there before
     assert last >= read_record(tmp_path / "a")["counts"]["tokens"] - 1
 
 
@@ -229,12 +229,12 @@ def test_the_command_writes_what_the_function_does(
     saved: Path, model, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(saved, tmp_path / "out", "--json", "--device", "cpu")) == 0
-    told = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     sample_replay(model, tokenizer, tmp_path / "own", replay_options())
     assert sampled_texts(tmp_path / "out") == sampled_texts(tmp_path / "own")
     record = read_record(tmp_path / "out")
-    assert {k: told[k] for k in record} == record
-    assert record["model"] == str(saved) and told["tokens_per_second"] > 0
+    assert {k: result[k] for k in record} == record
+    assert record["model"] == str(saved) and result["tokens_per_second"] > 0
     assert record["counts"]["texts"] == len(sampled_texts(tmp_path / "out"))
     assert main(command(saved, tmp_path / "out")) == 0
     said = capsys.readouterr().out
@@ -259,8 +259,8 @@ def test_a_dry_run_writes_nothing(saved: Path, tmp_path: Path, capsys: pytest.Ca
     assert main(command(saved, tmp_path / "out", "--dry-run")) == 0
     assert "tokens/s" in capsys.readouterr().out
     assert main(command(saved, tmp_path / "out", "--dry-run", "--json")) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["dry_run"] is True and told["seconds"] > 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["dry_run"] is True and result["seconds"] > 0
     assert not (tmp_path / "out").exists()
 
 
@@ -318,9 +318,9 @@ def test_self_replay_samples_the_source_once(
     grown = tmp_path / "grown"
     api.grow(str(saved), grown, "identity", layers_to=6)
     wanted = data_options(tmp_path, share=0.2, self=SAMPLING | ({"model": str(saved)} if named else {}))
-    told: list[str] = []
-    data = build(wanted, tokenizer, cache=tmp_path / "cache", model=str(grown), notify=told.append)
-    assert any("Sampling 400 tokens from" in t for t in told)
+    messages: list[str] = []
+    data = build(wanted, tokenizer, cache=tmp_path / "cache", model=str(grown), notify=messages.append)
+    assert any("Sampling 400 tokens from" in t for t in messages)
     sample_replay(model, tokenizer, tmp_path / "own", replay_options())
     by_hand = build(data_options(tmp_path, path=str(tmp_path / "own"), share=0.2), tokenizer, cache=tmp_path / "cache")
     assert list(data.train["input_ids"]) == list(by_hand.train["input_ids"])

@@ -154,10 +154,10 @@ from hf_grow.training.data.sources import find_text
 for line in sys.argv[1:]:
     asked = json.loads(line)
     streaming = asked.pop("streaming", False)
-    told = []
+    messages = []
     try:
-        source = find_text(TextOptions(**asked), notify=told.append)
-        print(json.dumps({"commit": source.identity["commit"], "texts": [d["text"] for d in source.documents(streaming=streaming)], "told": told}))
+        source = find_text(TextOptions(**asked), notify=messages.append)
+        print(json.dumps({"commit": source.identity["commit"], "texts": [d["text"] for d in source.documents(streaming=streaming)], "messages": messages}))
     except GrowError as error:
         print(json.dumps({"error": str(error), "status": error.exit_code}))
 """
@@ -196,15 +196,15 @@ def test_data_sets_on_the_hub(tmp_path: Path) -> None:
             {"path": ["owner/gated"]},
             {"path": ["owner/none"]},
         )
-        assert whole == streamed == {"commit": commit, "texts": docs, "told": []}
+        assert whole == streamed == {"commit": commit, "texts": docs, "messages": []}
         assert first["texts"] == docs[:3]
         messages = ["no such split.*train", "no field 'body'.*text, n", "another `name`", "no revision 'v9'", "contains no such files",
                     "scripts are not run.*refs/convert/parquet", "gated or private.*hf auth login", "no repository datasets/owner/none"]  # fmt: skip
         for found, message in zip(bad, messages, strict=True):
             assert found["status"] == 2
             assert re.search(message, found["error"], re.DOTALL), found
-        # Without an answer: what was downloaded is used, what was not is told.
+        # Offline: what was downloaded is used, anything else is an error.
         offline = ask(hub, tmp_path / "home", {"path": ["owner/set"]}, {"path": ["owner/none"]}, HF_HUB_OFFLINE="1")
         assert (offline[0]["commit"], offline[0]["texts"]) == (commit, docs)
-        assert "from the cache" in offline[0]["told"][0]
+        assert "from the cache" in offline[0]["messages"][0]
         assert "not in the cache" in offline[1]["error"]
