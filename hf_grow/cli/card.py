@@ -12,7 +12,7 @@ from hf_grow.publish.card import CardOptions, make_card, write_card
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="the grown checkpoint's folder; only its growth.json is read")
+    parser.add_argument("folder", metavar="DIR", help="folder of the grown checkpoint; only its growth.json is read")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write the card; default: README.md in DIR")
     flags.add_flags(parser, [CardOptions])
     parser.add_argument("--overwrite", action="store_true", help="replace a card that was edited, or that hf-grow did not write")

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from hf_grow.publish.layer_map import MEANING, Kind, LayerMap
+from hf_grow.publish.layer_map import DESCRIPTIONS, Kind, LayerMap
 from hf_grow.publish.lineage import Node
 
 GLYPHS: dict[Kind, tuple[str, str, str]] = {
@@ -38,7 +38,7 @@ def show_layer_map(console: Console, layers: LayerMap) -> None:
         table.add_column(column, justify="right" if column else "left")
     runs = layers.runs()
     for run in runs[:MAX_RUNS]:
-        table.add_row(run.target, _glyph(console, run.kind), run.source, MEANING[run.kind])
+        table.add_row(run.target, _glyph(console, run.kind), run.source, DESCRIPTIONS[run.kind])
     console.print(table)
     if len(runs) > MAX_RUNS:
         console.print(f"... and {len(runs) - MAX_RUNS} more runs (--json lists all, --picture draws them)", style="dim")

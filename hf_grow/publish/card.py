@@ -39,8 +39,8 @@ FUNCTIONS: dict[str, Any] = {
     "shell": lambda *words: shlex.join(words),
     "picture": PICTURE,
 }
-"""What the templates use beside the facts."""
-_MARK = re.compile(r"<!-- written by hf-grow, sha256 ([0-9a-f]{64}) -->\n\Z")
+"""What the templates use extra the facts."""
+_CHECKSUM = re.compile(r"<!-- written by hf-grow, sha256 ([0-9a-f]{64}) -->\n\Z")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
@@ -59,13 +59,15 @@ class CardOptions(Options):
 
 @dataclass(frozen=True)
 class Card:
+    """A rendered card; `write_card` writes it."""
+
     text: str
     """README.md, metadata included."""
     files: Mapping[str, str]
-    """Further files that the text shows or the licence wants -> their text."""
+    """Name -> text of the files that go with it: the layer map, and NOTICE if the licence requires it."""
     metadata: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
-    """What the publisher should know or do."""
+    """Notes for the publisher, such as unmet terms of the licence."""
 
 
 def render_card(folder: Path, options: CardOptions | None = None) -> str:
@@ -78,49 +80,51 @@ def make_card(folder: Path, options: CardOptions | None = None) -> Card:
     from huggingface_hub import ModelCard
 
     options = options or CardOptions()
-    record = read_json(folder / GROWTH, f"{folder} has no {GROWTH}: it was not grown by hf-grow, which keeps its record there.")
+    record = read_json(folder / GROWTH, f"{folder} has no {GROWTH}: it was not grown by hf-grow, which writes that file.")
     plan = GrowthPlan.from_json(record)
     name = options.name or folder.resolve().name.removesuffix(".partial")
-    _check(options, name)
-    heritage = inherit(plan, license=options.license, base_model=options.base_model, offline=options.offline)
+    _check_options(options, name)
+    inherited = inherit(plan, license=options.license, base_model=options.base_model, offline=options.offline)
     picture = to_svg(draw(layer_map(plan), public_ref(plan.source.ref, plan.source.revision), name.rsplit("/", 1)[-1]))
-    metadata = _metadata(plan, record, heritage, name)
-    notice = _notice(heritage, folder)
+    metadata = _metadata(plan, record, inherited, name)
+    notice = _notice(inherited, folder)
     card = Card(
-        text=_marked(
-            str(ModelCard.from_template(metadata, template_str=template(), **FUNCTIONS, **card_facts(plan, record, heritage, name)))
+        text=_with_checksum(
+            str(ModelCard.from_template(metadata, template_str=template(), **FUNCTIONS, **card_facts(plan, record, inherited, name)))
         ),
-        files={PICTURE: _marked(picture)} | ({NOTICE: notice} if notice else {}),
+        files={PICTURE: _with_checksum(picture)} | ({NOTICE: notice} if notice else {}),
         metadata=metadata.to_dict(),
-        notes=tuple(_notes(heritage, folder, name)),
+        notes=tuple(_notes(inherited, folder, name)),
     )
     _refuse_tokens(card)
     return card
 
 
 def license_warnings(plan: GrowthPlan, name: str) -> list[str]:
-    """What the licence wants of the name of a model that is not made yet. Raises InputError for a name that no card can have."""
-    _check(CardOptions(name=name), name)
+    """Warnings, before the growth, about a model name that the licence does not allow. Raises InputError for an invalid name."""
+    _check_options(CardOptions(name=name), name)
     return _name_notes(inherit(plan, license=None, base_model=None, offline=False), name)
 
 
 def write_card(folder: Path, card: Card, *, output: Path | None = None, overwrite: bool = False) -> list[Path]:
-    """Writes README.md (or `output`) and what goes with it; returns the files. A card that somebody edited, or that something else wrote, is
-    refused with OutputError unless `overwrite`; one that stands as hf-grow wrote it is simply replaced."""
+    """Writes README.md (or `output`) and the files that go with it; returns their paths.
+
+    An existing card is replaced if hf-grow wrote it and nobody edited it; any other raises OutputError unless `overwrite`.
+    """
     target = output or folder / README
-    beside = {
-        name: text for name, text in card.files.items() if name != NOTICE or target.name == NOTICE or not _has(target.parent, "notice")
+    extra = {
+        name: text for name, text in card.files.items() if name != NOTICE or target.name == NOTICE or not _has_file(target.parent, "notice")
     }
-    texts = {target: card.text, **{target.parent / name: text for name, text in beside.items()}}
+    texts = {target: card.text, **{target.parent / name: text for name, text in extra.items()}}
     if target.is_dir():
         raise OutputError(f"{target} is a folder.", hint="Give the name of a file, such as README.md in it.")
-    if len(texts) != 1 + len(beside):
+    if len(texts) != 1 + len(extra):
         raise OutputError(f"{target} is the name of a file that goes with the card.", hint="Use another name, such as README.md.")
-    foreign = [p for p in texts if not overwrite and p.exists() and not _untouched(p)]
-    if foreign:
+    edited = [p for p in texts if not overwrite and p.exists() and not _is_unedited(p)]
+    if edited:
         raise OutputError(
-            f"{' and '.join(map(str, foreign))} {'were' if len(foreign) > 1 else 'was'} edited, or not written by hf-grow.",
-            hint="Use --overwrite to replace what is there, or write elsewhere with -o FILE.",
+            f"{' and '.join(map(str, edited))} {'were' if len(edited) > 1 else 'was'} edited, or not written by hf-grow.",
+            hint="Use --overwrite to replace it, or -o FILE to write elsewhere.",
         )
     for path, text in texts.items():
         temporary = path.with_name(path.name + ".new")
@@ -140,18 +144,18 @@ def template() -> str:
     return "".join((Path(__file__).parent / "templates" / f"{name}.md.jinja").read_text("utf-8") for name in TEMPLATES)
 
 
-def _check(options: CardOptions, name: str) -> None:
+def _check_options(options: CardOptions, name: str) -> None:
     if options.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", options.license):
-        raise InputError(f"{options.license!r} is no licence identifier.", hint="Use one of the Hub's, such as apache-2.0 or llama3.1.")
+        raise InputError(f"{options.license!r} is not a licence identifier.", hint="Use one of the Hub's, such as apache-2.0 or llama3.1.")
     if options.license == "other":
-        raise InputError("--license other says nothing.", hint="Leave it out, and name the licence in the card by hand.")
+        raise InputError("--license other names no licence.", hint="Leave it out, and name the licence in the card by hand.")
     if options.base_model is not None and not is_hub_id(options.base_model):
-        raise InputError(f"{options.base_model!r} is no Hub id.", hint="A Hub id reads OWNER/NAME.")
+        raise InputError(f"{options.base_model!r} is not a Hub id.", hint="A Hub id reads OWNER/NAME.")
     if options.name is not None and not is_hub_id(name if "/" in name else f"owner/{name}"):
-        raise InputError(f"{name!r} is no name for a model.", hint="Use letters, digits, '-', '_' and '.': NAME or OWNER/NAME.")
+        raise InputError(f"{name!r} is not a valid model name.", hint="Use letters, digits, '-', '_' and '.': NAME or OWNER/NAME.")
 
 
-def _metadata(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, name: str) -> Any:
+def _metadata(plan: GrowthPlan, record: Mapping[str, Any], inherited: Inherited, name: str) -> Any:
     """huggingface_hub's ModelCardData."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -165,15 +169,15 @@ def _metadata(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, 
         for s in tasks(record.get("verification"))
         if s["new"][0] is not None
     ]
-    bases = heritage.base_models
+    bases = inherited.base_models
     relation = {"base_model_relation": "merge" if len(bases) > 1 else "finetune"} if bases else {}
     return ModelCardData(
         base_model=list(bases) if len(bases) > 1 else bases[0] if bases else None,
-        language=list(heritage.language) or None,
-        license=heritage.license or None,
-        license_name=heritage.license_name or None,
-        license_link=heritage.license_link or None,
-        datasets=list(heritage.datasets) or None,
+        language=list(inherited.language) or None,
+        license=inherited.license or None,
+        license_name=inherited.license_name or None,
+        license_link=inherited.license_link or None,
+        datasets=list(inherited.datasets) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=tags,
@@ -183,58 +187,58 @@ def _metadata(plan: GrowthPlan, record: Mapping[str, Any], heritage: Inherited, 
     )
 
 
-def _notice(heritage: Inherited, folder: Path) -> str:
-    """The text of the NOTICE that the licence wants, where the folder has none."""
-    wanted = heritage.known.notice if heritage.known else ""
-    return f"{wanted}\n" if wanted and not _has(folder, "notice") else ""
+def _notice(inherited: Inherited, folder: Path) -> str:
+    """Text of the NOTICE file that the licence requires, if the folder has none."""
+    notice = inherited.known.notice if inherited.known else ""
+    return f"{notice}\n" if notice and not _has_file(folder, "notice") else ""
 
 
-def _has(folder: Path, start: str) -> bool:
+def _has_file(folder: Path, start: str) -> bool:
     try:
         return any(n.lower().startswith(start) for n in os.listdir(folder))
     except OSError:
         return False
 
 
-def _name_notes(heritage: Inherited, name: str) -> list[str]:
-    known = heritage.known
+def _name_notes(inherited: Inherited, name: str) -> list[str]:
+    known = inherited.known
     if not known or not known.name_start or licenses.name_fits(known, name):
         return []
-    return [f'The {known.title} wants the name of a published model to begin with "{known.name_start}"; {name} does not.']
+    return [f'The {known.title} requires the name of a published model to begin with "{known.name_start}"; {name} does not.']
 
 
-def _notes(heritage: Inherited, folder: Path, name: str) -> list[str]:
-    known, notes = heritage.known, [*heritage.notes, *_name_notes(heritage, name)]
-    if known and known.copy and not (_has(folder, "licen")):
-        notes.append(f"The {known.title} wants a copy of itself to go with the weights; {folder} has no LICENSE file.")
-    if not heritage.base_models:
+def _notes(inherited: Inherited, folder: Path, name: str) -> list[str]:
+    known, notes = inherited.known, [*inherited.notes, *_name_notes(inherited, name)]
+    if known and known.copy and not (_has_file(folder, "licen")):
+        notes.append(f"The {known.title} requires a copy of itself with the weights; {folder} has no LICENSE file.")
+    if not inherited.base_models:
         notes.append(
-            "The source is a local folder, so the card names no base model; `hf-grow card --base-model OWNER/NAME` does, if it is on the Hub."
+            "The source is a local folder, so the card names no base model; if it is on the Hub, add it with `hf-grow card --base-model OWNER/NAME`."
         )
     return notes
 
 
-def _marked(text: str) -> str:
-    """With a last line by which it is known later whether anybody edited it."""
+def _with_checksum(text: str) -> str:
+    """`text` with a last line that shows later whether it was edited."""
     text = text.rstrip("\n") + "\n"
     return f"{text}<!-- written by hf-grow, sha256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
 
 
-def _untouched(path: Path) -> bool:
+def _is_unedited(path: Path) -> bool:
     try:
         text = read_text(path)
     except SourceError:
         return False
-    match = _MARK.search(text)
-    return match is not None and _marked(text[: match.start()]) == text
+    match = _CHECKSUM.search(text)
+    return match is not None and _with_checksum(text[: match.start()]) == text
 
 
 def _refuse_tokens(card: Card) -> None:
-    """What is published must hold no token, from wherever it came."""
+    """Raises InputError if the card or a file of it holds an access token."""
     from huggingface_hub import get_token
 
     token = get_token()
     for name, text in {README: card.text, **card.files}.items():
-        bare = text.replace("\\", "")  # as it reads, not as it is escaped
+        bare = text.replace("\\", "")  # without the escapes of Markdown
         if _TOKEN.search(bare) or (token and (token in bare or token in text)):
-            raise InputError(f"{name} would hold an access token.", hint="Take it out of the names, options or results in growth.json.")
+            raise InputError(f"{name} would hold an access token.", hint="Remove it from the names, options or results in growth.json.")

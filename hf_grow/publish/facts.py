@@ -17,7 +17,7 @@ from hf_grow.model.architecture import Architecture
 from hf_grow.model.param_count import ModelSize
 from hf_grow.publish import eval_section, licenses, reproduce
 from hf_grow.publish.inherited import Inherited
-from hf_grow.publish.layer_map import MEANING, layer_map, layer_ranges
+from hf_grow.publish.layer_map import DESCRIPTIONS, layer_map, layer_ranges
 from hf_grow.publish.lineage import lineage
 from hf_grow.publish.names import is_hub_id, public_ref
 from hf_grow.publish.training_section import reproduce_trainings, training_facts
@@ -64,7 +64,7 @@ def _growth(plan: GrowthPlan, record: Mapping[str, Any]) -> dict[str, Any]:
         "donors_nbytes": plan.source_nbytes - plan.source.nbytes,
         "old": _model(plan.source.architecture, old, plan.source.nbytes),
         "new": _model(plan.architecture, new, plan.nbytes),
-        "layer_kinds": [MEANING[kind] for kind in described.kinds],
+        "layer_kinds": [DESCRIPTIONS[kind] for kind in described.kinds],
         "layer_ranges": layer_ranges(layers),
         "identity_layers": _listed([i for i, origin in enumerate(layers) if origin.identity]),
         "copied_layers": _listed([i for i, origin in enumerate(layers) if origin.new and not origin.identity]),

@@ -1,4 +1,4 @@
-"""What a grown model inherits from its sources: base models, licence, languages, datasets."""
+"""Metadata that a grown model inherits from its sources: base models, licence, languages, datasets."""
 
 from __future__ import annotations
 
@@ -16,64 +16,68 @@ from hf_grow.publish.source_card import SourceCard, latest_card, read_card
 
 @dataclass(frozen=True)
 class Inherited:
+    """See `inherit`."""
+
     base_models: tuple[str, ...] = ()
-    """Hub ids: of each source, or of its nearest ancestor on the Hub."""
+    """Hub id of each source, or of its nearest ancestor on the Hub."""
     license: str = ""
-    """Empty where it is unknown, or where the sources differ."""
+    """Empty if unknown, or if the sources differ."""
     license_name: str = ""
     license_link: str = ""
     language: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
     known: Licence | None = None
-    """What the licence asks for, if it is in the table."""
+    """Terms of the licence, if it is in the table."""
     origin: str = ""
-    """Where the licence comes from, in words."""
+    """Where the licence comes from, as a phrase for the card."""
     notes: tuple[str, ...] = ()
 
 
 def inherit(plan: GrowthPlan, *, license: str | None, base_model: str | None, offline: bool) -> Inherited:
-    """Reads the sources' cards (see source_card); `license` and `base_model` are the publisher's word."""
+    """Reads the cards of the sources (see source_card).
+
+    license, base_model: given by the publisher, take precedence. offline: read the folder and the cache only.
+    Raises InputError for a `base_model` that contradicts growth.json.
+    """
     if base_model and plan.source.revision and base_model != plan.source.ref:
         raise InputError(f"growth.json says that the source is {plan.source.ref}, not {base_model}.", hint="Leave --base-model out.")
     cards = [_card(plan.source, base_model, offline), *(_card(o, None, offline) for o in plan.source.donors.values())]
     bases = [_base(plan.source, cards[0], base_model)] + [
         _base(o, c, None) for o, c in zip(plan.source.donors.values(), cards[1:], strict=True)
     ]
-    found = Inherited(
+    result = Inherited(
         base_models=tuple(dict.fromkeys(b for b in bases if b)),
         language=tuple(dict.fromkeys(x for c in cards for x in c.language)),
         datasets=tuple(dict.fromkeys(x for c in cards for x in c.datasets)),
     )
     names = [public_ref(s.ref, s.revision) for s in (plan.source, *plan.source.donors.values())]
-    return _with_licence(found, license, list(zip(names, cards, strict=True)))
+    return _with_license(result, license, list(zip(names, cards, strict=True)))
 
 
-def _with_licence(found: Inherited, chosen: str | None, cards: list[tuple[str, SourceCard]]) -> Inherited:
-    said = {f"{c.license}\0{c.license_name}": c for _, c in cards if c.licence}
+def _with_license(result: Inherited, chosen: str | None, cards: list[tuple[str, SourceCard]]) -> Inherited:
+    named = {f"{c.license}\0{c.license_name}": c for _, c in cards if c.licence}
     unknown = [f"{name}: {c.problem or 'its card names no licence'}" for name, c in cards if not c.licence]
     licence, name, link, origin = "", "", "", ""
     notes: list[str] = []
     if chosen:
         licence, origin = chosen, "as the publisher says"
-        others = sorted({c.licence for c in said.values()} - {chosen})
+        others = sorted({c.licence for c in named.values()} - {chosen})
         if others:
             origin += f"; the card of the source says {', '.join(others)}"
             notes.append(f"--license {chosen} is not what the card of the source says: {', '.join(others)}.")
-    elif len(said) == 1 and not unknown:
-        card = next(iter(said.values()))
+    elif len(named) == 1 and not unknown:
+        card = next(iter(named.values()))
         licence, name, link = card.license, card.license_name, card.license_link
         origin = "as on the card of " + ", ".join(dict.fromkeys(c.ref if is_hub_id(c.ref) else source for source, c in cards))
-    elif len(said) > 1:
+    elif len(named) > 1:
         listed = "; ".join(f"{source}: {c.licence}" for source, c in cards if c.licence)
-        origin = f"the sources have different licences ({listed}); ask their owners what holds for a model made of them"
-        notes.append(
-            "The sources have different licences, so the card names none: " + listed + ". `hf-grow card --license` does once you know."
-        )
+        origin = f"the sources have different licences ({listed}); ask their owners which applies to a model made of them"
+        notes.append("The sources have different licences, so the card names none: " + listed + ". Set it with `hf-grow card --license`.")
     else:
         origin = f"unknown: ask the owner of the source ({'; '.join(unknown)})"
-        notes.append(f"The licence is unknown, so the card names none ({'; '.join(unknown)}). `hf-grow card --license` does once you know.")
+        notes.append(f"The licence is unknown, so the card names none ({'; '.join(unknown)}). Set it with `hf-grow card --license`.")
     known = licenses.find(licence, name)
-    return Inherited(found.base_models, licence, name, link, found.language, found.datasets, known, origin, tuple(notes))
+    return Inherited(result.base_models, licence, name, link, result.language, result.datasets, known, origin, tuple(notes))
 
 
 def _card(source: SourceInfo, base_model: str | None, offline: bool) -> SourceCard:

@@ -1,4 +1,4 @@
-"""Where every layer of a grown model comes from, for pictures and text. No drawing here."""
+"""The layer map: which source layers each target layer comes from."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hf_grow.growth.plan import GrowthPlan
 from hf_grow.model.architecture import Architecture
 
 Kind = Literal["kept", "copy", "average", "identity"]
-MEANING: dict[Kind, str] = {
+DESCRIPTIONS: dict[Kind, str] = {
     "kept": "layer of the source",
     "copy": "further copy of a layer",
     "average": "average of layers",
     "identity": "adds nothing until trained",
 }
-"""The kinds of a target layer, in the order of a legend."""
+"""Kinds of target layers with their description, in the order of a legend."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Run:
+class LayerRun:
     """Target layers [start, stop) of one kind whose sources go up one by one from `source`; averages stand alone."""
 
     start: int
@@ -59,19 +59,19 @@ class LayerMap:
     target: Architecture
     blocks: tuple[Block, ...]
     further: tuple[str, ...] = ()
-    """Labels of further source checkpoints, which go into every layer."""
+    """Labels of the donors: further source checkpoints, used in every layer."""
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        return tuple(k for k in MEANING if any(b.kind == k for b in self.blocks))
+        return tuple(k for k in DESCRIPTIONS if any(b.kind == k for b in self.blocks))
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[LayerRun]:
         starts = [0, *(i for i, (a, b) in enumerate(pairwise(self.blocks), 1) if not _follows(a, b)), len(self.blocks)]
-        return [Run(a, b, self.blocks[a].sources, self.blocks[a].kind) for a, b in pairwise(starts)]
+        return [LayerRun(a, b, self.blocks[a].sources, self.blocks[a].kind) for a, b in pairwise(starts)]
 
     def describe(self) -> str:
-        """The whole picture in words."""
-        parts = [f"{r.target} from {r.source} ({MEANING[r.kind]})" for r in self.runs()]
+        """The whole map as text, for screen readers."""
+        parts = [f"{r.target} from {r.source} ({DESCRIPTIONS[r.kind]})" for r in self.runs()]
         listed = "; ".join(parts[:40]) + (f"; and {len(parts) - 40} more runs" if len(parts) > 40 else "")
         more = f" {len(self.further)} further source checkpoints go into every layer." if self.further else ""
         return f"{self.source.layers} layers become {self.target.layers}. Target layers: {listed}.{more}"
@@ -81,14 +81,14 @@ def layer_map(plan: GrowthPlan) -> LayerMap:
     """Raises SourceError for a record whose layers are not those of its configs."""
     source, target = plan.source.architecture, plan.architecture
     layers = plan.growth.layers
-    sane = all(o.sources and all(type(s) is int and 0 <= s < source.layers for s in o.sources) for o in layers)
-    if not sane or len(layers) != target.layers:
+    valid = all(o.sources and all(type(s) is int and 0 <= s < source.layers for s in o.sources) for o in layers)
+    if not valid or len(layers) != target.layers:
         raise SourceError("growth.json is damaged: its layers are not those of its configs.")
     return LayerMap(plan.growth.method, source, target, tuple(Block(o.sources, _kind(o)) for o in layers), tuple(plan.source.donors))
 
 
-def facts(arch: Architecture) -> list[str]:
-    """The shape of a model, as short lines."""
+def shape_lines(arch: Architecture) -> list[str]:
+    """The shape of a model in short lines."""
     lines = [f"{arch.layers} layers", f"hidden size {arch.size('hidden')}"]
     sizes = [f"FFN {arch.size('inter')}"] if arch.size("inter") else []
     sizes += [f"expert FFN {arch.size('expert_inter')}"] if arch.size("expert_inter") else []

@@ -1,6 +1,6 @@
-"""What licences of well-known checkpoints ask of somebody who publishes a model made from them. Data, and no legal advice.
+"""Terms for redistribution in the licences of well-known checkpoints. Data, not legal advice.
 
-The quoted words are those that the licence itself prescribes; the sections are named so that they can be looked up.
+The quoted words are prescribed by the licence itself; the docstrings name its sections.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Licence:
+    """Terms that the publisher of a derived model has to meet."""
+
     title: str
     built_with: str = ""
     """Words that must be displayed prominently."""
@@ -57,7 +59,7 @@ def _mistral(name: str) -> Licence:
     )
 
 
-_BUSY = "a licence of its own above 100 million monthly users"
+_100_MILLION_USERS = "a licence of its own above 100 million monthly users"
 
 # By the identifier in a card's `license`, or its `license_name` where that says `other`.
 LICENCES: dict[str, Licence] = {
@@ -69,9 +71,9 @@ LICENCES: dict[str, Licence] = {
     "llama3.2": _llama("3.2", built_with="Built with Llama", name_start="Llama"),
     "llama3.3": _llama("3.3", built_with="Built with Llama", name_start="Llama"),
     "llama4": _llama("4", built_with="Built with Llama", name_start="Llama"),
-    "qwen": _alibaba("Qwen", "LICENSE AGREEMENT", built_with="Built with Qwen", limits=_BUSY),
+    "qwen": _alibaba("Qwen", "LICENSE AGREEMENT", built_with="Built with Qwen", limits=_100_MILLION_USERS),
     "qwen-research": _alibaba("Qwen", "RESEARCH LICENSE AGREEMENT", built_with="Built with Qwen", limits="no commercial use"),
-    "tongyi-qianwen": _alibaba("Tongyi Qianwen", "LICENSE AGREEMENT", limits=_BUSY),
+    "tongyi-qianwen": _alibaba("Tongyi Qianwen", "LICENSE AGREEMENT", limits=_100_MILLION_USERS),
     "mrl": _mistral("Research License"),
     "mnpl": _mistral("Non-Production License"),
     "cc-by-nc-4.0": Licence("Creative Commons Attribution Non Commercial 4.0", limits="no commercial use"),
@@ -87,7 +89,7 @@ def find(license: str, license_name: str) -> Licence | None:
 
 
 def name_fits(licence: Licence, name: str) -> bool:
-    """Whether a model's name begins as the licence wants: Llama-3-Small does for 'Llama 3'."""
+    """Whether a model's name begins as the licence requires: Llama-3-Small does for 'Llama 3'."""
 
     def letters(text: str) -> str:
         return "".join(c for c in text.lower() if c.isalnum())

@@ -1,7 +1,6 @@
-"""The ancestors of a grown checkpoint, as growth.json tells them, back to the first.
+"""The lineage of a grown checkpoint from growth.json: a tree of its sources and donors, back to the first ancestor.
 
-A tree with the model at its root and its sources below it: the one it was grown from, and further ones where experts came from several.
-growth.json may come from anywhere: what has not the right form is left out, never believed.
+growth.json may come from anyone: values of an unexpected form are left out.
 """
 
 from __future__ import annotations
@@ -16,11 +15,13 @@ from hf_grow.publish.markdown import line
 from hf_grow.publish.names import public_ref
 
 MOST_STEPS = 200
-MOST_OTHERS = 64
+MOST_DONORS = 64
 
 
 @dataclass(frozen=True)
 class Node:
+    """A model in the lineage."""
+
     name: str
     revision: str = ""
     """Commit on the Hub; empty for a folder."""
@@ -48,11 +49,11 @@ class Node:
                 "sources": [p.to_json() for p in self.parents]}  # fmt: skip
 
 
-def lineage(name: str, history: Iterable[Mapping[str, Any]], others: Mapping[str, SourceInfo] | None = None, revision: str = "") -> Node:
-    """The tree of a model called `name`; `history`: its growths, oldest first; ``others``: the further sources of the last one."""
+def lineage(name: str, history: Iterable[Mapping[str, Any]], donors: Mapping[str, SourceInfo] | None = None, revision: str = "") -> Node:
+    """The tree of a model called `name`; `history`: its growths, oldest first; ``donors``: the further sources of the last one."""
     steps = [s for s in list(history)[-MOST_STEPS:] if isinstance(s, Mapping)]
-    more = [lineage(_public(o.ref, o.revision), o.history, o.donors, o.revision) for o in list((others or {}).values())[:MOST_OTHERS]]
-    labelled = tuple(Node(n.name, n.revision, n.step, line(label, 60), n.parents) for n, label in zip(more, others or {}, strict=False))
+    more = [lineage(_public(o.ref, o.revision), o.history, o.donors, o.revision) for o in list((donors or {}).values())[:MOST_DONORS]]
+    labelled = tuple(Node(n.name, n.revision, n.step, line(label, 60), n.parents) for n, label in zip(more, donors or {}, strict=False))
     # Built from the first ancestor on, so that a long history needs no recursion.
     node: Node | None = None
     for i, step in enumerate(steps):
@@ -65,12 +66,12 @@ def lineage(name: str, history: Iterable[Mapping[str, Any]], others: Mapping[str
 
 def hub_ancestors(history: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """(id, commit) of the ancestors that came from the Hub, the nearest first."""
-    found = []
+    ancestors = []
     for step in reversed(list(history)[-MOST_STEPS:]):
         source = step.get("source") if isinstance(step, Mapping) else None
         if isinstance(source, Mapping) and isinstance(source.get("ref"), str) and _commit(source.get("revision")):
-            found.append((str(source["ref"]), str(source["revision"])))
-    return found
+            ancestors.append((str(source["ref"]), str(source["revision"])))
+    return ancestors
 
 
 def _public(ref: Any, revision: Any) -> str:

@@ -1,7 +1,7 @@
-"""The layer map as a picture: source layers on the left, target layers on the right, a line from each layer to what became of it.
+"""The layer map as a picture: source layers left, target layers right, a line from each source layer to its target layers.
 
-One list of shapes is made first and then written as SVG (by hand, the same bytes for the same map) or drawn as PNG with matplotlib. The picture
-brings its own light background, so that it reads on light and dark pages; kinds differ by colour, by pattern and in the text.
+The shapes are computed once, then written as SVG (by hand, so that the same map gives the same bytes) or drawn as PNG with matplotlib. The picture
+has its own light background for light and dark pages; kinds differ by colour and pattern.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from hf_grow.common.safe_files import open_regular
 from hf_grow.errors import InputError, OutputError
-from hf_grow.publish.layer_map import MEANING, Kind, LayerMap, facts
+from hf_grow.publish.layer_map import DESCRIPTIONS, Kind, LayerMap, shape_lines
 from hf_grow.publish.markdown import line
 
 WIDTH = 640.0
@@ -26,7 +26,7 @@ WIDEST = 150.0
 """Width of the blocks with the larger hidden size; the others in proportion."""
 MOST_LAYERS = 1000
 MOST_CELLS = 16
-"""Experts drawn in a block; the number of all of them stands above."""
+"""Experts drawn in a block at most; the text above gives their number."""
 MADE_BY = b"drawn by hf-grow"
 INK, PAPER, RIM = "#1f2933", "#fcfcf9", "#c9cdd2"
 FILL: dict[Kind, str] = {"kept": "#5b8db8", "copy": "#e3a857", "average": "#b58ac2", "identity": PAPER}
@@ -76,7 +76,7 @@ def draw(layers: LayerMap, source: str, target: str) -> Drawing:
     if count > MOST_LAYERS:
         raise InputError(f"A picture shows at most {MOST_LAYERS} layers; this model has {count}.")
     pitch = min(22.0, max(6.0, 900 / count))
-    top = 42.0 + 16 * max(len(facts(layers.source)) + bool(layers.further), len(facts(layers.target))) + 22
+    top = 42.0 + 16 * max(len(shape_lines(layers.source)) + bool(layers.further), len(shape_lines(layers.target))) + 22
     bottom = top + pitch * count
     drawing = Drawing(
         height=bottom + 24 + 20 * len(layers.kinds),
@@ -88,15 +88,18 @@ def draw(layers: LayerMap, source: str, target: str) -> Drawing:
     starts = [top + pitch * (count - n) / 2 for n in (layers.source.layers, layers.target.layers)]
     for column, (arch, name) in zip(COLUMNS, ((layers.source, source), (layers.target, target)), strict=True):
         drawing.shapes.append(Text(column, 28, line(name, 34), 14, bold=True))
-        told = [*facts(arch), *([f"with {len(layers.further)} more checkpoints"] if layers.further and arch is layers.source else [])]
-        drawing.shapes += [Text(column, 48 + 16 * i, fact, 12) for i, fact in enumerate(told)]
+        lines = [
+            *shape_lines(arch),
+            *([f"with {len(layers.further)} more checkpoints"] if layers.further and arch is layers.source else []),
+        ]
+        drawing.shapes += [Text(column, 48 + 16 * i, fact, 12) for i, fact in enumerate(lines)]
     drawing.shapes += _lines(layers, pitch, starts, widths)
     drawing.shapes += _blocks(layers, pitch, starts, widths)
     for i, kind in enumerate(layers.kinds):
         y = bottom + 16 + 20 * i
         drawing.shapes += [
             Rect(COLUMNS[0] - WIDEST / 2, y, 28, 13, kind),
-            Text(COLUMNS[0] - WIDEST / 2 + 38, y + 11, MEANING[kind], 12, "start"),
+            Text(COLUMNS[0] - WIDEST / 2 + 38, y + 11, DESCRIPTIONS[kind], 12, "start"),
         ]
     return drawing
 
@@ -133,16 +136,16 @@ def _blocks(layers: LayerMap, pitch: float, starts: list[float], widths: list[fl
     for i, b in enumerate(layers.blocks):
         yield from block(1, i, b.kind)
         if i % every == 0:
-            told = {"identity": f"{i} new, after {b.sources[0]}", "average": f"{i} from {' ~ '.join(map(str, b.sources[:4]))}"}
-            text = told.get(b.kind, f"{i} from {b.sources[0]}")
+            labels = {"identity": f"{i} new, after {b.sources[0]}", "average": f"{i} from {' ~ '.join(map(str, b.sources[:4]))}"}
+            text = labels.get(b.kind, f"{i} from {b.sources[0]}")
             yield Text(COLUMNS[1] + WIDEST / 2 + 8, _middle(starts[1], pitch, i) + size / 3, text, size, "start")
 
 
 def save_picture(layers: LayerMap, source: str, target: str, path: Path) -> None:
-    """Draws into a file, by its ending SVG or PNG. A file that is there is replaced only if it is such a picture. Raises InputError."""
+    """Writes the picture to `path` as SVG or PNG, by its suffix; replaces only a picture of hf-grow. Raises InputError, OutputError."""
     kind = path.suffix.lower()
     if kind not in (".svg", ".png"):
-        raise InputError(f"{path} is no name for a picture.", hint="Use one that ends in .svg or .png.")
+        raise InputError(f"{path} is not a picture file.", hint="Use a name that ends in .svg or .png.")
     temporary = path.with_name(path.name + ".new")
     try:
         if path.exists() and not _ours(path):

@@ -1,7 +1,7 @@
-"""The card of a source checkpoint: licence, languages and datasets that a grown model inherits.
+"""The model card of a source checkpoint: licence, languages and datasets that a grown model inherits.
 
-Read from the README.md of a local source (if the folder still is the source: its config.json is compared), else from the Hub at the recorded
-commit, through the cache. Only the block of metadata at its top counts, and of that only values of the right form: the file may be anything.
+Read from README.md of a local source, if the folder still holds the same config.json; else from the Hub at the recorded commit, through the cache.
+Only values of the expected form in its metadata count: the file may be anything.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from hf_grow.publish.names import is_hub_id
 
 README = "README.md"
 MAX_METADATA = 256_000
-"""Characters. Real blocks of metadata reach some 50,000, where they hold the text of a licence or many evaluations."""
+"""Characters. Metadata with the text of a licence or many evaluations reach about 50,000."""
 MOST = 200
-"""Languages or datasets that are taken over."""
+"""Languages or datasets inherited at most."""
 
 _BLOCK = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
@@ -34,12 +34,12 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class SourceCard:
-    """What a source's card says. ``problem`` says why it could not be had; the rest is then empty."""
+    """The metadata of a source's card. ``problem``: why it is not available; the rest is then empty."""
 
     ref: str
     revision: str = ""
     license: str = ""
-    """Identifier of the Hub; 'other' where `license_name` tells."""
+    """Identifier of the Hub; 'other' if `license_name` names it."""
     license_name: str = ""
     license_link: str = ""
     language: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class SourceCard:
 
 
 def read_card(ref: str, revision: str, config: Mapping[str, Any] | None, *, offline: bool) -> SourceCard:
-    """The card of a source, as growth.json names it: a folder where `revision` is empty. Never raises for a card that cannot be had."""
+    """The card of a source, as growth.json names it: a folder if `revision` is empty. Never raises; see `problem`."""
     try:
         path = _hub_card(ref, revision, offline) if revision else _folder_card(ref, config)
         return parse_card(ref, revision, _text(path))
@@ -63,7 +63,7 @@ def read_card(ref: str, revision: str, config: Mapping[str, Any] | None, *, offl
 
 
 def latest_card(ref: str, *, offline: bool) -> SourceCard:
-    """The card of a Hub repository as it is today."""
+    """The current card of a Hub repository."""
     try:
         hub.check_id(ref)
         return parse_card(ref, "", _text(_fetched(ref, None, offline)))
@@ -74,13 +74,13 @@ def latest_card(ref: str, *, offline: bool) -> SourceCard:
 def _folder_card(ref: str, config: Mapping[str, Any] | None) -> Path:
     folder = Path(ref).expanduser()
     if not folder.is_dir():
-        raise SourceError("the folder that was grown is not there any more")
+        raise SourceError("the source folder no longer exists")
     try:
         same = config is not None and read_json(folder / "config.json", "") == config
     except GrowError:
         same = False
     if not same:
-        raise SourceError("the folder that was grown holds another model by now")
+        raise SourceError("the source folder now holds another model")
     if not (folder / README).is_file():
         raise SourceError(f"the source folder has no {README}")
     return folder / README
@@ -99,7 +99,7 @@ def _fetched(ref: str, revision: str | None, offline: bool) -> Path:
         return cached
     if offline or hub.offline():
         why = "--offline" if offline else "HF_HUB_OFFLINE"
-        raise SourceError(f"the card of {ref} is not in the cache, and the Hub was not asked ({why})")
+        raise SourceError(f"the card of {ref} is not in the cache, and the Hub was not queried ({why})")
     remote = hub.fetch_listing(ref, revision)
     if README not in remote.sizes:
         raise SourceError(f"{ref} has no {README}")
@@ -115,20 +115,20 @@ def _text(path: Path) -> str:
 
 
 def parse_card(ref: str, revision: str, text: str) -> SourceCard:
-    """The metadata at the top of a card. Raises SourceError where it is no mapping."""
+    """The metadata at the top of a card. Raises SourceError if there is none."""
     import yaml
 
     match = _BLOCK.match(text)
     if match is None:
         begun = text.lstrip().startswith("---")
-        raise SourceError("the source's card has metadata without an end" if begun else "the source's card has no metadata")
+        raise SourceError("the metadata of the source's card have no end" if begun else "the source's card has no metadata")
     try:
         # BaseLoader: every scalar stays a string, so that `language: no` is Norwegian; and no merge keys, which could grow without bound.
         data = yaml.load(match[1], Loader=yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise SourceError("the metadata of the source's card is not valid YAML") from None
     if not isinstance(data, dict):
-        raise SourceError("the metadata of the source's card is no mapping")
+        raise SourceError("the metadata of the source's card is not a mapping")
     links = _matching(data.get("license_link"), _LINK)
     licenses = _matching(data.get("license"), _LICENSE)
     return SourceCard(
@@ -149,10 +149,10 @@ def _strings(value: Any) -> list[str]:
 
 
 def _matching(value: Any, pattern: re.Pattern[str]) -> tuple[str, ...]:
-    """The strings of a value (one, or a list) that have the right form, each once."""
+    """The distinct strings of a value (one, or a list) that match `pattern`."""
     return tuple(dict.fromkeys(v for v in _strings(value) if pattern.fullmatch(v)))[:MOST]
 
 
 def _absolute(link: str, ref: str, revision: str) -> str:
-    """A link to a file of the source's repository as one that works elsewhere."""
+    """A link to a file of the source's repository as an absolute URL."""
     return link if link.startswith("https://") or not is_hub_id(ref) else f"https://huggingface.co/{ref}/blob/{revision or 'main'}/{link}"

@@ -25,7 +25,7 @@ from hf_grow.growth.growth import compose
 from hf_grow.growth.plan import GrowthPlan, make_plan
 from hf_grow.growth.source_info import SourceInfo
 from hf_grow.methods import METHODS
-from hf_grow.publish import licenses as licences
+from hf_grow.publish import licenses
 from hf_grow.publish.card import FUNCTIONS, CardOptions, make_card, render_card, template, write_card
 from hf_grow.publish.facts import card_facts
 from hf_grow.publish.inherited import Inherited
@@ -260,7 +260,7 @@ def test_an_unreachable_hub_leaves_the_licence_out(tmp_path: Path, hub: hub_serv
 def test_offline_says_that_the_hub_was_not_asked(tmp_path: Path) -> None:
     card = make_card(grown(tmp_path, source__ref="org/unseen"), CardOptions(offline=True))
     assert "license" not in card.metadata
-    assert any("not in the cache, and the Hub was not asked (--offline)" in note for note in card.notes)
+    assert any("not in the cache, and the Hub was not queried (--offline)" in note for note in card.notes)
     assert card.metadata["base_model"] == "org/unseen"
 
 
@@ -280,13 +280,13 @@ def test_a_local_source_gives_its_licence_while_it_is_the_source(tmp_path: Path)
     assert make_card(folder, CardOptions(base_model="org/tiny")).metadata["base_model"] == "org/tiny"
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"rope_theta": 7.0}))
-    assert any("another model by now" in note for note in make_card(folder).notes)
+    assert any("now holds another model" in note for note in make_card(folder).notes)
     for path in source.iterdir():
         path.unlink()
     source.rmdir()
     card = make_card(folder)
     assert "license" not in card.metadata
-    assert any("not there any more" in note for note in card.notes)
+    assert any("no longer exists" in note for note in card.notes)
 
 
 def test_a_chain_of_local_growths_reaches_the_hub(tmp_path: Path) -> None:
@@ -349,12 +349,12 @@ def test_the_naming_duty_of_llama(licence: str, words: str, start: str, tmp_path
 
 
 def test_what_begins_as_the_licence_wants() -> None:
-    llama3 = licences.LICENCES["llama3"]
-    fits = {n: licences.name_fits(llama3, n) for n in ("org/Llama-3-X", "llama3-x", "Llama 3", "Llama-2-x", "My-Llama-3", "Llama")}
+    llama3 = licenses.LICENCES["llama3"]
+    fits = {n: licenses.name_fits(llama3, n) for n in ("org/Llama-3-X", "llama3-x", "Llama 3", "Llama-2-x", "My-Llama-3", "Llama")}
     assert [n for n, good in fits.items() if good] == ["org/Llama-3-X", "llama3-x", "Llama 3"]
-    assert not licences.LICENCES["llama2"].name_start
-    assert licences.find("other", "Qwen") is licences.LICENCES["qwen"]
-    assert licences.find("other", "my own") is None
+    assert not licenses.LICENCES["llama2"].name_start
+    assert licenses.find("other", "Qwen") is licenses.LICENCES["qwen"]
+    assert licenses.find("other", "my own") is None
 
 
 # What the card says first
@@ -576,7 +576,7 @@ def full_facts(method: str) -> dict[str, Any]:
     verification["metrics"] = verification["metrics"] | {
         "tasks": {"arc_easy": {"acc": [0.5, 0.25], "acc_stderr": [0.1, 0.1]}}, "task_settings": {"harness": "lm-eval 0.4.9", "dtype": "float32", "limit": 20},
     }  # fmt: skip
-    known = licences.LICENCES["llama3.1"]
+    known = licenses.LICENCES["llama3.1"]
     inherited = Inherited(
         license="llama3.1",
         license_link="https://huggingface.co/org/coder/blob/main/LICENSE",
@@ -695,12 +695,12 @@ def test_the_command_writes_refuses_and_tells(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"license": "MIT or so"}, "no licence identifier"),
-        ({"license": "other"}, "says nothing"),
-        ({"base_model": "tiny"}, "no Hub id"),
+        ({"license": "MIT or so"}, "not a licence identifier"),
+        ({"license": "other"}, "names no licence"),
+        ({"base_model": "tiny"}, "not a Hub id"),
         ({"base_model": "org/another"}, "the source is example-org/tiny-mistral"),
-        ({"name": "a/b/c"}, "no name for a model"),
-        ({"name": "x\n# y"}, "no name for a model"),
+        ({"name": "a/b/c"}, "not a valid model name"),
+        ({"name": "x\n# y"}, "not a valid model name"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], said: str, tmp_path: Path) -> None:
