@@ -113,7 +113,8 @@ def _pretrain(stage: Stage, texts: Domains) -> None:
     from hf_grow.training.regularizers.fisher import by_names_on_disk
     from hf_grow.training.regularizers.importance_file import model_fingerprint, write_importance
     from hf_grow.training.regularizers.si import SynapticIntelligence
-    from hf_grow.training.trainer.trainer import BaseGrowTrainer, Growing
+    from hf_grow.training.trainer.state import GrowthSettings
+    from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
     s = stage.settings
     old, new = texts.documents["old"], texts.documents["new"]
@@ -133,7 +134,7 @@ def _pretrain(stage: Stage, texts: Domains) -> None:
             use_cpu=True, seed=stage.seed,
         )  # fmt: skip
         data = [{"input_ids": row, "labels": row} for row in rows[order]]  # the model shifts the labels
-        BaseGrowTrainer(model=model, args=arguments, train_dataset=data, growing=Growing(penalty=penalty)).train()
+        BaseGrowTrainer(model=model, args=arguments, train_dataset=data, growth=GrowthSettings(penalty=penalty)).train()
     penalty.consolidate()
     model.save_pretrained(stage.model(""))
     tokenizer.save_pretrained(stage.model(""))

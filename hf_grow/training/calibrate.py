@@ -30,11 +30,11 @@ from hf_grow.training.config.train_config import STEPS_ONLY, raise_mistakes, rea
 from hf_grow.training.data import Collator
 from hf_grow.training.distributed.launch import current_launch
 from hf_grow.training.regularizers.penalty import QuadraticPenalty
-from hf_grow.training.setup import launch_checks
-from hf_grow.training.setup.checks import arguments_for
+from hf_grow.training.setup.launch_checks import launch_mistakes
+from hf_grow.training.setup.recipe_checks import arguments_for
 from hf_grow.training.setup.train_setup import Notify
-from hf_grow.training.trainer.state import Growing
-from hf_grow.training.trainer.trainer import BaseGrowTrainer, losses_of
+from hf_grow.training.trainer.state import GrowthSettings
+from hf_grow.training.trainer.trainer import BaseGrowTrainer, set_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -92,7 +92,7 @@ def plan_trials(files: FisherFileOptions, options: FisherOptions, out: Path, not
         notify("Calibration trains all weights on the text alone: train, freeze, phases, lora and distill of the recipe are not used.")
     given = {**data.arguments, **STEPS_ONLY, **({"use_cpu": True} if files.device == "cpu" else {})}
     arguments = arguments_for(recipe, given, out)
-    raise_mistakes(data.where, launch_checks.mistakes(current_launch(), recipe, arguments, resume=False))
+    raise_mistakes(data.where, launch_mistakes(current_launch(), recipe, arguments, resume=False))
     return Trials(shortened(arguments, files.calibrate_steps), penalty, recipe.data.seq_length)
 
 
@@ -200,7 +200,7 @@ class _TrialRunner:
         with tempfile.TemporaryDirectory(prefix="hf-grow-") as folder:
             self.arguments.output_dir = folder
             trainer = self._trainer()
-            self.start = self.start or losses_of(trainer.evaluate())
+            self.start = self.start or set_losses(trainer.evaluate())
             losses = self._train(trainer)
             trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # the next trainer wraps the model again
         self.penalty.strength = 1.0
@@ -214,7 +214,7 @@ class _TrialRunner:
     def _trainer(self) -> BaseGrowTrainer:
         trainer = BaseGrowTrainer(
             model=self.model, args=self.arguments, train_dataset=self.train, eval_dataset=self.evals, data_collator=Collator(0),
-            growing=Growing(penalty=self.penalty), callbacks=[_TokenCounter(self.progress, self.train, self.arguments.max_steps)],
+            growth=GrowthSettings(penalty=self.penalty), callbacks=[_TokenCounter(self.progress, self.train, self.arguments.max_steps)],
         )  # fmt: skip
         for printing in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printing)
@@ -225,11 +225,11 @@ class _TrialRunner:
         try:
             trainer.train()
         except ExecutionError:
-            losses = losses_of(trainer.evaluate())
+            losses = set_losses(trainer.evaluate())
             if all(map(math.isfinite, losses.values())):
                 raise
             return losses
-        return losses_of(trainer.evaluate())
+        return set_losses(trainer.evaluate())
 
 
 class _TokenCounter(TrainerCallback):  # type: ignore[misc]

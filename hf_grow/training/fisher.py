@@ -51,7 +51,7 @@ from hf_grow.training.regularizers.importance_file import (
 from hf_grow.training.regularizers.importance_growth import check_importance_of_source, grow_importance
 from hf_grow.training.regularizers.penalty import QuadraticPenalty
 from hf_grow.training.setup.train_setup import Notify
-from hf_grow.training.setup.warnings import RECOVER, damaged
+from hf_grow.training.setup.warnings import RECOVER, lossy_method
 
 ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(label, total tokens) -> a context whose value is called with tokens done."""
@@ -76,7 +76,7 @@ def write_fisher(
     if files.utility is not None and not checkpoint.info.architecture.is_moe:
         raise InputError(f"--utility: {checkpoint.ref} has no experts.")
     if files.from_growth is None and checkpoint.growth is not None:
-        method = damaged(GrowthPlan.from_json(checkpoint.growth), checkpoint.growth)
+        method = lossy_method(GrowthPlan.from_json(checkpoint.growth), checkpoint.growth)
         if method is not None:
             notify(
                 f"{checkpoint.ref} was grown by {method}, which changes the function, and was not trained since: a penalty with this "

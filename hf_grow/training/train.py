@@ -16,20 +16,17 @@ from hf_grow.common.extras import require_packages
 from hf_grow.common.safe_files import read_json
 from hf_grow.convert.metadata import versions
 from hf_grow.errors import OutputError, SourceError
-from hf_grow.model.config_compat import portable_config
-from hf_grow.model.loading import output_flags
 from hf_grow.training.config.train_config import RecipeData
 from hf_grow.training.dry_run.dry_run import dry_run
-from hf_grow.training.setup import result_dtype as storing
-from hf_grow.training.setup.assembly import bring_companions, facts, make_trainer, prepare, tokens_of
-from hf_grow.training.setup.checks import check, clear_output
-from hf_grow.training.setup.provenance import kept, note_files, record_of
+from hf_grow.training.setup.build import RecipeHooks, load_parts, make_recipe_trainer, read_texts
+from hf_grow.training.setup.provenance import recorded_settings
+from hf_grow.training.setup.recipe_checks import check_recipe, clear_output
+from hf_grow.training.setup.result_dtype import round_weights
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
 from hf_grow.training.trainer.checkpointing import last_checkpoint, write_json
 from hf_grow.training.trainer.events import EVENTS_FILE
 
 if TYPE_CHECKING:
-    from hf_grow.training.data import TrainData
     from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
 __all__ = ["TrainResult", "dry_run", "train"]
@@ -41,6 +38,8 @@ PENALTY_FOLDER = "penalty"
 
 @dataclass(frozen=True)
 class TrainResult:
+    """What `hf-grow train` reports; losses in nats per token."""
+
     output: Path
     steps: int
     tokens: int
@@ -49,12 +48,12 @@ class TrainResult:
     loss: float
     """Mean training loss of the steps of this call."""
     start: Mapping[str, float]
-    """Loss of each named set at the start, nats a token."""
+    """Loss of each named set at the start."""
     end: Mapping[str, float]
     source: Mapping[str, float]
-    """Loss of the source of the growth, where it is what forgetting is measured against."""
+    """Loss of the growth's source, where it is the baseline of forgetting."""
     forgetting: float | None
-    """How far the old set's loss lies above that of the source, else that at the start; None without such a set."""
+    """Loss of the old set minus that of the source, else that at the start; None without such a set."""
     stopped: str
     """Why it ended before its last step, or empty."""
 
@@ -78,84 +77,86 @@ def train(
     """
     require_packages("accelerate", "datasets")
     began = time.perf_counter()
-    checked = check(read, output=output, resume=resume, overwrite=overwrite, notify=notify)
-    out, arguments = checked.out, checked.arguments
-    come_from = last_checkpoint(out) if resume else None
+    setup = check_recipe(read, output=output, resume=resume, overwrite=overwrite, notify=notify)
+    out, arguments = setup.out, setup.arguments
+    checkpoint = last_checkpoint(out) if resume else None
     if resume:
-        _same_run(checked, notify)
-        if come_from is None:
-            notify(f"{out} has no whole checkpoint yet; the training begins anew.")
-    ready = prepare(checked, notify)
+        _check_same_run(setup, notify)
+        if checkpoint is None:
+            notify(f"{out} has no complete checkpoint yet; training starts anew.")
+    parts, data = load_parts(setup, notify), read_texts(setup, notify)
     with arguments.main_process_first(desc="the output folder"):
         if arguments.should_save:
             if overwrite:
                 clear_output(out)
             out.mkdir(parents=True, exist_ok=True)
-            write_json(out / RECORD, {"recipe": kept(read.given), "model": checked.checkpoint.ref, "made_by": versions()})
+            write_json(out / RECORD, {"recipe": recorded_settings(setup.given), "model": setup.checkpoint.ref, "made_by": versions()})
             (out / EVENTS_FILE).touch()
-    trainer = make_trainer(checked, ready, notify, show, come_from is not None)
-    start_from = str(come_from or arguments.resume_from_checkpoint or "") or None
-    trainer.growing.announce = "start" if come_from is None else "resume"
-    found = trainer.train(resume_from_checkpoint=start_from)
-    return _finish(trainer, checked, ready.data, found, time.perf_counter() - began)
+    trainer = make_recipe_trainer(setup, parts, data, notify, show)
+    trained = trainer.train(resume_from_checkpoint=str(checkpoint or arguments.resume_from_checkpoint or "") or None)
+    return _finish(trainer, setup, float(trained.training_loss), time.perf_counter() - began)
 
 
-def _same_run(checked: TrainSetup, notify: Notify) -> None:
-    """Tells what a resumed run does otherwise than it began. Raises OutputError if it is of another model."""
+def _check_same_run(setup: TrainSetup, notify: Notify) -> None:
+    """Reports settings that differ from those a resumed run began with. Raises OutputError if it is the training of another model."""
     try:
-        before = read_json(checked.out / RECORD)["recipe"]
+        before = read_json(setup.out / RECORD)["recipe"]
     except (SourceError, KeyError):
         return
-    now = kept(checked.read.given)
+    now = recorded_settings(setup.given)
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     if "model" in changed:
         raise OutputError(
-            f"{checked.out} is the training of {before.get('model')}, not of {checked.recipe.model}.", hint="Choose another -o."
+            f"{setup.out} is the training of {before.get('model')}, not of {setup.recipe.model}.", hint="Choose another folder with -o."
         )
     if changed:
-        notify(f"Other than when this training began: {', '.join(changed)}.")
+        notify(f"Settings that differ from when this training began: {', '.join(changed)}.")
 
 
-def _finish(trainer: BaseGrowTrainer, checked: TrainSetup, data: TrainData, found: Any, seconds: float) -> TrainResult:
-    """The last evaluation, and the model in the output folder."""
-    g, out, step = trainer.growing, checked.out, int(trainer.state.global_step)
-    rounded = checked.recipe.lora is None and storing.settle(trainer, checked)
-    if checked.recipe.data.eval and (rounded or g.evaluated_at != step or checked.arguments.load_best_model_at_end):
+def _finish(trainer: BaseGrowTrainer, setup: TrainSetup, loss: float, seconds: float) -> TrainResult:
+    """The last evaluation, and the model in the output folder. ``loss``: mean training loss."""
+    recipe, out, step = setup.recipe, setup.out, int(trainer.state.global_step)
+    events, state, hooks = trainer.growth.events, trainer.growth_state, trainer.hooks
+    assert isinstance(hooks, RecipeHooks)
+    rounded = _round_result(trainer)
+    if recipe.data.eval and (rounded or state.evaluated_at != step or setup.arguments.load_best_model_at_end):
         trainer.evaluate()
-    if checked.recipe.monitor.contribution_steps and g.contributed_at != step:
+    if recipe.monitor.contribution_steps and state.contributed_at != step:
         trainer.contributions()
-    tokens = tokens_of(checked, step)
     stopped = "" if step >= trainer.state.max_steps else "early stopping"
     if stopped:
-        g.events.write("stop", step, reason=stopped)
-    spent = {"flops": trainer.state.total_flos, "train_loss": found.training_loss}
-    g.record = lambda step: record_of(checked, facts(checked, data, g, step) | spent)
-    if checked.recipe.lora is not None:
-        g.save_extra = lambda folder: bring_companions(checked, folder)
-        trainer.model = trainer.model.merge_and_unload()
-        storing.settle(trainer, checked)
+        events.write("stop", step, reason=stopped)
+    hooks.after_training = {"flops": trainer.state.total_flos, "train_loss": loss}
+    if recipe.lora is not None:
+        hooks.model = trainer.model = trainer.model.merge_and_unload()
+        _round_result(trainer)
     trainer.save_model(str(out))
-    if checked.arguments.should_save:
-        config = read_json(out / "config.json")
-        # Trainer turns the cache off, for training, and what a model returns was set to what is read here.
-        config |= output_flags(checked.checkpoint.config)
-        config |= {"use_cache": checked.checkpoint.config.get("use_cache", True), "dtype": storing.dtype_of(out)}
-        write_json(out / "config.json", portable_config(config))
-        note_files(out)
-    if g.penalty is not None:  # beside the model, not among its weights: some loaders take every *.safetensors of a folder
-        if checked.arguments.should_save:
-            (out / PENALTY_FOLDER).mkdir(exist_ok=True)
-        g.penalty.finish(out / PENALTY_FOLDER, trainer.accelerator.unwrap_model(trainer.model))
-        if checked.arguments.should_save and not any((out / PENALTY_FOLDER).iterdir()):
-            (out / PENALTY_FOLDER).rmdir()
-    old = checked.recipe.old_set
-    forgetting = g.last_losses[old] - g.baseline(old) if old in g.last_losses and old in g.start_losses else None
+    if trainer.growth.penalty is not None:
+        _finish_penalty(trainer, out / PENALTY_FOLDER)
+    old = recipe.old_set
+    forgetting = state.last_losses[old] - state.baseline(old) if old in state.last_losses and old in state.start_losses else None
     result = TrainResult(
-        out, step, tokens, float(trainer.state.total_flos), seconds, float(found.training_loss), dict(g.start_losses), dict(g.last_losses),
-        dict(g.source_losses), forgetting, stopped,
+        out, step, step * setup.tokens_per_step, float(trainer.state.total_flos), seconds, loss, dict(state.start_losses),
+        dict(state.last_losses), dict(state.source_losses), forgetting, stopped,
     )  # fmt: skip
-    g.events.write("end", step, output=str(out), loss=float(found.training_loss))
-    if checked.arguments.should_save:
-        kept = read_json(out / RECORD)
-        write_json(out / RECORD, {**kept, "result": result.to_json()})
+    events.write("end", step, output=str(out), loss=loss)
+    if setup.arguments.should_save:
+        write_json(out / RECORD, {**read_json(out / RECORD), "result": result.to_json()})
     return result
+
+
+def _round_result(trainer: BaseGrowTrainer) -> bool:
+    """Rounds weights to the dtypes of the result, so that they are evaluated as they are stored. Returns whether any had to be."""
+    if trainer.is_deepspeed_enabled:  # its shards are rounded when they are gathered to be saved
+        return False
+    return round_weights(trainer.accelerator.unwrap_model(trainer.model), trainer.hooks.result_dtypes(trainer))
+
+
+def _finish_penalty(trainer: BaseGrowTrainer, folder: Path) -> None:
+    """What a penalty leaves to later runs, beside the model: some loaders take every *.safetensors file of a model's folder."""
+    assert trainer.growth.penalty is not None
+    if trainer.args.should_save:
+        folder.mkdir(exist_ok=True)
+    trainer.growth.penalty.finish(folder, trainer.accelerator.unwrap_model(trainer.model))
+    if trainer.args.should_save and not any(folder.iterdir()):
+        folder.rmdir()

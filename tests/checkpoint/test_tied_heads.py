@@ -24,7 +24,7 @@ from hf_grow.convert.execute import execute
 from hf_grow.convert.in_memory import describe_model, grow_model
 from hf_grow.errors import SourceError
 from hf_grow.growth.plan import EMBEDDING, HEAD, untied_head_warning
-from hf_grow.training.setup.prepare import load_model
+from hf_grow.training.setup.model_setup import load_model
 
 hub = hub_server.hub
 SOURCE = "someone/tied"

@@ -79,7 +79,7 @@ def note_facts(target: Path) -> None:
     from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
     facts: dict[str, Any] = {"packed": 0}
-    watch, write, stop = BaseGrowTrainer.watch, packing._write, os.environ.get("LAUNCHED_STOP")
+    watch, write, stop = BaseGrowTrainer.monitor_step, packing._write, os.environ.get("LAUNCHED_STOP")
 
     def counted(*args: Any) -> Any:
         facts["packed"] += 1
@@ -95,7 +95,7 @@ def note_facts(target: Path) -> None:
         if stop and self.state.global_step == int(stop):
             os._exit(9)  # no goodbye
 
-    packing._write, BaseGrowTrainer.watch = counted, noted
+    packing._write, BaseGrowTrainer.monitor_step = counted, noted
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def with_spike(monkeypatch: pytest.MonkeyPatch, at: int, times: int = 1) -> None
     """The loss that the monitor hears of is tall at one step; the training itself is as it is."""
     from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
-    watch, left = BaseGrowTrainer.watch, [times]
+    watch, left = BaseGrowTrainer.monitor_step, [times]
 
     def spiked(self: Any) -> None:
         if self.state.global_step == at and left[0]:
@@ -132,4 +132,4 @@ def with_spike(monkeypatch: pytest.MonkeyPatch, at: int, times: int = 1) -> None
             self._step_loss = torch.tensor(100.0)
         watch(self)
 
-    monkeypatch.setattr(BaseGrowTrainer, "watch", spiked)
+    monkeypatch.setattr(BaseGrowTrainer, "monitor_step", spiked)

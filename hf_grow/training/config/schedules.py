@@ -7,6 +7,7 @@ blended in (`alpha_steps`). Steps count from the growth, so a run that was grown
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -86,7 +87,7 @@ class AfterGrowth(Options):
         return 1.0 if since > self.restore_steps else self.settle_lr + (1 - self.settle_lr) * since / (self.restore_steps + 1)
 
 
-def phase_at(phases: list[Phase], step: int) -> int | None:
+def phase_at(phases: Sequence[Phase], step: int) -> int | None:
     """The index of the phase that step number `step` (from 0, since the growth) lies in; None after the last."""
     end = 0
     for i, phase in enumerate(phases):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -24,27 +24,11 @@ from hf_grow.common.suggest import did_you_mean
 from hf_grow.errors import InputError
 from hf_grow.options import Options, nested_keys, unmet_requirements, validate
 from hf_grow.training.config.data_options import DataOptions
-from hf_grow.training.config.distill_options import DistillOptions
-from hf_grow.training.config.lora_options import LoraOptions
-from hf_grow.training.config.monitor_options import MonitorOptions
-from hf_grow.training.config.regularizer_options import PenaltyOptions
-from hf_grow.training.config.schedules import AfterGrowth, Parts, Phase, Positive, Warmup
-
-NumberOfSteps = Annotated[int, Field(ge=0)]
+from hf_grow.training.config.schedules import Positive
+from hf_grow.training.config.train_options import TrainOptions, contradictions
 
 
-class MoeOptions(Options):
-    """Mixtures of experts."""
-
-    aux_loss: bool = True
-    """Train with the router's load-balancing loss."""
-    aux_coefficient: Annotated[float, Field(ge=0)] | None = None
-    """Its coefficient. Default: router_aux_loss_coef of the model's config."""
-
-
-class TrainRecipe(Options):
-    """What `hf-grow train` takes, besides TrainingArguments."""
-
+class _ModelAndData(Options):
     model: str
     """Checkpoint folder or Hub id; usually a grown one, whose growth.json says what is new."""
     revision: str | None = None
@@ -55,40 +39,15 @@ class TrainRecipe(Options):
     """Checkpoint folder or Hub id of the tokenizer. Default: the model's own."""
     data: DataOptions
     """Texts: train, replay, eval, seq_length (docs/data.md)."""
-    train: Parts = Field(default=["everything"])
-    """Parts that train: everything, or a list of new, old, new_layers, routers, new_experts, old_experts, embeddings, norms, head."""
-    freeze: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(default=[])
-    """Parts that do not, even where `train` says so."""
-    warmup: Warmup = Warmup()
-    """Gentle start of what is new: zero_init, lr, steps, alpha_steps."""
-    phases: list[Phase] = Field(default=[])
-    """First steps in which only some parts train, as [{steps: 100, train: [new]}]: the host stays frozen meanwhile."""
-    after_growth: AfterGrowth = AfterGrowth()
-    """Settling (a lower learning rate, then restored) and consolidation."""
-    regularizer: PenaltyOptions = PenaltyOptions()
-    """What keeps old weights near their place: kind, lambda, fisher, form (docs/regularizers.md)."""
-    distill: DistillOptions | None = None
-    """Teachers: {} takes the source of the growth."""
-    lora: LoraOptions | None = None
-    """Low-rank updates for what is old; {} takes the defaults."""
-    moe: MoeOptions = MoeOptions()
-    """Router loss of mixtures."""
-    monitor: MonitorOptions = MonitorOptions()
-    """Spikes, shocks, regressions, and what happens then."""
-    old_set: str = "old"
-    """The named set of data.eval that forgetting is measured on."""
-    kl_rows: NumberOfSteps = 0
-    """Rows of the old set on which KL(source || model) is taken at every evaluation. Default: 0, none; the source's logits of them stay in memory."""
+
+
+class TrainRecipe(TrainOptions, _ModelAndData):
+    """What `hf-grow train` takes, besides TrainingArguments."""
+
     early_stopping_patience: Positive | None = None
     """Stop when metric_for_best_model has not improved for so many evaluations."""
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
     """What counts as an improvement."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype that the weights are trained in. Default: auto, float32 (float64 for checkpoints in it); in 16 bits most steps are lost to rounding."""
-    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the result. Default: auto, that of the model before; checkpoints to go on from keep that of the training."""
-    attn_implementation: str | None = None
-    """sdpa, eager, flash_attention_2: as from_pretrained takes it."""
 
 
 SET_BY_HF_GROW = {"output_dir": "output", "do_train": "", "do_eval": "", "do_predict": "", "local_rank": "", "remove_unused_columns": "", "train_sampling_strategy": "",
@@ -229,44 +188,22 @@ def _remove_key(data: Any, place: tuple[str | int, ...]) -> bool:
 
 
 def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[str]:
-    found = []
+    found = contradictions(recipe, arguments, recipe.data.eval)
     steps = arguments.get("max_steps")
     if recipe.data.streaming and not (isinstance(steps, int) and steps > 0):
         found.append("max_steps: is missing; streamed text has no length of its own.")
-    if isinstance(steps, int) and steps > 0 and recipe.warmup.alpha_steps > steps:
-        found.append(
-            f"warmup.alpha_steps: {recipe.warmup.alpha_steps} is more than max_steps {steps}: the saved model would compute what was never trained."
-        )
-    if isinstance(steps, int) and steps > 0 and sum(p.steps for p in recipe.phases) >= steps:
-        found.append(f"phases: take {sum(p.steps for p in recipe.phases)} steps, but max_steps is {steps}: nothing else would ever train.")
-    if recipe.warmup.zero_init and recipe.regularizer.fisher:
-        found.append("warmup.zero_init: changes the weights that the Fisher was taken on; grow with method identity instead.")
     if recipe.data.streaming and isinstance(workers := arguments.get("dataloader_num_workers"), int) and workers > 1:
         found.append(f"dataloader_num_workers: streamed text cannot be read by {workers} workers. Use 1.")
     if recipe.data.streaming and recipe.distill and recipe.distill.top_k is not None:
         found.append("distill.top_k: needs text that is not streamed; the teacher reads it beforehand.")
-    if recipe.distill and arguments.get("use_liger_kernel"):
-        found.append("distill: needs the logits, and use_liger_kernel computes the loss without them. Leave one of the two out.")
-    if recipe.dtype == "float16" and arguments.get("fp16"):
-        found.append("dtype: float16 beside fp16 cannot be trained; fp16 keeps the weights in float32. Leave dtype out.")
-    if "old_set" in recipe.model_fields_set and recipe.old_set not in recipe.data.eval:
-        found.append(f"old_set: data.eval has no set {recipe.old_set!r}.")
     for key, asked in (
         ("load_best_model_at_end", arguments.get("load_best_model_at_end")),
         ("save_strategy", arguments.get("save_strategy") == "best"),
+        ("eval_strategy", arguments.get("eval_strategy", "no") != "no"),
+        ("early_stopping_patience", recipe.early_stopping_patience),
     ):
         if asked and not recipe.data.eval:
             found.append(f"{key}: needs a set to measure on (data.eval).")
-    if recipe.lora and recipe.regularizer.kind != "none":
-        found.append("regularizer: has nothing to do beside `lora`, which leaves old weights where they are.")
-    if recipe.lora and (recipe.train != ["everything"] or recipe.freeze or recipe.phases):
-        found.append("lora: says itself what trains; leave out train, freeze and phases.")
-    if recipe.early_stopping_patience and not recipe.data.eval:
-        found.append("early_stopping_patience: needs a set to measure on (data.eval).")
-    if recipe.kl_rows and recipe.old_set not in recipe.data.eval:
-        found.append(f"kl_rows: data.eval has no set {recipe.old_set!r}.")
-    if "eval_strategy" in arguments and arguments["eval_strategy"] != "no" and not recipe.data.eval:
-        found.append("eval_strategy: there is no set to measure on (data.eval).")
     metric = arguments.get("metric_for_best_model")
     names = {f"{name}_loss" for name in recipe.data.eval} | {"forgetting", *(("kl",) if recipe.kl_rows else ())}
     if isinstance(metric, str) and metric.removeprefix("eval_") not in names:

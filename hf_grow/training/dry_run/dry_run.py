@@ -20,8 +20,9 @@ from hf_grow.training.data import survey
 from hf_grow.training.distributed.launch import Launch, current_launch
 from hf_grow.training.dry_run.memory import distillation_bytes, estimate_memory
 from hf_grow.training.regularizers.build import penalty_bytes
-from hf_grow.training.setup.checks import check, resolve
-from hf_grow.training.setup.prepare import make_residual_scale, plan_updates, weights_dtype, with_lora
+from hf_grow.training.setup.model_setup import make_residual_scale, plan_updates, weights_dtype, with_lora
+from hf_grow.training.setup.option_checks import resolve_teacher
+from hf_grow.training.setup.recipe_checks import check_recipe
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
 
 if TYPE_CHECKING:
@@ -51,27 +52,27 @@ def dry_run(
     """
     require_packages("accelerate", "datasets")
     started = started or current_launch()
-    checked = check(read, output=output, resume=resume, overwrite=overwrite, notify=notify, started=started, texts=not timed)
+    checked = check_recipe(read, output=output, resume=resume, overwrite=overwrite, notify=notify, started=started, texts=not timed)
     recipe, arguments, info = checked.recipe, checked.arguments, checked.checkpoint.info
     length = recipe.data.seq_length
     texts = _survey_texts(checked, notify, required=not timed)
     model = meta_model(info.config)
-    who = plan_updates(model, checked.plan, recipe)
-    make_residual_scale(model, who, recipe)
-    groups = [list(g) for g in who.updates.describe(model)]
-    trainable = sum(p.numel() for n, p in model.named_parameters() if who.updates.trains[n] is not False)
+    planned = plan_updates(model, checked.plan, recipe)
+    make_residual_scale(model, planned.new_blocks, recipe)
+    groups = [list(g) for g in planned.updates.describe(model)]
+    trainable = sum(p.numel() for n, p in model.named_parameters() if planned.updates.trains[n] is not False)
     parameters = sum(p.numel() for p in model.parameters())
-    width = {"float64": 8, "float32": 4}.get(weights_dtype(recipe, checked.checkpoint), 2)
-    who.updates.freeze(model)
+    width = {"float64": 8, "float32": 4}.get(weights_dtype(recipe.dtype, checked.checkpoint), 2)
+    planned.updates.freeze(model)
     trained: Any = model
     if recipe.lora is not None:
-        trained, updates = with_lora(model, who, recipe)
+        trained, updates = with_lora(model, planned.new, recipe.lora)
         groups = [list(g) for g in updates.describe(trained)]
         trainable = sum(p.numel() for p in trained.parameters() if p.requires_grad)
         parameters = sum(p.numel() for p in trained.parameters())
     teachers, logits = _teacher_memory(checked)
     warming = recipe.warmup.lr != 1.0 or recipe.warmup.steps > 0
-    copies = width * who.updates.copies(model, warming=warming) if recipe.lora is None else 0
+    copies = width * planned.updates.copied_values(model, new_lr=warming) if recipe.lora is None else 0
     memory = estimate_memory(
         info.architecture, arguments, parameters=parameters, trainable=trainable, width=width, length=length,
         penalty=penalty_bytes(recipe.regularizer, meta_model(info.config), checked.plan), rows=copies, teachers=teachers,
@@ -131,12 +132,12 @@ def _teacher_memory(checked: TrainSetup) -> tuple[int, int]:
     if options is None:
         return 0, 0
     teachers = [
-        open_source(ref, revision=revision, weights=False) for ref, revision in (resolve(t, checked.plan) for t in options.teachers)
+        open_source(ref, revision=revision, weights=False) for ref, revision in (resolve_teacher(t, checked.plan) for t in options.teachers)
     ]
     widths = {"float32": 4, "bfloat16": 2, "float16": 2}
     teacher_width = widths.get(options.dtype) or max(DTYPE_BYTES[t.dtype] for c in teachers for t in c.info.tensors.values())
     # Autocast returns logits in fp32.
-    student_width = 4 if arguments.bf16 or arguments.fp16 else widths.get(weights_dtype(checked.recipe, checked.checkpoint), 8)
+    student_width = 4 if arguments.bf16 or arguments.fp16 else widths.get(weights_dtype(checked.recipe.dtype, checked.checkpoint), 8)
     tokens = arguments.per_device_train_batch_size * checked.recipe.data.seq_length
     logits = distillation_bytes(options, checked.vocabulary, tokens, teacher_width, student_width)
     return (0 if options.top_k is not None else sum(t.info.nbytes for c in teachers for t in c.tensors.values())), logits
@@ -151,7 +152,7 @@ def _forward_only_flops(checked: TrainSetup, texts: Sequence[Mapping[str, Any]],
     length = recipe.data.seq_length
 
     def per_token(teacher: Teacher) -> float:
-        ref, revision = resolve(teacher, checked.plan)
+        ref, revision = resolve_teacher(teacher, checked.plan)
         return flops.forward_flops(open_source(ref, revision=revision, weights=False).info.config, length)
 
     if recipe.distill is not None:
@@ -176,13 +177,13 @@ def non_default_settings(checked: TrainSetup) -> dict[str, Any]:
     """Settings that differ from their defaults, as JSON data, without model and output."""
     own = checked.recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     defaults = {**{f.name: f.default for f in fields(type(checked.arguments))}, **DEFAULTS}
-    given = {k: v for k, v in checked.read.arguments.items() if defaults.get(k) != v}
+    given = {k: v for k, v in checked.given_arguments.items() if defaults.get(k) != v}
     return {k: v for k, v in {**own, **given}.items() if k not in ("model", "output")}
 
 
 def resolved_recipe(checked: TrainSetup) -> dict[str, Any]:
     """The recipe with all defaults, as JSON data; of TrainingArguments, those that were given and _SHOWN_ARGUMENTS."""
-    shown = {k: v for k, v in checked.arguments.to_dict().items() if k in checked.read.arguments or k in _SHOWN_ARGUMENTS}
+    shown = {k: v for k, v in checked.arguments.to_dict().items() if k in checked.given_arguments or k in _SHOWN_ARGUMENTS}
     return {**checked.recipe.model_dump(mode="json", by_alias=True), **shown}
 
 

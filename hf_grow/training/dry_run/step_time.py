@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 
 from hf_grow.training.config.train_config import STEPS_ONLY, tokens_per_step
 from hf_grow.training.data import Collator, TrainData
-from hf_grow.training.setup.assembly import make_trainer, prepare
-from hf_grow.training.setup.checks import arguments_for
+from hf_grow.training.setup.build import load_parts, make_recipe_trainer
+from hf_grow.training.setup.recipe_checks import arguments_for
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
 from hf_grow.training.trainer.progress import Progress
 
@@ -74,13 +74,14 @@ def time_steps(checked: TrainSetup, notify: Notify, clock: Callable[[], float] =
     notify(f"Timing {TIMED_STEPS} steps of {tokens:,} random tokens, after one warm-up step ...")
     with tempfile.TemporaryDirectory(prefix="hf-grow-") as folder:
         short = _steps_only(checked, Path(folder))
-        ready = prepare(short, notify, _random_rows)
-        trainer = make_trainer(short, ready, lambda message: None, lambda line: None, False)
+        parts, data = load_parts(short, notify), _random_rows(short)
+        trainer = make_recipe_trainer(short, parts, data, lambda message: None, lambda line: None)
         timer = StepTimer(clock, arguments.world_size == 1)
         trainer.remove_callback(Progress)
         trainer.add_callback(timer)
         # A logit cache holds the rows of one micro-batch; every step trains on them.
-        trainer.train_dataset = ready.data.train * ((TIMED_STEPS + 1) * arguments.gradient_accumulation_steps * arguments.world_size)
+        rows: Any = data.train
+        trainer.train_dataset = rows * ((TIMED_STEPS + 1) * arguments.gradient_accumulation_steps * arguments.world_size)
         trainer.train()
     return StepTimes(tuple(b - a for a, b in zip(timer.step_ends, timer.step_ends[1:], strict=False)), tokens)
 
@@ -93,11 +94,11 @@ def _steps_only(checked: TrainSetup, folder: Path) -> TrainSetup:
         changes["distill"] = recipe.distill.model_copy(update={"cache": None})
     recipe = recipe.model_copy(update=changes)
     steps = checked.arguments.max_steps
-    given = {**checked.read.arguments, **STEPS_ONLY, "max_steps": steps if steps > 0 else 1000}
-    return replace(checked, recipe=recipe, arguments=arguments_for(recipe, given, folder), out=folder)
+    given = {**checked.given_arguments, **STEPS_ONLY, "max_steps": steps if steps > 0 else 1000}
+    return replace(checked, options=recipe, arguments=arguments_for(recipe, given, folder), out=folder)
 
 
-def _random_rows(checked: TrainSetup, notify: Notify) -> TrainData:
+def _random_rows(checked: TrainSetup) -> TrainData:
     """The rows of one micro-batch, of random token ids."""
     rows, length = checked.arguments.per_device_train_batch_size, checked.recipe.data.seq_length
     ids = np.random.default_rng(checked.arguments.seed).integers(checked.vocabulary, size=(rows, length))

@@ -56,24 +56,35 @@ def read_optimizer(path: Path, *, mmap: bool = False) -> tuple[list[dict[str, An
 
 
 def by_name(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """A state by position as one by name."""
+    """A state by position as one by parameter name. ``names``: of the parameters of each group."""
     found = {i: n for g, members in zip(groups, names, strict=True) for i, n in zip(g["params"], members, strict=True)}
     named = [{**g, "params": list(members)} for g, members in zip(groups, names, strict=True)]
     return {"state": {found[i]: s for i, s in state.items()}, "param_groups": named}
 
 
-def by_position(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """A state by name as one by position, for an optimizer whose groups hold the parameters `names`. Raises ValueError, KeyError."""
-    of = {n: g for g in groups for n in g["params"]}
-    found, at = [], 0
+def regroup(groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Groups by parameter name as those that hold the parameters `names`, with the same settings. Raises ValueError, KeyError where they differ."""
+    settings = {n: {k: v for k, v in g.items() if k not in _MEMBERS} for g in groups for n in g["params"]}
     for members in names:
-        theirs = {id(of[n]): of[n] for n in members}
-        if len(theirs) != 1:
-            raise ValueError(f"it holds {members[0]} and {members[-1]} in different groups")
-        found.append({**next(iter(theirs.values())), "params": list(range(at, at + len(members)))})
-        at += len(members)
+        odd = next((n for n in members if settings[n] != settings[members[0]]), None)
+        if odd is not None:
+            raise ValueError(f"it holds {members[0]} and {odd} in different groups")
+    return [{**(settings[members[0]] if members else groups[0]), "params": list(members)} for members in names]
+
+
+def by_position(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """A state by name as one by position, for an optimizer whose groups hold the parameters `names`. Raises as `regroup` does."""
+    found, at = [], 0
+    for group in regroup(groups, names):
+        count = len(group["params"])
+        found.append({**group, "params": list(range(at, at + count))})
+        at += count
     flat = [n for members in names for n in members]
     return {"state": {i: state[n] for i, n in enumerate(flat) if n in state}, "param_groups": found}
+
+
+_MEMBERS = ("params", "param_names", "name")
+"""Keys of a group that say what is in it, not how it is updated."""
 
 
 def fresh(shape: tuple[int, ...]) -> dict[str, Any]:
@@ -83,30 +94,31 @@ def fresh(shape: tuple[int, ...]) -> dict[str, Any]:
     return {"step": torch.zeros(()), "exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape)}
 
 
-def put_optimizer(path: Path, model: Any, optimizer: Any) -> None:
-    """The state in a checkpoint into the optimizer of a model, sharded (FSDP2) or whole. Raises SourceError where it does not fit."""
+def load_optimizer(path: Path, model: Any, optimizer: Any) -> None:
+    """Loads a checkpoint's state into the optimizer of a model, sharded (FSDP2) or not; groups need not be divided alike.
+
+    Raises SourceError where it does not fit.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
     from torch.distributed.tensor import DTensor
 
     groups, state = read_optimizer(path)
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
-    named = path.name == NAMES
     try:
-        if sharded and not named:
-            given = [g.pop("param_names", None) for g in groups]
-            names = [list(g) for g in given if g] if all(given) else trainer_param_groups(model)
-            saved = by_name(groups, state, names)
-        elif named and not sharded:
-            called = {p: n for n, p in model.named_parameters()}
-            saved = by_position(groups, state, [[called[p] for p in g["params"]] for g in optimizer.param_groups])
-        else:
-            saved = {"state": state, "param_groups": groups}
+        called = {p: n for n, p in model.named_parameters()}
+        own = [[called[p] for p in g["params"]] for g in optimizer.param_groups]
+        saved: dict[str, Any] = (
+            {"state": state, "param_groups": groups} if path.name == NAMES else by_name(groups, state, _saved_names(groups, model, own))
+        )
+        own_keys = [{k: g[k] for k in ("name", "param_names") if k in g} for g in optimizer.param_groups]
         if not sharded:
-            optimizer.load_state_dict(saved)
+            loaded = by_position(saved["param_groups"], saved["state"], own)
+            loaded["param_groups"] = [{**g, **keys} for g, keys in zip(loaded["param_groups"], own_keys, strict=True)]
+            optimizer.load_state_dict(loaded)
             return
-        # torch wants a state of every parameter here: one that AdamW would begin with is zero.
-        held = saved["state"]
-        held |= {n: fresh(tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad and n not in held}
+        saved["param_groups"] = [{**g, **keys} for g, keys in zip(regroup(saved["param_groups"], own), own_keys, strict=True)]
+        # torch wants a state of every parameter here: AdamW's begins with zeros.
+        saved["state"] |= {n: fresh(tuple(p.shape)) for p, n in called.items() if p.requires_grad and n not in saved["state"]}
         set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
     except (ValueError, KeyError, RuntimeError) as error:
         raise SourceError(
@@ -115,22 +127,37 @@ def put_optimizer(path: Path, model: Any, optimizer: Any) -> None:
         ) from None
 
 
-# ---- a checkpoint taken up ---------------------------------------------------------------------------------------------------------------
+def _saved_names(groups: Sequence[Mapping[str, Any]], model: Any, own: list[list[str]]) -> list[list[str]]:
+    """The parameter names of a state by position: those it holds, else the optimizer's own, else Trainer's. Raises ValueError where none fits."""
+    if all(g.get("param_names") for g in groups):
+        return [list(g["param_names"]) for g in groups]
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    every = trainer_param_groups(model)
+    sizes = [len(g["params"]) for g in groups]
+    for names in (own, [[n for n in g if n not in frozen] for g in every], every):
+        if [len(n) for n in names] == sizes:
+            return names
+    raise ValueError(f"its groups have {sizes} parameters, those of this optimizer {[len(n) for n in own]}")
+
+
+# ---- resuming ----------------------------------------------------------------------------------------------------------------------------
 
 SETTINGS = {
     "learning_rate": ("initial_lr", None), "weight_decay": ("weight_decay", None), "adam_beta1": ("betas", 0), "adam_beta2": ("betas", 1),
     "adam_epsilon": ("eps", None),
 }  # fmt: skip
-"""Arguments of a recipe -> where they stand in a parameter group. (A schedule notes the learning rate at its height as initial_lr.)"""
-HOW = ("fused", "foreach", "capturable", "differentiable")
-"""How a step is computed is this run's matter, not the checkpoint's."""
+"""TrainingArguments -> key and index in a parameter group. (A scheduler stores its peak learning rate as initial_lr.)"""
+IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
+"""Keys of a group that are this run's, never the checkpoint's."""
 
 
-def take_up(folder: Path, model: Any, optimizer: Any, scheduler: Any, given: frozenset[str]) -> dict[str, tuple[float, str]]:
+def load_optimizer_and_scheduler(
+    folder: Path, model: Any, optimizer: Any, scheduler: Any, given: frozenset[str]
+) -> dict[str, tuple[float, str]]:
     """Moments, groups and schedule of a checkpoint, each as far as it is there.
 
-    Where the checkpoint's settings are not those of this run's arguments, the ones in ``given`` hold, and else the checkpoint's. The shape and
-    the length of the schedule are always this run's. Returns what differed: argument -> (its value, 'recipe' or 'checkpoint').
+    Where the checkpoint's settings differ from this run's arguments, those in ``given`` are this run's, the others the checkpoint's. Shape and
+    length of the schedule are always this run's. Returns what differed: argument -> (value that holds, 'recipe' or 'checkpoint').
     Raises SourceError for a state that does not fit.
     """
     import torch
@@ -138,36 +165,39 @@ def take_up(folder: Path, model: Any, optimizer: Any, scheduler: Any, given: fro
     own = [dict(g) for g in optimizer.param_groups]
     file = optimizer_file(folder)
     if file is not None:
-        put_optimizer(file, model, optimizer)
+        load_optimizer(file, model, optimizer)
     if (folder / SCHEDULER).is_file():
         schedule = torch.load(folder / SCHEDULER, map_location="cpu", weights_only=True)
         rates = schedule.get("base_lrs", ())
-        if file is None and len(rates) == len(own):  # as the groups would have said
-            for group, height, rate in zip(optimizer.param_groups, rates, schedule["_last_lr"], strict=True):
-                group |= {"initial_lr": height, "lr": rate}
+        if file is None and len(rates) == len(own):  # as the groups would have it
+            for group, peak, rate in zip(optimizer.param_groups, rates, schedule["_last_lr"], strict=True):
+                group |= {"initial_lr": peak, "lr": rate}
+        count = len(schedule.get("_last_lr", own))
+        if count != len(own):  # groups were divided otherwise; `apply_settings` sets the rates
+            schedule = {k: [v[0]] * len(own) if isinstance(v, list) and len(v) == count else v for k, v in schedule.items()}
         scheduler.load_state_dict(schedule)
-    return settle(optimizer, scheduler, own, given)
+    return apply_settings(optimizer, scheduler, own, given)
 
 
-def settle(optimizer: Any, scheduler: Any, own: Sequence[Mapping[str, Any]], given: frozenset[str]) -> dict[str, tuple[float, str]]:
-    """The groups as they were loaded, with those of their settings that `take_up` says from `own`, the groups as they were before."""
-    told: dict[str, tuple[float, str]] = {}
+def apply_settings(optimizer: Any, scheduler: Any, own: Sequence[Mapping[str, Any]], given: frozenset[str]) -> dict[str, tuple[float, str]]:
+    """Puts this run's settings back into loaded groups, as `load_optimizer_and_scheduler` says. ``own``: the groups as they were before."""
+    differing: dict[str, tuple[float, str]] = {}
     for group, ours in zip(optimizer.param_groups, own, strict=True):
-        group |= {k: ours[k] for k in HOW if k in ours}
+        group |= {k: v for k, v in ours.items() if k in IMPLEMENTATION or not group["params"]}
         for name, (key, at) in SETTINGS.items():
             if key not in group or key not in ours:
                 continue
             theirs, mine = (g[key] if at is None else g[key][at] for g in (group, ours))
             if theirs == mine:
                 continue
-            told.setdefault(name, (float(mine), "recipe") if name in given else (float(theirs), "checkpoint"))
+            differing.setdefault(name, (float(mine), "recipe") if name in given else (float(theirs), "checkpoint"))
             if name not in given:
                 continue
             group[key] = mine if at is None else tuple(mine if i == at else old for i, old in enumerate(group[key]))
-    if hasattr(scheduler, "lr_lambdas"):  # as it will compute them itself at its next step
+    if hasattr(scheduler, "lr_lambdas"):  # as it computes them itself at its next step
         scheduler.base_lrs = [g["initial_lr"] for g in optimizer.param_groups]
         factors = [f(scheduler.last_epoch) for f in scheduler.lr_lambdas]
         scheduler._last_lr = [b * f for b, f in zip(scheduler.base_lrs, factors, strict=True)]
         for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
             group["lr"] = rate
-    return told
+    return differing

@@ -1,97 +1,142 @@
-"""What happens around one optimizer step: who moves, and how far.
+"""Freezing and learning-rate multipliers, per parameter and per row.
 
-Adam is blind to the scale of a gradient, so a learning rate for some rows of a tensor cannot be had by scaling gradients. But the step of AdamW
-(decay included) is linear in its learning rate, so scaling the *update* of some entries, p = p_old + s (p_new - p_old), is exactly a learning
-rate s times as large for them. s = 0 keeps them bit for bit: neither decay nor old moments move them.
+Adam is blind to the scale of a gradient, so scaling gradients cannot give some rows of a tensor another learning rate. But the update of AdamW
+(decay included) is linear in the learning rate, so scaling the *update* of some entries, p = p_old + s (p_new - p_old), is exactly a learning
+rate s times as large for them. s = 0 keeps them bit for bit: neither weight decay nor old moments move them.
 
-Parameters that are wholly new get a parameter group of their own, for the length of the step only: what is saved keeps Trainer's two groups,
-which `carry` and every other tool can read.
+Parameters that are wholly new lie in parameter groups of their own, named "new" (`name_groups`), whose learning rate is multiplied in each step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.training.param_updates.masks import Mask, Selection, both, either, inverse, local, local_mask
-from hf_grow.training.param_updates.parameter_map import parameters
+from hf_grow.training.param_updates.parameter_map import bare, parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module, Parameter
 
+NEW, OLD = "new", "old"
+"""Values of `name` in a parameter group."""
+
 
 @dataclass(frozen=True)
 class LrFactors:
-    """Multiples of the schedule's learning rate at one step."""
+    """Multiples of the schedule's learning rate in one step: of all parameters, and further of new ones."""
 
-    every: float = 1.0
+    all: float = 1.0
     new: float = 1.0
 
 
 @dataclass(frozen=True)
-class _Role:
-    """What one parameter does in one phase, with its masks turned into what a step needs."""
+class _Entries:
+    """What happens to one parameter in one phase, with its masks as a step needs them."""
 
     frozen: bool
     """None of it trains."""
-    new: bool
-    """All of it is new, as far as it trains."""
     kept: Selection | None
     """Entries that stay as they are."""
-    lost: Selection | None
-    """Entries that never train, in any phase: they have no gradient either."""
+    untrained: Selection | None
+    """Entries that train in no phase: they get no gradient either."""
     scaled: Selection | None
-    """New entries beside old ones."""
+    """New entries of a parameter that is not wholly new."""
 
 
 class ParamUpdates:
-    """Masks, by parameter name: which entries train (at all), which are new, and which train in each phase.
+    """Which entries of which parameters train (at all, and in each phase), and which are new.
 
-    `freeze` first, once, before the optimizer is made; then `gradients` after every last backward, and `before`/`after` around each step.
+    ``trains``, ``new``, ``phases``: masks by parameter name. Call `freeze` once, before the optimizer is made, and `name_groups` once after it;
+    then `mask_gradients` after every last backward, and `before_step` and `after_step` around each optimizer step.
     """
 
     def __init__(self, trains: Mapping[str, Mask], new: Mapping[str, Mask], phases: Sequence[Mapping[str, Mask]] = ()) -> None:
         self.trains, self.new = dict(trains), dict(new)
         self.phases = [{n: both(self.trains[n], phase[n]) for n in self.trains} for phase in phases]
-        self._roles: dict[tuple[str, int | None], _Role] = {}
+        self._entries: dict[tuple[str, int | None], _Entries] = {}
         self._held: list[tuple[Tensor, Selection, Tensor, float]] = []
-        self._groups: list[dict[str, Any]] | None = None
-        self.used: dict[Any, float] = {}
-        """The learning rate of every parameter that moves in this step, between `before` and `after`."""
+        self._lr: list[float] | None = None
+        self._unsplit: list[tuple[int, list[tuple[int, int]]]] = []
+        """For each group before `name_groups`: its first group after it, and the (group, position) of its parameters."""
+        self.step_lr: dict[Any, float] = {}
+        """The learning rate of every parameter that has a gradient, between `before_step` and `after_step`."""
 
     def freeze(self, model: Module) -> None:
-        """Parameters that never train need no gradient, and so no memory for one."""
+        """Parameters that never train need no gradient, and no memory for one."""
         for name, p in parameters(model).items():
             if self.trains.get(name, True) is False:
                 p.requires_grad_(False)
 
-    def _role(self, name: str, p: Parameter, phase: int | None) -> _Role:
+    def name_groups(self, model: Module, optimizer: Any) -> None:
+        """Splits parameter groups into one of old and one of wholly new parameters, each with its `name`."""
+        if any("name" in group for group in optimizer.param_groups):
+            return
+        names = {id(p): n for n, p in model.named_parameters()}
+        groups: list[dict[str, Any]] = []
+        self._unsplit = []
+        for group in optimizer.param_groups:
+            own = {name: {**group, "name": name, "params": []} for name in (OLD, NEW)}
+            order = []
+            for p in group["params"]:
+                name = NEW if self._wholly_new(bare(names[id(p)])) else OLD
+                order.append((name, len(own[name]["params"])))
+                own[name]["params"].append(p)
+            index = {}
+            for name in (n for n in own if own[n]["params"] or (n == OLD and not order)):
+                index[name] = len(groups)
+                groups.append(own[name])
+            self._unsplit.append((min(index.values()), [(index[name], at) for name, at in order]))
+        optimizer.param_groups[:] = groups
+
+    @contextmanager
+    def unsplit_groups(self, optimizer: Any, scheduler: Any) -> Iterator[None]:
+        """While open, optimizer and scheduler have the groups that `name_groups` split: checkpoints hold Trainer's, which every tool can read."""
+        split = list(optimizer.param_groups)
+        if not any("name" in group for group in split):
+            yield
+            return
+        firsts = [first for first, _ in self._unsplit]
+        merged = [{**split[first], "params": [split[g]["params"][at] for g, at in members]} for first, members in self._unsplit]
+        optimizer.param_groups[:] = [{k: v for k, v in group.items() if k != "name"} for group in merged]
+        lists = {k: v for k, v in vars(scheduler).items() if isinstance(v, list) and len(v) == len(split)}
+        vars(scheduler).update({k: [v[i] for i in firsts] for k, v in lists.items()})
+        try:
+            yield
+        finally:
+            optimizer.param_groups[:] = split
+            vars(scheduler).update(lists)
+
+    def _wholly_new(self, name: str) -> bool:
+        """Whether all entries that ever train are new."""
+        trains, new = self.trains.get(name, True), self.new.get(name, False)
+        return both(new, trains) is not False and either(inverse(trains), new) is True
+
+    def _of(self, name: str, p: Parameter, phase: int | None) -> _Entries:
         """Made once for each phase: masks of a large model are not worked through at every step."""
         key = (name, phase)
-        if key not in self._roles:
+        if key not in self._entries:
             now = (self.trains if phase is None else self.phases[phase]).get(name, True)
             new = self.new.get(name, False)
 
             def entries(mask: Mask) -> Selection | None:
                 return None if isinstance(mask, bool) else Selection(local_mask(mask, p.data))
 
-            scaled = both(new, now)
-            alone = isinstance(scaled, bool) or (not isinstance(now, bool) and either(inverse(now), new) is True)
-            self._roles[key] = _Role(
+            self._entries[key] = _Entries(
                 frozen=now is False,
-                new=scaled is not False and alone,
                 kept=entries(inverse(now)),
-                lost=entries(inverse(self.trains.get(name, True))),
-                scaled=None if alone else entries(scaled),
+                untrained=entries(inverse(self.trains.get(name, True))),
+                scaled=None if self._wholly_new(name) else entries(both(new, now)),
             )
-        return self._roles[key]
+        return self._entries[key]
 
-    def gradients(self, model: Module, phase: int | None) -> None:
-        """Drops the gradients of whatever does not train in this phase: it neither moves nor counts when the norm is clipped.
+    def mask_gradients(self, model: Module, phase: int | None) -> None:
+        """Drops the gradients of what does not train in this phase: it neither moves nor counts when the norm is clipped.
 
-        A tensor that is frozen for good in part loses those entries. In a mere phase it keeps them for its moments: a zero second moment beside an
+        A tensor that is frozen in part for good loses those entries. In a mere phase it keeps them for its moments: a zero second moment beside an
         old step count would make its first updates several times too large.
         """
         import torch
@@ -99,75 +144,71 @@ class ParamUpdates:
         for name, p in parameters(model).items():
             if p.grad is None:
                 continue
-            role = self._role(name, p, phase)
-            if role.frozen:
+            entries = self._of(name, p, phase)
+            if entries.frozen:
                 p.grad = None
-            elif role.lost is not None:
+            elif entries.untrained is not None:
                 gradient = local(p.grad)
-                role.lost.put(gradient, torch.zeros_like(role.lost.take(gradient)))
+                entries.untrained.put(gradient, torch.zeros_like(entries.untrained.take(gradient)))
 
-    def before(self, model: Module, optimizer: Any, phase: int | None, rates: LrFactors) -> None:
-        """Scales learning rates, and remembers entries whose update is to be another than the optimizer's."""
-        assert not self._held and self._groups is None, "two steps at once"
-        whole: dict[int, float] = {}
+    def before_step(self, model: Module, optimizer: Any, phase: int | None, factors: LrFactors) -> None:
+        """Multiplies learning rates, and copies the entries whose update will be scaled or undone."""
+        assert not self._held and self._lr is None, "two steps at once"
         for name, p in parameters(model).items():
             if p.grad is None:
                 continue
-            role = self._role(name, p, phase)
-            whole[id(p)] = rates.new if role.new else 1.0
-            if role.kept is not None:
-                self._hold(p, role.kept, 0.0)
-            if role.scaled is not None and rates.new != 1.0:
-                self._hold(p, role.scaled, rates.new)
-        if rates.every != 1.0 or any(f != 1.0 for f in whole.values()):
-            self._groups = optimizer.param_groups
-            optimizer.param_groups = [g for group in optimizer.param_groups for g in split(group, whole, rates.every)]
-        self.used = {p: g["lr"] for g in optimizer.param_groups for p in g["params"] if p.grad is not None}
+            entries = self._of(name, p, phase)
+            if entries.kept is not None:
+                self._hold(p, entries.kept, 0.0)
+            if entries.scaled is not None and factors.new != 1.0:
+                self._hold(p, entries.scaled, factors.new)
+        self._lr = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * (factors.all * (factors.new if group.get("name") == NEW else 1.0))
+        self.step_lr = {p: g["lr"] for g in optimizer.param_groups for p in g["params"] if p.grad is not None}
 
     def _hold(self, p: Parameter, chosen: Selection, factor: float) -> None:
         values = local(p.data)
         self._held.append((values, chosen, chosen.take(values), factor))
 
-    def after(self, optimizer: Any) -> None:
-        if self._groups is not None:
-            optimizer.param_groups = self._groups
-            self._groups = None
+    def after_step(self, optimizer: Any) -> None:
+        """Restores learning rates, and scales or undoes the updates of the entries that were copied."""
+        for group, lr in zip(optimizer.param_groups, self._lr or (), strict=True):
+            group["lr"] = lr
+        self._lr = None
         for values, chosen, old, factor in self._held:
             now = values if chosen.dim < 0 else chosen.take(values)
             chosen.put(values, old.lerp_(now, factor) if factor else old)
         self._held.clear()
-        self.used = {}
+        self.step_lr = {}
 
     def describe(self, model: Module) -> list[tuple[str, int, int]]:
-        """(what, tensors, parameters) of old, new, partly new and frozen parameters, for people."""
+        """(kind, tensors, parameters) of old, new, partly new and frozen parameters, for people."""
         counts: dict[str, list[int]] = {}
         for name, p in parameters(model).items():
             trains, new = self.trains.get(name, True), self.new.get(name, False)
-            kinds = "new" if new is True else "old" if new is False else "old with new rows"
+            kind = "new" if new is True else "old" if new is False else "old with new rows"
             if trains is False:
-                kinds = f"{kinds}, frozen"
+                kind = f"{kind}, frozen"
             elif trains is not True:
-                kinds = f"{kinds}, partly frozen"
-            entry = counts.setdefault(kinds, [0, 0])
+                kind = f"{kind}, partly frozen"
+            entry = counts.setdefault(kind, [0, 0])
             entry[0] += 1
             entry[1] += p.numel()
         return [(kind, *found) for kind, found in counts.items()]  # type: ignore[misc]
 
-    def copies(self, model: Module, *, warming: bool) -> int:
-        """Values that one step remembers at most: frozen rows, and new ones beside old ones while they have a rate of their own (`warming`)."""
+    def copied_values(self, model: Module, *, new_lr: bool) -> int:
+        """Values that one step copies at most: frozen rows, and (`new_lr`) new rows of old parameters while they have a rate of their own."""
         total = 0
         for name in parameters(model):
             trains, new = self.trains.get(name, True), self.new.get(name, False)
             if not isinstance(trains, bool):
                 total += trains.numel()
-            scaled = both(new, trains) if warming and not isinstance(new, bool) else False
+            scaled = both(new, trains) if new_lr and not isinstance(new, bool) else False
             total += 0 if isinstance(scaled, bool) else scaled.numel()
         return total
 
 
-def split(group: Mapping[str, Any], factors: Mapping[int, float], every: float) -> list[dict[str, Any]]:
-    """A parameter group as one for each different factor on its learning rate."""
-    by_factor: dict[float, list[Any]] = {}
-    for p in group["params"]:
-        by_factor.setdefault(factors.get(id(p), 1.0) * every, []).append(p)
-    return [{**group, "params": params, "lr": group["lr"] * factor} for factor, params in by_factor.items()]
+def unwrapped(wrapper: Any) -> Any:
+    """The torch optimizer or scheduler inside accelerate's wrapper."""
+    return getattr(wrapper, "optimizer" if hasattr(wrapper, "param_groups") else "scheduler", wrapper)

@@ -1,4 +1,4 @@
-"""What a recipe asks for that its processes cannot do."""
+"""Checks of options against the processes that train."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from hf_grow.training.distributed.launch import Launch, current_launch
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from hf_grow.training.config.train_config import TrainRecipe
+    from hf_grow.training.config.train_options import TrainOptions
 
 
-def mistakes(launch: Launch, recipe: TrainRecipe, arguments: TrainingArguments, *, resume: bool) -> list[str]:
-    """What a recipe asks for that cannot be done by these processes, one line each."""
+def launch_mistakes(launch: Launch, options: TrainOptions, arguments: TrainingArguments, *, resume: bool) -> list[str]:
+    """What the options ask for that these processes cannot do, one line each."""
     found = []
     if (started := current_launch().processes) > 1 and arguments.world_size == 1:
         found.append(
@@ -33,31 +33,32 @@ def mistakes(launch: Launch, recipe: TrainRecipe, arguments: TrainingArguments, 
         )
     if launch.sharing == "fsdp2" and launch.cpu_ram_efficient_loading:
         found.append("launch: every process needs the weights that training starts from. Set fsdp_cpu_ram_efficient_loading: false.")
-    if launch.sharing in ("fsdp2", "zero3") and recipe.regularizer.collapsed:
+    if launch.sharing in ("fsdp2", "zero3") and options.regularizer.collapsed:
         found.append(
             f"regularizer.collapsed: needs whole matrices; {launch} cuts them. Map the Fisher instead (hf-grow fisher --from-growth)."
         )
-    if launch.sharing == "fsdp2" and recipe.lora is not None:
+    if launch.sharing == "fsdp2" and options.lora is not None:
         found.append("lora: adapters are not saved whole under FSDP2. They need little memory: use DDP.")
     if launch.deepspeed:
         found += [
-            f"{key}: does not work under {launch}, which keeps gradients and steps to itself. Use FSDP2 or DDP." for key in _steps(recipe)
+            f"{key}: does not work under {launch}, which keeps gradients and steps to itself. Use FSDP2 or DDP."
+            for key in _keys_inside_a_step(options)
         ]
         if resume:
             found.append("--resume: DeepSpeed's checkpoints are pickles, which hf-grow does not load. Use FSDP2 or DDP.")
     return found
 
 
-def _steps(recipe: TrainRecipe) -> list[str]:
-    """Keys of a recipe that act on gradients, on single rows, or around the optimizer's step."""
+def _keys_inside_a_step(options: TrainOptions) -> list[str]:
+    """Keys that act on gradients, on single rows, or around the optimizer's step."""
     acts = {
-        "regularizer": recipe.regularizer.kind != "none",
-        "warmup.lr": recipe.warmup.lr != 1.0,
-        "warmup.steps": recipe.warmup.steps > 0,
-        "warmup.zero_init": recipe.warmup.zero_init,
-        "phases": bool(recipe.phases),
-        "after_growth.settle_steps": recipe.after_growth.settle_steps > 0,
-        "monitor.on_instability": recipe.monitor.on_instability != "none",
-        "lora": recipe.lora is not None,
+        "regularizer": options.regularizer.kind != "none",
+        "warmup.lr": options.warmup.lr != 1.0,
+        "warmup.steps": options.warmup.steps > 0,
+        "warmup.zero_init": options.warmup.zero_init,
+        "phases": bool(options.phases),
+        "after_growth.settle_steps": options.after_growth.settle_steps > 0,
+        "monitor.on_instability": options.monitor.on_instability != "none",
+        "lora": options.lora is not None,
     }
     return [key for key, asked in acts.items() if asked]

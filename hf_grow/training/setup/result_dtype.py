@@ -8,40 +8,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from hf_grow.checkpoint.reader import Checkpoint, open_folder
 from hf_grow.growth.tensors import torch_dtype
 from hf_grow.model.meta_model import meta_model
-from hf_grow.training.distributed.launch import current_launch
 from hf_grow.training.param_updates.masks import local
-from hf_grow.training.param_updates.parameter_map import bare, parameter_map, parameters
+from hf_grow.training.param_updates.parameter_map import parameter_map, parameters
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch.nn import Module
 
-    from hf_grow.training.setup.train_setup import TrainSetup
     from hf_grow.training.trainer.trainer import BaseGrowTrainer
-
-
-def settle(trainer: BaseGrowTrainer, checked: TrainSetup) -> bool:
-    """Has the next model be stored in the dtype of the result, and rounds its weights to that already; returns whether they had to be."""
-    g, model = trainer.growing, trainer.accelerator.unwrap_model(trainer.model)
-    dtypes = result_dtypes(checked.checkpoint, checked.recipe.save_dtype, model)
-    too_large = torch.tensor([overflows(model, dtypes)], device=checked.arguments.device)
-    if bool(trainer.accelerator.gather(too_large).any()):
-        g.events.write(
-            "overflow", int(trainer.state.global_step), reason="weights too large for float16: the result has the dtype of the training"
-        )
-        return False
-    g.stored = lambda state: stored(state, dtypes)
-    # ZeRO's pieces are rounded when they are gathered to be stored.
-    return not current_launch().deepspeed and round_weights(model, dtypes)
 
 
 def result_dtypes(checkpoint: Checkpoint, wanted: str, model: Module) -> dict[str, torch.dtype]:
@@ -57,11 +39,12 @@ def result_dtypes(checkpoint: Checkpoint, wanted: str, model: Module) -> dict[st
     return {n: min(found.get(n, own), own, key=lambda d: d.itemsize) for n, own in trained.items()}
 
 
-def overflows(model: Module, dtypes: Mapping[str, torch.dtype]) -> bool:
-    """Whether a finite weight (of those that this process holds) is too large for its dtype."""
+def overflows_anywhere(trainer: BaseGrowTrainer, model: Module, dtypes: Mapping[str, torch.dtype]) -> bool:
+    """Whether a finite weight, on any process, is too large for its dtype. Every process must call."""
     with torch.no_grad():
         held = [(local(p.data), dtypes[n]) for n, p in parameters(model).items() if dtypes.get(n, p.dtype) == torch.float16]
-        return any(bool((torch.isfinite(w) & ~torch.isfinite(w.to(d))).any()) for w, d in held)
+        own = any(bool((torch.isfinite(w) & ~torch.isfinite(w.to(d))).any()) for w, d in held)
+    return bool(trainer.accelerator.gather(torch.tensor([own], device=trainer.args.device)).any())
 
 
 def round_weights(model: Module, dtypes: Mapping[str, torch.dtype]) -> bool:
@@ -76,20 +59,8 @@ def round_weights(model: Module, dtypes: Mapping[str, torch.dtype]) -> bool:
     return changed
 
 
-def stored(state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """A state dict in its dtypes; tensors that share memory (tied ones) share it afterwards too."""
-    done: dict[Any, Tensor] = {}
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.dtype)
-        if key not in done or not key[0]:
-            done[key] = tensor.to(dtypes[bare(name)]) if bare(name) in dtypes else tensor
-        out[name] = done[key]
-    return out
-
-
-def dtype_of(folder: Path) -> str:
-    """What config.json says of a checkpoint: the dtype of most of its values, by torch's name."""
+def main_dtype(folder: Path) -> str:
+    """The dtype of most values of a checkpoint, by torch's name, as config.json states it."""
     sizes: Counter[str] = Counter()
     for tensor in open_folder(folder).tensors.values():
         sizes[tensor.info.dtype] += tensor.info.nbytes

@@ -1,9 +1,9 @@
-"""The source model beside the grown one: its losses on the named sets, and KL(source || model) on a few rows.
+"""The source of the growth as a baseline: its losses on the named sets, and KL(source || model) on a few rows.
 
-What a model forgot is what its source knew. A lossless growth begins with that; after one that changed the function the first evaluation is of a
-model that has lost some already, so there the source is evaluated too. Where it cannot be had, that is told and recorded.
+Forgetting is measured against the source. After a lossless growth the model at its start is as good; after a growth that changed the function it
+has lost some already, so there the source is evaluated too. Where it cannot be loaded, that is reported and recorded.
 
-The source is in memory only while it computes. For KL its log-probabilities at those rows stay, which is rows * length * vocabulary * 4 bytes.
+The source is in memory only while it is evaluated. For KL its log-probabilities on those rows are kept: rows * length * vocabulary * 4 bytes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from hf_grow.errors import GrowError, SourceError
 from hf_grow.training.config.distill_options import Teacher
 from hf_grow.training.distillation.distill import check_teacher
 from hf_grow.training.distributed.launch import current_launch
-from hf_grow.training.setup.checks import resolve
-from hf_grow.training.setup.prepare import load_model
+from hf_grow.training.setup.model_setup import load_model
+from hf_grow.training.setup.option_checks import resolve_teacher
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
 
 if TYPE_CHECKING:
@@ -25,53 +25,57 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_grow.training.data import TrainData
-    from hf_grow.training.trainer.state import Growing
+    from hf_grow.training.trainer.events import EventLog
 
 
-def beside_the_source(checked: TrainSetup, data: TrainData, growing: Growing, notify: Notify, *, resumed: bool) -> None:
-    """Loads the source of the growth for a moment, where its losses or its distribution are asked for.
+def measure_source(
+    setup: TrainSetup, data: TrainData, events: EventLog, notify: Notify, *, resumed: bool
+) -> tuple[dict[str, float], SourceKL | None]:
+    """Loads the source of the growth for a moment, where its losses on the named sets or its distribution are needed; returns both.
 
-    ``resumed``: the losses are in the checkpoint. Raises InputError where the recipe names the source and it cannot be had.
+    ``resumed``: the losses are in the checkpoint. Raises InputError where the options name the source and it cannot be loaded.
     """
-    recipe, arguments = checked.recipe, checked.arguments
-    asked = recipe.monitor.baseline
-    changed = checked.plan is not None and not checked.plan.guarantee.lossless
-    measured = bool(data.evals) and not resumed and (asked == "source" or (asked == "auto" and changed))
-    if not (recipe.kl_rows or measured):
-        return
-    ref, revision = resolve(Teacher(), checked.plan)
+    options, arguments = setup.options, setup.arguments
+    wanted = options.monitor.baseline
+    changed = setup.plan is not None and not setup.plan.guarantee.lossless
+    measured = bool(data.evals) and not resumed and (wanted == "source" or (wanted == "auto" and changed))
+    if not (options.kl_rows or measured):
+        return {}, None
+    ref, revision = resolve_teacher(Teacher(), setup.plan)
     try:
-        if asked == "auto" and not recipe.kl_rows:
-            _check_source(checked, ref, revision)
-        source = load_model(ref, revision, "auto", recipe.attn_implementation, notify).to(arguments.device)
+        if wanted == "auto" and not options.kl_rows:
+            _check_source(setup, ref, revision)
+        source = load_model(ref, revision, "auto", options.attn_implementation, notify).to(arguments.device)
     except GrowError as error:
-        if asked == "source" or recipe.kl_rows:
+        if wanted == "source" or options.kl_rows:
             raise
         notify(
-            f"The source cannot be measured: {error.message} Forgetting is told against the grown model at its start, which the growth had changed already."
+            f"The source cannot be measured: {error.message} Forgetting is measured against the grown model at its start, after what the growth changed."
         )
-        return
+        return {}, None
+    losses: dict[str, float] = {}
     if measured:
-        growing.source_losses = losses(source, data.evals, data.collator, arguments.per_device_eval_batch_size)
-        growing.events.write("baseline", 0, losses=growing.source_losses, of=ref)
-    if recipe.kl_rows:
-        old = data.evals[recipe.old_set]
-        growing.kl = SourceKL(source, [old[i] for i in range(min(recipe.kl_rows, len(old)))], data.collator)
+        losses = mean_losses(source, data.evals, data.collator, arguments.per_device_eval_batch_size)
+        events.write("baseline", 0, losses=losses, of=ref)
+    if not options.kl_rows:
+        return losses, None
+    old = data.evals[options.old_set]
+    return losses, SourceKL(source, [old[i] for i in range(min(options.kl_rows, len(old)))], data.collator)
 
 
-def _check_source(checked: TrainSetup, ref: str, revision: str | None) -> None:
-    """Raises SourceError where what lies at the source's place is not the checkpoint that was grown, as far as headers and sizes tell."""
-    assert checked.plan is not None
+def _check_source(setup: TrainSetup, ref: str, revision: str | None) -> None:
+    """Raises SourceError where the checkpoint at `ref` is not the one that was grown, as far as headers and sizes tell."""
+    assert setup.plan is not None
     if current_launch().deepspeed:
-        raise SourceError("DeepSpeed cuts every model that is loaded.")
+        raise SourceError("DeepSpeed shards every model that is loaded.")
     held = open_source(ref, revision=revision, weights=False)
-    if dict(held.info.by_key) != dict(checked.plan.source.by_key):
+    if dict(held.info.by_key) != dict(setup.plan.source.by_key):
         raise SourceError(f"{ref} is not the checkpoint that was grown.")
-    check_teacher(ref, held.info.architecture.size("vocab"), checked.vocabulary, None)
+    check_teacher(ref, held.info.architecture.size("vocab"), setup.vocabulary, None)
 
 
-def losses(model: PreTrainedModel, sets: Mapping[str, Any], collate: Any, batch: int) -> dict[str, float]:
-    """Mean loss of each set in nats a token; computed as the trainer does, the mean over batches weighted by rows."""
+def mean_losses(model: PreTrainedModel, sets: Mapping[str, Any], collate: Any, batch: int) -> dict[str, float]:
+    """Mean loss of each set in nats per token, as Trainer computes it: the mean over batches, weighted by rows."""
     import torch
 
     model.eval()
@@ -89,11 +93,11 @@ def losses(model: PreTrainedModel, sets: Mapping[str, Any], collate: Any, batch:
 
 
 class SourceKL:
-    """KL(source || model) in nats a token, averaged over all positions of some rows, summed over the vocabulary."""
+    """KL(source || model) in nats per token: summed over the vocabulary, averaged over all positions of some rows."""
 
     def __init__(self, source: PreTrainedModel, rows: Sequence[Mapping[str, Any]], collate: Any) -> None:
         self.inputs = [collate([row])["input_ids"] for row in rows]
-        self.said = [self._log_probabilities(source, ids).cpu() for ids in self.inputs]
+        self.source_log_probs = [self._log_probabilities(source, ids).cpu() for ids in self.inputs]
 
     @staticmethod
     def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
@@ -107,9 +111,9 @@ class SourceKL:
         was = model.training
         model.eval()
         total, count = 0.0, 0
-        for ids, said in zip(self.inputs, self.said, strict=True):
+        for ids, held in zip(self.inputs, self.source_log_probs, strict=True):
             own = self._log_probabilities(model, ids)
-            source = said.to(own.device)
+            source = held.to(own.device)
             total += float((source.exp() * (source - own)).sum())
             count += ids.numel()
         model.train(was)

@@ -1,16 +1,16 @@
-"""A recipe that can be carried out."""
+"""TrainSetup: a training whose options were checked, from a recipe or from GrowTrainer's arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.reader import Checkpoint
-from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
-from hf_grow.training.config.train_config import RecipeData, TrainRecipe
+from hf_grow.training.config.train_config import TrainRecipe, tokens_per_step
+from hf_grow.training.config.train_options import TrainOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -20,22 +20,36 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainSetup:
-    """A recipe that can be carried out, and what was opened on the way (config and headers; no weights)."""
+    """Checked options, and the config and headers of the model; no weights."""
 
-    read: RecipeData
-    recipe: TrainRecipe
+    options: TrainOptions
+    """A TrainRecipe for `hf-grow train`."""
     arguments: TrainingArguments
     checkpoint: Checkpoint
+    """Of the model to be trained; without tensors for a model that was passed in memory."""
     plan: GrowthPlan | None
-    tokenizer: PreTrainedTokenizerBase
+    """The growth that the model came from."""
+    tokenizer: PreTrainedTokenizerBase | None
     out: Path
+    seq_length: int
+    """Tokens per sequence."""
+    given: Mapping[str, Any]
+    """Settings as they are recorded in growth.json, under the keys of a recipe."""
+    given_arguments: Mapping[str, Any]
+    """TrainingArguments that were given; they override a checkpoint's."""
+    save_tokenizer: bool = False
+    """Whether the tokenizer is another than that of the checkpoint folder, so that it must be saved anew."""
+
+    @property
+    def recipe(self) -> TrainRecipe:
+        assert isinstance(self.options, TrainRecipe)
+        return self.options
 
     @property
     def vocabulary(self) -> int:
         return self.checkpoint.info.architecture.size("vocab")
 
-    def source_of_growth(self) -> tuple[str, str | None]:
-        """Reference and revision of what the model was grown from. Raises InputError if it was not grown."""
-        if self.plan is None:
-            raise InputError(f"{self.recipe.model} has no growth.json, so it has no source.", hint="Name a checkpoint instead.")
-        return self.plan.source.ref, self.plan.source.revision or None
+    @property
+    def tokens_per_step(self) -> int:
+        """Of one optimizer step over all processes."""
+        return tokens_per_step(self.arguments, self.seq_length, self.arguments.world_size)

@@ -1,4 +1,4 @@
-"""What is no mistake in a recipe, but will disappoint whoever does not know it; told before anything is loaded."""
+"""Warnings about a training that is valid but likely not what was meant; given before anything is loaded."""
 
 from __future__ import annotations
 
@@ -23,39 +23,46 @@ if TYPE_CHECKING:
 RECOVER = "Train it without a penalty first, until its loss is back, and take the Fisher then; or map the source's: hf-grow fisher MODEL --from-growth SOURCE_FISHER."
 
 
-def advise(checked: TrainSetup, notify: Callable[[str], None]) -> None:
-    for found in (_instruct(checked), _held_damage(checked), _decay(checked)):
-        if found:
-            notify(found)
+def warn(setup: TrainSetup, notify: Callable[[str], None]) -> None:
+    """Warnings about options that a recipe and GrowTrainer share."""
+    for message in (_penalty_after_lossy_growth(setup), _weight_decay_with_penalty(setup)):
+        if message:
+            notify(message)
 
 
-def damaged(plan: GrowthPlan | None, growth: Mapping[str, Any] | None) -> str | None:
-    """The method that changed the function of a model which was not trained since, or None."""
+def warn_recipe(setup: TrainSetup, notify: Callable[[str], None]) -> None:
+    if message := _instruct_without_replay(setup):
+        notify(message)
+    warn(setup, notify)
+
+
+def lossy_method(plan: GrowthPlan | None, growth: Mapping[str, Any] | None) -> str | None:
+    """The method of a growth that changed the function, if the model was not trained since; else None."""
     return None if plan is None or plan.guarantee.lossless or training_stages(growth) else plan.growth.method
 
 
-def _held_damage(checked: TrainSetup) -> str | None:
-    options = checked.recipe.regularizer
-    method = damaged(checked.plan, checked.checkpoint.growth)
+def _penalty_after_lossy_growth(setup: TrainSetup) -> str | None:
+    options = setup.options.regularizer
+    method = lossy_method(setup.plan, setup.checkpoint.growth)
     if method is None or options.kind == "none":
         return None
     if options.fisher and all("mapped_by" in open_importance(f).metadata for f in options.fisher):
         return None
     return (
-        f"{checked.recipe.model} was grown by {method}, which changes the function, and was not trained since: "
+        f"{setup.checkpoint.ref} was grown by {method}, which changes the function, and was not trained since: "
         f"the penalty holds the damage as it holds the rest. {RECOVER}"
     )
 
 
-def _decay(checked: TrainSetup) -> str | None:
-    decay = float(checked.arguments.weight_decay or 0)
-    if checked.recipe.regularizer.kind == "none" or not decay:
+def _weight_decay_with_penalty(setup: TrainSetup) -> str | None:
+    decay = float(setup.arguments.weight_decay or 0)
+    if setup.options.regularizer.kind == "none" or not decay:
         return None
     return f"weight_decay {decay:g} pulls to zero what the penalty holds where it is. Leave it out: beside a penalty its default is 0."
 
 
 def instruct(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> bool:
-    """Whether a checkpoint was trained on conversations, as far as its tokenizer and generation_config.json tell."""
+    """Whether a checkpoint is an instruct model, as far as its tokenizer and generation_config.json tell."""
     ends: set[Any] = {tokenizer.eos_token_id}
     file = None if folder is None else folder / "generation_config.json"
     if file is not None and file.is_file():
@@ -68,17 +75,17 @@ def instruct(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> bool:
     return template is not None and template.is_chat_model(ends - {None}, tokenizer.bos_token_id)
 
 
-def _instruct(checked: TrainSetup) -> str | None:
-    if _converses(checked.recipe.data.replay) or not instruct(checked.tokenizer, checked.checkpoint.folder):
+def _instruct_without_replay(setup: TrainSetup) -> str | None:
+    if _replays_conversations(setup.recipe.data.replay) or not instruct(setup.tokenizer, setup.checkpoint.folder):
         return None
     return (
-        f"{checked.recipe.model} is an instruct model, and training on plain text unlearns to chat. "
+        f"{setup.recipe.model} is an instruct model, and training on plain text unlearns to chat. "
         "Mix in conversations of its own (replay: {share: 0.25, self: {}}), or train the base model and fine-tune afterwards."
     )
 
 
-def _converses(replay: ReplaySource | None) -> bool:
-    """Whether sampled conversations are mixed in."""
+def _replays_conversations(replay: ReplaySource | None) -> bool:
+    """Whether the replay contains conversations."""
     if replay is None:
         return False
     if replay.self is not None:

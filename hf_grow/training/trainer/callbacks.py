@@ -1,4 +1,4 @@
-"""Trainer callbacks of BaseGrowTrainer: what is set before a step, done around it, and logged after it."""
+"""The Trainer callback of BaseGrowTrainer: what is set before an optimizer step, done around it, and logged after it."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 
 from hf_grow.training.config.schedules import phase_at
-from hf_grow.training.param_updates.updates import LrFactors
-from hf_grow.training.trainer.state import Growing
+from hf_grow.training.param_updates.updates import LrFactors, unwrapped
+from hf_grow.training.trainer.state import GrowthSettings, GrowthState
 
 
 class StepTrainer(Protocol):
-    """What the callbacks need of a trainer."""
+    """What the callback needs of a trainer."""
 
-    growing: Growing
+    growth: GrowthSettings
+    growth_state: GrowthState
     model: Any
     optimizer: Any
     state: Any
     stream: Any
     resumed_from: Any
-    used: LrFactors
+    opening_event: str
+    last_factors: LrFactors
 
     @property
-    def since(self) -> int: ...
-    def rates(self) -> LrFactors: ...
-    def note_scale(self) -> None: ...
-    def skipped(self) -> bool: ...
-    def watch(self) -> None: ...
+    def steps_since_growth(self) -> int: ...
+    def lr_factors(self) -> LrFactors: ...
+    def note_loss_scale(self) -> None: ...
+    def step_skipped(self) -> bool: ...
+    def monitor_step(self) -> None: ...
     def load_penalty(self, checkpoint: Path) -> None: ...
     def _get_learning_rate(self) -> float: ...
 
@@ -38,30 +40,30 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        t = self.trainer
+        t, g = self.trainer, self.trainer.growth
         state.compute_steps(args, state.max_steps)  # a checkpoint's intervals are those of the run that wrote it
-        if t.growing.blend is not None:
-            t.growing.blend.set(t.growing.warmup.alpha(t.since))
-        if t.growing.penalty is not None:
-            t.growing.penalty.attach(t.model)
+        if g.residual_scale is not None:
+            g.residual_scale.set(g.warmup.alpha(t.steps_since_growth))
+        if g.penalty is not None:
+            g.penalty.attach(t.model)
             if t.resumed_from:
                 t.load_penalty(Path(t.resumed_from))
-        g = t.growing
-        if g.announce == "start":
-            g.events.write("start", state.global_step, steps=state.max_steps, grown_at=g.grown_at, **g.start_facts)
-        elif g.announce == "resume":
-            g.events.write("resume", state.global_step, steps=state.max_steps, grown_at=g.grown_at, checkpoint=str(t.resumed_from))
-        g.announce = ""
+        facts = {"steps": state.max_steps, "grown_at": t.growth_state.grown_at}
+        if t.opening_event == "start":
+            g.events.write("start", state.global_step, **facts, model=g.model_ref)
+        elif t.opening_event == "resume":
+            g.events.write("resume", state.global_step, **facts, checkpoint=str(t.resumed_from))
+        t.opening_event = ""  # a rollback begins training again without one
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        t, g = self.trainer, self.trainer.growing
-        if g.blend is not None:
-            g.blend.set(g.warmup.alpha(t.since))
-        self._tell(t)
+        t, g = self.trainer, self.trainer.growth
+        if g.residual_scale is not None:
+            g.residual_scale.set(g.warmup.alpha(t.steps_since_growth))
+        self._log_schedule(t)
 
-    def _tell(self, t: StepTrainer) -> None:
-        """Events of a schedule, at the step where they begin."""
-        g, since, step = t.growing, t.since, t.state.global_step
+    def _log_schedule(self, t: StepTrainer) -> None:
+        """Writes the events of schedules at the step where they take effect."""
+        g, since, step = t.growth, t.steps_since_growth, t.state.global_step
         starts, at = {}, 0
         for phase in g.phases:
             starts[at] = phase.train
@@ -69,44 +71,39 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]
         if since in starts:
             g.events.write("phase", step, train=starts[since])
         elif g.phases and since == at:
-            g.events.write("phase", step, train=g.trains)
-        if g.after.settle_steps and since == g.after.settle_steps + g.after.restore_steps:
-            g.events.write("settled", step, lr_factor=t.rates().every)
+            g.events.write("phase", step, train=list(g.trained_parts))
+        if g.after_growth.settle_steps and since == g.after_growth.settle_steps + g.after_growth.restore_steps:
+            g.events.write("settled", step, lr_factor=t.lr_factors().all)
         if g.warmup.alpha_steps and since == g.warmup.alpha_steps:
             g.events.write("blended", step, alpha=1.0)
-        if g.after.consolidate_steps and since == g.after.consolidate_steps:
+        if g.after_growth.consolidate_steps and since == g.after_growth.consolidate_steps:
             g.events.write("consolidated", step, steps=since)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        t, g = self.trainer, self.trainer.growing
-        t.note_scale()
+        t, g = self.trainer, self.trainer.growth
+        t.note_loss_scale()
         if g.penalty is not None:
             g.penalty.before_step()
         if g.updates is not None:
-            t.used = t.rates()
-            g.updates.before(t.model, inner(t.optimizer), phase_at(g.phases, t.since), t.used)
+            t.last_factors = t.lr_factors()
+            g.updates.before_step(t.model, unwrapped(t.optimizer), phase_at(g.phases, t.steps_since_growth), t.last_factors)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        t, g = self.trainer, self.trainer.growing
+        t, g = self.trainer, self.trainer.growth
 
-        def settle() -> None:
+        def restore() -> None:
             if g.updates is not None:
-                g.updates.after(inner(t.optimizer))
+                g.updates.after_step(unwrapped(t.optimizer))
 
-        if g.penalty is None or t.skipped():  # a step that a GradScaler skipped is none
-            settle()
+        if g.penalty is None or t.step_skipped():
+            restore()
         else:
-            g.penalty.after_step(g.updates.used if g.updates is not None else t._get_learning_rate(), settle)
+            g.penalty.after_step(g.updates.step_lr if g.updates is not None else t._get_learning_rate(), restore)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stream is not None:  # Trainer counts from where a stream was taken up
+        if self.trainer.stream is not None:  # Trainer counts from where a stream was resumed
             state.epoch = state.global_step / state.max_steps
-        self.trainer.watch()
+        self.trainer.monitor_step()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.growing.events.write("checkpoint", state.global_step, folder=f"checkpoint-{state.global_step}")
-
-
-def inner(optimizer: Any) -> Any:
-    """The optimizer that accelerate wrapped."""
-    return getattr(optimizer, "optimizer", optimizer)
+        self.trainer.growth.events.write("checkpoint", state.global_step, folder=f"checkpoint-{state.global_step}")

@@ -21,7 +21,7 @@ from hf_grow.common.safe_files import read_bytes, read_json
 from hf_grow.errors import SourceError
 from hf_grow.training.growth_state.state_files import DATA_STATE
 from hf_grow.training.trainer.checkpointing import write_json
-from hf_grow.training.trainer.state import Growing
+from hf_grow.training.trainer.state import GrowthSettings
 
 _STATE = "stream_state"
 
@@ -50,7 +50,7 @@ class StateDataLoader(DataLoader[Any]):
 class DataPositionTrainer(Trainer):  # type: ignore[misc]
     """Trainer that goes on in its text where a checkpoint stands, and reads nothing twice."""
 
-    growing: Growing
+    growth: GrowthSettings
     train_dataset: Any
     data_collator: Any
 
@@ -122,7 +122,7 @@ class DataPositionTrainer(Trainer):  # type: ignore[misc]
 
     # ---- the place --------------------------------------------------------------------------------------------------------------------
 
-    def take_place(self, checkpoint: Path | None) -> None:
+    def set_data_position(self, checkpoint: Path | None) -> None:
         """Before a training begins, or goes on from a checkpoint. Raises SourceError for a place that cannot be read."""
         self._shift = self._fetched = self._used = 0
         self._noted.clear()
@@ -138,14 +138,14 @@ class DataPositionTrainer(Trainer):  # type: ignore[misc]
             elif held.get("identity") == stream.identity:
                 stream.load_state_dict(held["stream"])
             else:
-                self.growing.events.tell(f"{checkpoint} does not say where this text was left; {rows} sequences are read and passed over.")
+                self.growth.events.notify(f"{checkpoint} does not say where this text was left; {rows} sequences are read and passed over.")
                 stream.skip(rows)
         except (KeyError, TypeError, ValueError, IndexError):
             raise SourceError(
                 f"{checkpoint / DATA_STATE} is damaged.", hint="Remove it: the text is then passed over by the number of steps."
             ) from None
 
-    def save_place(self, checkpoint: Path) -> None:
+    def save_data_position(self, checkpoint: Path) -> None:
         """Where the text goes on after the last batch that was trained on; called by all processes."""
         place: dict[str, Any] = {"rows": self._shift + self._rows(int(self.state.global_step))}
         if self.stream is not None:

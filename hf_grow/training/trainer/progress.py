@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import TrainerCallback
@@ -97,7 +97,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         else:
             self._draw(state)
 
-    def evaluated(self, state: Any, metrics: dict[str, float]) -> None:
+    def show_evaluation(self, state: Any, metrics: Mapping[str, float]) -> None:
         """After all named sets; called by the trainer, because callbacks hear of one set at a time."""
         found = {k.removeprefix("eval_").removesuffix("_loss"): f"{v:.4g}" for k, v in metrics.items() if k.endswith("_loss")}
         if "eval_forgetting" in metrics:

@@ -1,8 +1,8 @@
-"""What BaseGrowTrainer does besides training, as one object: everything in it may be left out."""
+"""What a BaseGrowTrainer is given (GrowthSettings), what changes while it trains (GrowthState), and what it calls back (TrainingHooks)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,62 +16,112 @@ from hf_grow.training.trainer.events import EventLog
 from hf_grow.training.trainer.monitor import Monitor
 
 if TYPE_CHECKING:
+    import torch
+
     from hf_grow.training.regularizers.penalty import Penalty
 
 
-@dataclass
-class Growing:
-    """What BaseGrowTrainer does besides training; every part may be left out."""
+@dataclass(frozen=True)
+class GrowthSettings:
+    """What BaseGrowTrainer does besides Trainer's own work; every part may be left out."""
 
     updates: ParamUpdates | None = None
-    blend: ResidualScale | None = None
+    residual_scale: ResidualScale | None = None
     warmup: Warmup = field(default_factory=Warmup)
-    phases: list[Phase] = field(default_factory=list)
-    after: AfterGrowth = field(default_factory=AfterGrowth)
+    phases: Sequence[Phase] = ()
+    after_growth: AfterGrowth = field(default_factory=AfterGrowth)
     penalty: Penalty | None = None
     distiller: Distiller | None = None
     aux_loss: float | None = None
-    """Coefficient of the router loss of a mixture; None for a dense model."""
-    monitor: Monitor = field(default_factory=lambda: Monitor(MonitorOptions()))
+    """Coefficient of the router's load-balancing loss; None for a dense model."""
+    monitor: MonitorOptions = field(default_factory=MonitorOptions)
     events: EventLog = field(default_factory=lambda: EventLog(None))
     old_set: str | None = None
-    """The named set that forgetting is measured on."""
+    """The named evaluation set that forgetting is measured on."""
     flops_per_token: float | None = None
-    """Forward and backward; None leaves it to Trainer, which counts every expert."""
-    given: frozenset[str] = frozenset()
-    """Arguments of the optimizer that hold whatever a checkpoint says: those that a recipe names."""
-    record: Callable[[int], Mapping[str, Any] | None] = lambda step: None
-    """growth.json of a model saved after so many steps, or None where there is none."""
-    kl: Callable[[Any], float] | None = None
-    """KL(source || model), nats a token, taken at evaluations."""
-    start_losses: dict[str, float] = field(default_factory=dict)
-    """Losses of the named sets at their first evaluation."""
-    source_losses: dict[str, float] = field(default_factory=dict)
-    """Those of the source of the growth, where they are the measure of forgetting."""
+    """Of forward and backward; None for Trainer's estimate, which counts every expert."""
+    given_arguments: frozenset[str] = frozenset()
+    """Optimizer arguments that override a checkpoint's: those that the user named."""
+    trained_parts: Sequence[str] = ("everything",)
+    """What trains after the phases, for the event log."""
+    model_ref: str = ""
+    """Folder or Hub id of the model, for the event log."""
+
+    def new_parameters_have_own_lr(self) -> bool:
+        """Whether the learning rate of new parameters may differ from the schedule's at some step."""
+        return bool(self.warmup.lr != 1.0 or self.warmup.steps or self.monitor.on_instability == "longer_warmup")
+
+    def acts_inside_a_step(self) -> bool:
+        """Whether anything needs gradients or weights between backward and step."""
+        w = self.warmup
+        rows = self.updates is not None and any(not isinstance(m, bool) for m in self.updates.trains.values())
+        return bool(self.penalty or self.phases or rows or w.steps or w.lr != 1.0 or self.after_growth.settle_steps)
+
+
+@dataclass
+class GrowthState:
+    """Where a training stands since the last growth; in every checkpoint as growth_state.json."""
+
+    monitor: Monitor
     grown_at: int = 0
     """Global step of the last growth."""
+    start_losses: dict[str, float] = field(default_factory=dict)
+    """Losses of the named sets at their first evaluation, in nats per token."""
+    source_losses: dict[str, float] = field(default_factory=dict)
+    """Those of the growth's source, where they are the baseline of forgetting."""
     last_losses: dict[str, float] = field(default_factory=dict)
     evaluated_at: int = -1
     contributed_at: int = -1
-    trains: list[str] = field(default_factory=lambda: ["everything"])
-    """What trains after the phases, for the log."""
-    told: Callable[[Any, dict[str, float]], None] = lambda state, metrics: None
-    """Hears of every evaluation of all sets."""
-    announce: str = ""
-    """The event that opens the log, start or resume; written once the first step is known."""
-    start_facts: Mapping[str, Any] = field(default_factory=dict)
-    stored: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
-    """A state dict as it is stored; None as it is. Set for the result alone."""
-    save_extra: Callable[[Path], None] = lambda folder: None
-    """Writes what `save_pretrained` leaves out (see adapters)."""
-    load_extra: Callable[[Path], None] = lambda folder: None
 
     def baseline(self, name: str) -> float:
         """What the loss of a named set is compared with: the source's, else that at the start."""
         return self.source_losses.get(name, self.start_losses[name])
 
-    def acts_inside_a_step(self) -> bool:
-        """Whether anything needs the gradients or the weights between backward and step."""
-        w, a = self.warmup, self.after
-        rows = self.updates is not None and any(not isinstance(m, bool) for m in self.updates.trains.values())
-        return bool(self.penalty or self.phases or rows or w.steps or w.lr != 1.0 or a.settle_steps)
+    def to_json(self, step: int, consolidate_steps: int) -> dict[str, Any]:
+        """``step``: global step; ``consolidate_steps``: steps after the growth before the model should be grown again."""
+        until = self.grown_at + consolidate_steps
+        return {"grown_at": self.grown_at, "consolidate_until": until, "consolidation_left": max(0, until - step),
+                "start_losses": self.start_losses, "source_losses": self.source_losses, "monitor": self.monitor.state()}  # fmt: skip
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Takes over what `to_json` gave."""
+        self.grown_at, self.start_losses = saved["grown_at"], saved["start_losses"]
+        self.source_losses = saved.get("source_losses", {})
+        self.monitor.load(saved["monitor"])
+
+    def begin(self, step: int, log_history: Sequence[Mapping[str, Any]]) -> None:
+        """After a checkpoint without a saved state: it was just grown, or a plain Trainer wrote it."""
+        self.grown_at = step
+        losses = [entry["loss"] for entry in log_history if "loss" in entry]
+        self.monitor.before = losses[-1] if losses else None
+
+
+class TrainingHooks:
+    """What BaseGrowTrainer calls at certain moments; each method may be overridden."""
+
+    def before_training(self, trainer: Any, resumed: bool) -> None:
+        """Before the first step. ``resumed``: from a checkpoint of the same run."""
+
+    def after_evaluation(self, state: Any, metrics: Mapping[str, float]) -> None:
+        """After an evaluation of all named sets."""
+
+    def source_kl(self, model: Any) -> float | None:
+        """KL(source || model) in nats per token; None where it is not measured."""
+        return None
+
+    def growth_record(self, trainer: Any) -> Mapping[str, Any] | None:
+        """growth.json of the model as it is now; None for a model that was not grown."""
+        return None
+
+    def save_files(self, folder: Path) -> None:
+        """Files that `save_pretrained` does not write."""
+
+    def load_files(self, folder: Path) -> None:
+        """What `save_files` wrote, back into the model."""
+
+    def result_dtypes(self, trainer: Any) -> Mapping[str, torch.dtype]:
+        """Parameter -> dtype in which the result (not a checkpoint) stores it, where that is not the dtype of the training."""
+        return {}
+
+    def finish_result(self, folder: Path) -> None:
+        """After the result is saved; called on the main process."""

@@ -6,14 +6,20 @@ another model would leave a mixture of both. Here names and shapes are compared 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.convert.in_memory import disk_tensors
 from hf_grow.errors import InputError
 from hf_grow.model.loading import transformers_errors
 from hf_grow.model.meta_model import meta_model
+from hf_grow.training.param_updates.parameter_map import bare
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -59,3 +65,15 @@ def load_weights(model: Any, folder: Path) -> None:
         return
     with torch.no_grad():
         model.load_state_dict(state, strict=True)
+
+
+def cast_state_dict(state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """A state dict with its tensors in other dtypes (by bare parameter name); tied tensors, which share memory, still share it."""
+    done: dict[Any, Tensor] = {}
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.dtype)
+        if key not in done or not key[0]:
+            done[key] = tensor.to(dtypes[bare(name)]) if bare(name) in dtypes else tensor
+        out[name] = done[key]
+    return out

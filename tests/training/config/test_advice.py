@@ -13,14 +13,14 @@ from trained import grown, recipe, tokenizer
 
 from hf_grow.cli import main
 from hf_grow.training.config.recipe_files import load_recipe
-from hf_grow.training.setup.checks import check
+from hf_grow.training.setup.recipe_checks import check_recipe
 
 DAMAGE, DECAY, CHAT = "holds the damage", "pulls to zero what the penalty holds", "unlearns to chat"
 
 
 def told(path: Path) -> str:
     notes: list[str] = []
-    check(load_recipe(path, {}), output=None, resume=False, overwrite=False, notify=notes.append)
+    check_recipe(load_recipe(path, {}), output=None, resume=False, overwrite=False, notify=notes.append)
     return "\n".join(notes)
 
 
@@ -55,7 +55,7 @@ def test_decay_is_off_beside_a_penalty_and_told_where_it_is_on(tmp_path: Path) -
 
     def decay(**keys: object) -> float:
         read = load_recipe(recipe(tmp_path, model, **keys), {})
-        return check(read, output=None, resume=False, overwrite=False, notify=lambda m: None).arguments.weight_decay
+        return check_recipe(read, output=None, resume=False, overwrite=False, notify=lambda m: None).arguments.weight_decay
 
     held = {"regularizer": {"kind": "l2sp"}}
     assert (decay(), decay(**held), decay(**held, weight_decay=0.1), decay(weight_decay=0.0)) == (0.1, 0.0, 0.1, 0.0)

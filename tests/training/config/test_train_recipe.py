@@ -21,7 +21,7 @@ from hf_grow.errors import InputError
 from hf_grow.training.config.recipe_files import RECIPES, parse_overrides
 from hf_grow.training.config.train_config import SET_BY_HF_GROW, TrainRecipe, read_recipe, training_arguments_model
 from hf_grow.training.regularizers.importance_file import checkpoint_fingerprint, model_fingerprint
-from hf_grow.training.setup.checks import arguments_for
+from hf_grow.training.setup.recipe_checks import arguments_for
 
 
 def test_all_mistakes_of_all_kinds_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +99,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"lora": {}, "regularizer": {"kind": "l2sp"}}, "regularizer: has nothing to do beside `lora`"),
     ({"lora": {}, "freeze": "norms"}, "lora: says itself what trains"),
     ({"early_stopping_patience": 2, "data": {"eval": {}}}, "early_stopping_patience: needs a set"),
-    ({"kl_rows": 2, "old_set": "ancient"}, "kl_rows: data.eval has no set 'ancient'"),
+    ({"kl_rows": 2, "old_set": "ancient"}, "kl_rows: there is no evaluation set 'ancient'"),
     ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint: nowhere holds no state"),
     ({"eval_steps": 4, "save_steps": 3, "load_best_model_at_end": True, "metric_for_best_model": "eval_new_loss"}, "arguments: "),
     (
@@ -116,7 +116,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         "distill.top_k: needs text that is not streamed",
     ),
     ({"fp16": True, "dtype": "float16"}, "dtype: float16 beside fp16"),
-    ({"old_set": "ancient"}, "old_set: data.eval has no set 'ancient'"),
+    ({"old_set": "ancient"}, "old_set: there is no evaluation set 'ancient'"),
     ({"save_strategy": "best", "data": {"eval": {}}}, "save_strategy: needs a set"),
     ({"load_best_model_at_end": True, "data": {"eval": {}}}, "load_best_model_at_end: needs a set"),
     ({"data": {"seq_length": 5000}}, "data.seq_length: 5000 is more than the"),
@@ -229,7 +229,7 @@ def test_parts_that_this_model_has_not(tmp_path: Path, capsys: pytest.CaptureFix
     said = run(capsys, "train", recipe(tmp_path, plain, train="new_layers"), status=2)["error"]
     assert "Nothing would train: this model has no new_layers" in said
     said = run(capsys, "train", recipe(tmp_path, plain, warmup={"alpha_steps": 2}), status=2)["error"]
-    assert "about new blocks, and this model has none" in said
+    assert "need new blocks, and this model has none" in said
     assert not (tmp_path / "out").exists()
 
 

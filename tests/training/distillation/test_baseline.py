@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_grow.publish.card import render_card
 from hf_grow.training.trainer import trainer as trainer_module
 from hf_grow.training.trainer.events import read_events
-from hf_grow.training.trainer.state import Growing
+from hf_grow.training.trainer.state import GrowthSettings
 
 
 def events_of(out: Path, kind: str) -> list[dict[str, Any]]:
@@ -71,7 +71,7 @@ def test_a_source_that_cannot_be_had_is_told_and_recorded(tmp_path: Path, capsys
 
     assert main(["train", str(recipe(tmp_path, model))]) == 0
     said = capsys.readouterr().err
-    assert "The source cannot be measured" in said and "against the grown model at its start" in said
+    assert "The source cannot be measured" in said and "Forgetting is measured against the grown model at its start" in said
     training = json.loads((tmp_path / "out" / "growth.json").read_text())["training"]
     assert training["losses"].keys() == {"start", "end"}
     card = render_card(tmp_path / "out")
@@ -117,7 +117,8 @@ def test_forgetting_and_kl_reach_the_log_and_trackers(tmp_path: Path, monkeypatc
             heard.append(dict(logs))
 
     model = make(BY_NAME["llama"], num_hidden_layers=2)
-    made = trainer_for(model, tmp_path, Growing(old_set="old", kl=lambda model: 0.25), max_steps=2, eval_strategy="steps", eval_steps=1)
+    made = trainer_for(model, tmp_path, GrowthSettings(old_set="old"), max_steps=2, eval_strategy="steps", eval_steps=1)
+    monkeypatch.setattr(made.hooks, "source_kl", lambda model: 0.25)
     made.add_callback(Tracker())
     made.train()
     for entries in (made.state.log_history, heard):
@@ -136,7 +137,7 @@ def test_early_stopping_hears_of_forgetting(tmp_path: Path, capsys: pytest.Captu
         times[0] += 1
         return {"old": 3.0 + 0.1 * times[0], "new": 2.0}
 
-    monkeypatch.setattr(trainer_module, "losses_of", rising)
+    monkeypatch.setattr(trainer_module, "set_losses", rising)
     path = recipe(tmp_path, grown(tmp_path), max_steps=20, eval_steps=2, save_steps=2, early_stopping_patience=2,
                   metric_for_best_model="eval_forgetting", greater_is_better=False)  # fmt: skip
     found = run(capsys, "train", path)

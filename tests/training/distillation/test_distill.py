@@ -20,7 +20,7 @@ from hf_grow.training.distillation.distill import Distiller, teacher_from_model
 from hf_grow.training.distillation.kl_divergence import kl_divergence, summed_kl_divergence
 from hf_grow.training.distillation.logit_cache import LogitCache, write_logit_cache
 from hf_grow.training.trainer.events import read_events
-from hf_grow.training.trainer.state import Growing
+from hf_grow.training.trainer.state import GrowthSettings
 
 
 def rows(count: int = 12, length: int = 10, seed: int = 3) -> list[dict[str, Any]]:
@@ -129,10 +129,10 @@ def test_gradients_of_the_whole_loss_with_accumulation(tmp_path: Path) -> None:
         model, teacher, twin = (make(BY_NAME[case], seed=s, num_hidden_layers=2) for s in (0, 1, 0))
         options = DistillOptions(teachers=[Teacher(model="t")], alpha=0.3, temperature=2.0)
         mixture = {} if case == "llama" else {"output_router_logits": True}
-        growing = Growing(
+        growth = GrowthSettings(
             distiller=Distiller(options, [teacher_from_model(teacher)]), aux_loss=model.router_aux_loss_coef if mixture else None
         )
-        found, _ = gradients_of_first_step(model, tmp_path / case, growing, gradient_accumulation_steps=4)
+        found, _ = gradients_of_first_step(model, tmp_path / case, growth, gradient_accumulation_steps=4)
         from test_train import Rows
 
         total = torch.zeros(())

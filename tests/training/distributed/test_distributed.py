@@ -27,7 +27,7 @@ from hf_grow.training.config.train_config import read_recipe
 from hf_grow.training.distributed.launch import Launch, current_launch, launch_from_file
 from hf_grow.training.dry_run import memory
 from hf_grow.training.param_updates.masks import Selection
-from hf_grow.training.setup.checks import arguments_for
+from hf_grow.training.setup.recipe_checks import arguments_for
 from hf_grow.training.trainer.events import read_events
 
 EWC = {"kind": "ewc", "lambda": 3.0}

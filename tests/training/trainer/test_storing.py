@@ -14,8 +14,9 @@ from trained import recipe, run, tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_grow import api
-from hf_grow.training.setup.result_dtype import lost_steps, stored
+from hf_grow.training.setup.result_dtype import lost_steps
 from hf_grow.training.trainer.events import read_events
+from hf_grow.training.trainer.weights import cast_state_dict
 
 GENTLE = {"learning_rate": 1e-4, "save_steps": 3, "max_steps": 6}
 
@@ -98,6 +99,6 @@ def test_pure_bf16_says_what_will_not_move(tmp_path: Path, capsys: pytest.Captur
 
 def test_tied_tensors_stay_one() -> None:
     shared = torch.randn(4, 4)
-    out = stored({"a": shared, "b": shared, "c": shared[:2], "steps": torch.tensor(3)}, dict.fromkeys("ac", torch.bfloat16))
+    out = cast_state_dict({"a": shared, "b": shared, "c": shared[:2], "steps": torch.tensor(3)}, dict.fromkeys("ac", torch.bfloat16))
     assert out["a"] is out["b"] and out["a"].dtype == torch.bfloat16 and out["c"].shape == (2, 4)
     assert out["steps"].dtype == torch.int64

@@ -38,7 +38,7 @@ from hf_grow.training.param_updates.updates import LrFactors, ParamUpdates
 from hf_grow.training.regularizers.si import SynapticIntelligence
 from hf_grow.training.trainer.checkpointing import last_checkpoint
 from hf_grow.training.trainer.events import EVENTS, EventLog, read_events
-from hf_grow.training.trainer.state import Growing
+from hf_grow.training.trainer.state import GrowthSettings
 from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
 
@@ -55,7 +55,7 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
-def trainer(model: Any, out: Path, growing: Growing, **arguments: Any) -> BaseGrowTrainer:
+def trainer(model: Any, out: Path, growth: GrowthSettings, **arguments: Any) -> BaseGrowTrainer:
     gc.freeze()  # see trained.run
     settings = {
         **FAST,
@@ -70,7 +70,7 @@ def trainer(model: Any, out: Path, growing: Growing, **arguments: Any) -> BaseGr
         args=TrainingArguments(output_dir=str(out), **settings),
         train_dataset=Rows(),
         eval_dataset={"old": Rows(4)},
-        growing=growing,
+        growth=growth,
     )
 
 
@@ -243,14 +243,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the process ended in the middle of this step's end."""
-    watch = BaseGrowTrainer.watch
+    watch = BaseGrowTrainer.monitor_step
 
     def stop(self: BaseGrowTrainer) -> None:
         watch(self)
         if self.state.global_step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(BaseGrowTrainer, "watch", stop)
+    monkeypatch.setattr(BaseGrowTrainer, "monitor_step", stop)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -377,8 +377,10 @@ def test_frozen_weights_do_not_move_by_a_bit(name: str, train: list[str], freeze
     names = [n for n, _ in model.named_parameters()]
     trains = select(names, parts, train, but=freeze)
     before = weights(model)
-    growing = Growing(updates=ParamUpdates(trains, param_provenance.new_masks(model, plan)), aux_loss=0.01 if name == "experts" else None)
-    trainer(model, tmp_path, growing, max_steps=4).train()
+    growth = GrowthSettings(
+        updates=ParamUpdates(trains, param_provenance.new_masks(model, plan)), aux_loss=0.01 if name == "experts" else None
+    )
+    trainer(model, tmp_path, growth, max_steps=4).train()
     moved = 0
     for n, p in model.named_parameters():
         mask = torch.as_tensor(trains[n]).expand(p.shape)
@@ -396,7 +398,7 @@ def test_rows_that_stay_leave_no_trace_in_the_path_of_si(tmp_path: Path) -> None
     masks = param_provenance.new_masks(model, plan)
     before = weights(model)
     path = SynapticIntelligence(0.1, {n: p.clone() for n, p in before.items()}, None, xi=1e-3)
-    trainer(model, tmp_path, Growing(updates=ParamUpdates(masks, masks), penalty=path), max_steps=4).train()
+    trainer(model, tmp_path, GrowthSettings(updates=ParamUpdates(masks, masks), penalty=path), max_steps=4).train()
     path.consolidate()
     some = 0
     for n, found in path.importances().items():
@@ -411,13 +413,13 @@ def test_a_rate_of_their_own_counts_in_the_path_of_si(tmp_path: Path) -> None:
     """New rows at half the rate: the sum of gradient times move is that of the moves that were made."""
     model, plan = grown_model("width")
     path = SynapticIntelligence(0.0, {n: p.clone() for n, p in weights(model).items()}, None, xi=1e-3)
-    growing = Growing(
+    growth = GrowthSettings(
         updates=ParamUpdates(dict.fromkeys(weights(model), True), param_provenance.new_masks(model, plan)),
         warmup=Warmup(lr=0.5),
         penalty=path,
     )
     before = weights(model)
-    trainer(model, tmp_path, growing, max_steps=1).train()
+    trainer(model, tmp_path, growth, max_steps=1).train()
     for n, p in model.named_parameters():
         kept = path.path[n]
         torch.testing.assert_close(kept["omega"], -kept["gradient"] * (p.detach() - before[n]))
@@ -429,15 +431,17 @@ def test_a_phase_freezes_and_then_lets_go(tmp_path: Path) -> None:
     parts, names = param_provenance.parts(model, plan), [n for n, _ in model.named_parameters()]
     every, new = select(names, parts, ["everything"]), select(names, parts, ["new"])
     snapshots: list[dict[str, torch.Tensor]] = [weights(model)]
-    growing = Growing(updates=ParamUpdates(every, param_provenance.new_masks(model, plan), [new]), phases=[Phase(steps=3, train=["new"])])
-    made = trainer(model, tmp_path, growing, max_steps=4, max_grad_norm=0.0, adam_epsilon=1e-12)
-    watch = made.watch
+    growth = GrowthSettings(
+        updates=ParamUpdates(every, param_provenance.new_masks(model, plan), [new]), phases=[Phase(steps=3, train=["new"])]
+    )
+    made = trainer(model, tmp_path, growth, max_steps=4, max_grad_norm=0.0, adam_epsilon=1e-12)
+    watch = made.monitor_step
 
     def look() -> None:
         watch()
         snapshots.append(weights(model))
 
-    made.watch = look  # type: ignore[method-assign]
+    made.monitor_step = look  # type: ignore[method-assign]
     made.train()
     old = [n for n in names if new[n] is False]
     assert old
@@ -473,8 +477,8 @@ def test_new_parameters_have_a_rate_of_their_own_down_to_single_rows(name: str, 
     twin = grow_model(make(BY_NAME["llama"], num_hidden_layers=2), plan)
     new = param_provenance.new_masks(model, plan)
     warmup, after = Warmup(lr=2.0, steps=4), AfterGrowth(settle_steps=2, settle_lr=0.5, restore_steps=2)
-    growing = Growing(updates=ParamUpdates(dict.fromkeys(new, True), new), warmup=warmup, after=after)
-    trainer(model, tmp_path, growing, max_steps=6, max_grad_norm=0.0, adam_beta2=0.999, adam_epsilon=1e-3).train()
+    growth = GrowthSettings(updates=ParamUpdates(dict.fromkeys(new, True), new), warmup=warmup, after_growth=after)
+    trainer(model, tmp_path, growth, max_steps=6, max_grad_norm=0.0, adam_beta2=0.999, adam_epsilon=1e-3).train()
     adamw_by_hand(twin.train(), new, warmup.lr_factor, after.factor, 6)
     for (n, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=2e-5, msg=n)
@@ -487,7 +491,9 @@ def test_trainers_two_groups_are_what_is_saved(tmp_path: Path) -> None:
     """So that growing with the optimizer state, and every other tool, can read the checkpoint."""
     model, plan = grown_model("depth")
     new = param_provenance.new_masks(model, plan)
-    trainer(model, tmp_path, Growing(updates=ParamUpdates(dict.fromkeys(new, True), new), warmup=Warmup(lr=0.5)), max_steps=3).train()
+    trainer(
+        model, tmp_path, GrowthSettings(updates=ParamUpdates(dict.fromkeys(new, True), new), warmup=Warmup(lr=0.5)), max_steps=3
+    ).train()
     saved = torch.load(tmp_path / "checkpoint-3" / "optimizer.pt", weights_only=True)
     assert [g["weight_decay"] for g in saved["param_groups"]] == [0.1, 0.0]
     assert all(g["lr"] == FAST["learning_rate"] for g in saved["param_groups"])
@@ -554,7 +560,7 @@ def test_contributions_are_losses_without_a_block(tmp_path: Path) -> None:
     with torch.no_grad():
         for block in (1, 3):
             decoder_layers(model)[block].mlp.down_proj.weight.normal_(0, 0.3)
-    made = trainer(model, tmp_path, Growing(blend=ResidualScale(model, [1, 3])))
+    made = trainer(model, tmp_path, GrowthSettings(residual_scale=ResidualScale(model, [1, 3])))
     found = made.contributions()["old"]
     ids = Rows(4).rows
     model.requires_grad_(False)
@@ -634,9 +640,9 @@ def test_accumulation_changes_nothing(settings: dict[str, Any], tmp_path: Path, 
         assert torch.allclose(t, found[4][2][n], atol=2e-5), n
 
 
-def gradients_of_first_step(model: Any, out: Path, growing: Growing, **arguments: Any) -> tuple[dict[str, torch.Tensor], float]:
+def gradients_of_first_step(model: Any, out: Path, growth: GrowthSettings, **arguments: Any) -> tuple[dict[str, torch.Tensor], float]:
     """What the optimizer would step along."""
-    made = trainer(model, out, growing, max_steps=1, max_grad_norm=0.0, save_strategy="no", **arguments)
+    made = trainer(model, out, growth, max_steps=1, max_grad_norm=0.0, save_strategy="no", **arguments)
     caught: dict[str, torch.Tensor] = {}
 
     class Catch(type(made.callback_handler.callbacks[-1]).__mro__[1]):  # type: ignore[misc]
@@ -654,7 +660,7 @@ def test_the_router_loss_counts_once_however_many_pieces_a_batch_has(case: str, 
     model = make(BY_NAME[case], num_hidden_layers=2)
     coefficient = 0.5
     model.router_aux_loss_coef = coefficient
-    found, loss = gradients_of_first_step(model, tmp_path, Growing(aux_loss=coefficient), gradient_accumulation_steps=4)
+    found, loss = gradients_of_first_step(model, tmp_path, GrowthSettings(aux_loss=coefficient), gradient_accumulation_steps=4)
     twin = make(BY_NAME[case], num_hidden_layers=2).train()
     rows = Rows().rows[:8]
     total = torch.zeros(())
@@ -774,8 +780,8 @@ def test_a_gradient_that_overflows_fp16_is_no_instability(tmp_path: Path) -> Non
     """A GradScaler leaves such steps out until its scale fits; nothing else may take them for steps either."""
     model, _ = grown_model("depth")
     path = SynapticIntelligence(0.1, {n: p.clone() for n, p in weights(model).items()}, None, xi=1e-3)
-    growing = Growing(penalty=path, events=EventLog(tmp_path / "events.jsonl"))
-    made = trainer(model, tmp_path, growing, max_steps=8, fp16=True, max_grad_norm=1.0)
+    growth = GrowthSettings(penalty=path, events=EventLog(tmp_path / "events.jsonl"))
+    made = trainer(model, tmp_path, growth, max_steps=8, fp16=True, max_grad_norm=1.0)
     made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)  # accelerate has none on a CPU
     made.accelerator.native_amp = True
     made.train()

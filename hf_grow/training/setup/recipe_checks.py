@@ -1,6 +1,6 @@
-"""What can be wrong with a recipe beyond its keys, looked for before anything is loaded or written: files, tokenizer, Fisher, teachers, output.
+"""Checks of a recipe beyond its keys, before anything is loaded or written: files, tokenizer, Fisher, teachers, output.
 
-Everything is looked at even where something else is wrong already, and told in one message.
+Everything is checked even where something else is wrong already, and reported in one message.
 """
 
 from __future__ import annotations
@@ -15,28 +15,21 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError, OutputError
 from hf_grow.growth.plan import GrowthPlan
-from hf_grow.model import loading
 from hf_grow.training.config.data_options import TextOptions
-from hf_grow.training.config.distill_options import SOURCE, Teacher
 from hf_grow.training.config.train_config import DEFAULTS, RecipeData, TrainRecipe, collect_mistakes, raise_mistakes
 from hf_grow.training.data.sources import find_text
-from hf_grow.training.distillation.distill import check_teacher
 from hf_grow.training.distributed import launch
-from hf_grow.training.param_updates import param_provenance
-from hf_grow.training.param_updates.masks import EVERYTHING
-from hf_grow.training.regularizers.importance_file import check_same_model, checkpoint_fingerprint, open_importance
-from hf_grow.training.setup.launch_checks import mistakes as launch_mistakes
+from hf_grow.training.setup.launch_checks import launch_mistakes
+from hf_grow.training.setup.option_checks import TOKENIZER_FILES, check_options, load_tokenizer, plan_of
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
-from hf_grow.training.setup.warnings import advise
+from hf_grow.training.setup.warnings import warn_recipe
 from hf_grow.training.trainer.events import EVENTS_FILE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    from transformers import TrainingArguments
 
 
-def check(
+def check_recipe(
     read: RecipeData,
     *,
     output: str | None,
@@ -63,19 +56,14 @@ def check(
         opened = checkpoint
         if collect_mistakes(found, "model", lambda: opened.info.architecture.layers) is None:
             checkpoint = None
-        plan = collect_mistakes(found, "model", lambda: _plan(opened)) if checkpoint is not None else None
+        plan = collect_mistakes(found, "model", lambda: plan_of(opened)) if checkpoint is not None else None
     if recipe is not None:
         if checkpoint is not None:
             tokenizer = _tokenizer(recipe, checkpoint, found)
             _positions(recipe, checkpoint, found)
         if texts:
             _data(recipe, found, notify)
-        for key, wanted in (("train", recipe.train), ("freeze", recipe.freeze), *(("phases.train", p.train) for p in recipe.phases)):
-            known = (EVERYTHING, *param_provenance.PARTS)
-            found += [f"{key}: there is no part {part!r}. Parts: {', '.join(known)}." for part in wanted if part not in known]
-        if checkpoint is not None:
-            _regularizer(recipe, checkpoint, plan, found)
-            _teachers(recipe, checkpoint, plan, tokenizer, found, notify)
+        check_options(recipe, checkpoint, plan, tokenizer, found, notify)
     out = Path(output or (recipe.output if recipe else None) or default_output(str(name)))
     collect_mistakes(found, "output", lambda: check_output(out, resume=resume, overwrite=overwrite))
     arguments = None
@@ -87,17 +75,12 @@ def check(
         _resumable(read.arguments.get("resume_from_checkpoint"), found)
     raise_mistakes(read.where, found)
     assert recipe is not None and checkpoint is not None and arguments is not None
-    checked = TrainSetup(read, recipe, arguments, checkpoint, plan, tokenizer, out)
-    advise(checked, notify)
-    return checked
-
-
-def _plan(checkpoint: Checkpoint) -> GrowthPlan | None:
-    if checkpoint.growth is None:
-        return None
-    plan = GrowthPlan.from_json(checkpoint.growth)
-    param_provenance.check_fits(plan, checkpoint)
-    return plan
+    setup = TrainSetup(
+        recipe, arguments, checkpoint, plan, tokenizer, out, recipe.data.seq_length, read.given, read.arguments,
+        save_tokenizer=checkpoint.folder is None or recipe.tokenizer is not None,
+    )  # fmt: skip
+    warn_recipe(setup, notify)
+    return setup
 
 
 def _positions(recipe: TrainRecipe, checkpoint: Checkpoint, found: list[str]) -> None:
@@ -164,14 +147,6 @@ def _tokenizer(recipe: TrainRecipe, checkpoint: Checkpoint, found: list[str]) ->
     return tokenizer
 
 
-def load_tokenizer(place: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """Raises InputError if there is none that can be used."""
-    folder = Path(place).expanduser()
-    if folder.is_dir() and not any((folder / n).is_file() for n in TOKENIZER_FILES):
-        raise InputError(f"{place} has no tokenizer.", hint="Name one with `tokenizer`.")
-    return loading.load_tokenizer(folder if folder.is_dir() else place, place, revision)
-
-
 def _data(recipe: TrainRecipe, found: list[str], notify: Notify) -> None:
     data = recipe.data
     sources: list[tuple[str, TextOptions]] = [(f"data.train.{i}", s) for i, s in enumerate(data.train)]
@@ -180,61 +155,6 @@ def _data(recipe: TrainRecipe, found: list[str], notify: Notify) -> None:
         sources.append(("data.replay", data.replay))
     for key, source in sources:
         collect_mistakes(found, key, partial(find_text, source, notify=notify))
-
-
-def _regularizer(recipe: TrainRecipe, checkpoint: Checkpoint, plan: GrowthPlan | None, found: list[str]) -> None:
-    """Every file is of this model (of its source, for collapsed coordinates): its tensors, and for the newest its very weights."""
-    options = recipe.regularizer
-    if options.kind == "none":
-        return
-    if (options.collapsed or options.over == "inherited") and plan is None:
-        found.append(f"regularizer: needs to know what is new, and {recipe.model} has no growth.json. Leave collapsed and over out.")
-        return
-    own = {n: t.shape for n, t in checkpoint.tensors.items() if n in checkpoint.info.architecture.tensors}
-    shapes = (
-        own
-        if not options.collapsed or plan is None
-        else {n: t.shape for n, t in plan.source.tensors.items() if n not in plan.growth.dropped}
-    )
-    for i, path in enumerate(options.fisher):
-        newest = i == len(options.fisher) - 1 and not options.collapsed and checkpoint.folder is not None
-        identity = checkpoint_fingerprint(checkpoint) if newest else None
-        collect_mistakes(found, "regularizer.fisher", partial(_fisher, path, shapes, identity))
-
-
-def _fisher(path: Path, shapes: Mapping[str, tuple[int, ...]], identity: str | None) -> None:
-    check_same_model(open_importance(path), shapes, identity)
-
-
-def _teachers(
-    recipe: TrainRecipe, checkpoint: Checkpoint, plan: GrowthPlan | None, tokenizer: Any, found: list[str], notify: Notify
-) -> None:
-    wants_source = recipe.kl_rows or recipe.monitor.baseline == "source"
-    teachers = list(recipe.distill.teachers) if recipe.distill else []
-    if wants_source and not any(t.model == SOURCE for t in teachers):
-        teachers.append(Teacher())
-    for teacher in teachers:
-        collect_mistakes(
-            found, "distill.teachers" if recipe.distill else "monitor", partial(_teacher, teacher, checkpoint, plan, tokenizer, notify)
-        )
-
-
-def _teacher(teacher: Teacher, checkpoint: Checkpoint, plan: GrowthPlan | None, tokenizer: Any, notify: Notify) -> None:
-    ref, revision = resolve(teacher, plan)
-    held = open_source(ref, revision=revision, weights=False, notify=notify)
-    same: bool | None = None
-    if tokenizer is not None and held.folder is not None and any((held.folder / n).is_file() for n in TOKENIZER_FILES):
-        same = load_tokenizer(str(held.folder), None).get_vocab() == tokenizer.get_vocab()
-    check_teacher(ref, held.info.architecture.size("vocab"), checkpoint.info.architecture.size("vocab"), same)
-
-
-def resolve(teacher: Teacher, plan: GrowthPlan | None) -> tuple[str, str | None]:
-    """Reference and revision of a teacher; `source` is what the plan grew from. Raises InputError without a plan."""
-    if teacher.model != SOURCE:
-        return teacher.model, teacher.revision
-    if plan is None:
-        raise InputError("The model has no growth.json, so it has no source.", hint="Name a checkpoint instead of `source`.")
-    return plan.source.ref, plan.source.revision or None
 
 
 def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> TrainingArguments:

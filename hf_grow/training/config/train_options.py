@@ -1,0 +1,88 @@
+"""Options of a training besides the model, its texts and TrainingArguments: those that a recipe and GrowConfig share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from hf_grow.options import Options
+from hf_grow.training.config.distill_options import DistillOptions
+from hf_grow.training.config.lora_options import LoraOptions
+from hf_grow.training.config.monitor_options import MonitorOptions
+from hf_grow.training.config.regularizer_options import PenaltyOptions
+from hf_grow.training.config.schedules import AfterGrowth, Parts, Phase, Warmup
+
+NumberOfSteps = Annotated[int, Field(ge=0)]
+
+
+class MoeOptions(Options):
+    """Mixtures of experts."""
+
+    aux_loss: bool = True
+    """Train with the router's load-balancing loss."""
+    aux_coefficient: Annotated[float, Field(ge=0)] | None = None
+    """Its coefficient. Default: router_aux_loss_coef of the model's config."""
+
+
+class TrainOptions(Options):
+    """What trains and how, in a recipe and in GrowConfig."""
+
+    train: Parts = Field(default=["everything"])
+    """Parts that train: everything, or a list of new, old, new_layers, routers, new_experts, old_experts, embeddings, norms, head."""
+    freeze: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(default=[])
+    """Parts that do not, even where `train` says so."""
+    warmup: Warmup = Warmup()
+    """Gentle start of what is new: zero_init, lr, steps, alpha_steps."""
+    phases: list[Phase] = Field(default=[])
+    """First steps in which only some parts train, as [{steps: 100, train: [new]}]: the host stays frozen meanwhile."""
+    after_growth: AfterGrowth = AfterGrowth()
+    """Settling (a lower learning rate, then restored) and consolidation."""
+    regularizer: PenaltyOptions = PenaltyOptions()
+    """What keeps old weights near their place: kind, lambda, fisher, form (docs/regularizers.md)."""
+    distill: DistillOptions | None = None
+    """Teachers: {} takes the source of the growth."""
+    lora: LoraOptions | None = None
+    """Low-rank updates for what is old; {} takes the defaults."""
+    moe: MoeOptions = MoeOptions()
+    """Router loss of mixtures."""
+    monitor: MonitorOptions = MonitorOptions()
+    """Spikes, shocks, regressions, and what happens then."""
+    old_set: str = "old"
+    """The named set of data.eval that forgetting is measured on."""
+    kl_rows: NumberOfSteps = 0
+    """Rows of the old set on which KL(source || model) is taken at every evaluation. Default: 0, none; the source's logits of them stay in memory."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype that the weights are trained in. Default: auto, float32 (float64 for checkpoints in it); in 16 bits most steps are lost to rounding."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the result. Default: auto, that of the model before; checkpoints to go on from keep that of the training."""
+    attn_implementation: str | None = None
+    """sdpa, eager, flash_attention_2: as from_pretrained takes it."""
+
+
+def contradictions(options: TrainOptions, arguments: Mapping[str, Any], eval_sets: Collection[str]) -> list[str]:
+    """What cannot hold together, one line each. ``arguments``: TrainingArguments that were given; ``eval_sets``: names of the evaluation sets."""
+    found = []
+    steps = arguments.get("max_steps")
+    if isinstance(steps, int) and steps > 0 and options.warmup.alpha_steps > steps:
+        found.append(
+            f"warmup.alpha_steps: {options.warmup.alpha_steps} is more than max_steps {steps}: the saved model would compute what was never trained."
+        )
+    if isinstance(steps, int) and steps > 0 and (total := sum(p.steps for p in options.phases)) >= steps:
+        found.append(f"phases: take {total} steps, but max_steps is {steps}: nothing else would ever train.")
+    if options.warmup.zero_init and options.regularizer.fisher:
+        found.append("warmup.zero_init: changes the weights that the Fisher was taken on; grow with method identity instead.")
+    if options.distill and arguments.get("use_liger_kernel"):
+        found.append("distill: needs the logits, and use_liger_kernel computes the loss without them. Leave one of the two out.")
+    if options.dtype == "float16" and arguments.get("fp16"):
+        found.append("dtype: float16 beside fp16 cannot be trained; fp16 keeps the weights in float32. Leave dtype out.")
+    if "old_set" in options.model_fields_set and options.old_set not in eval_sets:
+        found.append(f"old_set: there is no evaluation set {options.old_set!r}.")
+    if options.kl_rows and options.old_set not in eval_sets:
+        found.append(f"kl_rows: there is no evaluation set {options.old_set!r}.")
+    if options.lora and options.regularizer.kind != "none":
+        found.append("regularizer: has nothing to do beside `lora`, which leaves old weights where they are.")
+    if options.lora and (options.train != ["everything"] or options.freeze or options.phases):
+        found.append("lora: says itself what trains; leave out train, freeze and phases.")
+    return found

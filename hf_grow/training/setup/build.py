@@ -1,0 +1,228 @@
+"""From a TrainSetup to what BaseGrowTrainer needs. `hf-grow train` and `hf_grow.GrowTrainer` both build their training here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_grow.checkpoint.source import TOKENIZER_CONFIG, companion_bytes, companions
+from hf_grow.model.meta_model import meta_model
+from hf_grow.training.config.train_config import tokens_per_step
+from hf_grow.training.data import build as build_data
+from hf_grow.training.distributed.launch import current_launch
+from hf_grow.training.distributed.process_order import local_main_process_first
+from hf_grow.training.peft import lora
+from hf_grow.training.regularizers.build import make_penalty
+from hf_grow.training.setup import result_dtype
+from hf_grow.training.setup.model_setup import (
+    flops_per_token,
+    load_model,
+    make_residual_scale,
+    plan_updates,
+    weights_dtype,
+    with_lora,
+    zero_new_blocks,
+)
+from hf_grow.training.setup.provenance import finish_result, growth_record
+from hf_grow.training.setup.source_baseline import SourceKL, measure_source
+from hf_grow.training.setup.teachers import make_distiller
+from hf_grow.training.setup.train_setup import Notify, TrainSetup
+from hf_grow.training.trainer.events import EVENTS_FILE, EventLog
+from hf_grow.training.trainer.state import GrowthSettings, TrainingHooks
+
+if TYPE_CHECKING:
+    import torch
+
+    from hf_grow.training.data import TrainData
+    from hf_grow.training.param_updates.residual_scale import ResidualScale
+    from hf_grow.training.param_updates.updates import ParamUpdates
+    from hf_grow.training.regularizers.penalty import Penalty
+    from hf_grow.training.trainer.trainer import BaseGrowTrainer
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """The model that trains, and what holds, freezes or scales its parameters."""
+
+    model: Any
+    updates: ParamUpdates
+    residual_scale: ResidualScale | None
+    penalty: Penalty | None
+
+
+def read_texts(setup: TrainSetup, notify: Notify) -> TrainData:
+    """All texts of a recipe, tokenised by one process of each machine."""
+    recipe, arguments, tokenizer = setup.recipe, setup.arguments, setup.tokenizer
+    assert tokenizer is not None
+    rows = None
+    if arguments.max_steps > 0:
+        rows = arguments.max_steps * tokens_per_step(arguments, 1, arguments.world_size)
+    with local_main_process_first(arguments, "the texts"):
+        model = str(setup.checkpoint.folder or recipe.model)
+        data = build_data(recipe.data, tokenizer, notify=notify, vocab_size=setup.vocabulary, sequences=rows, model=model)
+    if rows is None and data.sequences is not None and data.sequences < arguments.per_device_train_batch_size:
+        notify(f"There are only {data.sequences} training sequences; one batch has {arguments.per_device_train_batch_size}.")
+    return data
+
+
+def load_parts(setup: TrainSetup, notify: Notify) -> ModelParts:
+    """Loads a recipe's model, and `make_parts` of it."""
+    options = setup.recipe
+    dtype = weights_dtype(options.dtype, setup.checkpoint)
+    return make_parts(setup, lambda: load_model(options.model, options.revision, dtype, options.attn_implementation, notify), notify)
+
+
+def make_parts(setup: TrainSetup, load: Callable[[], Any], notify: Notify) -> ModelParts:
+    """``load``: gives the model with the weights that training starts from, also where a run is resumed: the penalty holds it near those."""
+    from transformers import set_seed
+
+    options, plan = setup.options, setup.plan
+    set_seed(setup.arguments.seed)  # adapters are drawn before Trainer does this
+    model = load()
+    # Under ZeRO-3 the model that is loaded is in pieces without a shape.
+    planned = plan_updates(meta_model(setup.checkpoint.info.config) if current_launch().sharing == "zero3" else model, plan, options)
+    scale = make_residual_scale(model, planned.new_blocks, options)
+    if options.warmup.zero_init and plan is not None:
+        zero_new_blocks(model, plan)
+    penalty = make_penalty(options.regularizer, model, plan)
+    parts = ModelParts(model, planned.updates, scale, penalty)
+    if options.lora is not None:
+        wrapped, updates = with_lora(model, planned.new, options.lora)
+        parts = replace(parts, model=wrapped, updates=updates)
+    if lost := result_dtype.lost_steps(parts.model, setup.arguments.learning_rate):
+        notify(lost)
+    return parts
+
+
+def make_settings(setup: TrainSetup, parts: ModelParts, data: TrainData, notify: Notify) -> GrowthSettings:
+    """Loads the teachers and opens the event log."""
+    options, arguments = setup.options, setup.arguments
+    events = EventLog(setup.out / EVENTS_FILE if arguments.should_save else None, notify)
+    with local_main_process_first(arguments, "the teachers"):
+        distiller, teacher_flops, teacher_facts = make_distiller(setup, data, notify)
+    for facts in teacher_facts:
+        events.write("teacher", 0, **facts)
+    return GrowthSettings(
+        updates=parts.updates, residual_scale=parts.residual_scale, warmup=options.warmup, phases=options.phases,
+        after_growth=options.after_growth, penalty=parts.penalty, distiller=distiller, aux_loss=_aux_loss(setup, parts.model),
+        monitor=options.monitor, events=events, old_set=options.old_set if options.old_set in data.evals else None,
+        flops_per_token=flops_per_token(setup) + teacher_flops, given_arguments=frozenset(setup.given_arguments),
+        trained_parts=[*options.train, *(f"but {p}" for p in options.freeze)], model_ref=setup.checkpoint.ref,
+    )  # fmt: skip
+
+
+def _aux_loss(setup: TrainSetup, model: Any) -> float | None:
+    """The coefficient of a mixture's router loss, which is also set in the model."""
+    if not setup.checkpoint.info.architecture.is_moe or not setup.options.moe.aux_loss:
+        return None
+    given = setup.options.moe.aux_coefficient
+    coefficient = float(model.config.router_aux_loss_coef if given is None else given)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.router_aux_loss_coef = coefficient
+    return coefficient
+
+
+class SetupHooks(TrainingHooks):
+    """growth.json, the files beside the weights, and the source of the growth as a baseline."""
+
+    def __init__(self, setup: TrainSetup, model: Any, data: TrainData, notify: Notify) -> None:
+        self.setup, self.model, self.data, self.notify = setup, model, data, notify
+        self.after_training: Mapping[str, Any] = {}
+        """Further facts about a finished training, for growth.json."""
+        self._kl: SourceKL | None = None
+        self._overflow_step = -1
+
+    def before_training(self, trainer: BaseGrowTrainer, resumed: bool) -> None:
+        losses, self._kl = measure_source(self.setup, self.data, trainer.growth.events, self.notify, resumed=resumed)
+        trainer.growth_state.source_losses |= losses
+
+    def source_kl(self, model: Any) -> float | None:
+        return None if self._kl is None else self._kl(model)
+
+    def growth_record(self, trainer: BaseGrowTrainer) -> Mapping[str, Any] | None:
+        step, state = int(trainer.state.global_step), trainer.growth_state
+        losses = {"start": dict(state.start_losses), "end": dict(state.last_losses)}
+        losses |= {"source": dict(state.source_losses)} if state.source_losses else {}
+        facts = {"steps": step, "tokens": step * self.setup.tokens_per_step, "data": self.data.describe(), "losses": losses}
+        return growth_record(self.setup, facts | dict(self.after_training))
+
+    def save_files(self, folder: Path) -> None:
+        if hasattr(self.model, "get_base_model"):
+            lora.save_fully_trained(self.model, folder)
+        else:
+            copy_companions(self.setup, folder)
+
+    def load_files(self, folder: Path) -> None:
+        if hasattr(self.model, "get_base_model"):
+            lora.load_fully_trained(self.model, folder)
+
+    def result_dtypes(self, trainer: BaseGrowTrainer) -> Mapping[str, torch.dtype]:
+        model, step = trainer.accelerator.unwrap_model(trainer.model), int(trainer.state.global_step)
+        if hasattr(model, "get_base_model"):
+            return {}
+        dtypes = result_dtype.result_dtypes(self.setup.checkpoint, self.setup.options.save_dtype, model)
+        if not result_dtype.overflows_anywhere(trainer, model, dtypes):
+            return dtypes
+        if self._overflow_step != step:
+            self._overflow_step = step
+            reason = "weights too large for float16: the result has the dtype of the training"
+            trainer.growth.events.write("overflow", step, reason=reason)
+        return {}
+
+    def finish_result(self, folder: Path) -> None:
+        if not hasattr(self.model, "get_base_model"):
+            finish_result(self.setup, folder)
+
+
+def copy_companions(setup: TrainSetup, folder: Path) -> None:
+    """Tokenizer, generation config and licence, byte for byte; another tokenizer than the model's own is saved anew."""
+    source = setup.checkpoint.folder
+    if source is not None:
+        for relative in companions(source):
+            (folder / relative).parent.mkdir(exist_ok=True)
+            (folder / relative).write_bytes(companion_bytes(source / relative))
+    if setup.save_tokenizer and setup.tokenizer is not None:
+        setup.tokenizer.save_pretrained(folder)
+        (folder / TOKENIZER_CONFIG).write_bytes(companion_bytes(folder / TOKENIZER_CONFIG))
+
+
+class RecipeHooks(SetupHooks):
+    """With the progress that `hf-grow train` shows."""
+
+    def __init__(self, setup: TrainSetup, model: Any, data: TrainData, notify: Notify, show: Callable[[str], None]) -> None:
+        from hf_grow.training.trainer.progress import Progress
+
+        super().__init__(setup, model, data, notify)
+        self.progress = Progress(setup.tokens_per_step, show)
+
+    def after_evaluation(self, state: Any, metrics: Mapping[str, float]) -> None:
+        self.progress.show_evaluation(state, metrics)
+
+
+def make_recipe_trainer(
+    setup: TrainSetup, parts: ModelParts, data: TrainData, notify: Notify, show: Callable[[str], None]
+) -> BaseGrowTrainer:
+    """The trainer of a recipe. ``show`` gets the progress where there is no terminal."""
+    from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+
+    from hf_grow.training.trainer.trainer import BaseGrowTrainer
+
+    recipe = setup.recipe
+    hooks = RecipeHooks(setup, parts.model, data, notify, show)
+    trainer = BaseGrowTrainer(
+        model=parts.model,
+        args=setup.arguments,
+        train_dataset=data.train,
+        eval_dataset=data.evals or None,
+        data_collator=data.collator,
+        growth=make_settings(setup, parts, data, notify),
+        hooks=hooks,
+    )
+    for replaced in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(replaced)
+    trainer.add_callback(hooks.progress)
+    if recipe.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience, recipe.early_stopping_threshold))
+    return trainer

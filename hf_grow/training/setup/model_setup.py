@@ -1,0 +1,118 @@
+"""The model of a training: its weights, which parameters are new and train when, LoRA, and its FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.checkpoint.source import open_source
+from hf_grow.convert.in_memory import untie_config
+from hf_grow.errors import InputError, SourceError
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.model import flops
+from hf_grow.model.loading import reset_output_flags, transformers_errors
+from hf_grow.model.meta_model import meta_model
+from hf_grow.training.config.lora_options import LoraOptions
+from hf_grow.training.config.train_options import TrainOptions
+from hf_grow.training.param_updates import param_provenance
+from hf_grow.training.param_updates.masks import EVERYTHING, Mask, select
+from hf_grow.training.param_updates.parameter_map import parameter_map
+from hf_grow.training.param_updates.residual_scale import ResidualScale
+from hf_grow.training.param_updates.updates import ParamUpdates
+from hf_grow.training.peft import lora
+from hf_grow.training.setup.train_setup import Notify, TrainSetup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ModelUpdates:
+    """Which entries of which parameters are new, and which train."""
+
+    updates: ParamUpdates
+    new: Mapping[str, Mask]
+    new_blocks: tuple[int, ...]
+    """Decoder layers that the growth added."""
+
+
+def weights_dtype(dtype: str, checkpoint: Checkpoint) -> str:
+    """The dtype to load weights in. ``auto`` is float32, whatever the checkpoint is stored in and autocast computes in (float64 stays float64).
+
+    In bf16 most steps are lost to rounding; in fp16 Adam's epsilon is zero and squared gradients underflow.
+    """
+    if dtype != "auto":
+        return dtype
+    return "float64" if any(t.dtype == "F64" for t in checkpoint.info.tensors.values()) else "float32"
+
+
+def load_model(ref: str, revision: str | None, dtype: str, attention: str | None, notify: Notify) -> PreTrainedModel:
+    """The model of a checkpoint, its weights downloaded if need be. Raises SourceError for what cannot be loaded whole."""
+    from transformers import AutoModelForCausalLM
+
+    held = open_source(ref, revision=revision, weights=True, notify=notify)
+    assert held.folder is not None
+    options = {} if attention is None else {"attn_implementation": attention}
+    with transformers_errors(f"the model of {ref}"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            held.folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise SourceError(f"The weights of {ref} lack {missing[0]} ({len(missing)} tensors); they would be random.")
+    loaded: PreTrainedModel = model
+    untie_config(loaded)
+    reset_output_flags(loaded.config)
+    return loaded
+
+
+def plan_updates(model: PreTrainedModel, plan: GrowthPlan | None, options: TrainOptions) -> ModelUpdates:
+    """Masks of what is new and what trains. Raises InputError where the options name a part that this model does not have."""
+    names = [n for n, _ in model.named_parameters()]
+    new = param_provenance.new_masks(model, plan)
+    wanted = {p for p in (*options.train, *options.freeze, *(q for phase in options.phases for q in phase.train)) if p != EVERYTHING}
+    parts = param_provenance.parts(model, plan) if wanted else {}
+    trains = select(names, parts, options.train, but=options.freeze)
+    phases = [select(names, parts, phase.train) for phase in options.phases]
+    blocks = tuple(i for i, o in enumerate(plan.growth.layers) if o.new or o.identity) if plan is not None else ()
+    return ModelUpdates(ParamUpdates(trains, new, phases), new, blocks)
+
+
+def zero_new_blocks(model: PreTrainedModel, plan: GrowthPlan) -> None:
+    """Sets to zero what new blocks write to the residual stream, so that they start as identity blocks."""
+    import torch
+
+    where, held = parameter_map(model), dict(model.named_parameters())
+    with torch.no_grad():
+        for name, entry in plan.architecture.tensors.items():
+            if entry.writes_residual and plan.growth.layers[entry.layer].new:
+                where[name].of(held[where[name].parameter]).zero_()
+
+
+def make_residual_scale(model: Any, new_blocks: Sequence[int], options: TrainOptions) -> ResidualScale | None:
+    """For new blocks that are blended in or measured; None where there are none. Raises InputError if the options need them all the same."""
+    if new_blocks:
+        return ResidualScale(model, new_blocks)
+    if options.warmup.alpha_steps or options.monitor.contribution_steps:
+        raise InputError("warmup.alpha_steps and monitor.contribution_steps need new blocks, and this model has none.")
+    return None
+
+
+def with_lora(model: PreTrainedModel, new: Mapping[str, Mask], options: LoraOptions) -> tuple[Any, ParamUpdates]:
+    """The peft model, and what trains in it under its names."""
+    wrapped = lora.add_lora(model, options, new)
+    full = set(lora.fully_trained_parameters(wrapped))
+    names = {n: bool(p.requires_grad) for n, p in wrapped.named_parameters()}
+    return wrapped, ParamUpdates(names, {n: n in full for n in names})
+
+
+def flops_per_token(setup: TrainSetup) -> float:
+    """FLOPs of forward and backward per token, with what the options freeze or add."""
+    model: Any = meta_model(setup.checkpoint.info.config)
+    planned = plan_updates(model, setup.plan, setup.options)
+    planned.updates.freeze(model)
+    if setup.options.lora is not None:
+        model, _ = with_lora(model, planned.new, setup.options.lora)
+    return flops.training_flops(model, setup.seq_length)

@@ -1,0 +1,72 @@
+"""The teachers of a distillation: models in memory, or their logits written to disk beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_grow.checkpoint.source import open_source
+from hf_grow.errors import InputError
+from hf_grow.model import flops
+from hf_grow.training.config.distill_options import DistillOptions, Teacher
+from hf_grow.training.distillation.distill import Distiller, teacher_from_model
+from hf_grow.training.distillation.logit_cache import write_logit_cache
+from hf_grow.training.setup.model_setup import load_model
+from hf_grow.training.setup.option_checks import resolve_teacher
+from hf_grow.training.setup.train_setup import Notify, TrainSetup
+
+
+def make_distiller(setup: TrainSetup, data: Any, notify: Notify) -> tuple[Distiller | None, float, list[dict[str, Any]]]:
+    """The teachers, the FLOPs a token that those in memory cost, and events about them."""
+    options = setup.options.distill
+    if options is None:
+        return None, 0.0, []
+    teachers, cost, events = [], 0.0, []
+    for i, teacher in enumerate(options.teachers):
+        ref, revision = resolve_teacher(teacher, setup.plan)
+        if options.top_k is None:
+            model = load_model(ref, revision, options.dtype, setup.options.attn_implementation, notify)
+            cost += flops.forward_flops(open_source(ref, revision=revision, weights=False).info.config, setup.seq_length)
+            teachers.append(teacher_from_model(model))
+            events.append({"model": ref, "cache": "", "covered": 1.0})
+            continue
+        folder = _cache_folder(options, setup.out, i)
+        cache = _logit_cache(setup, options, teacher, data, folder, notify)
+        teachers.append(cache)
+        events.append({"model": ref, "cache": str(folder), "covered": cache.meta.get("covered")})
+    return Distiller(options, teachers), cost, events
+
+
+def _cache_folder(options: DistillOptions, out: Path, number: int) -> Path:
+    return (Path(options.cache) if options.cache else out / "teacher-logits") / f"teacher-{number}"
+
+
+def _logit_cache(setup: TrainSetup, options: DistillOptions, teacher: Teacher, data: Any, folder: Path, notify: Notify) -> Any:
+    assert options.top_k is not None
+    if not hasattr(data.train, "__len__"):
+        raise InputError("distill.top_k needs text that is not streamed: the teacher reads it beforehand.", hint="Leave top_k out.")
+    ref, revision = resolve_teacher(teacher, setup.plan)
+    held = open_source(ref, revision=revision, weights=False)
+    identity = f"{ref}@{revision or ''} {sorted((f, str(sorted(facts.items()))) for f, facts in held.files.items())}"
+    if not folder.is_dir():
+        notify(f"{ref} reads the training text; its {options.top_k} largest logits a position go to {folder}.")
+    model = load_model(ref, revision, options.dtype, setup.options.attn_implementation, notify)
+    model.to(setup.arguments.device)
+    rows = Collated(data.train, data.collator)
+    return write_logit_cache(model, rows, folder, top_k=options.top_k, dtype=options.cache_dtype, identity=identity)
+
+
+@dataclass(frozen=True)
+class Collated(Sequence[Mapping[str, Any]]):
+    """Rows as the trainer sees their input ids (a row that is not full is filled)."""
+
+    rows: Any
+    collate: Any
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return {"input_ids": self.collate([self.rows[int(index)]])["input_ids"][0].numpy()}
