@@ -1,4 +1,4 @@
-"""`hf-grow inspect`: what a checkpoint is, its ancestors, and its layer map in the terminal, as SVG and as PNG."""
+"""`hf-grow inspect`: facts, lineage and layer map of a checkpoint, in the terminal, as SVG and as PNG."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def plan_of(method: str, layers: int = 4, **options: Any) -> GrowthPlan:
 
 
 def shown(show: Any, what: Any, *, encoding: str = "utf-8") -> str:
-    """What a terminal of 100 columns shows."""
+    """The output in a terminal of 100 columns."""
     raw = io.BytesIO()
     console = Console(file=io.TextIOWrapper(raw, encoding=encoding), width=100, highlight=False, color_system=None)
     show(console, what)
@@ -90,7 +90,7 @@ def test_ranges_as_plans_print_them() -> None:
 
 
 @pytest.mark.parametrize("sources", [["0"], [-1], [4], [True], [], [1.0]])
-def test_layers_that_cannot_be_are_refused(sources: list[Any]) -> None:
+def test_impossible_layers_are_refused(sources: list[Any]) -> None:
     record = json.loads(json.dumps(plan_of("dus", layers_to=6).to_json()))
     record["growth"]["layers"][2]["sources"] = sources
     with pytest.raises(SourceError, match=r"growth\.json is damaged"):
@@ -125,7 +125,7 @@ def test_the_svg_has_a_block_for_every_layer_and_a_line_for_every_origin() -> No
     assert text == svg_of(plan)[0]
 
 
-def test_the_svg_is_told_to_those_who_do_not_see_it() -> None:
+def test_the_svg_has_a_text_alternative() -> None:
     _, root = svg_of(plan_of("identity", layers_to=6))
     title, desc = root.find(f"{SVG}title"), root.find(f"{SVG}desc")
     assert root.get("role") == "img"
@@ -135,8 +135,8 @@ def test_the_svg_is_told_to_those_who_do_not_see_it() -> None:
     assert "2 from 1 (adds nothing until trained)" in (desc.text or "")
 
 
-def test_the_svg_brings_its_own_ground_and_nothing_from_outside() -> None:
-    """Readable on dark pages too; and as in an <img>, nothing is loaded or run."""
+def test_the_svg_has_its_own_background_and_loads_nothing() -> None:
+    """Readable on dark pages too, and safe in an <img>, where nothing is loaded or run."""
     text, root = svg_of(plan_of("dus", layers_to=6))
     ground = next(r for r in root.iter(f"{SVG}rect") if r.get("rx") == "8")
     assert (ground.get("width"), ground.get("height")) == (root.get("width"), root.get("height"))
@@ -171,7 +171,7 @@ def test_png_is_drawn_with_the_same_proportions(tmp_path: Path) -> None:
     save_picture(layers, "small", "large", tmp_path / "map.png")  # its own work may be replaced
 
 
-def test_what_a_picture_does_not_replace(tmp_path: Path) -> None:
+def test_a_picture_replaces_no_other_file(tmp_path: Path) -> None:
     layers = layer_map(plan_of("dus", layers_to=6))
     (tmp_path / "mine.svg").write_text("<svg/>")
     with pytest.raises(OutputError, match="hf-grow did not draw it"):
@@ -183,7 +183,7 @@ def test_what_a_picture_does_not_replace(tmp_path: Path) -> None:
     assert (tmp_path / "mine.svg").read_text() == "<svg/>"
 
 
-def test_more_layers_than_a_picture_holds() -> None:
+def test_too_many_layers_for_a_picture() -> None:
     with pytest.raises(InputError, match="at most 1000 layers"):
         draw(layer_map(plan_of("stack", 600)), "a", "b")
     root = ElementTree.fromstring(to_svg(draw(layer_map(plan_of("stack", 126)), "a", "b")))
@@ -249,7 +249,7 @@ def test_the_lineage_reaches_the_first_ancestor_and_the_further_sources() -> Non
         [{"source": {"ref": "\x1b[31mred", "revision": "\n\n"}, "method": "[bold]x[/]", "layers": [1, 2, 3]}], [{}] * 3000,
     ],
 )  # fmt: skip
-def test_a_history_of_another_form_does_no_harm(history: list[Any]) -> None:
+def test_a_malformed_history_is_ignored(history: list[Any]) -> None:
     tree = lineage("model", history)
     said = shown(show_lineage, tree) + "\n".join(tree.ascii())
     assert "\x1b" not in said
@@ -270,7 +270,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_inspect_shows_all_of_it(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_facts_lineage_and_layer_map(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(chain / "wide"), "--picture", str(tmp_path / "map.svg")]) == 0
     said = capsys.readouterr()
     assert "wrote " in said.err
@@ -302,13 +302,13 @@ def test_inspect_as_json(chain: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert facts["lineage"]["sources"] == []
 
 
-def test_inspect_refuses_a_picture_of_what_was_not_grown(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_refuses_a_picture_of_an_ungrown_checkpoint(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(chain / "small"), "--picture", str(tmp_path / "map.svg")]) == 2
     assert "was not grown by hf-grow" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_record_is_told_and_the_rest_still_shown(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_record_is_reported_and_the_rest_shown(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "copy"
     api.grow(chain / "small", copy, "dus", layers_to=6)
     record = json.loads((copy / "growth.json").read_text())

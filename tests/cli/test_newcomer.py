@@ -1,4 +1,4 @@
-"""What somebody meets who has never used it: greetings, near misses, and where a wrong source is sent."""
+"""First use: the greeting, suggestions for mistyped names, and messages for wrong sources."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """What a command says that refuses its input."""
+    """The message of a command that rejects its input."""
     assert main([str(w) for w in words]) == 2
     return capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["help"]], ids=["alone", "help"])
-def test_alone_it_greets_with_the_next_step(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_arguments_it_greets_with_the_next_step(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "next: hf-grow plan" in said
@@ -73,13 +73,13 @@ COMMAND_LINES = {
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)
-def test_near_misses_on_the_command_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_suggestions_on_the_command_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = told(capsys, *line.split())
     assert COMMAND_LINES[line] in said
     assert "--help" in said or "Commands: " in said or "Give a YAML file" in said
 
 
-def test_all_wrong_flags_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_wrong_flags_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     said = told(capsys, "dus", "m", "--layers", "3", "--hidden_size", "--dryrun")
     assert all(flag in said for flag in ("--layers.", "--hidden_size.", "--dryrun. Did you mean --dry-run?"))
 
@@ -93,12 +93,12 @@ KEYS = {
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_near_misses_in_a_training_recipe(key: str) -> None:
+def test_suggestions_in_a_training_recipe(key: str) -> None:
     (mistake,) = [m for m in read_recipe({"model": "m", "data": {"train": "t"}, key: 1}).mistakes if m.startswith(key)]
     assert mistake.startswith(f"{key}: unknown key. Did you mean {KEYS[key]}? Known: ")
 
 
-def test_near_misses_deeper_in_a_recipe_and_in_growth_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_suggestions_for_nested_keys_and_in_growth_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = read_recipe({"model": "m", "data": {"train": "t", "seqlength": 3}, "regularizer": {"kind": "ewc", "lamda": 3}}).mistakes
     assert any("data.seqlength: unknown key. Did you mean seq_length?" in m for m in found)
     assert any("regularizer.lamda: unknown key. Did you mean lambda?" in m for m in found)
@@ -112,8 +112,7 @@ def test_near_misses_deeper_in_a_recipe_and_in_growth_recipes(tmp_path: Path, ca
     assert "Unknown method 'identiy'. Did you mean identity?" in told(capsys, "grow", file)
 
 
-def test_every_synonym_leads_somewhere() -> None:
-    """No word of the table suggests what there is not."""
+def test_every_synonym_names_something_that_exists() -> None:
     options = {f for m in METHODS.values() for f in m.options.model_fields}
     other = {"output", "overwrite", "source", "device", "text", "dtype", "calibrate_lr", "batch", "batch_size"}  # flags of single commands
     there = {
@@ -132,7 +131,7 @@ def test_every_synonym_leads_somewhere() -> None:
 
 def test_a_failure_is_json_too(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [
-        (["dus", source, "--to", "10B", "-o", tmp_path / "out"], 2, "cannot be met", "Reachable"),
+        (["dus", source, "--to", "10B", "-o", tmp_path / "out"], 2, "cannot be reached", "Reachable"),
         (["dsu", source], 2, "Did you mean", "Commands: "),
         (["plan", source], 2, "--to", "--help"),
         (["plan", source, "--to", "3 apples"], 2, "no size", ""),
@@ -159,8 +158,8 @@ def test_an_interruption_is_json_too(source: Path, capsys: pytest.CaptureFixture
     assert (facts["status"], "--resume" in facts["error"]) == (1, True)
 
 
-def test_a_card_writes_the_command_as_it_is_typed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The growth's own command, sizes and ranges as the flags read them, quoted for a shell; the same command plans the same growth."""
+def test_a_card_has_the_command_as_it_is_typed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command is quoted for a shell, with sizes and ranges as the flags take them, and plans the same growth."""
     monkeypatch.chdir(source.parent)
     typed = [
         f"hf-grow dus ./{source.name} --layers-to 6 --noise 0.01",
@@ -180,13 +179,13 @@ def test_a_card_writes_the_command_as_it_is_typed(source: Path, tmp_path: Path, 
     assert {m for m in METHODS if m in COMMANDS} == OWN_COMMAND | {m.name for m in METHODS.values() if m.name == m.kind}
 
 
-def test_sizes_are_written_short_only_where_that_says_all_of_them() -> None:
+def test_sizes_are_abbreviated_only_if_that_is_exact() -> None:
     for value in (10_700_000_000, 135_000_000, 10**12, 1_234_567, 134_515_008, 999, 10_000_000_001):
         assert parse_size(size(value)) == value
     assert (size(10_700_000_000), size(134_515_008), size(135_000_000)) == ("10.7B", "134515008", "135M")
 
 
-def test_a_card_tells_provenance_and_source_and_ranges(source: Path, tmp_path: Path) -> None:
+def test_a_card_has_provenance_source_and_ranges(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["dus", str(source), "--layers-to", "6", "-o", str(out)]) == 0
     assert main(["verify", str(source), str(out), "--structure-only"]) == 0
@@ -197,18 +196,18 @@ def test_a_card_tells_provenance_and_source_and_ranges(source: Path, tmp_path: P
     assert "Layers 3-4 are further copies" in card
 
 
-def test_after_a_training_come_the_proof_and_the_card(source: Path, tmp_path: Path) -> None:
+def test_after_training_the_next_commands_are_verify_and_card(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["dus", str(source), "--layers-to", "6", "-o", str(out)]) == 0
     assert after_training(out) == [("verify", str(source), out), ("card", out)]
     assert after_training(source) == [("inspect", source)]
 
 
-def test_of_a_long_word_only_the_beginning_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Comparing takes the square of the length, and keys of a recipe may have a million letters."""
+def test_only_the_beginning_of_a_long_word_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing takes quadratic time, and keys of a recipe may have a million letters."""
     compared: list[int] = []
-    alike = suggest._alike
-    monkeypatch.setattr(suggest, "_alike", lambda a, b: compared.append(len(a)) or alike(a, b))
+    ratio = suggest._ratio
+    monkeypatch.setattr(suggest, "_ratio", lambda a, b: compared.append(len(a)) or ratio(a, b))
     assert suggest.closest("learning_rate" + "x" * 100_000, ["learning_rate", "seed"]) is None
-    assert compared and max(compared) <= suggest.LONGEST
+    assert compared and max(compared) <= suggest.MAX_LENGTH
     assert suggest.closest("learnig_rate", ["learning_rate", "seed"]) == "learning_rate"

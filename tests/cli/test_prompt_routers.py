@@ -1,4 +1,4 @@
-"""`hf-grow experts --router prompts`: the rows that were measured on the source stand in the grown checkpoint, and are its plan's."""
+"""`hf-grow experts --router prompts`: router rows measured on the source are those of the grown checkpoint and of its plan."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["prompts", "cheap-embed"])
-def test_the_measured_rows_are_the_router_s(kind: Any, source: Path, tmp_path: Path) -> None:
+def test_the_router_has_the_measured_rows(kind: Any, source: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.yaml").write_text(json.dumps(PROMPTS))
     out = tmp_path / "out"
     words = ["experts", str(source), "--experts", "3", "--router", kind, "--prompts", str(tmp_path / "prompts.yaml"), "--router-std", "0.1"]
@@ -55,7 +55,7 @@ def test_the_measured_rows_are_the_router_s(kind: Any, source: Path, tmp_path: P
 
 
 def test_cheap_rows_are_means_of_embeddings(source: Path, tmp_path: Path) -> None:
-    """The whole way against a reference by hand."""
+    """From prompts to weights, against a reference computed by hand."""
     api.grow(source, tmp_path / "out", "experts", experts=3, router="cheap-embed", prompts=PROMPTS, router_std=1.0)
     embedding = on_disk(make(BY_NAME["llama"]))["model.embed_tokens.weight"].double()
     ids = {w: i + 1 for i, w in enumerate(WORDS)}
@@ -68,7 +68,7 @@ def test_cheap_rows_are_means_of_embeddings(source: Path, tmp_path: Path) -> Non
     assert torch.allclose(found[1].double(), second / second.norm() * 48**0.5, atol=4e-3)
 
 
-def test_a_prompt_can_stand_by_its_last_token(source: Path, tmp_path: Path) -> None:
+def test_pooling_can_take_the_last_token(source: Path, tmp_path: Path) -> None:
     for pooling in ("mean", "last"):
         api.grow(source, tmp_path / pooling, "experts", experts=3, router="prompts", prompts=PROMPTS, prompt_pooling=pooling)
     mean, last = (load_file(tmp_path / pooling / "model.safetensors") for pooling in ("mean", "last"))
@@ -78,7 +78,7 @@ def test_a_prompt_can_stand_by_its_last_token(source: Path, tmp_path: Path) -> N
     assert torch.allclose(last[name], rows[0] * 0.02 * 48**0.5, atol=4e-4)
 
 
-def test_a_plan_that_was_not_measured_is_refused_by_name(source: Path) -> None:
+def test_an_unmeasured_plan_is_refused(source: Path) -> None:
     model = make(BY_NAME["llama"])
     plan = api.plan(model, "experts", experts=3, router="prompts", prompts=PROMPTS)
     assert plan.growth.measurements

@@ -1,4 +1,4 @@
-"""What reaches the terminal: nothing that an untrusted file wrote for the terminal itself, one message whatever becomes of stdout and the environment."""
+"""Terminal output: no control characters from untrusted files, and one message for every failure of stdout and the environment."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(make(BY_NAME["mistral"], dtype=torch.bfloat16), tmp_path_factory.mktemp("terminal") / "small")
 
 
-def speaks(text: str) -> list[str]:
-    """Characters that a terminal would obey, or could not show."""
+def control_characters(text: str) -> list[str]:
+    """Characters that a terminal would interpret or cannot show."""
     return [c for c in text if not c.isprintable() and c != "\n"]
 
 
-def test_shown_keeps_what_is_readable_and_escapes_the_rest() -> None:
+def test_printable_keeps_text_and_escapes_control_characters() -> None:
     assert printable("Größe 日本\nnext") == "Größe 日本\nnext"
-    assert not speaks(printable(HOSTILE))
+    assert not control_characters(printable(HOSTILE))
     assert "\\x1b[31mred" in printable(HOSTILE) and "\\u202e" in printable(HOSTILE) and "\\ud800" in printable(HOSTILE)
     long = printable("a" * 200_000 + "\n" + "b" * 10)
     assert len(long) <= MAX_COLUMNS + 11 and long.startswith("aaa") and long.endswith("a\nbbbbbbbbbb")
 
 
-def test_every_message_is_fit_to_be_read() -> None:
+def test_messages_are_printable_and_bounded() -> None:
     error = InputError(HOSTILE + "x" * 200_000 + "\ny" * 100_000, hint=HOSTILE)
-    assert not speaks(str(error))
+    assert not control_characters(str(error))
     assert len(str(error)) < 4_000
     assert "more lines" in str(error)
 
@@ -58,17 +58,17 @@ def config_with(source: Path, folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     "change", [{"model_type": "\x1b[2J\x9b"}, {"hidden_size": "\x1b]0;owned\x07" * 9_000}, {"tie_word_embeddings": "\x1b[5m"}]
 )
-def test_a_config_cannot_speak_to_the_terminal(
+def test_a_config_cannot_send_control_characters(
     change: dict[str, str], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = config_with(source, tmp_path / "bad", **change)
     assert main(["inspect", str(bad)]) == 2
     said = capsys.readouterr()
-    assert not speaks(said.err + said.out)
+    assert not control_characters(said.err + said.out)
     assert len(said.err) < 4_000
 
 
-def test_neither_can_a_growth_json(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_growth_json_cannot_send_control_characters(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dus", str(source), "-o", str(tmp_path / "out")]) == 0
     record = tmp_path / "out" / "growth.json"
     data = json.loads(record.read_text())
@@ -86,7 +86,7 @@ def test_neither_can_a_growth_json(source: Path, tmp_path: Path, capsys: pytest.
             ]
         )
         said = capsys.readouterr()
-        assert not speaks(said.err + said.out), words
+        assert not control_characters(said.err + said.out), words
         if "--json" in words:
             assert json.loads(said.out)
 
@@ -109,7 +109,7 @@ def test_a_full_disk_behind_stdout_is_one_message(words: list[str], source: Path
     assert "No space left" in said
 
 
-def test_a_closed_stdout_is_no_traceback(source: Path) -> None:
+def test_a_closed_stdout_gives_no_traceback(source: Path) -> None:
     script = f'exec "{sys.executable}" -m hf_grow inspect "{source}" --json >&-'
     done = subprocess.run(["bash", "-c", script], stderr=subprocess.PIPE, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
@@ -117,7 +117,7 @@ def test_a_closed_stdout_is_no_traceback(source: Path) -> None:
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
 @pytest.mark.parametrize("value", ["x", "-1", "1e3", "٣", "9" * 400])
-def test_what_a_launcher_left_behind_must_be_numbers(
+def test_variables_of_a_launcher_must_be_numbers(
     name: str, value: str, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -125,14 +125,14 @@ def test_what_a_launcher_left_behind_must_be_numbers(
     assert f"unset {name}" in capsys.readouterr().err
 
 
-def test_a_home_of_the_hub_that_is_a_file_is_one_message(tmp_path: Path) -> None:
+def test_a_file_as_hf_home_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     status, said = ended(["inspect", "nobody/nothing"], subprocess.DEVNULL, HF_HOME=str(tmp_path / "file"))
     assert status == 2
     assert "HF_HOME" in said
 
 
-def test_a_terminal_without_unicode_shows_what_it_can(source: Path, tmp_path: Path) -> None:
+def test_a_terminal_without_unicode_gets_escapes(source: Path, tmp_path: Path) -> None:
     (tmp_path / "größe").symlink_to(source)
     for words in (["inspect", tmp_path / "größe"], ["inspect", tmp_path / "größe", "--json"]):
         done = subprocess.run(
@@ -190,7 +190,7 @@ def _many_layers(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "command", ["card {new} --offline", "inspect {new}", "verify {old} {new} --structure-only --no-record", "dus {new} -o {out}"]
 )
-def test_a_growth_json_of_other_types_is_no_traceback(
+def test_a_growth_json_with_wrong_types_gives_no_traceback(
     change: Callable[[dict[str, Any]], None], command: str, source: Path, grown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new = tmp_path / "new"
@@ -206,8 +206,8 @@ def test_a_growth_json_of_other_types_is_no_traceback(
     assert len(said.err) < 4_000
 
 
-def test_what_a_library_prints_past_python_does_not_stand_before_the_json(source: Path) -> None:
-    """As tokenizers does: its warnings are written by Rust, to file descriptor 1."""
+def test_output_of_a_library_to_descriptor_1_does_not_precede_the_json(source: Path) -> None:
+    """tokenizers writes its warnings from Rust to file descriptor 1."""
     code = (
         "import os, sys; from hf_grow import cli\n"
         "run = cli.run_command\n"
