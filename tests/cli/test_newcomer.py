@@ -134,7 +134,7 @@ def test_a_failure_is_json_too(source: Path, tmp_path: Path, capsys: pytest.Capt
         (["dus", source, "--to", "10B", "-o", tmp_path / "out"], 2, "cannot be reached", "Reachable"),
         (["dsu", source], 2, "Did you mean", "Commands: "),
         (["plan", source], 2, "--to", "--help"),
-        (["plan", source, "--to", "3 apples"], 2, "no size", ""),
+        (["plan", source, "--to", "3 apples"], 2, "is not a size", ""),
         (["verify", tmp_path, tmp_path], 2, "", ""),
     ]
     for words, status, message, hint in cases:
