@@ -21,18 +21,18 @@ from hf_grow.publish.push import Destination, Pushed, card_additions, push, retr
 
 
 class PushOptions(Options):
-    """How a folder is published."""
+    """Options of `push`."""
 
     private: bool = False
-    """Make the repository private; refused where a public one exists."""
+    """Make the repository private; refused if a public one exists."""
     revision: str | None = None
-    """Branch to commit to, made if need be; or refs/pr/N."""
+    """Branch to commit to, created if needed; or refs/pr/N."""
     create_pr: bool = False
-    """Open a pull request instead of committing; needs no right to write."""
+    """Open a pull request instead of committing; needs no write permission."""
     message: str | None = None
-    """First line of the commit. Default: method and source."""
+    """First line of the commit message. Default: method and source."""
     dry_run: bool = False
-    """List what would be sent, and send nothing."""
+    """List what would be uploaded, and upload nothing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -323,6 +323,21 @@ def test_the_commands_in_the_card_make_the_trained_model_again(work: Path, tmp_p
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
+def test_files_of_other_commands_that_a_recipe_reads_are_named(tmp_path: Path) -> None:
+    import cards
+
+    folder = cards.folder_of(cards.plan_of("identity"), tmp_path / "big")
+    recipe = {"regularizer": {"kind": "ewc", "fisher": "/home/me/old.fisher"}, "data": {"replay": {"path": ["/home/me/replay", "org/web"]}}}
+    rewrite(folder, record_of(folder) | {"training": {"steps": 7, "losses": {}, "recipe": recipe}})
+    text = flat(make_card(folder, CardOptions(offline=True)).text)
+    assert "The recipe reads `./old.fisher`, written by `hf-grow fisher`. `growth.json` does not record that command" in text
+    assert "Its old text is `./replay`, `org/web`. If `hf-grow replay` sampled it, `growth.json` does not record that command" in text
+    assert "/home" not in text
+    sampled = {"data": {"train": "new.jsonl", "replay": {"self": {}}}}  # by the training itself: the recipe says it all
+    rewrite(folder, record_of(folder) | {"training": {"steps": 7, "losses": {}, "recipe": sampled}})
+    assert "does not record that command" not in make_card(folder, CardOptions(offline=True)).text
+
+
 def test_an_adapter_that_was_merged_is_told(tmp_path: Path) -> None:
     import cards
 
