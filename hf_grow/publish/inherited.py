@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
@@ -45,16 +45,16 @@ def inherit(plan: GrowthPlan, *, license: str | None, base_model: str | None, of
     bases = [_base(plan.source, cards[0], base_model)] + [
         _base(o, c, None) for o, c in zip(plan.source.donors.values(), cards[1:], strict=True)
     ]
-    result = Inherited(
+    inherited = Inherited(
         base_models=tuple(dict.fromkeys(b for b in bases if b)),
         language=tuple(dict.fromkeys(x for c in cards for x in c.language)),
         datasets=tuple(dict.fromkeys(x for c in cards for x in c.datasets)),
     )
     names = [public_ref(s.ref, s.revision) for s in (plan.source, *plan.source.donors.values())]
-    return _with_license(result, license, list(zip(names, cards, strict=True)))
+    return _with_license(inherited, license, list(zip(names, cards, strict=True)))
 
 
-def _with_license(result: Inherited, chosen: str | None, cards: list[tuple[str, SourceCard]]) -> Inherited:
+def _with_license(inherited: Inherited, chosen: str | None, cards: list[tuple[str, SourceCard]]) -> Inherited:
     named = {f"{c.license}\0{c.license_name}": c for _, c in cards if c.licence}
     unknown = [f"{name}: {c.problem or 'its card names no licence'}" for name, c in cards if not c.licence]
     licence, name, link, origin = "", "", "", ""
@@ -77,7 +77,7 @@ def _with_license(result: Inherited, chosen: str | None, cards: list[tuple[str, 
         origin = f"unknown: ask the owner of the source ({'; '.join(unknown)})"
         notes.append(f"The licence is unknown, so the card names none ({'; '.join(unknown)}). Set it with `hf-grow card --license`.")
     known = licenses.find(licence, name)
-    return Inherited(result.base_models, licence, name, link, result.language, result.datasets, known, origin, tuple(notes))
+    return replace(inherited, license=licence, license_name=name, license_link=link, known=known, origin=origin, notes=tuple(notes))
 
 
 def _card(source: SourceInfo, base_model: str | None, offline: bool) -> SourceCard:

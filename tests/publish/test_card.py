@@ -369,7 +369,7 @@ def test_a_growth_that_changes_the_function_is_told_at_the_top(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("verification", "said"),
+    ("verification", "expected_text"),
     [
         (None, "**Not verified.**"),
         ("yes", "**Failed.**"),
@@ -381,13 +381,13 @@ def test_a_growth_that_changes_the_function_is_told_at_the_top(tmp_path: Path) -
         ({"ok": True, "warnings": {"a": 1}}, "**Verified in structure only:**"),
     ],
 )
-def test_the_state_of_the_verification(verification: Any, said: str, tmp_path: Path) -> None:
+def test_the_state_of_the_verification(verification: Any, expected_text: str, tmp_path: Path) -> None:
     if verification == "yes":
         verification = {"ok": False, "checks": [{"name": "tensors", "status": "fail", "detail": "3 of 9 differ"}]}
         assert "| tensors | **failed** | 3 of 9 differ |" in render_card(grown(tmp_path, verification=verification))
     text = render_card(grown(tmp_path, verification=verification))
-    assert said in text
-    assert ("The verification of this checkpoint failed" in text) == ("Failed" in said)
+    assert expected_text in text
+    assert ("The verification of this checkpoint failed" in text) == ("Failed" in expected_text)
 
 
 def test_what_routers_do_stands_in_a_table(tmp_path: Path) -> None:
@@ -693,7 +693,7 @@ def test_the_command_writes_refuses_and_tells(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected_text"),
     [
         ({"license": "MIT or so"}, "not a licence identifier"),
         ({"license": "other"}, "names no licence"),
@@ -703,8 +703,8 @@ def test_the_command_writes_refuses_and_tells(tmp_path: Path, capsys: pytest.Cap
         ({"name": "x\n# y"}, "not a valid model name"),
     ],
 )
-def test_options_that_cannot_be(options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=said):
+def test_options_that_cannot_be(options: dict[str, Any], expected_text: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=expected_text):
         render_card(grown(tmp_path), CardOptions(**options))
 
 

@@ -39,10 +39,10 @@ def test_brackets_in_names_are_no_markup(open_hub: HubServer, tmp_path: Path, ca
     assert run("verify", source, out, "--structure-only") == 0
     assert run("inspect", out) == 0
     assert run("push", out, REPO, "--dry-run") == 0
-    said = capsys.readouterr().out
-    assert f"verify: {source} -> {out}" in said
-    assert "[bold]x.txt" in said
-    assert "y[/z].txt" in said
+    output = capsys.readouterr().out
+    assert f"verify: {source} -> {out}" in output
+    assert "[bold]x.txt" in output
+    assert "y[/z].txt" in output
 
 
 def test_a_token_that_may_only_read_is_told_before_the_growth(
@@ -111,8 +111,8 @@ def test_what_the_repository_ignores_is_not_left_out_in_silence(
 
 def test_the_way_to_go_on_is_the_whole_command(open_hub: HubServer, grown: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_hub.faults.append(Fault("/commit/", "POST", 500))
-    said = refused(capsys, "push", grown, REPO, "--private", "--revision", "dev", "--message", "It is new", status=1)
-    assert f"hf-grow push {grown} {REPO} --private --revision dev --message 'It is new'`" in said
+    output = refused(capsys, "push", grown, REPO, "--private", "--revision", "dev", "--message", "It is new", status=1)
+    assert f"hf-grow push {grown} {REPO} --private --revision dev --message 'It is new'`" in output
 
 
 def test_ctrl_c_while_publishing_says_how_to_publish(
@@ -124,8 +124,8 @@ def test_ctrl_c_while_publishing_says_how_to_publish(
     monkeypatch.setattr("hf_grow.publish.push.commit_files", interrupt)
     out = tmp_path / "more"
     words = ("depth", tmp_path / "small", "--method", "identity", "--layers-to", 4, "-o", out, "--push", REPO)
-    said = refused(capsys, *words, status=1)
-    assert f"Repeat with `hf-grow push {out} {REPO}`" in said
+    output = refused(capsys, *words, status=1)
+    assert f"Repeat with `hf-grow push {out} {REPO}`" in output
     monkeypatch.undo()
 
 
@@ -139,9 +139,9 @@ def test_signed_addresses_stay_out_of_the_log(open_hub: HubServer, grown: Path, 
         assert run("push", grown, REPO) == 0
     finally:
         logging.getLogger("huggingface_hub").removeHandler(heard)
-    said = capsys.readouterr().err
-    assert "thrown while requesting PUT" in said
-    assert "secret-signature" not in said
+    output = capsys.readouterr().err
+    assert "thrown while requesting PUT" in output
+    assert "secret-signature" not in output
 
 
 def test_tokens_that_cannot_be(
@@ -235,7 +235,7 @@ def test_no_bars_in_a_log(open_hub: HubServer, grown: Path, tmp_path: Path, caps
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", None)
         assert run(*words) == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out)["bytes"] > 0
-    assert "Fetching" not in said.err
-    assert "%|" not in said.err
+    output = capsys.readouterr()
+    assert json.loads(output.out)["bytes"] > 0
+    assert "Fetching" not in output.err
+    assert "%|" not in output.err

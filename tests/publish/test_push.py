@@ -63,12 +63,12 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object, status: int = 2,
     capsys.readouterr()
     assert run(*words) == status
     captured = capsys.readouterr()
-    said = captured.err[captured.err.index("hf-grow: ") :]
+    output = captured.err[captured.err.index("hf-grow: ") :]
     assert "Traceback" not in captured.err
-    assert said.count("\n") == lines, said  # what is wrong, and the next step
+    assert output.count("\n") == lines, output  # what is wrong, and the next step
     for secret in (WRITE, READ, "secret-signature"):
-        assert secret not in said
-    return said
+        assert secret not in output
+    return output
 
 
 def weights(folder: Path) -> list[Path]:
@@ -86,17 +86,17 @@ def test_what_was_pushed_loads_from_the_hub(open_hub: HubServer, grown: Path, tm
     from huggingface_hub import ModelCard, snapshot_download
 
     assert run("push", grown, REPO, "--json") == 0
-    said = json.loads(capsys.readouterr().out)
+    output = json.loads(capsys.readouterr().out)
     repo = open_hub.repos[REPO]
-    assert said["commit"] == repo.refs["main"]
-    assert said["url"] == f"{open_hub.url}/{REPO}"
+    assert output["commit"] == repo.refs["main"]
+    assert output["url"] == f"{open_hub.url}/{REPO}"
     assert not repo.private
-    there = repo.commits[said["commit"]]
+    there = repo.commits[output["commit"]]
     here = {p.name: p.read_bytes() for p in grown.iterdir()}
     assert {n: b"".join(b.chunks()) for n, b in there.items() if n != ".gitattributes"} == here
     assert {n for n, b in there.items() if b.lfs} == {p.name for p in weights(grown)}
-    assert said["files"] == len(here)
-    assert said["bytes"] == sum(map(len, here.values()))
+    assert output["files"] == len(here)
+    assert output["bytes"] == sum(map(len, here.values()))
     fetched = Path(snapshot_download(REPO, cache_dir=tmp_path / "cache"))
     assert all((fetched / n).read_bytes() == data for n, data in here.items())
     ids = torch.arange(12).view(1, -1)
@@ -164,29 +164,29 @@ def test_only_the_model_is_sent(open_hub: HubServer, grown: Path, tmp_path: Path
     (grown / ".eval_results").mkdir()
     (grown / ".eval_results" / "a.yaml").write_text("a: 1\n")
     assert run("push", grown, REPO) == 0
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     repo = open_hub.repos[REPO]
     there = repo.commits[repo.refs["main"]]
     assert ".eval_results/a.yaml" in there
     assert not {*stray, "link.txt"} & set(there)
     for name in ("optimizer.pt", "trainer_state.json", ".env", "pytorch_model.bin", "adapter.safetensors", "checkpoint-3/", "link.txt"):
-        assert name in said
+        assert name in output
 
 
 def test_a_dry_run_sends_nothing_and_knows_what_is_there(open_hub: HubServer, grown: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("push", grown, REPO, "--dry-run", "--json") == 0
-    said = json.loads(capsys.readouterr().out)
-    assert not said["exists"]
-    assert said["files"] == {p.name: p.stat().st_size for p in grown.iterdir()}
-    assert said["bytes"] == sum(said["files"].values())
+    output = json.loads(capsys.readouterr().out)
+    assert not output["exists"]
+    assert output["files"] == {p.name: p.stat().st_size for p in grown.iterdir()}
+    assert output["bytes"] == sum(output["files"].values())
     assert open_hub.repos == {}
     assert run("push", grown, REPO) == 0
     assert run("push", grown, REPO, "--dry-run") == 0
     assert "there already" in capsys.readouterr().out
     before = received(open_hub)
     assert run("push", grown, REPO, "--dry-run", "--json") == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["there_already"] == [p.name for p in weights(grown)]
+    output = json.loads(capsys.readouterr().out)
+    assert output["there_already"] == [p.name for p in weights(grown)]
     assert received(open_hub) == before
 
 
@@ -202,13 +202,13 @@ def test_growing_and_publishing_in_one_command(
     assert "someone/grown (nothing sent)" in capsys.readouterr().out
     assert open_hub.log == []
     assert run(*words, "--json") == 0
-    said = json.loads(capsys.readouterr().out)
+    output = json.loads(capsys.readouterr().out)
     repo = open_hub.repos[REPO]
     there = repo.commits[repo.refs["trial"]]
     assert repo.private
     assert repo.messages == ["Up"]
-    assert said["pushed"]["commit"] == repo.refs["trial"]
-    assert {n: b.sha256 for n, b in there.items() if b.lfs} == said["shards"]
+    assert output["pushed"]["commit"] == repo.refs["trial"]
+    assert {n: b.sha256 for n, b in there.items() if b.lfs} == output["shards"]
     assert {p.name for p in (tmp_path / "out").iterdir()} == set(there) - {"README.md", "layer-map.svg", ".gitattributes"}
     card = b"".join(there["README.md"].chunks()).decode()  # of its own, since the folder has none
     assert card.split("---\n", 2)[2].strip().startswith("# grown\n")  # called as the repository is, not as the folder
@@ -232,8 +232,8 @@ def test_a_growth_whose_upload_fails_is_kept_and_pushed_later(
     open_hub: HubServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     open_hub.faults[:] = [Fault("/upload/", "PUT", cut_after=5000)]
-    said = refused(capsys, "dus", source, "--push", REPO, "-o", tmp_path / "out", status=1)
-    assert f"hf-grow push {tmp_path / 'out'} {REPO}" in said
+    output = refused(capsys, "dus", source, "--push", REPO, "-o", tmp_path / "out", status=1)
+    assert f"hf-grow push {tmp_path / 'out'} {REPO}" in output
     open_hub.faults.clear()
     assert run("push", tmp_path / "out", REPO) == 0
 
@@ -248,8 +248,8 @@ def test_a_push_that_broke_off_sends_only_the_rest(
     """All uploads but the first two fail; the library's own retries as well."""
     good = [Fault("/upload/", "PUT", times=1), Fault("/upload/", "PUT", times=1)]
     open_hub.faults[:] = [*good, fault]
-    said = refused(capsys, "push", grown, REPO, status=1)
-    assert f"Repeat with `hf-grow push {grown} {REPO}`" in said
+    output = refused(capsys, "push", grown, REPO, status=1)
+    assert f"Repeat with `hf-grow push {grown} {REPO}`" in output
     repo = open_hub.repos[REPO]
     assert set(repo.commits[repo.refs["main"]]) == {".gitattributes"}  # nothing looks whole
     arrived = sum(map(len, open_hub.objects.values()))
@@ -315,9 +315,9 @@ def test_what_is_not_whole_or_not_what_it_says_is_not_published(
 
 def test_doubts_are_told(open_hub: HubServer, grown: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("push", grown, REPO) == 0
-    said = " ".join(capsys.readouterr().err.split())
-    assert "was not verified" in said
-    assert f"will show your path {source}" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert "was not verified" in output
+    assert f"will show your path {source}" in output
     edit(grown, verification={"ok": True}, source={"ref": "someone/small"})
     assert run("push", grown, REPO) == 0
     assert capsys.readouterr().err == ""
@@ -366,9 +366,9 @@ def test_no_token_and_a_wrong_one(
     assert open_hub.log == []
     monkeypatch.setenv("HF_TOKEN", "hf_wrongwrongwrong")
     for extra in ([], ["--dry-run"]):
-        said = refused(capsys, "push", grown, REPO, *extra)
-        assert "does not accept your token" in said
-        assert "hf_wrong" not in said
+        output = refused(capsys, "push", grown, REPO, *extra)
+        assert "does not accept your token" in output
+        assert "hf_wrong" not in output
 
 
 def test_no_right_to_write_no_namespace_no_branch(
@@ -388,9 +388,9 @@ def test_a_repository_that_goes_away(open_hub: HubServer, grown: Path, capsys: p
 
 def test_a_full_account(open_hub: HubServer, grown: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_hub.quota = total(grown) - 1
-    said = refused(capsys, "push", grown, REPO, status=1)
-    assert "storage quota of someone" in said
-    assert "is exhausted" in said
+    output = refused(capsys, "push", grown, REPO, status=1)
+    assert "storage quota of someone" in output
+    assert "is exhausted" in output
 
 
 def test_no_network(open_hub: HubServer, grown: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -400,8 +400,8 @@ def test_no_network(open_hub: HubServer, grown: Path, monkeypatch: pytest.Monkey
         port = free.getsockname()[1]
     with monkeypatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", f"http://user:{WRITE}@127.0.0.1:{port}")
-        said = refused(capsys, "push", grown, REPO, status=1)
-    assert f"The connection to http://127.0.0.1:{port} failed (ConnectError)" in said
+        output = refused(capsys, "push", grown, REPO, status=1)
+    assert f"The connection to http://127.0.0.1:{port} failed (ConnectError)" in output
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "Unset HF_HUB_OFFLINE" in refused(capsys, "push", grown, REPO)
 

@@ -228,9 +228,9 @@ def test_trainings_and_growths_in_turn(work: Path, tmp_path: Path, capsys: pytes
     assert seen["training"]["steps"] == 6
     assert seen["lineage"]["step"] == "identity, layers 2 -> 4, lossless; then trained for 6 steps (192 tokens)"
     assert main(["inspect", str(tmp_path / "again")]) == 0
-    said = capsys.readouterr().out
-    assert "since then" in said
-    assert re.sub(r"[\s│]+", " ", said).count("trained for 6 steps (192 tokens)") == 2  # not cut off in the tree either
+    expected_text = capsys.readouterr().out
+    assert "since then" in expected_text
+    assert re.sub(r"[\s│]+", " ", expected_text).count("trained for 6 steps (192 tokens)") == 2  # not cut off in the tree either
     card = render_card(tmp_path / "again")
     assert "**Trained further after it was grown: 192 tokens in 6 steps of 2 trainings.**" in card
     assert re.findall(r"^hf-grow train .*$", card, re.MULTILINE) == [
@@ -274,13 +274,13 @@ def test_the_card_of_a_trained_model(work: Path, pair: tuple[Path, Path], capsys
     assert "| trained parameters | new\\_layers |" in text
     for wrong in ("of no training after that", "Not ready for use", "A start for training", "add nothing yet", str(work)):
         assert wrong not in text
-    for said in ("the weights after that training, whose SHA-256", "not for the trained ones", "| tensors | ok | 39 recomputed from the source",
+    for expected_text in ("the weights after that training, whose SHA-256", "not for the trained ones", "| tensors | ok | 39 recomputed from the source",
                  "KL(source || trained)"):  # fmt: skip
-        assert said in text
+        assert expected_text in text
 
 
 @pytest.mark.parametrize(
-    ("losses", "method", "said"),
+    ("losses", "method", "expected_text"),
     [
         ({"start": {"new": 4.0, "old": 4.25}, "end": {"new": 3.0, "old": 4.0}, "source": {"old": 3.25}}, "dus",
          "4.25 to 4 (source 3.25) on `old`. So it forgot 0.75 nats per token of old text that its source knew. Growing changed"),
@@ -293,13 +293,13 @@ def test_the_card_of_a_trained_model(work: Path, pair: tuple[Path, Path], capsys
         ({"start": {"old": None}, "end": 3}, "identity", "No loss was measured, so"),
     ],
 )  # fmt: skip
-def test_the_first_lines_say_what_is_known(losses: Any, method: str, said: str, tmp_path: Path) -> None:
+def test_the_first_lines_say_what_is_known(losses: Any, method: str, expected_text: str, tmp_path: Path) -> None:
     import cards
 
     folder = cards.folder_of(cards.plan_of(method), tmp_path / "big")
     rewrite(folder, record_of(folder) | {"training": {"steps": 7, "losses": losses, "recipe": {}}})
     text = flat(make_card(folder, CardOptions(offline=True)).text)
-    assert said in text
+    assert expected_text in text
     assert "whose SHA-256" not in text  # none were recorded
     assert "or its recipe is not recorded" in text
 

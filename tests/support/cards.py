@@ -129,11 +129,11 @@ def measure(work: Path) -> dict[str, Any]:
             api.grow(source, work / method, method, **example.options)
             report = api.verify(source, work / method)
             assert report.ok
-            found[method] = told_of(report, source, method, example.ref)
+            found[method] = public_report(report, source, method, example.ref)
     return found | measure_training(work / "training")
 
 
-def told_of(report: Report, source: Path, name: str, ref: str) -> dict[str, Any]:
+def public_report(report: Report, source: Path, name: str, ref: str) -> dict[str, Any]:
     """A report without the paths of this machine."""
     found = report.to_json() | {"old": ref, "new": name}
     for check in found["checks"]:
@@ -163,14 +163,14 @@ def measure_training(work: Path) -> dict[str, Any]:
         data = {"train": "corpus/old.jsonl", "seq_length": 16, "cache": "cache"}
         train(recipe.read_recipe({"model": "random", "output": str(source), "data": data, **settings}))
         api.grow(source, "Llama-tiny-identity", "identity", **example.options)
-        before = told_of(api.verify(source, "Llama-tiny-identity"), source, "identity", example.ref)
+        before = public_report(api.verify(source, "Llama-tiny-identity"), source, "identity", example.ref)
         given = {"model": "Llama-tiny-identity", "output": TRAINED, "use_cpu": True, "eval_steps": 30, "save_steps": 60, **TRAINING}
         train(recipe.read_recipe({**given, "data": {**TRAINING["data"], "cache": "cache"}}))
         report = api.verify(source, TRAINED)
         assert report.ok
         section = json.loads(Path(TRAINED, "growth.json").read_text())["training"]
     section["recipe"]["data"].pop("cache")
-    return {"training": section | {"verification_before": before}, TRAINED: told_of(report, source, TRAINED, example.ref)}
+    return {"training": section | {"verification_before": before}, TRAINED: public_report(report, source, TRAINED, example.ref)}
 
 
 def main() -> None:
