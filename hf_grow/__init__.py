@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from hf_grow.growth.growth import Guarantee
     from hf_grow.growth.plan import GrowthPlan
     from hf_grow.methods import METHODS
+    from hf_grow.training.config.regularizers import EWC, L2SP, SI, OnlineEWC
+    from hf_grow.training.grow_config import GrowConfig
+    from hf_grow.training.grow_trainer import GrowTrainer
     from hf_grow.verification import Report
 
 _HOMES = {
@@ -38,15 +41,24 @@ _HOMES = {
     "METHODS": "hf_grow.methods",
     "GrowthPlan": "hf_grow.growth.plan",
     "Report": "hf_grow.verification",
+    **dict.fromkeys(("EWC", "L2SP", "SI", "OnlineEWC"), "hf_grow.training.config.regularizers"),
+    "GrowConfig": "hf_grow.training.grow_config",
+    "GrowTrainer": "hf_grow.training.grow_trainer",
 }
 
 __all__ = [
+    "EWC",
+    "L2SP",
     "METHODS",
+    "SI",
     "ExecutionError",
+    "GrowConfig",
     "GrowError",
+    "GrowTrainer",
     "GrowthPlan",
     "Guarantee",
     "InputError",
+    "OnlineEWC",
     "OutputError",
     "PlanError",
     "Report",

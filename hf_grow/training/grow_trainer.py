@@ -1,0 +1,233 @@
+"""GrowTrainer: Trainer for grown models in Python. It builds its training as `hf-grow train` does (training/setup/build.py)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from transformers import PreTrainedModel
+
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.checkpoint.source import open_source
+from hf_grow.convert.in_memory import describe_model
+from hf_grow.errors import InputError
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.options import raise_errors
+from hf_grow.training.config.regularizer_options import PenaltyOptions
+from hf_grow.training.config.train_options import contradictions
+from hf_grow.training.data import TrainData
+from hf_grow.training.data.assemble import DataPart
+from hf_grow.training.data.packing import BATCH, IGNORED, DocumentEncoder, check_token_ids, split_sequences
+from hf_grow.training.distributed.launch import current_launch
+from hf_grow.training.grow_config import GrowConfig
+from hf_grow.training.setup.build import SetupHooks, make_parts, make_settings
+from hf_grow.training.setup.launch_checks import launch_mistakes
+from hf_grow.training.setup.model_setup import load_model, weights_dtype
+from hf_grow.training.setup.option_checks import check_options, load_tokenizer, plan_of
+from hf_grow.training.setup.train_setup import TrainSetup
+from hf_grow.training.setup.warnings import warn
+from hf_grow.training.trainer.trainer import BaseGrowTrainer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+    from hf_grow.training.data import Collator
+
+_MODEL_COLUMNS = ("input_ids", "labels", "attention_mask")
+
+
+class GrowTrainer(BaseGrowTrainer):
+    """Trainer that takes from a model's growth.json (or ``plan``) what is new, and trains it by the settings of a GrowConfig.
+
+    ``model``: checkpoint folder or Hub id, loaded in float32, or a PreTrainedModel; then ``plan`` is the growth that it came from.
+    ``regularizer``: EWC(...), OnlineEWC(...), SI(...) or L2SP(...). ``train_dataset``: rows with input_ids, or a datasets.Dataset with a text
+    column, which is tokenised and packed to seq_length. ``eval_dataset``: one, or a dict of named sets; forgetting is measured on ``old``.
+    Everything else is Trainer's. Checkpoints and what `save_model` writes hold growth.json. Raises InputError for what does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        args: GrowConfig,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        plan: GrowthPlan | None = None,
+        regularizer: PenaltyOptions | None = None,
+        **options: Any,
+    ) -> None:
+        notify = logging.getLogger("hf_grow").warning
+        setup = _check(model, args, plan, regularizer, processing_class, eval_dataset, notify)
+        tokenizer = processing_class or _own_tokenizer(setup, train_dataset, eval_dataset)
+        train = prepare_dataset(train_dataset, args, tokenizer, setup.vocabulary, remainder="drop")
+        if train is None:
+            raise InputError("GrowTrainer needs a train_dataset.", hint="To evaluate a model only, use transformers' Trainer.")
+        named = eval_dataset if isinstance(eval_dataset, Mapping) else {} if eval_dataset is None else {"eval": eval_dataset}
+        sets = {str(n): prepare_dataset(d, args, tokenizer, setup.vocabulary, remainder="keep") for n, d in named.items()}
+        setup = _with_length(setup, train)
+        collator = data_collator or PaddingCollator(_filler(tokenizer))
+        data = TrainData(train, sets, tuple(_parts(train, sets)), cast("Collator", collator), setup.seq_length)
+        if not sets:
+            args.eval_on_start = False
+        if isinstance(model, PreTrainedModel):
+            parts = make_parts(setup, lambda: model, notify)
+        else:
+            dtype = weights_dtype("auto", setup.checkpoint)
+            parts = make_parts(setup, lambda: load_model(str(model), None, dtype, None, notify), notify)
+        if args.should_save:
+            setup.out.mkdir(parents=True, exist_ok=True)
+        super().__init__(
+            model=parts.model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train,
+            eval_dataset=(sets if isinstance(eval_dataset, Mapping) else sets["eval"]) if sets else None,
+            processing_class=processing_class,
+            growth=make_settings(setup, parts, data, notify),
+            hooks=SetupHooks(setup, parts.model, data, notify),
+            **options,
+        )
+
+
+def _check(
+    model: Any, args: Any, plan: GrowthPlan | None, regularizer: Any, processing_class: Any, eval_dataset: Any, notify: Any
+) -> TrainSetup:
+    if not isinstance(args, GrowConfig):
+        raise InputError(
+            f"args is {type(args).__name__}, and GrowTrainer needs a GrowConfig.", hint="GrowConfig takes every argument of it."
+        )
+    if regularizer is not None and not isinstance(regularizer, PenaltyOptions):
+        raise InputError(f"regularizer is {type(regularizer).__name__}.", hint="Pass EWC(...), OnlineEWC(...), SI(...) or L2SP(...).")
+    if isinstance(model, str | Path):
+        if plan is not None:
+            raise InputError("plan belongs to a model in memory; that of a folder is its growth.json.", hint="Leave plan out.")
+        checkpoint = open_source(str(model), weights=False, notify=notify)
+        plan = plan_of(checkpoint)
+    elif isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
+        info = describe_model(model)
+        record = None if plan is None else plan.to_json()
+        checkpoint = Checkpoint(info.ref, info.revision, info.config, {}, {}, growth=record)
+    else:
+        raise InputError(
+            f"model is {type(model).__name__}.", hint="Pass a checkpoint folder, a Hub id, or a PreTrainedModel without adapters."
+        )
+    options = args.train_options(regularizer)
+    given = _given_arguments(args)
+    names = list(eval_dataset) if isinstance(eval_dataset, Mapping) else []
+    errors = contradictions(options, given, names)
+    if options.monitor.on_instability == "rollback" and str(getattr(args.train_sampling_strategy, "value", "")) != "sequential":
+        errors.append(
+            "monitor.on_instability: rollback skips rows in their order. Shuffle the dataset, and set train_sampling_strategy='sequential'."
+        )
+    check_options(options, checkpoint, plan, processing_class, errors, notify)
+    errors += launch_mistakes(current_launch(), options, args, resume=False)
+    raise_errors("GrowTrainer", errors)
+    recorded = {**args.settings(), **({} if regularizer is None else {"regularizer": regularizer.non_defaults()}), **_as_json(given)}
+    setup = TrainSetup(
+        options, args, checkpoint, plan, processing_class, Path(args.output_dir), args.seq_length, recorded, given,
+        save_tokenizer=processing_class is not None,
+    )  # fmt: skip
+    warn(setup, notify)
+    return setup
+
+
+def _given_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """Arguments of Trainer that are not its defaults."""
+    from transformers import TrainingArguments
+
+    defaults = TrainingArguments(output_dir=args.output_dir)
+    names = {f.name for f in fields(TrainingArguments)} - {"output_dir", "logging_dir", "eval_on_start"}
+    return {n: getattr(args, n) for n in sorted(names) if getattr(args, n) != getattr(defaults, n)}
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that JSON has, enums by their value; others are left out."""
+    plain = {k: getattr(v, "value", v) for k, v in values.items()}
+    return {k: v for k, v in plain.items() if isinstance(v, str | int | float | bool)}
+
+
+def _own_tokenizer(setup: TrainSetup, train: Any, evals: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the model's folder, where a dataset must be tokenised."""
+    sets = [train, *(evals.values() if isinstance(evals, Mapping) else [evals])]
+    if all("input_ids" in (getattr(d, "column_names", None) or ["input_ids"]) for d in sets):
+        return None
+    if setup.checkpoint.folder is None and setup.checkpoint.tensors == {}:
+        raise InputError("The dataset has no input_ids, and there is no tokenizer.", hint="Pass processing_class=tokenizer.")
+    return load_tokenizer(str(setup.checkpoint.folder or setup.checkpoint.ref), setup.checkpoint.revision or None)
+
+
+def prepare_dataset(dataset: Any, args: GrowConfig, tokenizer: Any, vocabulary: int, *, remainder: str) -> Any:
+    """A dataset of what the model takes: its columns, or its text tokenised and packed as `hf-grow train` does. None stays None."""
+    columns = getattr(dataset, "column_names", None)
+    if dataset is None or columns is None:
+        return dataset
+    if "input_ids" in columns:
+        return dataset.select_columns([c for c in _MODEL_COLUMNS if c in columns])
+    if args.text_field not in columns:
+        raise InputError(
+            f"The dataset has neither input_ids nor a column {args.text_field!r}: {', '.join(columns)}.",
+            hint="Set text_field in GrowConfig.",
+        )
+    encoder = DocumentEncoder(tokenizer, "tokenizer")
+
+    def rows() -> Iterator[dict[str, Any]]:
+        import numpy as np
+
+        carry = np.empty(0, np.int32)
+        for batch in dataset.iter(batch_size=BATCH):
+            sequences, carry = split_sequences(carry, encoder(batch[args.text_field]), args.seq_length)
+            check_token_ids(int(max(sequences.max(initial=0), carry.max(initial=0))), vocabulary, "The dataset")
+            yield from ({"input_ids": sequence} for sequence in sequences)
+        if len(carry) and remainder == "keep":
+            yield {"input_ids": np.concatenate([carry, np.full(args.seq_length - len(carry), IGNORED, np.int32)])}
+
+    packed = list(rows())
+    if not packed:
+        raise InputError(f"The dataset fills no sequence of {args.seq_length} tokens.", hint="Use more text, or a smaller seq_length.")
+    return type(dataset).from_list(packed)
+
+
+def _with_length(setup: TrainSetup, train: Any) -> TrainSetup:
+    """With the length of the first row, where rows can be read without an order."""
+    from dataclasses import replace
+
+    row = train[0] if hasattr(train, "__len__") and len(train) else None
+    return setup if not isinstance(row, Mapping) or "input_ids" not in row else replace(setup, seq_length=len(row["input_ids"]))
+
+
+def _filler(tokenizer: Any) -> int:
+    return next((i for i in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)) if i is not None), 0)
+
+
+def _parts(train: Any, sets: Mapping[str, Any]) -> Iterator[DataPart]:
+    """What growth.json says of the data."""
+    for use, data in (("train", train), *((f"eval {n}", d) for n, d in sets.items())):
+        label = getattr(getattr(data, "info", None), "dataset_name", None) or "a dataset in memory"
+        yield DataPart(use, label, 1.0 if use == "train" else None, sequences=len(data) if hasattr(data, "__len__") else None)
+
+
+@dataclass(frozen=True)
+class PaddingCollator:
+    """Rows to a batch: input_ids and labels, int64 [rows, longest row]; labels are -100 where a row is padded or its attention mask is 0."""
+
+    filler: int
+    """Token id for padding."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        ids = [torch.as_tensor(row["input_ids"]).long() for row in rows]
+        labels = [torch.as_tensor(row.get("labels", row["input_ids"])).long() for row in rows]
+        batch = {"input_ids": pad_sequence(ids, True, self.filler), "labels": pad_sequence(labels, True, IGNORED)}
+        batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == IGNORED, self.filler)
+        if "attention_mask" in rows[0]:
+            mask = pad_sequence([torch.as_tensor(row["attention_mask"]).long() for row in rows], True, 0)
+            batch |= {"attention_mask": mask, "labels": batch["labels"].masked_fill(mask == 0, IGNORED)}
+        return batch
