@@ -39,8 +39,8 @@ def content_range(response: Any) -> tuple[int, int | None]:
     if response.status_code != 206:
         length = response.headers.get("Content-Length", "")
         return 0, int(length) if length.isdigit() else None
-    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-    return (int(found[1]), int(found[2]) if found[2].isdigit() else None) if found else (-1, None)
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+    return (int(match[1]), int(match[2]) if match[2].isdigit() else None) if match else (-1, None)
 
 
 def fetch_range(

@@ -93,7 +93,7 @@ def shape_lines(arch: Architecture) -> list[str]:
     sizes = [f"FFN {arch.size('inter')}"] if arch.size("inter") else []
     sizes += [f"expert FFN {arch.size('expert_inter')}"] if arch.size("expert_inter") else []
     lines.append(", ".join([*sizes, f"heads {arch.heads}/{arch.size('kv')}"]))
-    return [*lines, f"{arch.size('experts')} experts, {arch.top_k} a token"] if arch.is_moe else lines
+    return [*lines, f"{arch.size('experts')} experts, {arch.top_k} per token"] if arch.is_moe else lines
 
 
 def layer_ranges(layers: Sequence[LayerOrigin]) -> str:

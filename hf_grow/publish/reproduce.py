@@ -17,7 +17,7 @@ from hf_grow.options import parse_size
 from hf_grow.publish.names import folder_name, public_path
 
 OWN_COMMAND = {"dus"}
-"""Methods with a command of their own, besides those that are the only one of their kind."""
+"""Methods with a command of their own, in addition to those that are the only one of their kind."""
 
 
 def command(plan: GrowthPlan, output: str) -> str | None:
