@@ -151,7 +151,7 @@ def test_widths_and_experts_are_drawn() -> None:
     assert {"hidden size 48", "hidden size 96"} <= {t.text for t in root.iter(f"{SVG}text")}
     _, root = svg_of(plan_of("experts", experts=4))
     assert len([b for b in root.iter(f"{SVG}rect") if b.get("width") == "35.5"]) == 4 * 4
-    assert "4 experts, 2 a token" in {t.text for t in root.iter(f"{SVG}text")}
+    assert "4 experts, 2 per token" in {t.text for t in root.iter(f"{SVG}text")}
 
 
 def test_names_cannot_leave_their_text() -> None:
