@@ -29,7 +29,7 @@ COMMANDS = {
     "card": ("card", "write the model card of a grown checkpoint"),
     "inspect": ("inspect", "what a checkpoint is, and what it was grown from"),
     "replay": ("replay", "text sampled from a model, to keep what it knows in further training"),
-    "fisher": ("fisher", "what each weight matters for old data, for a penalty that keeps it"),
+    "fisher": ("fisher", "per-parameter importance (Fisher) on old data, for a penalty (EWC)"),
     "train": ("train", "continued pretraining that does not forget, by a recipe (YAML)"),
     "merge": ("merge", "a LoRA adapter, replicated layers and all, as a plain checkpoint"),
     "demo": ("demo", "train a small model, grow it, go on training; nothing to download"),

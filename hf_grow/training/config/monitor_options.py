@@ -1,4 +1,4 @@
-"""Options of the monitor: what is watched, and what happens when something goes wrong."""
+"""Options of the monitor (`monitor`)."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ Action = Literal["none", "lower_lr", "longer_warmup", "rollback"]
 
 
 class MonitorOptions(Options):
-    """What is watched, and what happens when something goes wrong."""
+    """Detection of instability and forgetting, and reactions."""
 
     on_instability: Action = "none"
-    """Reaction to a spike: none (only told), lower_lr, longer_warmup (of new parameters), or rollback to the last checkpoint, past the batches since then, with a rate that is lower for a while."""
+    """Reaction to a spike: none (an event only), lower_lr, longer_warmup (of new parameters), or rollback to the last checkpoint, skipping the batches since then, with a temporarily lower learning rate."""
     lr_factor: Annotated[float, Field(gt=0, lt=1), Requires("on_instability", ("lower_lr", "rollback"))] = 0.5
-    """What a reaction multiplies learning rates by."""
+    """Factor of a reaction on learning rates."""
     restore_steps: Annotated[Count, Requires("on_instability", ("rollback",))] = 100
-    """Steps after a rollback over which learning rates rise back. 0 leaves them lower."""
+    """Steps after a rollback over which learning rates return. 0: they do not."""
     extra_warmup: Annotated[Count, Requires("on_instability", ("longer_warmup",))] = 100
-    """Steps that longer_warmup adds to the warm-up of new parameters, which begins anew."""
+    """Steps that longer_warmup adds to the warm-up of new parameters, which starts again."""
     max_reactions: Annotated[Count, Requires("on_instability", ("lower_lr", "longer_warmup", "rollback"))] = 3
-    """After so many reactions spikes are only told."""
+    """Number of reactions after which a spike is an event only."""
     window: Annotated[int, Field(ge=8)] = 64
-    """Steps of the past that a step is compared with."""
+    """Number of past steps that a step is compared with."""
     threshold: Annotated[float, Field(gt=0)] = 8.0
-    """Robust z-score from which on a loss or gradient norm is a spike."""
+    """Robust z-score above which a loss or gradient norm is a spike."""
     variance: Annotated[float, Field(gt=1)] = 16.0
-    """How many times the variance of the window that of the last quarter of it may be, before the run counts as unstable."""
+    """Ratio of the variance in the window's last quarter to that of the window above which the run is unstable."""
     shock: Annotated[float, Field(gt=0)] = 0.5
-    """Rise of the training loss over that before the growth, in nats, that is told as a transition shock."""
+    """Rise of the training loss over that before the growth, in nats per token, that is a transition shock."""
     baseline: Literal["auto", "start", "source"] = "auto"
-    """What forgetting and regressions are measured against: this run's first evaluation (start), or the source of the growth (source), which is evaluated once. Default: auto, the source where the growth changed the function, else start."""
+    """Baseline of forgetting and regressions: this run's first evaluation (start), or the source of the growth, evaluated once (source). Default: auto, the source if the growth changed the function, else start."""
     regression: Annotated[float, Field(gt=0)] = 0.1
-    """Loss of a named set above its baseline, in nats, from which on an evaluation tells of a regression."""
+    """Rise of a set's loss over its baseline, in nats per token, that is a regression."""
     contribution_steps: Count = 0
-    """Measure what each new block contributes every so many steps, by leaving it out. Default: 0, never. It takes a forward pass over `rows` for each new block."""
+    """Steps between measurements of what each new block contributes, by leaving it out: a forward pass over `rows` per new block. Default: 0, never."""
     rows: Positive = 16
-    """Rows of each named set that contributions are measured on."""
+    """Rows of each set that contributions are measured on."""

@@ -1,7 +1,6 @@
-"""Gentle starts for what is new: what the recipe may ask for, and how large each effect is at a step. Plain numbers, no tensors.
+"""Schedules after a growth: warm-up of new parameters, blending in of new blocks, phases that train some parts only, and settling.
 
-The host of new parts may be frozen for a while (`phases`), new parameters may warm up on their own (`lr`, `steps`), and new blocks may be
-blended in (`alpha_steps`). Steps count from the growth, so a run that was grown at step 500 starts these at 500.
+Steps count from the growth: a run that was grown at step 500 starts these at 500.
 """
 
 from __future__ import annotations
@@ -25,32 +24,32 @@ def _listed(value: Any) -> Any:
 
 
 Parts = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
-"""Names of parts; one alone needs no list."""
+"""Names of parts; a single name needs no list."""
 
 
 class Warmup(Options):
-    """Learning rate of new parameters, and new blocks that are blended in."""
+    """Warm-up of new parameters and new blocks."""
 
     zero_init: bool = False
-    """Set what new blocks add to the residual stream to zero before the first step, so that they start as identity blocks."""
+    """Zero the output projections of new blocks before the first step, so that they start as identity blocks."""
     lr: Factor = 1.0
-    """Learning rate of new parameters (and of the new rows of grown ones) as a multiple of the schedule's."""
+    """Learning-rate multiplier of new parameters and new rows."""
     steps: Count = 0
-    """Steps over which that multiple rises linearly from zero. Default: 0, no warm-up of their own."""
+    """Steps over which that multiplier rises linearly from zero. Default: 0, no warm-up."""
     alpha_steps: Count = 0
-    """Steps over which the output of new blocks is blended in: h + alpha * (block(h) - h). Default: 0, at once."""
+    """Steps over which new blocks are blended in: h + alpha * (block(h) - h). Default: 0, at once."""
     alpha_start: Annotated[Share, Requires("alpha_steps")] = 0.0
-    """Where alpha starts."""
+    """Initial alpha."""
     shape: Annotated[Literal["linear", "cosine"], Requires("alpha_steps")] = "linear"
-    """How alpha rises."""
+    """Schedule of alpha."""
 
     def lr_factor(self, step: int, extra: int = 0) -> float:
-        """Multiple for the optimizer step number `step` (from 0) since the growth; `extra` steps of warm-up were added by the monitor."""
+        """Learning-rate multiplier of new parameters at optimizer step ``step`` (from 0) since the growth, with ``extra`` steps of warm-up."""
         steps = self.steps + extra
         return self.lr * min(1.0, (step + 1) / steps) if steps else self.lr
 
     def alpha(self, step: int) -> float:
-        """Share of a new block's output in the forward pass of step number `step`; 1 from `alpha_steps` on."""
+        """alpha at step ``step``; 1 from `alpha_steps` on."""
         if step >= self.alpha_steps:
             return 1.0
         risen = step / self.alpha_steps
@@ -60,27 +59,28 @@ class Warmup(Options):
 
 
 class Phase(Options):
-    """Steps in which only some parts train: [new] freezes the host, [routers] trains routers alone."""
+    """Steps in which only some parts train: [new] freezes old parameters, [routers] trains routers alone."""
 
     steps: Positive
-    """How many."""
+    """Number of steps."""
     train: Parts
-    """The parts that train meanwhile."""
+    """Parts that train."""
 
 
 class AfterGrowth(Options):
-    """The time after a growth."""
+    """Learning rate after a growth, and steps until the next one."""
 
     settle_steps: Count = 0
-    """Steps at a reduced learning rate: half of it after a width growth by two, which doubles the effective step of Adam."""
+    """Steps at a reduced learning rate: half of it after doubling the width, which doubles the effective step of Adam."""
     settle_lr: Factor = 0.5
-    """Multiple of the schedule's learning rate while settling."""
+    """Learning-rate multiplier while settling."""
     restore_steps: Count = 0
-    """Steps over which the rate then returns to the schedule's."""
+    """Steps over which the multiplier then returns to 1."""
     consolidate_steps: Count = 0
-    """Steps before the model should be grown again: recorded in every checkpoint, and growth commands warn of it."""
+    """Steps before the model should be grown again; recorded in every checkpoint, and growth commands warn before."""
 
     def factor(self, step: int) -> float:
+        """Learning-rate multiplier at step ``step`` since the growth."""
         if step < self.settle_steps:
             return self.settle_lr
         since = step - self.settle_steps + 1
@@ -88,7 +88,7 @@ class AfterGrowth(Options):
 
 
 def phase_at(phases: Sequence[Phase], step: int) -> int | None:
-    """The index of the phase that step number `step` (from 0, since the growth) lies in; None after the last."""
+    """Index of the phase of step ``step`` (from 0, since the growth); None after the last."""
     end = 0
     for i, phase in enumerate(phases):
         end += phase.steps

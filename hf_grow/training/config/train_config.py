@@ -1,7 +1,6 @@
-"""The training recipe: one YAML file with hf-grow's sections and, flat beside them, any argument of transformers' TrainingArguments.
+"""The training recipe: hf-grow's sections and, at the top level beside them, any argument of transformers' TrainingArguments.
 
-Everything is read strictly, and every mistake is told at once: unknown keys, strings for numbers, files that are not there, a tokenizer that does
-not belong to the model, a Fisher of another model (`check`).
+Types and keys are validated strictly here, and all mistakes are reported at once; files, tokenizer and Fisher are checked in `training/setup/checks.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from hf_grow.training.config.train_options import TrainOptions, contradictions
 
 class _ModelAndData(Options):
     model: str
-    """Checkpoint folder or Hub id; usually a grown one, whose growth.json says what is new."""
+    """Checkpoint folder or Hub id; usually a grown one, whose growth.json records what is new."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository."""
     output: str | None = None
@@ -42,25 +41,25 @@ class _ModelAndData(Options):
 
 
 class TrainRecipe(TrainOptions, _ModelAndData):
-    """What `hf-grow train` takes, besides TrainingArguments."""
+    """hf-grow's keys of a training recipe."""
 
     early_stopping_patience: Positive | None = None
-    """Stop when metric_for_best_model has not improved for so many evaluations."""
+    """Stop when metric_for_best_model has not improved for this many evaluations."""
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
-    """What counts as an improvement."""
+    """Minimum change that counts as an improvement."""
 
 
 SET_BY_HF_GROW = {"output_dir": "output", "do_train": "", "do_eval": "", "do_predict": "", "local_rank": "", "remove_unused_columns": "", "train_sampling_strategy": "",
         "label_names": "", "ignore_data_skip": "", "push_to_hub": "hf-grow push OUTPUT afterwards"}  # fmt: skip
-"""TrainingArguments that hf-grow sets itself, with the key to use instead, if there is one."""
+"""TrainingArguments that hf-grow sets, and the key to use instead, if any."""
 COMMAND_FLAGS = ("--resume", "--overwrite", "--dry-run", "--json", "--accelerate", "--processes")
-"""What `hf-grow train` takes that is no key; only to be suggested."""
+"""Flags of `hf-grow train` that are not keys, for suggestions."""
 DEFAULTS: Mapping[str, Any] = {
     "per_device_train_batch_size": 8, "num_train_epochs": 1.0, "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.05,
     "weight_decay": 0.1, "adam_beta2": 0.95, "logging_steps": 10, "save_steps": 500, "save_total_limit": 2, "eval_steps": 100,
     "report_to": "none",
 }  # fmt: skip
-"""Where they are not those of TrainingArguments."""
+"""Defaults that differ from those of TrainingArguments."""
 STEPS_ONLY: Mapping[str, Any] = {
     "save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False, "report_to": "none",
     "resume_from_checkpoint": None,
@@ -70,19 +69,19 @@ STEPS_ONLY: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class RecipeData:
-    """A recipe as far as it could be read."""
+    """A recipe with its valid keys, and its mistakes."""
 
     where: str
     given: Mapping[str, Any]
-    """The data of the file and the command line."""
+    """All keys of file and command line."""
     recipe: TrainRecipe | None
     arguments: Mapping[str, Any]
-    """TrainingArguments that were given."""
+    """The valid TrainingArguments among them."""
     mistakes: tuple[str, ...]
 
 
 def _in_range(low: float, below: float = math.inf, *, open: bool = False) -> AfterValidator:
-    """low <= value < below (open: low < value), where there is a value."""
+    """Validates low <= value < below (open: low < value); other types pass."""
     words = f"should be {'more than' if open else 'at least'} {low:g}" + (f" and less than {below:g}" if below < math.inf else "")
 
     def check(value: Any) -> Any:
@@ -95,7 +94,7 @@ def _in_range(low: float, below: float = math.inf, *, open: bool = False) -> Aft
 
 def _valid_max_steps(value: int) -> int:
     if value < 1 and value != -1:
-        raise ValueError(f"{value} steps train nothing. Leave it out (or -1) to go by num_train_epochs.")
+        raise ValueError(f"{value} is not a number of steps. Leave it out (or -1) to train for num_train_epochs.")
     return value
 
 
@@ -106,12 +105,12 @@ RANGES: Mapping[str, AfterValidator] = {
     **dict.fromkeys(("learning_rate", "num_train_epochs", "adam_epsilon"), _in_range(0, open=True)),
     "max_steps": AfterValidator(_valid_max_steps),
 }  # fmt: skip
-"""What numbers TrainingArguments takes without a word, and fails on later."""
+"""Ranges that TrainingArguments does not validate, although training fails outside them."""
 
 
 @cache
 def training_arguments_model() -> type[Options]:
-    """TrainingArguments' fields as an options class, for the same strict reading and the same messages."""
+    """The fields of TrainingArguments as an options class, for the same strict validation and messages."""
     import dataclasses
     import enum
     import typing
@@ -126,7 +125,7 @@ def training_arguments_model() -> type[Options]:
         enums = [k for k in kinds if isinstance(k, type) and issubclass(k, enum.Enum)]
         if field.name in SET_BY_HF_GROW or any("parallelism_config" in str(k) or "DebugOption" in str(k) for k in kinds):
             continue
-        # An enum is given by one of its words.
+        # An enum by its value.
         kind: Any = Literal[tuple(str(m.value) for m in enums[0])] if enums else hints[field.name]
         if field.name in RANGES:
             kind = Annotated[kind, RANGES[field.name]]
@@ -136,10 +135,10 @@ def training_arguments_model() -> type[Options]:
 
 
 def read_recipe(data: Mapping[str, Any], where: str = "The recipe") -> RecipeData:
-    """Types and keys, nothing else; no file is opened."""
+    """Validates keys and types of a recipe; opens no file. ``where`` names it in messages."""
     own = {k: v for k, v in data.items() if k in TrainRecipe.model_fields}
     known = training_arguments_model().model_fields
-    # YAML reads the word `no` as false.
+    # YAML parses `no` as false.
     theirs = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in data.items() if k in known}
     recipe, found = validate(TrainRecipe, own)
     found += unmet_requirements(recipe) if recipe else []
@@ -162,7 +161,7 @@ def read_recipe(data: Mapping[str, Any], where: str = "The recipe") -> RecipeDat
 
 
 def _without_invalid_keys(own: Mapping[str, Any]) -> TrainRecipe | None:
-    """The recipe without its wrong keys, so that files, Fisher and the like can be looked at all the same."""
+    """The recipe without its invalid keys, so that files, Fisher and so on can be checked all the same."""
     data = copy.deepcopy(dict(own))
     while True:
         data.setdefault("model", "")
@@ -174,28 +173,28 @@ def _without_invalid_keys(own: Mapping[str, Any]) -> TrainRecipe | None:
                 return None
 
 
-def _remove_key(data: Any, place: tuple[str | int, ...]) -> bool:
-    """Takes out what stands at a place in nested data, or as near above it as there is something; False where there is nothing."""
-    inside, last = None, None
-    for key in place:
-        there = key in data if isinstance(data, dict) else isinstance(data, list) and isinstance(key, int) and key < len(data)
-        if not there:
+def _remove_key(data: Any, path: tuple[str | int, ...]) -> bool:
+    """Removes the value at ``path`` in nested data, or its nearest existing parent; False if there is none."""
+    parent, last = None, None
+    for key in path:
+        exists = key in data if isinstance(data, dict) else isinstance(data, list) and isinstance(key, int) and key < len(data)
+        if not exists:
             break
-        inside, last, data = data, key, data[key]
-    if inside is not None:
-        del inside[last]
-    return inside is not None
+        parent, last, data = data, key, data[key]
+    if parent is not None:
+        del parent[last]
+    return parent is not None
 
 
 def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[str]:
     found = contradictions(recipe, arguments, recipe.data.eval)
     steps = arguments.get("max_steps")
     if recipe.data.streaming and not (isinstance(steps, int) and steps > 0):
-        found.append("max_steps: is missing; streamed text has no length of its own.")
+        found.append("max_steps: is missing; the length of streamed text is unknown.")
     if recipe.data.streaming and isinstance(workers := arguments.get("dataloader_num_workers"), int) and workers > 1:
         found.append(f"dataloader_num_workers: streamed text cannot be read by {workers} workers. Use 1.")
     if recipe.data.streaming and recipe.distill and recipe.distill.top_k is not None:
-        found.append("distill.top_k: needs text that is not streamed; the teacher reads it beforehand.")
+        found.append("distill.top_k: does not work with streaming; the teacher reads the text beforehand.")
     for key, asked in (
         ("load_best_model_at_end", arguments.get("load_best_model_at_end")),
         ("save_strategy", arguments.get("save_strategy") == "best"),
@@ -203,7 +202,7 @@ def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[s
         ("early_stopping_patience", recipe.early_stopping_patience),
     ):
         if asked and not recipe.data.eval:
-            found.append(f"{key}: needs a set to measure on (data.eval).")
+            found.append(f"{key}: needs an evaluation set (data.eval).")
     metric = arguments.get("metric_for_best_model")
     names = {f"{name}_loss" for name in recipe.data.eval} | {"forgetting", *(("kl",) if recipe.kl_rows else ())}
     if isinstance(metric, str) and metric.removeprefix("eval_") not in names:
@@ -212,14 +211,14 @@ def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[s
 
 
 def raise_mistakes(where: str, found: list[str] | tuple[str, ...]) -> None:
-    """Raises InputError with all mistakes, one a line, if there are any."""
+    """Raises InputError with all mistakes, one per line, if there are any."""
     if found:
         lines = "\n".join(f"  {line}" for line in dict.fromkeys(found))
         raise InputError(f"{where} has {len(set(found))} mistake{'s' * (len(set(found)) > 1)}:\n{lines}")
 
 
 def collect_mistakes(found: list[str], key: str, work: Callable[[], Any]) -> Any:
-    """What `work` returns; an InputError of its becomes one of the mistakes, and None."""
+    """Returns ``work()``; an InputError is added to ``found`` under ``key`` instead, and None returned."""
     try:
         return work()
     except InputError as error:
@@ -228,4 +227,5 @@ def collect_mistakes(found: list[str], key: str, work: Callable[[], Any]) -> Any
 
 
 def tokens_per_step(arguments: TrainingArguments, length: int, processes: int = 1) -> int:
+    """Tokens of one optimizer step over all processes; ``length``: tokens per sequence."""
     return int(arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes * length)

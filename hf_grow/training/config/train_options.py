@@ -32,33 +32,33 @@ class TrainOptions(Options):
     train: Parts = Field(default=["everything"])
     """Parts that train: everything, or a list of new, old, new_layers, routers, new_experts, old_experts, embeddings, norms, head."""
     freeze: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(default=[])
-    """Parts that do not, even where `train` says so."""
+    """Parts that do not train, even if `train` names them."""
     warmup: Warmup = Warmup()
-    """Gentle start of what is new: zero_init, lr, steps, alpha_steps."""
+    """Warm-up of new parameters and blocks: zero_init, lr, steps, alpha_steps."""
     phases: list[Phase] = Field(default=[])
-    """First steps in which only some parts train, as [{steps: 100, train: [new]}]: the host stays frozen meanwhile."""
+    """First steps in which only some parts train, as [{steps: 100, train: [new]}]: old parameters are frozen meanwhile."""
     after_growth: AfterGrowth = AfterGrowth()
     """Settling (a lower learning rate, then restored) and consolidation."""
     regularizer: PenaltyOptions = PenaltyOptions()
-    """What keeps old weights near their place: kind, lambda, fisher, form (docs/regularizers.md)."""
+    """Penalty on the distance from the initial weights: kind, lambda, fisher, form (docs/regularizers.md)."""
     distill: DistillOptions | None = None
     """Teachers: {} takes the source of the growth."""
     lora: LoraOptions | None = None
-    """Low-rank updates for what is old; {} takes the defaults."""
+    """LoRA on old layers; {} takes the defaults."""
     moe: MoeOptions = MoeOptions()
     """Router loss of mixtures."""
     monitor: MonitorOptions = MonitorOptions()
-    """Spikes, shocks, regressions, and what happens then."""
+    """Detection of instability and forgetting, and reactions."""
     old_set: str = "old"
-    """The named set of data.eval that forgetting is measured on."""
+    """The set of data.eval that forgetting is measured on."""
     kl_rows: NumberOfSteps = 0
-    """Rows of the old set on which KL(source || model) is taken at every evaluation. Default: 0, none; the source's logits of them stay in memory."""
+    """Rows of the old set on which KL(source || model) is measured at every evaluation. Default: 0, none; the source's logits of them stay in memory."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype that the weights are trained in. Default: auto, float32 (float64 for checkpoints in it); in 16 bits most steps are lost to rounding."""
+    """Dtype of the weights in training. Default: auto, float32 (float64 for checkpoints in float64); in 16 bits most updates are lost to rounding."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the result. Default: auto, that of the model before; checkpoints to go on from keep that of the training."""
+    """Dtype of the result. Default: auto, that of `model`; checkpoints to resume from keep the training's."""
     attn_implementation: str | None = None
-    """sdpa, eager, flash_attention_2: as from_pretrained takes it."""
+    """sdpa, eager or flash_attention_2, as in from_pretrained."""
 
 
 def contradictions(options: TrainOptions, arguments: Mapping[str, Any], eval_sets: Collection[str]) -> list[str]:
@@ -67,22 +67,22 @@ def contradictions(options: TrainOptions, arguments: Mapping[str, Any], eval_set
     steps = arguments.get("max_steps")
     if isinstance(steps, int) and steps > 0 and options.warmup.alpha_steps > steps:
         found.append(
-            f"warmup.alpha_steps: {options.warmup.alpha_steps} is more than max_steps {steps}: the saved model would compute what was never trained."
+            f"warmup.alpha_steps: {options.warmup.alpha_steps} is more than max_steps {steps}: the saved model would differ from the trained one."
         )
     if isinstance(steps, int) and steps > 0 and (total := sum(p.steps for p in options.phases)) >= steps:
-        found.append(f"phases: take {total} steps, but max_steps is {steps}: nothing else would ever train.")
+        found.append(f"phases: take {total} steps, but max_steps is {steps}: the other parts would never train.")
     if options.warmup.zero_init and options.regularizer.fisher:
-        found.append("warmup.zero_init: changes the weights that the Fisher was taken on; grow with method identity instead.")
+        found.append("warmup.zero_init: changes the weights that the Fisher was estimated at; grow with method identity instead.")
     if options.distill and arguments.get("use_liger_kernel"):
         found.append("distill: needs the logits, and use_liger_kernel computes the loss without them. Leave one of the two out.")
     if options.dtype == "float16" and arguments.get("fp16"):
-        found.append("dtype: float16 beside fp16 cannot be trained; fp16 keeps the weights in float32. Leave dtype out.")
+        found.append("dtype: float16 does not work with fp16, which keeps the weights in float32. Leave dtype out.")
     if "old_set" in options.model_fields_set and options.old_set not in eval_sets:
         found.append(f"old_set: there is no evaluation set {options.old_set!r}.")
     if options.kl_rows and options.old_set not in eval_sets:
         found.append(f"kl_rows: there is no evaluation set {options.old_set!r}.")
     if options.lora and options.regularizer.kind != "none":
-        found.append("regularizer: has nothing to do beside `lora`, which leaves old weights where they are.")
+        found.append("regularizer: has no effect with `lora`, which does not change old weights.")
     if options.lora and (options.train != ["everything"] or options.freeze or options.phases):
-        found.append("lora: says itself what trains; leave out train, freeze and phases.")
+        found.append("lora: determines what trains; leave out train, freeze and phases.")
     return found

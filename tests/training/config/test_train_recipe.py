@@ -93,12 +93,12 @@ def test_the_identity_of_a_folder_is_that_of_its_model(case: str, dtype: torch.d
 
 
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"data": {"streaming": True}, "max_steps": None}, "max_steps: is missing; streamed text"),
+    ({"data": {"streaming": True}, "max_steps": None}, "max_steps: is missing; the length of streamed text"),
     ({"warmup": {"alpha_steps": 7}}, "warmup.alpha_steps: 7 is more than max_steps 6"),
     ({"phases": [{"steps": 4, "train": "new"}, {"steps": 2, "train": "new"}]}, "phases: take 6 steps"),
-    ({"lora": {}, "regularizer": {"kind": "l2sp"}}, "regularizer: has nothing to do beside `lora`"),
-    ({"lora": {}, "freeze": "norms"}, "lora: says itself what trains"),
-    ({"early_stopping_patience": 2, "data": {"eval": {}}}, "early_stopping_patience: needs a set"),
+    ({"lora": {}, "regularizer": {"kind": "l2sp"}}, "regularizer: has no effect with `lora`"),
+    ({"lora": {}, "freeze": "norms"}, "lora: determines what trains"),
+    ({"early_stopping_patience": 2, "data": {"eval": {}}}, "early_stopping_patience: needs an evaluation set"),
     ({"kl_rows": 2, "old_set": "ancient"}, "kl_rows: there is no evaluation set 'ancient'"),
     ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint: nowhere holds no state"),
     ({"eval_steps": 4, "save_steps": 3, "load_best_model_at_end": True, "metric_for_best_model": "eval_new_loss"}, "arguments: "),
@@ -113,12 +113,12 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"data": {"streaming": True}, "dataloader_num_workers": 2}, "dataloader_num_workers: streamed text cannot be read by 2 workers"),
     (
         {"data": {"streaming": True}, "distill": {"teachers": [{"model": "m"}], "top_k": 4}},
-        "distill.top_k: needs text that is not streamed",
+        "distill.top_k: does not work with streaming",
     ),
-    ({"fp16": True, "dtype": "float16"}, "dtype: float16 beside fp16"),
+    ({"fp16": True, "dtype": "float16"}, "dtype: float16 does not work with fp16"),
     ({"old_set": "ancient"}, "old_set: there is no evaluation set 'ancient'"),
-    ({"save_strategy": "best", "data": {"eval": {}}}, "save_strategy: needs a set"),
-    ({"load_best_model_at_end": True, "data": {"eval": {}}}, "load_best_model_at_end: needs a set"),
+    ({"save_strategy": "best", "data": {"eval": {}}}, "save_strategy: needs an evaluation set"),
+    ({"load_best_model_at_end": True, "data": {"eval": {}}}, "load_best_model_at_end: needs an evaluation set"),
     ({"data": {"seq_length": 5000}}, "data.seq_length: 5000 is more than the"),
     ({"optim": "adalomo"}, "arguments: optim adalomo: You need to install"),
     ({"push_to_hub": True}, "push_to_hub: is set by hf-grow; use hf-grow push"),
