@@ -1,4 +1,4 @@
-"""The command line. One small file a command; help never imports torch, and each command loads only what it needs."""
+"""The command line: one module per command. `--help` never imports torch, and a command imports only what it needs."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from contextlib import suppress
 from io import TextIOWrapper
 
 from hf_grow._version import __version__
-from hf_grow.cli.parsing import GREETING, Parser, check_command, error_facts, refuse_rest
-from hf_grow.cli.streams import json_alone
+from hf_grow.cli.parsing import GREETING, Parser, check_command, error_facts, reject_unknown_arguments
+from hf_grow.cli.streams import only_json_on_stdout
 from hf_grow.errors import GrowError, InputError, printable
 
 # command -> (module of its arguments and run, one line of help)
 COMMANDS = {
-    "plan": ("plan", "the ways to a size, side by side"),
-    "dus": ("grow", "depth up-scaling as SOLAR 10.7B"),
-    "depth": ("grow", "any depth method: dus, stack, interleave, identity, a list of layers"),
-    "width": ("grow", "any width method: hidden_size, intermediate_size, heads, head_dim"),
-    "hybrid": ("grow", "depth, width and FFN together, to any size"),
-    "experts": ("grow", "a dense model into a mixture of experts, or more experts"),
-    "grow": ("grow", "carry out a growth recipe (YAML)"),
-    "verify": ("verify", "prove that a grown checkpoint is what its plan says"),
-    "push": ("push", "publish a finished checkpoint on the Hub"),
+    "plan": ("plan", "growth options for a target size, side by side"),
+    "dus": ("grow", "depth up-scaling, as in SOLAR 10.7B"),
+    "depth": ("grow", "depth growth by any method: dus, stack, interleave, identity, a list of layers"),
+    "width": ("grow", "width growth by any method: hidden_size, intermediate_size, heads, head_dim"),
+    "hybrid": ("grow", "depth, width and FFN growth together, to a target size"),
+    "experts": ("grow", "upcycle a dense model into a mixture of experts, or add experts"),
+    "grow": ("grow", "run a growth recipe (YAML)"),
+    "verify": ("verify", "check a grown checkpoint against its source and its plan"),
+    "push": ("push", "publish a checkpoint on the Hub"),
     "card": ("card", "write the model card of a grown checkpoint"),
-    "inspect": ("inspect", "what a checkpoint is, and what it was grown from"),
-    "replay": ("replay", "text sampled from a model, to keep what it knows in further training"),
+    "inspect": ("inspect", "show what a checkpoint is and what it was grown from"),
+    "replay": ("replay", "sample text from a model, to replay it in further training"),
     "fisher": ("fisher", "per-parameter importance (Fisher) on old data, for a penalty (EWC)"),
-    "train": ("train", "continued pretraining that does not forget, by a recipe (YAML)"),
-    "merge": ("merge", "a LoRA adapter, replicated layers and all, as a plain checkpoint"),
+    "train": ("train", "continued pretraining without forgetting, by a recipe (YAML)"),
+    "merge": ("merge", "merge a LoRA adapter, replicated layers included, into a plain checkpoint"),
     "demo": ("demo", "train a small model, grow it, go on training; nothing to download"),
 }
 
@@ -53,38 +53,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name must not end the work
-    with json_alone("--json" in arguments):
-        return _ended(arguments)
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
+    with only_json_on_stdout("--json" in arguments):
+        return _run_reporting_errors(arguments)
 
 
-def _ended(arguments: list[str]) -> int:
+def _run_reporting_errors(arguments: list[str]) -> int:
     try:
         status = run_command(arguments)
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a full disk can still be told
+            sys.stdout.flush()  # here, where a full disk can still be reported
         return status
     except GrowError as error:
-        # All processes of a distributed training find the same mistakes; the first of each machine tells of them.
-        if isinstance(error, InputError) and _launched("LOCAL_RANK"):
+        # All processes of a distributed training find the same mistakes; the first of each machine reports them.
+        if isinstance(error, InputError) and _env_number("LOCAL_RANK"):
             return error.exit_code
-        return _failed(error, arguments)
+        return _report(error, arguments)
     except KeyboardInterrupt:
-        again = " Repeat the command with --resume to go on where it stopped." if RESUMABLE & set(arguments[:1]) else ""
+        again = " Repeat the command with --resume to continue." if RESUMABLE & set(arguments[:1]) else ""
         print(file=sys.stderr)
-        return _failed(GrowError(f"interrupted.{again}"), arguments)
+        return _report(GrowError(f"interrupted.{again}"), arguments)
     except BrokenPipeError:
-        _abandon_stdout()
+        _discard_stdout()
         return 1
     except MemoryError:
-        return _failed(GrowError("out of memory.", hint="Use a smaller --memory-budget, or verify --structure-only."), arguments)
+        return _report(GrowError("out of memory.", hint="Use a smaller --memory-budget, or verify --structure-only."), arguments)
     except OSError as error:
-        # Files of the work have messages of their own where they are read and written; this is stdout, the caches of libraries, and the like.
+        # Checkpoints and recipes have messages of their own where they are read and written; this is stdout, the caches of libraries, and the like.
         place = error.filename if isinstance(error.filename, str) else "a file, or standard output"
-        return _failed(GrowError(f"{printable(place)} could not be read or written: {printable(error.strerror or str(error))}."), arguments)
+        return _report(GrowError(f"{printable(place)} could not be read or written: {printable(error.strerror or str(error))}."), arguments)
 
 
-def _failed(error: GrowError, arguments: Sequence[str]) -> int:
+def _report(error: GrowError, arguments: Sequence[str]) -> int:
     print(f"hf-grow: {error}", file=sys.stderr)
     try:
         if "--json" in arguments:
@@ -94,13 +94,13 @@ def _failed(error: GrowError, arguments: Sequence[str]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError:
-        _abandon_stdout()
+        _discard_stdout()
     return error.exit_code
 
 
-def _abandon_stdout() -> None:
-    """What is still in its buffer is thrown away, so that Python does not try once more at its end."""
-    with suppress(OSError, AttributeError):  # there is none, or it is no file
+def _discard_stdout() -> None:
+    """Discards what is still buffered, so that Python does not try to write it again at exit."""
+    with suppress(OSError, AttributeError):  # it may be None, or not a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -114,7 +114,7 @@ def run_command(argv: list[str]) -> int:
     chosen = check_command(argv, COMMANDS, _methods)
     parser = Parser(
         "hf-grow",
-        description="Grow a trained checkpoint into a larger one, and go on training it.",
+        description="Grow a trained checkpoint into a larger one, and continue its training.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -125,32 +125,32 @@ def run_command(argv: list[str]) -> int:
         if name == chosen:
             _add_arguments(name, sub)
     arguments, rest = parser.parse_known_args(argv)
-    started = _started()
+    started = _world_size()
     if started > 1 and arguments.command != "train":
         raise InputError(
             f"hf-grow {arguments.command} runs in one process, and {started} were started.",
-            hint="Start it without a launcher; train takes one.",
+            hint="Start it without a launcher; only train takes one.",
         )
     module = importlib.import_module(f"hf_grow.cli.{COMMANDS[arguments.command][0]}")
     if not getattr(module, "OVERRIDES", False):
-        refuse_rest(rest, commands.choices[arguments.command])
+        reject_unknown_arguments(rest, commands.choices[arguments.command])
     arguments.overrides = rest
     run = module.run_recipe if arguments.command == "grow" else module.run
     return int(run(arguments))
 
 
-def _launched(name: str) -> int | None:
-    """A number that a launcher left in the environment: 0 where it is not set, None where it is no number."""
+def _env_number(name: str) -> int | None:
+    """An environment variable set by a launcher: 0 if it is not set, None if it is not a number."""
     value = os.environ.get(name) or "0"
     return int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None
 
 
-def _started() -> int:
-    """How many processes a launcher started. Raises InputError for variables of it that are no numbers, which torch and accelerate read too."""
+def _world_size() -> int:
+    """The number of processes that a launcher started. Raises InputError for variables that are not numbers; torch and accelerate read them too."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        if _launched(name) is None:
-            raise InputError(f"The environment variable {name} is {os.environ[name]!r}, and a number belongs there.", hint=f"unset {name}")
-    return _launched("WORLD_SIZE") or 1
+        if _env_number(name) is None:
+            raise InputError(f"The environment variable {name} is {os.environ[name]!r}, which is not a number.", hint=f"unset {name}")
+    return _env_number("WORLD_SIZE") or 1
 
 
 def _methods() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Pieces that several commands share: the source argument, output flags, and printing a result."""
+"""Helpers that several commands share: common arguments, and printing results."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def add_json(parser: argparse._ActionsContainer) -> None:
 
 
 @contextmanager
-def enough_memory(hint: str) -> Iterator[None]:
-    """Turns an accelerator or a machine that is out of memory into one message."""
+def explain_out_of_memory(hint: str) -> Iterator[None]:
+    """Turns an out-of-memory error of the accelerator or the machine into an ExecutionError with this hint."""
     import torch
 
     try:
@@ -38,13 +38,13 @@ def enough_memory(hint: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise ExecutionError("The accelerator is out of memory.", hint=hint) from None
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # as torch's allocator for the CPU says it
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # the message of torch's CPU allocator
             raise
         raise ExecutionError("This machine is out of memory.", hint=hint) from None
 
 
 def print_json(data: Any) -> None:
-    """One JSON value: a number that JSON has not becomes null, a character that a terminal does not show is escaped."""
+    """Prints one JSON value: NaN and infinity become null, characters that a terminal does not show are escaped."""
     text = to_json(replace_nonfinite(data)).rstrip("\n")
     if not text.isascii():
         unicode = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
@@ -57,12 +57,12 @@ def show_next(*words: str | Path) -> None:
 
 
 def existing_folder(text: str) -> Path:
-    """Raises InputError for what is none, or may not be read."""
+    """The path of a folder. Raises InputError if it is not a folder or cannot be read."""
     path = Path(text)
     try:
         with os.scandir(path):
             return path
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        raise InputError(f"{text} is no folder.", hint="Give the folder that holds config.json and the weights.") from None
+        raise InputError(f"{text} is not a folder.", hint="Give the folder that holds config.json and the weights.") from None
     except OSError as error:
         raise InputError(f"Cannot read {text}: {error_text(error)}.") from None

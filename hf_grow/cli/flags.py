@@ -1,4 +1,4 @@
-"""Command-line flags made from option models: one declaration gives the flag, its help and its default."""
+"""Command-line flags generated from option models: one declaration gives the flag, its help and its default."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NO_SHORT: Mapping[str, str] = types.MappingProxyType({})
 
 
 def add_flags(parser: argparse._ActionsContainer, models: Iterable[type[Options]], short: Mapping[str, str] = _NO_SHORT) -> None:
-    """One flag for each field of the models (fields of the same name share a flag). Values stay text; the model reads them."""
+    """Adds a flag for each field of the models; fields of the same name share a flag. Values stay text, which the model parses."""
     seen: set[str] = set()
     for model in models:
         for name, field in model.model_fields.items():
@@ -73,15 +73,15 @@ def _types(annotation: Any) -> list[Any]:
 
 
 def given(arguments: argparse.Namespace, model: type[Options]) -> dict[str, Any]:
-    """The flags of `model` that the user gave."""
+    """The flags of ``model`` that were given -> their text."""
     return {n: v for n in model.model_fields if (v := getattr(arguments, n, SKIP)) != SKIP}
 
 
-def refuse_foreign(arguments: argparse.Namespace, method: Method, all_methods: Mapping[str, Method]) -> None:
-    """Raises InputError for a flag that was given but means nothing to the chosen method."""
+def reject_other_methods_flags(arguments: argparse.Namespace, method: Method, all_methods: Mapping[str, Method]) -> None:
+    """Raises InputError for a given flag that the chosen method does not have."""
     for other in all_methods.values():
         for name in given(arguments, other.options).keys() - method.options.model_fields.keys():
             owners = [m.name for m in all_methods.values() if name in m.options.model_fields]
             raise InputError(
-                f"--{name.replace('_', '-')} means nothing to method {method.name}.", hint=f"It belongs to: {', '.join(owners)}."
+                f"--{name.replace('_', '-')} is not an option of method {method.name}.", hint=f"It is an option of: {', '.join(owners)}."
             )

@@ -129,7 +129,7 @@ def _chosen(arguments: argparse.Namespace) -> Method:
     listed = getattr(arguments, "layers", flags.SKIP) != flags.SKIP
     default = "tile" if arguments.command == "width" else "layers" if listed else "dus"
     method = methods[arguments.method or default]
-    flags.refuse_foreign(arguments, method, methods)
+    flags.reject_other_methods_flags(arguments, method, methods)
     return method
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import flags, render
-from hf_grow.cli.commands import add_json, add_source, enough_memory, print_json
+from hf_grow.cli.commands import add_json, add_source, explain_out_of_memory, print_json
 from hf_grow.common.extras import require_packages
 from hf_grow.common.units import format_duration
 from hf_grow.options import Options, parse
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = load_with_tokenizer(checkpoint, options.dtype, how.device)
     if how.dry_run:
         return _show_estimate(estimate_sampling(model, tokenizer, options), options, how, as_json=arguments.json)
-    memory_errors = enough_memory("Use a smaller --batch-size, or --device cpu.")
+    memory_errors = explain_out_of_memory("Use a smaller --batch-size, or --device cpu.")
     with memory_errors, render.tokens_bar("sampling", options.tokens, quiet=arguments.json) as progress:
         try:
             replay = sample_replay(

@@ -1,4 +1,4 @@
-"""Standard output with --json: one object, whatever libraries print beside it."""
+"""With --json, standard output holds one JSON object and nothing that libraries print."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 
 
 @contextmanager
-def json_alone(asked: bool) -> Iterator[None]:
-    """What is written to file descriptor 1 past sys.stdout goes to standard error meanwhile: tokenizers, which is no Python, prints there."""
+def only_json_on_stdout(asked: bool) -> Iterator[None]:
+    """Redirects file descriptor 1 to standard error, except for sys.stdout itself: native code such as tokenizers prints there."""
     own = sys.stdout
     try:
         kept = os.dup(1) if asked and own is not None and own.fileno() == 1 else -1
-    except (OSError, ValueError):  # no file behind it, or a closed one
+    except (OSError, ValueError):  # not a file, or closed
         kept = -1
     if kept < 0:
         yield
@@ -29,5 +29,5 @@ def json_alone(asked: bool) -> Iterator[None]:
             sys.stdout = own
             os.dup2(kept, 1)
             os.close(kept)
-            with suppress(OSError):  # told already
+            with suppress(OSError):  # reported already
                 alone.close()

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.cli import flags, render
-from hf_grow.cli.commands import add_json, enough_memory, print_json, show_next
+from hf_grow.cli.commands import add_json, explain_out_of_memory, print_json, show_next
 from hf_grow.common import yaml_io as yaml_text
 from hf_grow.common.units import format_bytes, format_duration
 from hf_grow.errors import ExecutionError
@@ -120,7 +120,7 @@ def explained() -> Iterator[None]:
 
     go_on = "Go on with --resume from the last checkpoint."
     try:
-        with enough_memory(OUT_OF_MEMORY_HINT):
+        with explain_out_of_memory(OUT_OF_MEMORY_HINT):
             yield
     except (OSError, RuntimeError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(

@@ -159,7 +159,7 @@ WRONG = {
     "no command": (["--json"], "COMMAND"),
     "unknown command": (["grwo"], "grwo"),
     "unknown flag": (["dus", "{source}", "--nose", "3"], "--nose"),
-    "flag of another method": (["depth", "{source}", "--method", "stack", "--drop", "1"], "belongs to: dus"),
+    "flag of another method": (["depth", "{source}", "--method", "stack", "--drop", "1"], "an option of: dus"),
     "words for numbers": (["dus", "{source}", "--noise", "much", "--seed", "-3"], "2 mistakes"),
     "size": (["dus", "{source}", "--to", "10 apples"], "10.7B"),
     "plan size": (["plan", "{source}", "--to", "many"], "10.7B"),

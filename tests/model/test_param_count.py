@@ -94,7 +94,7 @@ def test_plan_marks_what_is_far_and_names_the_steps_that_reach_it(folder: Path, 
     status, said = run(capsys, "plan", folder, "--to", "4M")
     assert status == 0
     assert "Far beyond what is known to work" in said
-    assert "No way that is known to work reaches 4.00M at once. In 4 steps" in said
+    assert "No growth that is known to work reaches 4.00M in one step. In 4 steps" in said
 
 
 def test_plan_offers_no_growth_that_is_farther_from_the_target_than_the_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +103,7 @@ def test_plan_offers_no_growth_that_is_farther_from_the_target_than_the_source(f
     assert status == 2 and "is not larger" in said
     status, said = run(capsys, "plan", folder, "--to", round(1.015 * now))
     assert status == 0
-    assert "hf-grow dus" not in said and "No way comes within 5% of" in said
+    assert "hf-grow dus" not in said and "No growth option is within 5% of" in said
 
 
 def test_a_dry_run_warns_of_what_is_far(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -309,7 +309,7 @@ def test_what_is_not_whole_or_not_what_it_says_is_not_published(
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
     assert "do not match its config.json" in refused(capsys, "push", other, REPO)
-    assert "is no folder" in refused(capsys, "push", tmp_path / "nowhere", REPO)
+    assert "is not a folder" in refused(capsys, "push", tmp_path / "nowhere", REPO)
     assert received(open_hub) == 0
 
 
