@@ -8,7 +8,8 @@ from functools import cached_property
 from hf_grow.api.planning import plan_for
 from hf_grow.errors import InputError
 from hf_grow.growth.growth import Method
-from hf_grow.growth.plan import GrowthPlan, SourceInfo, check_source
+from hf_grow.growth.plan import GrowthPlan, check_source
+from hf_grow.growth.source_info import SourceInfo
 from hf_grow.methods import METHODS
 from hf_grow.model.param_count import TOLERANCE, count_parameters, extrapolation_warnings, format_count
 from hf_grow.options import Options

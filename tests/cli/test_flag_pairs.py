@@ -112,7 +112,7 @@ def test_in_every_pair_both_flags_are_heard_or_refused(
     base, samples = CASES[command]
     recorder = Recorder(place, capsys)
     monkeypatch.setattr("hf_grow.cli.demo.run_demo", recorder.told(None))
-    monkeypatch.setattr("hf_grow.training.peft.lora.merge_adapter", recorder.told(SimpleNamespace(base="b", layers=1, plan=None)))
+    monkeypatch.setattr("hf_grow.training.peft.merge.merge_adapter", recorder.told(SimpleNamespace(base="b", layers=1, plan=None)))
     monkeypatch.setattr("hf_grow.cli.push.push", recorder.told(Pushed("you/model", "url", "c" * 40, "", 1, 1)))
     monkeypatch.setattr("hf_grow.cli.push.uploaded_weights", recorder.told(None))
     outcome = recorder.outcome([w.format(tmp=place) for w in base])

@@ -68,7 +68,7 @@ COMMAND_LINES = {
     "depth m --method identiy": "none of dus, stack, interleave, identity, layers. Did you mean identity?",
     "grow solar": "Did you mean solar_10b7?",
     "train llama_pro": "Did you mean llama_pro_domain?",
-    "plan m --to 5M and more": "what to do with: and more",
+    "plan m --to 5M and more": "does not accept: and more",
 }
 
 
