@@ -117,9 +117,8 @@ def _pretrain(stage: Stage, texts: Domains) -> None:
     from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
     s = stage.settings
-    old, new = texts.documents["old"], texts.documents["new"]
-    mixed = [*old, *new[: len(new) * sum(map(len, old)) // sum(map(len, new))]]
-    tokenizer = build_tokenizer(mixed, s.shape.vocab)
+    old = texts.documents["old"]
+    tokenizer = build_tokenizer(texts.for_tokenizer(), s.shape.vocab)
     model = build_model(s.shape, tokenizer, max_positions=4 * s.length, seed=stage.seed)
     rows = torch.from_numpy(split_sequences(np.empty(0, np.int32), DocumentEncoder(tokenizer, "always")(old), s.length)[0]).long()
     generator = torch.Generator().manual_seed(stage.seed)

@@ -40,6 +40,11 @@ class Domains:
         for name, texts in self.documents.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
 
+    def for_tokenizer(self) -> list[str]:
+        """The old documents and about as many characters of new ones: the tokenizers of downloaded models were trained on both domains too."""
+        old, new = self.documents["old"], self.documents["new"]
+        return [*old, *new[: len(new) * sum(map(len, old)) // sum(map(len, new))]]
+
 
 def domains(max_documents: int | None = None) -> Domains:
     """All documents, or the first ``max_documents`` of each file, in an order that does not depend on the machine.

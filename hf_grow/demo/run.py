@@ -99,7 +99,7 @@ def run(options: DemoOptions, command: Command) -> dict[str, Any]:
 
     torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
     demo = _Demo(out, settings, options.seed, command)
-    demo.say("hf-grow demo: pretrain a small model on prose, grow it, and train it on code without forgetting. No GPU, no network.")
+    demo.say("hf-grow demo: pretrain a small model on prose, grow it, and train it on code, with and without EWC. No GPU, no network.")
     cached = demo.pretrain(options.fresh)
     demo.grow()
     demo.train()
@@ -140,7 +140,7 @@ class _Demo:
         return self.out / name
 
     def pretrain(self, fresh: bool) -> bool:
-        """The small model: taken from the cache, or trained and put there. Returns whether it was in the cache."""
+        """Copies the small model from the cache, or trains it and puts it there. Returns whether it was in the cache."""
         texts = domains(self.settings.max_documents)
         self.path("text").mkdir()
         texts.write(self.path("text"))
@@ -166,7 +166,7 @@ class _Demo:
         return False
 
     def cache_key(self, texts: Domains) -> str:
-        """Names what the weights of the small model follow from."""
+        """A digest of everything that the weights of the small model depend on."""
         recipe = Path(__file__).with_name("pretrain.yaml").read_text(encoding="utf-8")
         versions = {name: version(name) for name in ("hf-grow", "torch", "transformers", "tokenizers")}
         settings = [asdict(self.settings.shape), self.settings.seq_length, self.settings.pretrain_flags]
@@ -176,10 +176,7 @@ class _Demo:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        old, new = texts.documents["old"], texts.documents["new"]
-        # The tokenizer knows both domains, as those of downloaded models do: as many characters of code as of prose.
-        mixed = [*old, *new[: len(new) * sum(map(len, old)) // sum(map(len, new))]]
-        tokenizer = build_tokenizer(mixed, self.settings.shape.vocab)
+        tokenizer = build_tokenizer(texts.for_tokenizer(), self.settings.shape.vocab)
         model = build_model(self.settings.shape, tokenizer, max_positions=4 * self.settings.seq_length, seed=self.seed)
         model.save_pretrained(self.path("random"))
         tokenizer.save_pretrained(self.path("random"))

@@ -1,4 +1,4 @@
-"""The benchmarks run, and say how they were made. Nothing here looks at a time."""
+"""The benchmarks run, and their tables have the command. Times are not tested."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_benchmark_can_be_imported() -> None:
-    """They are run by hand, and seldom: a name that moved in hf_grow is noticed here."""
+    """They are rarely run; this test notices renames in hf_grow."""
     code = "import importlib, sys; sys.path.insert(0, sys.argv[1]); [importlib.import_module(name) for name in sys.argv[2:]]"
     names = [path.stem for path in FOLDER.glob("*.py")]
     done = subprocess.run([sys.executable, "-c", code, FOLDER, *names], capture_output=True, text=True, check=False)
@@ -48,7 +48,7 @@ def test_a_generated_checkpoint_loads_and_computes(tiny: Path) -> None:
         assert model(torch.arange(8)[None]).logits.isfinite().all()
 
 
-def test_tensors_that_stand_side_by_side_differ(tiny: Path) -> None:
+def test_neighbouring_tensors_differ(tiny: Path) -> None:
     layer = AutoModelForCausalLM.from_pretrained(tiny).model.layers[0].mlp
     assert not torch.equal(layer.gate_proj.weight, layer.up_proj.weight)
 

@@ -1,4 +1,4 @@
-"""The benchmark of forgetting: how it compares trajectories, and that it runs. Nothing here looks at a result."""
+"""The forgetting benchmark: how it compares trajectories, and that it runs. Measured results are not tested."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def _importable() -> Any:
 
 
 def run(arm: str, *losses: tuple[float, float], seconds: float = 1.0, steps: int = 10, memory: int = 100) -> dict[str, Any]:
-    """Losses: (old, new) at every evaluation."""
+    """``losses``: (old, new) at every evaluation."""
     track = [{"step": i, "old": old, "new": new} for i, (old, new) in enumerate(losses)]
     held = {"weights": memory, "activations": 999, "total": 999 + memory}
     return {"arm": arm, "seed": 0, "trajectory": track, "steps": steps, "step_seconds": seconds, "memory": held}
 
 
-def test_forgetting_is_read_off_where_the_new_loss_is_first_reached() -> None:
+def test_forgetting_is_read_where_the_new_loss_is_first_reached() -> None:
     from tradeoff import forgetting_at, points
 
     track = points(run("a", (3.0, 9.0), (3.2, 7.0), (3.6, 5.0), (3.4, 6.0), (3.5, 4.0)), 3.0)
@@ -62,7 +62,7 @@ def test_an_arm_is_compared_with_the_best_plain_fine_tuning_at_the_same_new_loss
     assert found[short].ratio == pytest.approx(0.9 / 0.8) and found[short].time == 0.5  # one of the five, and above their hull
 
 
-def test_no_ratio_where_nothing_was_forgetting_at() -> None:
+def test_no_ratio_where_nothing_was_forgotten() -> None:
     from tradeoff import BASELINES, compare, relative_forgetting
 
     runs = {name: run(name, (3.0, 9.0), (2.9, 7.0)) for name in BASELINES}
@@ -70,7 +70,7 @@ def test_no_ratio_where_nothing_was_forgetting_at() -> None:
     assert relative_forgetting(runs[BASELINES[0]], runs[BASELINES[1]]) is None
 
 
-def test_every_arm_reads_as_a_recipe_and_says_whether_it_needs_old_text() -> None:
+def test_every_arm_is_a_valid_recipe_and_declares_whether_it_needs_old_text() -> None:
     from arms import ARMS
     from stage import QUICK, Stage
     from tradeoff import BASELINES
