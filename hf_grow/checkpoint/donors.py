@@ -1,4 +1,4 @@
-"""Further checkpoints beside the source: opened, and checked to speak the source's language."""
+"""Opens donor checkpoints, which a growth reads in addition to its source, and checks that their tokenizers are the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Notify = Callable[[str], None]
 
 
 def parse_donor_refs(refs: Iterable[str]) -> list[tuple[str, str, str | None]]:
-    """(label, folder or Hub id, revision) of checkpoints as a user names them; a Hub id may carry a revision: OWNER/NAME@REVISION."""
+    """(label, folder or Hub id, revision) of each reference; a Hub id may include a revision: OWNER/NAME@REVISION."""
     out = []
     for label, ref in enumerate(refs, 1):
         name, _, revision = (ref, "", "") if Path(ref).expanduser().exists() else ref.partition("@")
@@ -25,52 +25,52 @@ def parse_donor_refs(refs: Iterable[str]) -> list[tuple[str, str, str | None]]:
 
 
 def with_donors(
-    main: Checkpoint, others: Iterable[tuple[str, str, str | None]], *, weights: bool, notify: Notify = lambda message: None
+    main: Checkpoint, donors: Iterable[tuple[str, str, str | None]], *, weights: bool, notify: Notify = lambda message: None
 ) -> Checkpoint:
-    """The main checkpoint with further ones, each (label, ref, revision). Raises SourceError as `open_source` does, and where tokenizers differ."""
+    """Opens donors, each (label, ref, revision), and adds them to `main`. Raises SourceError as `open_source` does, and if tokenizers differ."""
     opened = {}
-    for label, ref, revision in others:
+    for label, ref, revision in donors:
         opened[label] = open_source(ref, revision=revision, weights=weights, notify=notify)
         check_same_tokenizer(main, opened[label], notify)
     return replace(main, donors=opened) if opened else main
 
 
 def check_same_tokenizer(main: Checkpoint, other: Checkpoint, notify: Notify) -> None:
-    """Raises SourceError if a token of one is another token of the other; tells if that cannot be seen."""
+    """Raises SourceError if the tokenizers assign different ids or tokens; calls `notify` if they cannot be compared."""
     mine, theirs = _vocabulary(main), _vocabulary(other)
     if mine is None or theirs is None:
         if main.folder is not None and other.folder is not None:
-            lacking = main.ref if mine is None else other.ref
-            notify(f"{lacking} has no tokenizer that can be compared; {other.ref} is taken to have the source's.")
+            missing = main.ref if mine is None else other.ref
+            notify(f"{missing} has no tokenizer to compare; assuming that {other.ref} has the tokenizer of the source.")
         return
     if isinstance(mine, bytes) or isinstance(theirs, bytes):
         different = ["tokenizer.model"] if mine != theirs else []
     else:
+        ids = set(mine.values())
         different = sorted(t for t in mine.keys() & theirs.keys() if mine[t] != theirs[t])
-        taken = {i: t for t, i in mine.items()}
-        different += sorted(t for t, i in theirs.items() if t not in mine and i in taken)
+        different += sorted(t for t, i in theirs.items() if t not in mine and i in ids)
     if different:
         raise SourceError(
-            f"{other.ref} has another tokenizer than {main.ref}: they differ in {different[0]!r}"
+            f"{other.ref} and {main.ref} have different tokenizers: they differ in {different[0]!r}"
             + (f" and {len(different) - 1} more tokens." if len(different) > 1 else "."),
-            hint="Experts must be trained from one base model, with its tokenizer.",
+            hint="All experts must come from the same base model and use its tokenizer.",
         )
 
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | bytes | None:
-    """Token -> id of a folder's tokenizer.json; or the bytes of its sentencepiece model; None where it has neither."""
+    """Token -> id from tokenizer.json, else the bytes of the sentencepiece model; None if there is neither."""
     if checkpoint.folder is None:
         return None
     path = checkpoint.folder / "tokenizer.json"
     if not path.is_file():
-        model = checkpoint.folder / "tokenizer.model"
-        return read_bytes(model) if model.is_file() else None
+        sentencepiece = checkpoint.folder / "tokenizer.model"
+        return read_bytes(sentencepiece) if sentencepiece.is_file() else None
     data = read_json(path, "")
-    model_part: Any = data.get("model")
-    vocab: Any = model_part.get("vocab") if isinstance(model_part, dict) else None
+    model: Any = data.get("model")
+    vocab: Any = model.get("vocab") if isinstance(model, dict) else None
     try:
-        # Unigram models list [token, score] in the order of the ids.
-        found = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
-        return found | {t["content"]: t["id"] for t in data.get("added_tokens") or ()}
+        # Unigram models list [token, score] in order of the ids
+        ids = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
+        return ids | {t["content"]: t["id"] for t in data.get("added_tokens") or ()}
     except (TypeError, ValueError, KeyError):
-        raise SourceError(f"{path} holds no vocabulary that can be read.") from None
+        raise SourceError(f"{path} has no readable vocabulary.") from None

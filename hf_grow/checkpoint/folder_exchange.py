@@ -1,4 +1,4 @@
-"""What decides which folder bears a name: one writer at a time, and one step in which a new folder takes the place of an old one."""
+"""Locks a folder against other writers, exchanges two folders atomically, and syncs folders to disk."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from hf_grow.errors import OutputError
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
-# A kernel, file system or sandbox without it. What really forbids a rename forbids the plain one too.
-_UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # from linux/fcntl.h and linux/fs.h
+# Errors of kernels, file systems and sandboxes without renameat2; a real permission error also occurs in the plain rename.
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
-def lock(path: Path, what: Path) -> int:
-    """The open lock file, held for `what`. The lock dies with its process, so that kill -9 leaves none behind. Raises OutputError, OSError."""
+def lock(path: Path, output: Path) -> int:
+    """Opens and locks the lock file of `output`; the lock ends with its process, even after kill -9. Raises OutputError, OSError."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         try:
@@ -31,18 +31,18 @@ def lock(path: Path, what: Path) -> int:
         except OSError as error:
             os.close(handle)
             if isinstance(error, BlockingIOError):
-                raise locked_error(what) from None
+                raise locked_error(output) from None
             error.filename = str(path)
             raise
-        os.close(handle)  # its last holder has just removed it: there is another by now, or will be
+        os.close(handle)  # its last holder has just removed it: try again with a new one
 
 
-def locked_error(what: Path) -> OutputError:
-    return OutputError(f"Another hf-grow is writing {what} right now.", hint="Wait for it, or choose another -o.")
+def locked_error(output: Path) -> OutputError:
+    return OutputError(f"Another hf-grow process is writing {output}.", hint="Wait for it, or choose another output with -o.")
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds a lock file now; makes none."""
+    """Whether another process holds the lock file; does not create one."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -57,7 +57,7 @@ def is_locked(path: Path) -> bool:
 
 
 def unlock(path: Path, handle: int) -> None:
-    """Removes the file while it is still held: whoever opened it meanwhile sees that it lost its name, and makes another."""
+    """Removes the lock file while it is held, so that a process that opened it meanwhile notices and creates a new one."""
     with suppress(OSError):
         path.unlink()
     with suppress(OSError):
@@ -65,20 +65,20 @@ def unlock(path: Path, handle: int) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Two folders take each other's names in one step; False, and nothing done, where the system cannot do that. Raises OSError."""
+    """Swaps the names of two folders atomically. Returns False, without a change, if the system does not support it. Raises OSError."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
     if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)) == 0:
         return True
     code = ctypes.get_errno()
-    if code in _UNKNOWN:
+    if code in _UNSUPPORTED:
         return False
     raise OSError(code, os.strerror(code), str(one))
 
 
 def sync(path: Path) -> None:
-    """A folder's names are on the disk."""
+    """Syncs a folder's entries to disk."""
     with error_filename(path):
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -88,11 +88,11 @@ def sync(path: Path) -> None:
 
 
 def sync_files(folder: int, path: Path) -> None:
-    """The content of every file below an open folder, which is at `path`, is on the disk; what is there already costs nothing."""
-    for where, _, names, inside in os.fwalk(".", dir_fd=folder, onerror=_raise):
+    """Syncs the content of every file below an open folder (located at `path`) to disk."""
+    for where, _, names, parent in os.fwalk(".", dir_fd=folder, onerror=_raise):
         for name in names:
             with error_filename(path / where / name):
-                handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=inside)
+                handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
                 try:
                     os.fsync(handle)
                 finally:
@@ -100,23 +100,25 @@ def sync_files(folder: int, path: Path) -> None:
 
 
 def walk_folder(folder: int) -> Iterator[tuple[str, bool, bool]]:
-    """(relative path, whether it is a folder, whether it is odd) of all below an open folder; odd is what is neither a folder nor a regular
-    file of one name: written through a link or a second name, a file elsewhere would change."""
-    for where, folders, names, inside in os.fwalk(".", dir_fd=folder, onerror=_raise):
+    """Yields (relative path, is a folder, is special) of everything below an open folder.
+
+    Special are links, devices and files with several names: writing to them would change a file elsewhere.
+    """
+    for where, folders, names, parent in os.fwalk(".", dir_fd=folder, onerror=_raise):
         for name in (*folders, *names):
-            found = os.stat(name, dir_fd=inside, follow_symlinks=False)
-            is_folder = stat.S_ISDIR(found.st_mode)
-            yield os.path.normpath(os.path.join(where, name)), is_folder, not (is_folder or is_plain_file(found))
+            info = os.stat(name, dir_fd=parent, follow_symlinks=False)
+            is_folder = stat.S_ISDIR(info.st_mode)
+            yield os.path.normpath(os.path.join(where, name)), is_folder, not (is_folder or is_plain_file(info))
 
 
-def is_plain_file(found: os.stat_result) -> bool:
-    """Whether it is a regular file without a second name."""
-    return stat.S_ISREG(found.st_mode) and found.st_nlink <= 1
+def is_plain_file(info: os.stat_result) -> bool:
+    """Whether it is a regular file with a single name."""
+    return stat.S_ISREG(info.st_mode) and info.st_nlink <= 1
 
 
 @contextmanager
 def error_filename(path: Path) -> Iterator[None]:
-    """Errors of the system in calls on an open file get the file's name."""
+    """Adds the file name to an OSError, which calls on an open file do not report."""
     try:
         yield
     except OSError as error:

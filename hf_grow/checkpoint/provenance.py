@@ -1,6 +1,6 @@
-"""What growth.json says besides the plan: how the checkpoint was grown before, what was trained since, which files were written.
+"""Reads and writes the parts of growth.json beyond the plan: earlier growths, training after the growth, and the files written.
 
-A record may come from anywhere: what has not the right form is left out, never believed, and nothing here raises.
+growth.json may come from anywhere: malformed parts are ignored, and reading them never raises.
 """
 
 from __future__ import annotations
@@ -9,45 +9,41 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-MOST_STAGES = 100
+MAX_STAGES = 100
 
 
 def growth_history(growth: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], ...]:
-    """All growths of a checkpoint, oldest first, without their maps; `training` of one: what was trained after it."""
+    """All growths of a checkpoint, oldest first, without their tensor maps; with the totals of the training after each."""
     if not growth:
         return ()
     try:
         step = {
             "source": {k: growth["source"][k] for k in ("ref", "revision")},
             **{k: growth["growth"][k] for k in ("method", "options", "guarantee")},
-            "layers": [_depth(growth["source"]["config"]), _depth(growth["target"]["config"])],
+            "layers": [growth[side]["config"].get("num_hidden_layers") for side in ("source", "target")],
         }
-        found = training_stages(growth)
-        return (*map(dict, growth["source"].get("history", ())), step | ({"training": training_totals(found)} if found else {}))
+        stages = training_stages(growth)
+        return (*map(dict, growth["source"].get("history", ())), step | ({"training": training_totals(stages)} if stages else {}))
     except (KeyError, TypeError, ValueError, AttributeError):
         return ()
 
 
-def _depth(config: Mapping[str, Any]) -> Any:
-    return config.get("num_hidden_layers")
-
-
 def training_stages(growth: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], ...]:
-    """What was trained (or merged, from an adapter) since the growth, oldest first; empty for weights as they were grown."""
-    found: list[Mapping[str, Any]] = []
+    """Training runs and merged adapters since the growth, oldest first."""
+    stages: list[Mapping[str, Any]] = []
     stage = growth.get("training") if growth else None
     while (
         isinstance(stage, Mapping)
         and (positive_int(stage.get("steps")) or isinstance(stage.get("adapter"), Mapping))
-        and len(found) < MOST_STAGES
+        and len(stages) < MAX_STAGES
     ):
-        found.append(stage)
+        stages.append(stage)
         stage = stage.get("earlier")
-    return tuple(reversed(found))
+    return tuple(reversed(stages))
 
 
 def training_totals(stages: tuple[Mapping[str, Any], ...]) -> dict[str, int]:
-    """Steps and tokens of all training_stages together, and adapters merged."""
+    """Total steps and tokens of all stages, and the number of merged adapters."""
     return {
         "steps": sum(positive_int(s.get("steps")) for s in stages),
         "tokens": sum(positive_int(s.get("tokens")) for s in stages),
@@ -56,7 +52,7 @@ def training_totals(stages: tuple[Mapping[str, Any], ...]) -> dict[str, int]:
 
 
 def describe_training(training: object) -> str:
-    """'trained for 12 steps (384 tokens)'; `training`: what `training_totals` gives, or a file says that it gave. Empty where there was nothing."""
+    """Totals from `training_totals`, or from a file, as text: 'trained for 12 steps (384 tokens)'; empty if there was no training."""
     if not isinstance(training, Mapping):
         return ""
     steps, tokens, adapters = (positive_int(training.get(k)) for k in ("steps", "tokens", "adapters"))
@@ -66,12 +62,12 @@ def describe_training(training: object) -> str:
 
 
 def positive_int(value: object) -> int:
-    """A number of things; 0 for what is none."""
+    """The value if it is a positive 63-bit integer, else 0."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63 else 0
 
 
 def recorded_files(growth: Mapping[str, Any] | None) -> Mapping[str, Mapping[str, Any]]:
-    """Weight file -> size and sha256, as whatever wrote the weights last recorded them; empty where nothing did."""
+    """Weight file -> size and SHA-256, as recorded by the last growth or training; empty if not recorded."""
     growth = growth or {}
     part = growth.get("training") if training_stages(growth) else growth.get("target")
     files = part.get("files") if isinstance(part, Mapping) else None
@@ -79,7 +75,7 @@ def recorded_files(growth: Mapping[str, Any] | None) -> Mapping[str, Mapping[str
 
 
 def add_training_stage(growth: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
-    """growth.json after `stage`. What speaks of the weights as they were goes into the stage, or goes."""
+    """growth.json with a new training stage; entries about the previous weights move into the stage or are removed."""
     record = {k: v for k, v in growth.items() if k not in ("verification", "training")}
     record["target"] = {k: v for k, v in growth["target"].items() if k != "files"}
     section = dict(stage)
@@ -91,8 +87,8 @@ def add_training_stage(growth: Mapping[str, Any], stage: Mapping[str, Any]) -> d
 
 
 def format_growth_json(record: Mapping[str, Any]) -> str:
-    """growth.json as it is written: an entry a line down to the third level, and what is deeper on that line. Fully indented, the record of a
-    model with many experts is several times as large, and no easier to read."""
+    """The text of growth.json: indented down to the third level, compact below. Full indentation would make the file of a model with many experts
+    several times larger."""
     return _indented(record, "\n", 3) + "\n"
 
 

@@ -1,6 +1,6 @@
-"""Opening a source checkpoint: a folder, or a repository on the Hugging Face Hub.
+"""Opens a source checkpoint: a folder, or a repository on the Hugging Face Hub.
 
-Planning reads the config, the index and the headers of the weight files, never the weights: a 7B model costs a few hundred kilobytes.
+Planning reads config, index and weight headers, never the weights: a few hundred kilobytes for a 7B model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hf_grow.model.config_compat import portable_tokenizer_config
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-MAX_COMPANION = 1 << 30
+MAX_COMPANION_BYTES = 1 << 30
 
 COMPANIONS = (
     "tokenizer.json",
@@ -62,9 +62,9 @@ COMPANIONS = (
     "NOTICE*",
     "USE_POLICY*",
 )
-"""Files that come along with a grown checkpoint, whatever the case of their names. The model card does not: the grown model gets its own."""
+"""Files that are copied to a grown checkpoint; case-insensitive. The model card is not: the grown model gets its own."""
 
-# Whatever they are called, weights and pickles are no companions; nor are the scripts that DeepSpeed lays beside its checkpoints.
+# Never copied: weights and pickles of any name, and the scripts that DeepSpeed adds to its checkpoints.
 EXCLUDED = (
     "zero_to_fp32.py",
     "zero_to_torch.py",
@@ -87,14 +87,18 @@ EXCLUDED = (
 def open_source(
     ref: str, *, revision: str | None = None, weights: bool, notify: Callable[[str], None] = lambda message: None
 ) -> Checkpoint:
-    """The checkpoint at `ref`, a folder or a Hub id; its weights are on this machine afterwards if `weights`.
+    """Opens a checkpoint: a folder, or a Hub id.
 
-    `notify` gets what the user should know. Raises SourceError if it is missing, damaged, hostile or may not be read, and InputError for a
-    revision of a folder.
+    Args:
+        revision: branch, tag or commit on the Hub.
+        weights: download the weights; without, only config, index and headers are read.
+        notify: called with messages for the user.
+
+    Raises SourceError if it is missing, damaged, invalid or not accessible, and InputError for a revision of a folder.
     """
     if _is_folder(ref):
         if revision:
-            raise InputError(f"{ref} is a folder and has no revision {revision!r}.", hint="Leave --revision out, or give a Hub id.")
+            raise InputError(f"{ref} is a folder and has no revision {revision!r}.", hint="Remove --revision, or give a Hub id.")
         return open_folder(Path(ref).expanduser(), ref=ref)
     name = ALIASES.get(ref.lower(), ref)
     if name.lower() != ref.lower():
@@ -125,52 +129,53 @@ def with_weights(checkpoint: Checkpoint, notify: Callable[[str], None] = lambda 
 
 
 def prefer_cached(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint on the Hub, as a copy in the cache where all its weights are there; else as it is."""
+    """The cached copy of a checkpoint on the Hub if all its weights are cached; else the checkpoint itself."""
     if checkpoint.folder is not None or not all(hub.cached_file(checkpoint.ref, checkpoint.revision, f) for f in checkpoint.files):
         return checkpoint
     return replace(_from_cache(checkpoint.ref, checkpoint.revision, False, lambda message: None), donors=checkpoint.donors)
 
 
 def fetch_companions(checkpoint: Checkpoint) -> Path:
-    """A folder with what comes along with a checkpoint that is on the Hub, without its weights. Raises SourceError."""
+    """Downloads config and companion files of a checkpoint on the Hub, without weights; returns their folder. Raises SourceError."""
     remote = hub.fetch_listing(checkpoint.ref, checkpoint.revision)
     return hub.download(remote, [f for f in remote.sizes if f == CONFIG or is_companion(f)])
 
 
 def is_companion(path: str) -> bool:
-    """Whether a file, by its path in the folder or repository, comes along with a grown checkpoint."""
-    # fnmatch's * matches a slash too, but LICENSE* must not reach into a folder LICENSES.
+    """Whether a file, by its path relative to the checkpoint, is copied to a grown checkpoint."""
+    # fnmatch's * also matches slashes, but LICENSE* must not match inside a folder LICENSES
     return not path.lower().endswith(EXCLUDED) and any(
         pattern.count("/") == path.count("/") and fnmatchcase(path.lower(), pattern.lower()) for pattern in COMPANIONS
     )
 
 
 def companions(folder: Path) -> list[Path]:
-    """The companion files in `folder`, as paths relative to it; none that a link leads out of it, but for those of the Hub's cache."""
+    """Relative paths of the companion files in `folder`, without links that point outside (except into the Hub cache)."""
     candidates = [Path(n) for n in os.listdir(folder)]
     candidates += [Path(p.parent.name, p.name) for p in folder.glob("*/*") if p.parent.name == TEMPLATES]
     return sorted(p for p in candidates if is_companion(p.as_posix()) and (folder / p).is_file() and is_contained(folder, folder / p))
 
 
 def companion_bytes(path: Path) -> bytes:
-    """A companion file as it comes along: byte for byte, but for a tokenizer_config.json that older readers could not use."""
-    data = read_bytes(path, max_bytes=MAX_COMPANION)
+    """The content to copy: unchanged, except that tokenizer_config.json is made readable by older versions."""
+    data = read_bytes(path, max_bytes=MAX_COMPANION_BYTES)
     if path.name != TOKENIZER_CONFIG:
         return data
     try:
         config = read_json(path)
-    except SourceError:  # no reader can use it, and growth does not need it
+    except SourceError:  # unusable for any reader, and not needed for growth
         return data
     portable = portable_tokenizer_config(config)
     return data if portable == config else to_json(portable).encode()
 
 
 def is_contained(folder: Path, path: Path) -> bool:
+    """Whether a path, links resolved, is inside `folder`, or is a link of the Hub cache into its own blobs."""
     if path.resolve().is_relative_to(folder.resolve()):
         return True
     if folder.parent.name != "snapshots" or not path.is_symlink():
         return False
-    # A snapshot's files are links into ../../blobs. One link only: a blob may itself be a link, into a store that repositories share.
+    # Files of a snapshot are links into ../../blobs. Only the first link counts: a blob may be a link into a store shared by repositories.
     target = Path(os.path.normpath(path.parent.resolve() / os.readlink(path)))
     return target.parent == folder.resolve().parent.parent / "blobs"
 
@@ -184,31 +189,31 @@ def _is_folder(ref: str) -> bool:
             raise no_safetensors_error([os.path.basename(path)], os.path.dirname(path) or ".")
         raise SourceError(f"{ref} is a file.", hint=f"Give the folder of the whole checkpoint, as in {os.path.dirname(ref) or '.'}.")
     if "://" in ref:
-        raise SourceError(f"{ref} is an address.", hint="Give the id of the Hub repository alone: OWNER/NAME.")
+        raise SourceError(f"{ref} is a URL.", hint="Give only the id of the Hub repository: OWNER/NAME.")
     why = "" if ref.lower() in ALIASES or ref in MODELS else why_not_hub_id(ref)
     if why:
-        raise SourceError(f"There is no folder {ref!r}{why}", hint=_meant(path))
+        raise SourceError(f"There is no folder {ref!r}{why}", hint=_suggestion(path))
     return False
 
 
-def _meant(path: str) -> str:
-    """What there is instead of a folder that was not found: beside it, or on the Hub."""
+def _suggestion(path: str) -> str:
+    """A hint for a folder that was not found: similar names next to it, or on the Hub."""
     parent, name = os.path.split(path.rstrip("/"))
     try:
-        there = sorted(e.name for e in os.scandir(parent or ".") if e.is_dir() and not e.name.startswith("."))
+        folders = sorted(e.name for e in os.scandir(parent or ".") if e.is_dir() and not e.name.startswith("."))
     except OSError:
-        there = []
-    found = [os.path.join(parent, n) for n in difflib.get_close_matches(name, there, 1, 0.75)] + similar_ids(path.strip("/"), 1)
-    return f"Did you mean {' or '.join(found)}?" if found else "Check the path; a Hub id reads OWNER/NAME."
+        folders = []
+    similar = [os.path.join(parent, n) for n in difflib.get_close_matches(name, folders, 1, 0.75)] + similar_ids(path.strip("/"), 1)
+    return f"Did you mean {' or '.join(similar)}?" if similar else "Check the path; a Hub id has the form OWNER/NAME."
 
 
 def _headers(remote: hub.Listing) -> Checkpoint:
-    """Config, index and headers of a commit, without its weights."""
+    """The checkpoint of a commit, from config, index and headers."""
     ref, names = remote.ref, remote.sizes
     if SINGLE not in names and INDEX not in names:
         raise no_safetensors_error([n for n in names if "/" not in n], ref)
     if CONFIG not in names:
-        raise SourceError(f"{ref} is no checkpoint: it has no {CONFIG}.")
+        raise SourceError(f"{ref} is not a checkpoint: it has no {CONFIG}.")
     config = read_json(hub.fetch_small_file(remote, CONFIG), "")
     weight_map = {} if SINGLE in names else parse_index(read_json(hub.fetch_small_file(remote, INDEX), ""), f"{ref}/{INDEX}")
     shards = sorted(set(weight_map.values())) or [SINGLE]
@@ -216,7 +221,7 @@ def _headers(remote: hub.Listing) -> Checkpoint:
     if missing:
         raise SourceError(
             f"{ref}: the index names {missing[0]}, which the repository does not have ({len(missing)} such files).",
-            hint="The repository is incomplete; use another revision, or tell its owner.",
+            hint="The repository is incomplete; use another revision, or contact its owner.",
         )
     tensors: dict[str, TensorLocation] = {}
     files: dict[str, Mapping[str, object]] = {}
@@ -242,7 +247,7 @@ def _download(remote: hub.Listing, checkpoint: Checkpoint, notify: Callable[[str
 def _snapshot(folder: Path, ref: str, commit: str, sha256: Mapping[str, str]) -> Checkpoint:
     checkpoint = open_folder(folder, ref=ref, revision=commit)
     known = {file: sha256.get(file) or hub.blob_sha256(folder / file) for file in checkpoint.files}
-    # With a hash the time says nothing more, and a plan made from headers alone must have the same fingerprint.
+    # The SHA-256 replaces the modification time, so that a plan made from headers only has the same fingerprint.
     return replace(
         checkpoint, files={f: _identity(entry["size"], known[f]) if known[f] else entry for f, entry in checkpoint.files.items()}
     )
@@ -253,10 +258,10 @@ def _identity(size: int, sha256: str | None) -> dict[str, int | str]:
 
 
 def _from_cache(ref: str, revision: str | None, weights: bool, notify: Callable[[str], None]) -> Checkpoint:
-    """A checkpoint that is whole in the Hub's cache. Raises SourceError that says what is missing."""
+    """A checkpoint from the Hub cache. Raises SourceError if it is incomplete there."""
     config = hub.cached_file(ref, revision, CONFIG)
     if config is None:
-        raise _not_cached(f"{ref}{f' at revision {revision}' if revision else ''} is not in the cache", ref, revision)
+        raise _not_cached_error(f"{ref}{f' at revision {revision}' if revision else ''} is not in the cache", ref, revision)
     folder = config.parent
     missing = [SINGLE]
     if (folder / SINGLE).is_file():
@@ -265,19 +270,19 @@ def _from_cache(ref: str, revision: str | None, weights: bool, notify: Callable[
         shards = set(parse_index(read_json(folder / INDEX, ""), f"{ref}/{INDEX}").values())
         missing = sorted(s for s in shards if not (folder / s).is_file())
     if missing:
-        raise _not_cached(f"the cache holds {ref} (commit {folder.name[:12]}) without {_some(missing)}", ref, revision)
+        raise _not_cached_error(f"the cached copy of {ref} (commit {folder.name[:12]}) lacks {_list_some(missing)}", ref, revision)
     if weights and not companions(folder):
         notify(f"The cached copy of {ref} has no tokenizer; the grown checkpoint will have none either.")
     return _snapshot(folder, ref, folder.name, {})
 
 
-def _not_cached(what: str, ref: str, revision: str | None) -> SourceError:
+def _not_cached_error(what: str, ref: str, revision: str | None) -> SourceError:
     return SourceError(
-        f"The Hub is not asked (HF_HUB_OFFLINE), and {what}.",
+        f"HF_HUB_OFFLINE is set, and {what}.",
         hint=f"Unset HF_HUB_OFFLINE, or download it first: hf download {ref}{f' --revision {revision}' if revision else ''}",
     )
 
 
-def _some(names: Iterable[str], most: int = 3) -> str:
+def _list_some(names: Iterable[str], most: int = 3) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more files" if len(names) > most else "")

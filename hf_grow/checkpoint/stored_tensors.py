@@ -1,4 +1,4 @@
-"""Source tensors in files, of which only the rows asked for are read."""
+"""Reads rows of source tensors from files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hf_grow.growth.tensors import raw_bytes, torch_dtype
 
 
 class StoredTensors:
-    """Source tensors read from the checkpoint's files, only the rows asked for. Threads may share it.
+    """Source tensors in the checkpoint's files; only the requested rows are read. Thread-safe.
 
-    No file stays open between two reads: one that `TensorCache` fetched may be removed at any time after its last use.
+    No file stays open between reads, because `TensorCache` removes files after their last use.
     """
 
     writable = True
@@ -32,5 +32,5 @@ class StoredTensors:
         with open_regular(path) as file, error_filename(path):
             read = os.preadv(file.fileno(), [raw_bytes(data)], stored.start + start * row)
         if read != (stop - start) * row:
-            raise ExecutionError(f"{key} could not be read whole from {stored.file}.", hint="Did the source change? Run again.")
+            raise ExecutionError(f"{key} could not be read completely from {stored.file}.", hint="The source may have changed; run again.")
         return data

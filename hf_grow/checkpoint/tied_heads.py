@@ -1,8 +1,8 @@
-"""A head that is stored beside the embedding although config.json ties the two.
+"""Handles a language-model head that is stored although config.json ties it to the embedding.
 
-Headers cannot tell whether it is the embedding once more or a head of its own; the bytes can. transformers 5 ties only weights that are equal and
-uses a head that differs as it is (`PreTrainedModel.tie_weights`), so a checkpoint with such a head counts as untied here, whatever its
-config.json says. (transformers 4 ties in any case, and so uses the embedding.) Opening a folder compares them; what is on the Hub waits.
+Headers do not tell whether it is a copy of the embedding or a separate head; the bytes do. transformers 5 ties only equal weights and uses a
+different head as it is (`PreTrainedModel.tie_weights`), so such a checkpoint counts as untied here, whatever its config.json says. (transformers 4
+always ties, and so uses the embedding.) Opening a folder compares the two; for a checkpoint on the Hub this is postponed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hf_grow.growth.plan import EMBEDDING, HEAD, GrowthPlan
 
 
 def resolve_tied_heads(checkpoint: Checkpoint) -> Checkpoint:
-    """Compares the two of a checkpoint on the Hub, and of the further ones beside it: they are fetched, and kept nowhere. Raises SourceError."""
+    """Compares head and embedding of checkpoints on the Hub, donors included, by downloading (not storing) both tensors. Raises SourceError."""
 
     tags: dict[tuple[str, str], str] = {}
 
@@ -31,7 +31,7 @@ def resolve_tied_heads(checkpoint: Checkpoint) -> Checkpoint:
         return sha.digest()
 
     if checkpoint.donors:
-        checkpoint = replace(checkpoint, donors={label: resolve_tied_heads(other) for label, other in checkpoint.donors.items()})
+        checkpoint = replace(checkpoint, donors={label: resolve_tied_heads(donor) for label, donor in checkpoint.donors.items()})
     if not checkpoint.head_unresolved or checkpoint.folder is not None:
         return checkpoint
     same = checkpoint.tensors[HEAD].info == checkpoint.tensors[EMBEDDING].info
@@ -39,10 +39,10 @@ def resolve_tied_heads(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def check_tied_heads(plan: GrowthPlan, checkpoint: Checkpoint) -> None:
-    """Raises SourceError if the plan was made from headers alone and takes a head for tied that differs from the embedding."""
-    for info, held in [(plan.source, checkpoint), *((plan.source.donors[label], other) for label, other in checkpoint.donors.items())]:
-        if held.head == "own" and info.architecture.tied:
+    """Raises SourceError if the plan, made from headers only, treats a head as tied that differs from the embedding."""
+    for info, opened in [(plan.source, checkpoint), *((plan.source.donors[label], donor) for label, donor in checkpoint.donors.items())]:
+        if opened.head == "own" and info.architecture.tied:
             raise SourceError(
-                f"{held.ref} stores a {HEAD} that differs from the embedding, and the plan, made from headers alone, drops it as tied.",
-                hint="Plan again from the weights: hf_grow.grow does, and so does hf_grow.plan for a folder.",
+                f"{opened.ref} stores a {HEAD} that differs from the embedding, but the plan, made from headers only, drops it as tied.",
+                hint="Plan again with the weights: use hf_grow.grow, or hf_grow.plan on a local folder.",
             )

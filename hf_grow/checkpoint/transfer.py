@@ -1,6 +1,6 @@
-"""Moving and checking bytes: in-kernel copies, digests, and the search for values that are not finite.
+"""Copies, reads and hashes byte ranges of files.
 
-All of it works in chunks, releases the interpreter lock where the time goes, and keeps a few hundred kilobytes in memory.
+Everything works in chunks, so memory stays small; the interpreter lock is released during I/O and hashing.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import xxhash
 from hf_grow.common.safe_files import open_regular
 from hf_grow.errors import ExecutionError
 
-READ_SIZE = 1 << 18  # fits the second-level cache: larger chunks were slower
+READ_SIZE = 1 << 18  # fits into the L2 cache; larger chunks were slower
 COPY_SIZE = 1 << 25
 _UNSUPPORTED = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 
 Stop = Callable[[], None]
-"""Called between chunks; raises when the work is to stop."""
+"""Called between chunks; raises to stop the work."""
 
 
 def copy_range(source: int, target: int, start: int, at: int, length: int, stop: Stop) -> None:
-    """Copies bytes [start, start+length) of one open file to offset `at` of another, in the kernel where the platform can."""
+    """Copies `length` bytes from offset `start` of one open file to offset `at` of another, in the kernel if possible."""
     for copy in (_by_copy_file_range, _by_sendfile, _by_read_write):
         done = 0
         try:
@@ -34,7 +34,7 @@ def copy_range(source: int, target: int, start: int, at: int, length: int, stop:
                 stop()
                 moved = copy(source, target, start + done, at + done, min(COPY_SIZE, length - done))
                 if moved == 0:
-                    raise ExecutionError("The source ended early.", hint="It changed while it was read; run again.")
+                    raise ExecutionError("The source ended early.", hint="It changed while being read; run again.")
                 done += moved
             return
         except OSError as error:
@@ -63,6 +63,7 @@ def _by_read_write(source: int, target: int, start: int, at: int, length: int) -
 
 
 def write_all(target: int, data: Any, at: int) -> None:
+    """Writes a buffer at offset `at` of an open file."""
     view = memoryview(data).cast("B")
     while view:
         written = os.pwrite(target, view[: 1 << 26], at)
@@ -70,32 +71,32 @@ def write_all(target: int, data: Any, at: int) -> None:
 
 
 def read_chunks(handle: int, start: int, stop_at: int, stop: Stop) -> Iterator[memoryview]:
-    """Bytes [start, stop_at) of an open file, piece by piece, in one buffer that is used again."""
+    """Yields bytes [start, stop_at) of an open file in chunks; all of them share one buffer."""
     buffer = memoryview(bytearray(READ_SIZE))
     while start < stop_at:
         stop()
         count = os.preadv(handle, [buffer[: min(READ_SIZE, stop_at - start)]], start)
         if count == 0:
-            raise ExecutionError("A file ended early.", hint="It changed while it was read; run again.")
+            raise ExecutionError("A file ended early.", hint="It changed while being read; run again.")
         yield buffer[:count]
         start += count
 
 
-def hash_range(handle: int, start: int, stop_at: int, stop: Stop, *also: Any) -> str:
-    """XXH3-128 of a byte range (against mistakes, not against malice); every hash in `also` is fed the same bytes."""
+def hash_range(handle: int, start: int, stop_at: int, stop: Stop, *others: Any) -> str:
+    """XXH3-128 (not cryptographic) of bytes [start, stop_at), in hex; `others` are updated with the same bytes."""
     hasher = xxhash.xxh3_128()
-    for piece in read_chunks(handle, start, stop_at, stop):
-        hasher.update(piece)
-        for other in also:
-            other.update(piece)
+    for chunk in read_chunks(handle, start, stop_at, stop):
+        hasher.update(chunk)
+        for other in others:
+            other.update(chunk)
     return hasher.hexdigest()
 
 
 def file_sha256(path: Path, progress: Callable[[int], None] = lambda nbytes: None) -> str:
-    """SHA-256 of a whole file; `progress` hears of the bytes that were read."""
+    """SHA-256 of a file, in hex; `progress` is called with the number of bytes read. Raises SourceError."""
     sha = hashlib.sha256()
     with open_regular(path) as handle:
-        for piece in read_chunks(handle.fileno(), 0, os.fstat(handle.fileno()).st_size, lambda: None):
-            sha.update(piece)
-            progress(len(piece))
+        for chunk in read_chunks(handle.fileno(), 0, os.fstat(handle.fileno()).st_size, lambda: None):
+            sha.update(chunk)
+            progress(len(chunk))
     return sha.hexdigest()

@@ -1,6 +1,6 @@
-"""A checkpoint whose every byte has its place before the first is written.
+"""Computes the layout of a checkpoint: shards, headers and offsets, before anything is written.
 
-`layout` turns shapes into shards with finished headers and offsets, so tensors can be written in any order and in parallel.
+With every offset known, tensors can be written in any order and in parallel.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from hf_grow.errors import OutputError
 from hf_grow.growth.source_info import DTYPE_BYTES, TensorInfo
 
 DEFAULT_SHARD_SIZE = 50 * 10**9  # as save_pretrained of transformers 5
-DEFAULT_MEMORY = 256 << 20  # for evaluating what is no copy
-DEFAULT_SOURCE_CACHE = 2 * 10**9  # for tensors of a source on the Hub that wait for another use
+DEFAULT_MEMORY = 256 << 20  # for computed tensors
+DEFAULT_SOURCE_CACHE = 2 * 10**9  # for downloaded source tensors that are needed again
 WORKERS = min(4, os.cpu_count() or 1)
 Progress = Callable[[int], None]
-"""Told the number of bytes that were written and checked since the last call."""
-FROM_TORCH = {"format": "pt"}  # what save_pretrained writes into the header, and from_pretrained asks for
+"""Called with the number of bytes written and checked since the last call."""
+PT_METADATA = {"format": "pt"}  # written by save_pretrained, required by from_pretrained
 
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of one tensor: bytes [start, stop) of its shard."""
+    """Where a tensor is written: bytes [start, stop) of its shard."""
 
     name: str
     info: TensorInfo
@@ -40,9 +40,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class Shard:
+    """A safetensors file to write."""
+
     file: str
     header: bytes
+    """Length prefix and JSON header."""
     slots: tuple[Slot, ...]
+    """In file order."""
 
     @property
     def size(self) -> int:
@@ -64,7 +68,7 @@ class Result:
 
 
 def layout(targets: Mapping[str, TensorInfo], max_shard_size: int = DEFAULT_SHARD_SIZE) -> list[Shard]:
-    """Shards filled in order, each up to `max_shard_size` bytes of data (a larger single tensor gets a shard of its own)."""
+    """Shards in the order of `targets`, each with at most `max_shard_size` bytes of data; a larger tensor gets its own shard."""
     groups: list[list[str]] = [[]]
     room = max_shard_size
     for name, info in targets.items():
@@ -78,8 +82,8 @@ def layout(targets: Mapping[str, TensorInfo], max_shard_size: int = DEFAULT_SHAR
     return [build_shard(file, {n: targets[n] for n in group}) for file, group in zip(names, groups, strict=True)]
 
 
-def build_shard(file: str, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] = FROM_TORCH) -> Shard:
-    """Wider dtypes first, as safetensors does: then every tensor is aligned to its own values."""
+def build_shard(file: str, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] = PT_METADATA) -> Shard:
+    """A shard with these tensors. Wider dtypes come first, as in the safetensors library, so that every tensor is aligned."""
     order = sorted(tensors, key=lambda n: -DTYPE_BYTES[tensors[n].dtype])
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offsets: dict[str, tuple[int, int]] = {}
@@ -97,7 +101,7 @@ def build_shard(file: str, tensors: Mapping[str, TensorInfo], metadata: Mapping[
 
 
 def build_index(shards: Sequence[Shard]) -> dict[str, Any] | None:
-    """The index file of a sharded checkpoint; None for a single file."""
+    """Content of the index file of a sharded checkpoint; None for a single shard."""
     if len(shards) == 1:
         return None
     slots = [(slot, shard.file) for shard in shards for slot in shard.slots]
@@ -110,18 +114,18 @@ def build_index(shards: Sequence[Shard]) -> dict[str, Any] | None:
     }
 
 
-def check_disk_space(final: Path, nbytes: int, already: int = 0) -> None:
-    """Raises OutputError if the disk of `final` plainly has no room for `nbytes`, of which `already` are written."""
+def check_disk_space(final: Path, nbytes: int) -> None:
+    """Raises OutputError if the disk of `final` has fewer than `nbytes` bytes free."""
     folder = final.absolute().parent
     try:
         while not folder.exists():
             folder = folder.parent
         usage = shutil.disk_usage(folder)
     except OSError as error:
-        raise OutputError(f"Cannot write {final}: {error_text(error)}.", hint="Choose another place with -o.") from None
+        raise OutputError(f"Cannot write {final}: {error_text(error)}.", hint="Choose another output with -o.") from None
     free = usage.free
-    if usage.total and nbytes - already > free:
+    if usage.total and nbytes > free:
         raise OutputError(
-            f"{final} needs {format_bytes(nbytes - already)}, but {folder} has {format_bytes(free)} free.",
+            f"{final} needs {format_bytes(nbytes)}, but only {format_bytes(free)} are free in {folder}.",
             hint="Free some space, or choose another disk with -o.",
         )

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from hf_grow.checkpoint.partial_folder import JOURNAL
+from hf_grow.checkpoint.journal import JOURNAL
 from hf_grow.checkpoint.provenance import describe_training, recorded_files, training_stages, training_totals
 from hf_grow.checkpoint.reader import GROWTH, SINGLE, open_folder
 from hf_grow.checkpoint.source import EXCLUDED, is_contained

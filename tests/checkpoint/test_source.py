@@ -201,7 +201,7 @@ def test_offline_needs_a_whole_copy(served: HubServer, monkeypatch: pytest.Monke
     offline(monkeypatch)
     served.log.clear()
     text = refused()
-    assert "without model-00001-of-" in text
+    assert "lacks model-00001-of-" in text
     assert "more files" in text
     assert f"hf download {REPO}" in text
     assert "someone/other is not in the cache" in refused("someone/other")
@@ -351,13 +351,13 @@ def test_index_and_shards_that_differ(hub: HubServer, folder: Path) -> None:
     index.write_text(json.dumps(data))
     shutil.copy(shards[1], shards[0])
     hub.add(REPO, folder)
-    assert "but the index puts it in" in refused()
+    assert "but the index lists it in" in refused()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (struct.pack("<Q", 2**60) + b"{}" * 1000, "announces a header of 1152921504606846976 bytes"),
+        (struct.pack("<Q", 2**60) + b"{}" * 1000, "its header length is 1152921504606846976 bytes"),
         (struct.pack("<Q", 5000) + b"{}" * 1000, "is truncated"),
         (b"abc", "is truncated: 3 bytes"),
         (b"", "is truncated: 0 bytes"),
@@ -548,7 +548,7 @@ def write_gguf(gguf: Any, file: Path) -> dict[str, tuple[str, Any]]:
 
 def test_files_addresses_and_impossible_ids(folder: Path, hub: HubServer) -> None:
     assert f"Give the folder of the whole checkpoint, as in {folder}." in refused(str(folder / "config.json"))
-    assert "is an address" in refused("https://huggingface.co/mistralai/Mistral-7B-v0.1")
+    assert "is a URL" in refused("https://huggingface.co/mistralai/Mistral-7B-v0.1")
     for ref in ("a/b c", "o/a--b", "o/" + "x" * 200, "a/b\0", "o/-a"):
         assert "neither a folder nor a Hub id" in refused(ref)
     assert hub.log == []

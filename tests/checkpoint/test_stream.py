@@ -194,7 +194,7 @@ def test_a_stream_with_other_shards_is_another_plan(
     assert run(*streaming(source, tmp_path / "out")) == 1
     open_hub.faults.clear()
     assert run(*streaming(source, tmp_path / "out", "--resume", "--max-shard-size", SHARD + 4096)) == 2
-    assert "belongs to another plan" in capsys.readouterr().err
+    assert "belongs to a different plan" in capsys.readouterr().err
 
 
 CRASHES = {

@@ -17,7 +17,7 @@ from test_carry import adamw, train
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_grow import api
-from hf_grow.checkpoint.reader import PIECE, open_folder
+from hf_grow.checkpoint.reader import CHUNK_SIZE, open_folder
 from hf_grow.checkpoint.writer import layout
 from hf_grow.cli import main
 from hf_grow.convert.execute import execute
@@ -84,7 +84,7 @@ def test_a_head_that_differs_in_its_last_byte_is_another(tmp_path: Path) -> None
     source = stored_head(tmp_path / "source", vocab_size=9000)
     assert open_folder(source).head == "equal"
     stored = open_folder(source).tensors[HEAD]
-    assert stored.stop - stored.start > PIECE
+    assert stored.stop - stored.start > CHUNK_SIZE
     with (source / stored.file).open("r+b") as f:
         f.seek(stored.stop - 1)
         byte = f.read(1)[0]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_grow import api
-from hf_grow.checkpoint.partial_folder import JOURNAL
+from hf_grow.checkpoint.journal import JOURNAL
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.checkpoint.writer import layout
 from hf_grow.convert import execute
