@@ -164,7 +164,7 @@ def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
     two = with_vocabulary(save(make(BY_NAME["llama"], seed=1), tmp_path / "two"), {"a": 0, "b": 1, "c": 2})
     api.plan(one, "experts", experts_from=[str(two)])  # a token more is no contradiction
     with_vocabulary(two, {"a": 1, "b": 0})
-    with pytest.raises(SourceError, match=r"another tokenizer.*'a'"):
+    with pytest.raises(SourceError, match=r"different tokenizers.*'a'"):
         api.plan(one, "experts", experts_from=[str(two)])
     (two / "tokenizer.json").write_text('{"model": {"vocab": 3}}')
     with pytest.raises(SourceError, match="no vocabulary"):

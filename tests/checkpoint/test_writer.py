@@ -101,7 +101,7 @@ def test_a_left_over_partial_needs_a_decision(tmp_path: Path) -> None:
 
 def test_a_partial_of_another_plan_is_not_gone_on_with(tmp_path: Path) -> None:
     folder(tmp_path).__exit__(None, None, None)
-    with pytest.raises(OutputError, match="another plan"):
+    with pytest.raises(OutputError, match="different plan"):
         folder(tmp_path, key="other", resume=True)
 
 
@@ -330,7 +330,7 @@ def test_a_command_that_cannot_resume_does_not_advise_it(tmp_path: Path) -> None
         f.write_file("config.json", b"new")
         f.finish({"config.json"})
     (tmp_path / "out" / JOURNAL).write_text('{"fingerprint": "merge"}\n{"finished": true, "replaced": null}\n')
-    with pytest.raises(OutputError, match="interrupted in its last step") as caught:
+    with pytest.raises(OutputError, match="interrupted in the last step") as caught:
         merge()
     assert "--resume" not in str(caught.value)
     merge(overwrite=True).close()
@@ -402,11 +402,11 @@ def test_an_output_that_exists_is_kept_until_the_new_one_is_whole(tmp_path: Path
 
 def test_an_output_that_is_a_file_or_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("x")
-    with pytest.raises(OutputError, match="no folder"):
+    with pytest.raises(OutputError, match="not a folder"):
         folder(tmp_path, overwrite=True)
     (tmp_path / "out").unlink()
     (tmp_path / "out").symlink_to(tmp_path)
-    with pytest.raises(OutputError, match="no folder"):
+    with pytest.raises(OutputError, match="not a folder"):
         folder(tmp_path, overwrite=True)
 
 

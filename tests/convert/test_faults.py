@@ -152,7 +152,7 @@ def test_several_processes_that_replace_one_output_do_not_meet(source: Path, tmp
         assert ends[0] == 0, result
         assert set(ends) <= {0, 2}
         for one in result["all"]:
-            assert one["status"] == 0 or "Another hf-grow is writing" in one["err"], one
+            assert one["status"] == 0 or "Another hf-grow process is writing" in one["err"], one
         assert result["files"] == results[0]["files"] != {}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
