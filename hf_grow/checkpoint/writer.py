@@ -55,16 +55,18 @@ class Shard:
 
 @dataclass(frozen=True)
 class Result:
-    """What was written."""
+    """The outcome of a growth."""
 
     out: Path
+    """The output folder."""
     shards: Mapping[str, str]
-    """Weight file -> SHA-256."""
+    """Weight file -> SHA-256 in hex, computed from the bytes read back from disk."""
     nbytes: int
-    """Bytes of the weight files."""
+    """Total size of the weight files in bytes, headers included."""
     seconds: float
+    """Wall-clock time."""
     resumed: int
-    """Tensors kept from an interrupted run."""
+    """Number of tensors kept from an interrupted run."""
 
 
 def layout(targets: Mapping[str, TensorInfo], max_shard_size: int = DEFAULT_SHARD_SIZE) -> list[Shard]:

@@ -167,7 +167,7 @@ def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"different tokenizers.*'a'"):
         api.plan(one, "experts", experts_from=[str(two)])
     (two / "tokenizer.json").write_text('{"model": {"vocab": 3}}')
-    with pytest.raises(SourceError, match="no vocabulary"):
+    with pytest.raises(SourceError, match="no readable vocabulary"):
         api.plan(one, "experts", experts_from=[str(two)])
 
 
