@@ -1,4 +1,4 @@
-"""What a grown folder holds besides its weights."""
+"""Writes the files of a grown folder other than its weights."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from hf_grow.checkpoint.writer import Shard, build_index
 from hf_grow.growth.plan import GrowthPlan, training_lists
 
 
-def write_metadata(plan: GrowthPlan, beside: Path, folder: PartialFolder, shards: Sequence[Shard], hashes: Mapping[str, str]) -> set[str]:
-    """Config, index, provenance, and the files that come along from `beside`. Returns the names of all files of the folder."""
+def write_metadata(
+    plan: GrowthPlan, companion_folder: Path, folder: PartialFolder, shards: Sequence[Shard], hashes: Mapping[str, str]
+) -> set[str]:
+    """Writes config, index and growth.json, and copies the companion files of `companion_folder`. Returns the names of all files of the output."""
     files = {s.file for s in shards} | {"config.json", GROWTH}
-    for relative in companions(beside):
-        folder.copy_companion(beside, relative)
+    for relative in companions(companion_folder):
+        folder.copy_companion(companion_folder, relative)
         files.add(relative.parts[0])
     folder.write_json("config.json", plan.growth.config)
     index = build_index(shards)
@@ -30,13 +32,13 @@ def write_metadata(plan: GrowthPlan, beside: Path, folder: PartialFolder, shards
     record = plan.to_json()
     record["target"]["files"] = {s.file: {"size": s.size, "sha256": hashes[s.file]} for s in shards}
     record["growth"]["training"] = training_lists(plan)
-    record["made_by"] = versions()  # and no time: the same plan gives the same bytes
+    record["made_by"] = versions()  # no time: equal plans give equal bytes
     folder.write_file(GROWTH, format_growth_json(record).encode())
     return files
 
 
 def versions() -> dict[str, str]:
-    """Versions of what made a checkpoint, without importing any of it."""
+    """Versions of hf-grow, Python and the libraries, without importing them."""
     out = {"hf_grow": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "safetensors", "numpy"):
         try:

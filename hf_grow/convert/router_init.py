@@ -9,7 +9,7 @@ prompts       the hidden states of the dense source, in fp32, pooled over a prom
               their mean, or the last.
 cheap-embed   the mean of the input embeddings of a prompt's tokens; the same row in every layer. Reads those embeddings and nothing else.
 
-Only one decoder layer is in memory at a time (`layerwise`).
+Only one decoder layer is in memory at a time (`layer_streaming`).
 """
 
 from __future__ import annotations
@@ -37,13 +37,6 @@ SAME = 1 - 1e-5
 """Two experts whose rows have this cosine in every layer get the same tokens."""
 ALIKE = 0.99
 """From this cosine on, the user is told."""
-
-
-def bytes_to_read(checkpoint: Checkpoint, kind: Kind) -> int:
-    """What `router_rows` will report to its `progress`, in all."""
-    if kind == "cheap-embed":
-        return 0
-    return sum(checkpoint.info.tensors[n].nbytes for n, e in checkpoint.info.architecture.tensors.items() if e.layer >= 0)
 
 
 def router_rows(
