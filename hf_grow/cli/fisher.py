@@ -55,7 +55,7 @@ def _show(facts: dict[str, Any]) -> None:
     if "mapped_by" in facts:
         say(f"wrote      {facts['output']}: mapped through {facts['mapped_by']}, {facts['seconds']} s", markup=False)
     else:
-        how = "a sequence at a time" if facts["exact"] else f"batches of {facts['batch']}"
+        how = "one sequence at a time" if facts["exact"] else f"batches of {facts['batch']}"
         say(f"wrote      {facts['output']} ({format_bytes(facts['bytes'])}): {facts['kind']} Fisher, {facts['tokens']:,} tokens, {how}, "
             f"mean {facts['mean']:.3g}, {facts['seconds']} s", markup=False)  # fmt: skip
     if "utility" in facts:
@@ -63,13 +63,13 @@ def _show(facts: dict[str, Any]) -> None:
     if "calibration" in facts:
         c = facts["calibration"]
         say(
-            f"before     old {c['before']['old']:.4f}, new {c['before']['new']:.4f} nats a token; {c['steps']} steps at {c['lr']:g} "
-            f"({c['schedule']}, decay {c['weight_decay']:g}, {c['batch']} sequences a step):"
+            f"before     old {c['before']['old']:.4f}, new {c['before']['new']:.4f} nats per token; {c['steps']} steps at {c['lr']:g} "
+            f"({c['schedule']}, decay {c['weight_decay']:g}, {c['batch']} sequences per step):"
         )
         for t in c["trials"]:
             mark = "   <-" * (t["lambda"] == c["lambda"])
             say(
-                f"lambda {t['lambda']:<10.4g} old {t['old']:.4f} ({t['rise']:+.4f}; 1/2 F d^2 says {t['forecast']:.4f})   new {t['new']:.4f}{mark}"
+                f"lambda {t['lambda']:<10.4g} old {t['old']:.4f} ({t['rise']:+.4f}; 1/2 F d^2 = {t['forecast']:.4f})   new {t['new']:.4f}{mark}"
             )
     strength = facts.get("calibration", {}).get("lambda", 10.0)
     say(

@@ -31,22 +31,22 @@ OVERRIDES = True
 
 
 class RunOptions(Options):
-    """Where a training goes, and what of it is only told."""
+    """Output of the command, and dry runs."""
 
     output: str | None = None
     """Folder for the trained model, its checkpoints and events.jsonl."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in the output folder."""
+    """Resume from the newest complete checkpoint in the output folder."""
     overwrite: bool = False
     """Replace an earlier training in the output folder."""
     dry_run: bool = False
     """Print recipe, parameter groups, memory, tokens and FLOPs, and stop."""
     time: Annotated[bool, Requires("dry_run"), Excludes("accelerate"), Excludes("processes")] = False
-    """Let --dry-run load the model and time a few real steps, on made-up tokens."""
+    """With --dry-run: load the model and time a few real steps on random tokens."""
     accelerate: Annotated[Path | None, Requires("dry_run")] = None
-    """--dry-run for the processes of this file of `accelerate launch`, which starts such a training."""
+    """With --dry-run: plan for the processes of this config file of `accelerate launch`."""
     processes: Annotated[Annotated[int, Field(ge=1)] | None, Requires("dry_run")] = None
-    """--dry-run for so many processes (without --accelerate: DDP)."""
+    """With --dry-run: plan for this many processes (without --accelerate: DDP)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _epilog() -> str:
-    """Every key of hf-grow's own, with the first sentence of what it says of itself."""
+    """hf-grow's keys, with the first sentence of their help."""
     from hf_grow.training.config.train_config import TrainRecipe
 
     lines = ["any key of the recipe, with dots for nested ones, as --KEY VALUE: --learning_rate 1e-4 --data.seq_length 512", "", "keys:"]
@@ -77,12 +77,12 @@ def run(arguments: argparse.Namespace) -> int:
     from hf_grow.training.train import dry_run, train
 
     how = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False)
-    _quiet()
+    _silence_transformers()
     read = load_recipe(path, parse_overrides(arguments.overrides))
     settings: dict[str, Any] = {"output": how.output, "resume": how.resume, "overwrite": how.overwrite}
     first = is_main_process()
     if how.dry_run:
-        with explained():
+        with explain_full_memory_or_disk():
             facts = dry_run(read, notify=render.note if first else _silent, started=_launch(how), timed=how.time, **settings)
         if not first:
             pass
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             _show_plan(facts)
         return 0
-    with explained():
+    with explain_full_memory_or_disk():
         result = train(read, notify=render.note if first else _silent, show=_silent if arguments.json or not first else _line, **settings)
     if not first:
         return 0
@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _launch(how: RunOptions) -> Launch | None:
-    """The processes that a dry run is told to reckon with; None leaves it to the launcher's environment."""
+    """The processes that a dry run plans for; None for those of this launch."""
     from hf_grow.training.distributed.launch import Launch, launch_from_file
 
     if how.accelerate is not None:
@@ -112,13 +112,13 @@ def _launch(how: RunOptions) -> Launch | None:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Turns what memory and disk say while training into what the user can do."""
+def explain_full_memory_or_disk() -> Iterator[None]:
+    """Turns a full memory or disk while training into one message with the next step."""
     from safetensors import SafetensorError
 
     from hf_grow.training.dry_run.dry_run import OUT_OF_MEMORY_HINT
 
-    go_on = "Go on with --resume from the last checkpoint."
+    resume = "Then resume from the last checkpoint with --resume."
     try:
         with explain_out_of_memory(OUT_OF_MEMORY_HINT):
             yield
@@ -129,7 +129,7 @@ def explained() -> Iterator[None]:
         if not full:
             raise
         raise ExecutionError(
-            "The disk of the output is full.", hint=f"Free some space; save_total_limit keeps fewer checkpoints. {go_on}"
+            "The disk of the output is full.", hint=f"Free some space; save_total_limit keeps fewer checkpoints. {resume}"
         ) from None
 
 
@@ -141,8 +141,8 @@ def _line(text: str) -> None:
     render.console.print(text, markup=False)
 
 
-def _quiet() -> None:
-    """transformers' own bars and hints would stand between ours."""
+def _silence_transformers() -> None:
+    """Without progress bars and hints of transformers."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -179,7 +179,7 @@ def _show_plan(facts: dict[str, Any]) -> None:
 
 
 def summary(facts: dict[str, Any]) -> list[str]:
-    """What matters first: where to, how long, and whether it fits."""
+    """Output, length, and whether it fits, one line each."""
     trainable, parameters = facts["parameters"]
     lines = [f"{'output':<12} {Path(facts['output']).absolute()} (nothing written: --dry-run)"]
     lines.append(f"{'model':<12} {facts['model']}: {format_count(trainable)} of {format_count(parameters)} parameters train")
@@ -192,9 +192,7 @@ def summary(facts: dict[str, Any]) -> list[str]:
         lines.append(f"{'time':<12} {_time(facts['time'])}")
     needs, free = facts["memory"]["total"], facts["free_memory"]
     there = (
-        f"{format_bytes(free['bytes'])} free on {free['device']}"
-        if free["bytes"] is not None
-        else f"{free['device']} does not say how much is free"
+        f"{format_bytes(free['bytes'])} free on {free['device']}" if free["bytes"] is not None else f"{free['device']} free memory unknown"
     )
     tight = "; MORE THAN IS FREE" if free["bytes"] is not None and needs > free["bytes"] else ""
     lines.append(f"{'memory':<12} about {format_bytes(needs)} {'a process' if facts['processes'] > 1 else 'needed'}; {there}{tight}")
@@ -202,17 +200,17 @@ def summary(facts: dict[str, Any]) -> list[str]:
 
 
 def _time(time: dict[str, Any]) -> str:
-    """What was timed, and what follows from it."""
+    """Time per step, and of the whole training."""
     count, without = len(time["timed_steps"]), ", ".join(time["leaves_out"])
     rate = "" if time["tokens_a_second"] is None else f", {time['tokens_a_second']:,.0f} tokens/s"
     measured = f"{time['seconds_a_step']:.3g} s a step{rate} (median of {count})"
     if time["seconds"] is None:
-        return f"{measured}; how many steps there are is not known"
+        return f"{measured}; the number of steps is unknown"
     return f"{measured}: {format_duration(time['seconds'])} in all, without {without}"
 
 
 def after_training(output: Path) -> list[tuple[str | Path, ...]]:
-    """The next commands. Of a grown model: the proof of what can be proved, then its card. Of another: what it is."""
+    """Next commands: verify and card for a grown model, inspect for another."""
     growth = open_folder(output).growth
     source = growth.get("source") if growth else None
     if not isinstance(source, dict):

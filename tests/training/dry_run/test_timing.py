@@ -141,7 +141,7 @@ def test_texts_need_not_be_there(steps: list[Any], tmp_path: Path, capsys: pytes
     assert main(["train", str(path), "--dry-run", "--time"]) == 0
     said = capsys.readouterr()
     assert "The size of the texts is unknown" in said.out + said.err
-    assert "3 s a step, 11 tokens/s (median of 5); how many steps there are is not known" in said.out
+    assert "3 s a step, 11 tokens/s (median of 5); the number of steps is unknown" in said.out
     assert len(steps) == len(DURATIONS)
 
 
