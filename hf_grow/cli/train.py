@@ -192,7 +192,9 @@ def summary(facts: dict[str, Any]) -> list[str]:
         lines.append(f"{'time':<12} {_time(facts['time'])}")
     needs, free = facts["memory"]["total"], facts["free_memory"]
     there = (
-        f"{format_bytes(free['bytes'])} free on {free['device']}" if free["bytes"] is not None else f"free memory of {free['device']} is unknown"
+        f"{format_bytes(free['bytes'])} free on {free['device']}"
+        if free["bytes"] is not None
+        else f"free memory of {free['device']} is unknown"
     )
     tight = "; MORE THAN IS FREE" if free["bytes"] is not None and needs > free["bytes"] else ""
     lines.append(f"{'memory':<12} about {format_bytes(needs)} {'a process' if facts['processes'] > 1 else 'needed'}; {there}{tight}")
