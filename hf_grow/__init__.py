@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hf_grow.training.config.regularizers import EWC, L2SP, SI, OnlineEWC
     from hf_grow.training.grow_config import GrowConfig
     from hf_grow.training.grow_trainer import GrowTrainer
+    from hf_grow.training.growth_state.grow_optimizer import grow_optimizer
     from hf_grow.verification import Report
 
 _HOMES = {
@@ -42,6 +43,7 @@ _HOMES = {
     "GrowthPlan": "hf_grow.growth.plan",
     "Report": "hf_grow.verification",
     **dict.fromkeys(("EWC", "L2SP", "SI", "OnlineEWC"), "hf_grow.training.config.regularizers"),
+    "grow_optimizer": "hf_grow.training.growth_state.grow_optimizer",
     "GrowConfig": "hf_grow.training.grow_config",
     "GrowTrainer": "hf_grow.training.grow_trainer",
 }
@@ -68,6 +70,7 @@ __all__ = [
     "__version__",
     "grow",
     "grow_model",
+    "grow_optimizer",
     "plan",
     "push",
     "train",

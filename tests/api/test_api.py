@@ -15,7 +15,7 @@ import hf_grow
 def test_the_public_names_are_these() -> None:
     assert hf_grow.__all__ == [
         "EWC", "L2SP", "METHODS", "SI", "ExecutionError", "GrowConfig", "GrowError", "GrowTrainer", "GrowthPlan", "Guarantee", "InputError",
-        "OnlineEWC", "OutputError", "PlanError", "Report", "Result", "SourceError", "VerificationError", "__version__", "grow", "grow_model", "plan", "push", "train", "verify",
+        "OnlineEWC", "OutputError", "PlanError", "Report", "Result", "SourceError", "VerificationError", "__version__", "grow", "grow_model", "grow_optimizer", "plan", "push", "train", "verify",
     ]  # fmt: skip
     assert all(getattr(hf_grow, name) is not None for name in hf_grow.__all__)
     assert dir(hf_grow) == sorted(hf_grow.__all__)

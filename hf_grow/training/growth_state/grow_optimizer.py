@@ -11,13 +11,14 @@ A Trainer checkpoint holds AdamW's moments by position, under FSDP by name. Here
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from hf_grow.common.safe_files import read_bytes
 from hf_grow.errors import ExecutionError, InputError, SourceError
@@ -39,6 +40,7 @@ from hf_grow.training.growth_state.optimizer_files import (
 from hf_grow.training.growth_state.state_files import DATA_STATE
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
 AS_THEY_ARE = (SCHEDULER, SCALER, DATA_STATE)
@@ -74,7 +76,7 @@ def grow_trainer_state(
 ) -> GrownState:
     """Writes the grown optimizer state, scheduler.pt, trainer_state.json and random state of Trainer checkpoint `folder` into `out`.
 
-    ``names``: the parameter names of each group, where the optimizer was not made by Trainer and its groups grow_trainer_state no names.
+    ``names``: the parameter names of each group, where the optimizer was not made by Trainer and its groups hold no names.
     ``exact_steps``: groups with the learning rates of `trajectory.rule`, for an optimizer made from `trajectory.groups`.
     Raises SourceError if the state is none of AdamW's, or does not fit the plan's source.
     """
@@ -84,21 +86,15 @@ def grow_trainer_state(
     for name in (*AS_THEY_ARE, *(p.name for p in folder.glob("rng_state*.pth"))):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)  # positions, not parameters: the schedule and the data order go on
-    _carry_state(folder, out)
+    _write_trainer_state(folder, out)
     file = optimizer_file(folder)
     if file is None:  # reset; hf-grow train goes on with the schedule alone
         return GrownState(policy, 0, 0, 0)
     groups, state = read_optimizer(file, mmap=True)
-    source, target = meta_model(plan.source.config), meta_model(plan.growth.config)
     named = file.name == NAMES
     names = [list(g["params"]) for g in groups] if named else names
-    layout = _layout(groups, state, source, names)
-    grown: dict[str, dict[str, Any]] = {}
-    fresh_ones = step = 0
-    if policy != "reset":
-        beta2 = max(float(g.get("betas", (0, 0.999))[1]) for g in groups)
-        grown, fresh_ones, step = grow_state(plan, {n: state[i] for n, i in layout.items() if i in state}, source, target, policy, beta2)
-    names_after = _names_after(groups, source, target, plan, names)
+    target = meta_model(plan.growth.config)
+    grown, fresh_ones, step, names_after = _grow(plan, groups, state, target, policy, names)
     if exact_steps:
         groups, names_after = _split_groups(out, groups, names_after, trajectory.rule(plan))
     at = 0
@@ -116,7 +112,62 @@ def grow_trainer_state(
     return GrownState(policy, len(grown), fresh_ones, step)
 
 
-def _carry_state(folder: Path, out: Path) -> None:
+def _grow(
+    plan: GrowthPlan,
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Any, Mapping[str, Any]],
+    target: PreTrainedModel,
+    policy: Policy,
+    names: Sequence[Sequence[str]] | None,
+) -> tuple[dict[str, dict[str, Any]], int, int, list[list[str]]]:
+    """The grown state by parameter name, how many parameters start afresh, the step count, and the names of the parameters of each group."""
+    source = meta_model(plan.source.config)
+    layout = _layout(groups, state, source, names)
+    grown: dict[str, dict[str, Any]] = {}
+    fresh_ones = step = 0
+    if policy != "reset":
+        beta2 = max(float(g.get("betas", (0, 0.999))[1]) for g in groups)
+        grown, fresh_ones, step = grow_state(plan, {n: state[i] for n, i in layout.items() if i in state}, source, target, policy, beta2)
+    return grown, fresh_ones, step, _names_after(groups, source, target, plan, names)
+
+
+def grow_optimizer(
+    optimizer: Optimizer, plan: GrowthPlan, grown: PreTrainedModel, *, source: PreTrainedModel | None = None, policy: Policy = "map"
+) -> Optimizer:
+    """An Adam or AdamW optimizer over the parameters of `grown`, with the moments of `optimizer` grown as `hf-grow --with-optimizer` grows them.
+
+    ``grown``: of ``hf_grow.grow_model(model, plan)``. ``source``: the model that `optimizer` trains; by default its parameters are known by
+    their order (Trainer's two groups, or one group of all) or by the names in its groups. ``policy``: map, keep-and-zero or reset. `optimizer`
+    stays as it is; a scheduler is not grown. Raises InputError for another optimizer, SourceError for a state that does not fit the plan.
+    """
+    import torch
+
+    if not isinstance(optimizer, torch.optim.Adam):
+        raise InputError(f"The optimizer is {type(optimizer).__name__}; Adam's and AdamW's state can be grown.", hint="Make a new one.")
+    if policy not in get_args(Policy):
+        raise InputError(f"There is no policy {policy!r}.", hint=f"Policies: {', '.join(get_args(Policy))}.")
+    names = None
+    if source is not None:
+        own = {id(p): n for n, p in source.named_parameters()}
+        if any(id(p) not in own for g in optimizer.param_groups for p in g["params"]):
+            raise InputError("The optimizer has parameters that are not those of `source`.", hint="Pass the model that it trains.")
+        names = [[own[id(p)] for p in g["params"]] for g in optimizer.param_groups]
+    saved = optimizer.state_dict()
+    state = {i: {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in s.items()} for i, s in saved["state"].items()}
+    moments, _, _, names_after = _grow(plan, saved["param_groups"], state, meta_model(plan.growth.config), policy, names)
+    held = dict(grown.named_parameters())
+    if missing := next((n for members in names_after for n in members if n not in held), None):
+        raise InputError(f"The grown model has no parameter {missing}.", hint="Pass hf_grow.grow_model(model, plan).")
+    settings = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in optimizer.param_groups]
+    groups = [{**g, "params": [held[n] for n in members]} for g, members in zip(settings, names_after, strict=True)]
+    taken = inspect.signature(type(optimizer)).parameters
+    made = type(optimizer)(groups, **{k: v for k, v in optimizer.defaults.items() if k in taken})
+    numbers = {n: i for i, n in enumerate(n for members in names_after for n in members)}
+    made.load_state_dict({**made.state_dict(), "state": {numbers[n]: s for n, s in moments.items() if n in numbers}})
+    return made
+
+
+def _write_trainer_state(folder: Path, out: Path) -> None:
     """trainer_state.json without what it says of the smaller model: its best checkpoint would be loaded by name into the larger one."""
     if not (folder / TRAINER_STATE).is_file():
         return

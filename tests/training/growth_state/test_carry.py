@@ -19,7 +19,7 @@ from hf_grow.growth.evaluate import Evaluator
 from hf_grow.growth.tensors import InMemoryTensors
 from hf_grow.model.meta_model import trainer_param_groups
 from hf_grow.training.growth_state import trajectory
-from hf_grow.training.growth_state.grow_optimizer import Policy, grow_trainer_state
+from hf_grow.training.growth_state.grow_optimizer import Policy, grow_optimizer, grow_trainer_state
 
 CASES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe-mixed"]
 GROWTHS: dict[str, dict[str, Any]] = {
@@ -102,6 +102,32 @@ def test_mapped_moments_lie_where_the_optimizer_of_the_grown_model_looks_for_the
     assert {int(s["step"]) for s in after.state.values()} == {3}
     train(grown, after, 2)  # and goes on
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text()) == {"global_step": 3}
+
+
+@pytest.mark.parametrize("policy", ["map", "keep-and-zero", "reset"])
+@pytest.mark.parametrize(("name", "growth"), [("llama", "width"), ("llama-tied", "identity"), ("mixtral", "stack"), ("qwen3", "aki")])
+def test_an_optimizer_in_memory_grows_as_its_file_does(name: str, growth: str, policy: Policy, tmp_path: Path) -> None:
+    model, optimizer = trained(BY_NAME[name], tmp_path)
+    plan = api.plan(model, **GROWTHS[growth])
+    grown = grow_model(model, plan)
+    grow_trainer_state(tmp_path, out(tmp_path), plan, policy)
+    on_disk = loaded(grown, tmp_path / "out")
+    for source in (None, model):
+        after = grow_optimizer(optimizer, plan, grown, source=source, policy=policy)
+        assert type(after) is torch.optim.AdamW and [g["weight_decay"] for g in after.param_groups] == [0.1, 0.0]
+        assert after.state.keys() == on_disk.state.keys() and bool(after.state) is (policy != "reset")
+        for p, held in on_disk.state.items():
+            assert all(torch.equal(held[k], after.state[p][k]) for k in ("step", "exp_avg", "exp_avg_sq"))
+    train(grown, after, 1)
+
+
+def test_only_adam_grows_in_memory_and_only_over_its_own_model() -> None:
+    model = make(BY_NAME["llama"])
+    plan = api.plan(model, "stack")
+    with pytest.raises(InputError, match="SGD"):
+        grow_optimizer(torch.optim.SGD(model.parameters(), lr=1), plan, model)
+    with pytest.raises(InputError, match="not those of `source`"):
+        grow_optimizer(adamw(model), plan, grow_model(model, plan), source=make(BY_NAME["llama"]))
 
 
 def test_keep_and_zero_keeps_old_entries_as_they_are_and_zeroes_the_rest(tmp_path: Path) -> None:
