@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from hf_grow.errors import PlanError
 from hf_grow.growth.growth import Growth, Guarantee, LayerOrigin, Method
 from hf_grow.growth.tensormap import Expr, Fill, Noise, Source, Sum
+from hf_grow.methods.layer_config import rederived
 from hf_grow.model.architecture import Architecture, Entry
 from hf_grow.model.config_compat import portable_config
 from hf_grow.model.param_count import block_parameters, check_target, count_parameters, format_count
@@ -262,34 +263,6 @@ def _tensor(arch: Architecture, entry: Entry, layers: Sequence[LayerOrigin], noi
     if noise and origin.new and len(entry.shape) > 1:
         expr = Sum((expr, Noise(entry.shape, noise, entry.name, expr)), (1.0, 1.0))
     return expr
-
-
-def rederived(arch: Architecture, layers: Sequence[LayerOrigin]) -> dict[str, Any]:
-    """Config keys that speak of single layers, for the new list of blocks."""
-    n, first = arch.layers, [o.sources[0] for o in layers]
-    out: dict[str, Any] = {}
-    types = arch.config.get("layer_types") or _window_types(arch)
-    if types:
-        out["layer_types"] = types = [types[i] for i in first]
-    if "mlp_only_layers" in arch.family.defaults:
-        # A period (decoder_sparse_step) seldom survives a new order of layers; a list of the dense ones always does.
-        out["mlp_only_layers"] = [t for t, i in enumerate(first) if not arch.is_sparse(i)]
-        out["decoder_sparse_step"] = 1
-    window = arch.get("max_window_layers")
-    if window is not None:
-        if types and "sliding_attention" in types:
-            out["max_window_layers"] = types.index("sliding_attention")
-        else:
-            out["max_window_layers"] = len(layers) if window >= n else sum(i < window for i in first)
-    return out
-
-
-def _window_types(arch: Architecture) -> list[str] | None:
-    """layer_types of a config older than that key: layers from max_window_layers on look through the sliding window."""
-    window = arch.get("max_window_layers")
-    if window is None or not arch.get("use_sliding_window") or arch.get("sliding_window") is None:
-        return None
-    return ["full_attention" if i < window else "sliding_attention" for i in range(arch.layers)]
 
 
 def _warnings(arch: Architecture, layers: Sequence[LayerOrigin]) -> list[str]:

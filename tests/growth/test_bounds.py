@@ -13,7 +13,7 @@ from models import BY_NAME, make, save
 
 from hf_grow.cli import main
 from hf_grow.errors import GrowError
-from hf_grow.methods.width.activation_maps import check_heads, divisors, heads_feasible, nearest_heads
+from hf_grow.methods.width.attention_maps import check_heads, divisors, heads_feasible, nearest_heads
 from hf_grow.methods.width.width_search import check_widths, widths_of
 from hf_grow.model.architecture import Architecture
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from hf_grow.convert.in_memory import grow_model
 from hf_grow.errors import InputError, PlanError
 from hf_grow.methods import METHODS
-from hf_grow.methods.width.activation_maps import heads_feasible
+from hf_grow.methods.width.attention_maps import heads_feasible
 from hf_grow.model.architecture import Architecture
 
 WIDTH = [m for m in METHODS.values() if m.kind == "width"]

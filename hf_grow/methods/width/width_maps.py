@@ -1,4 +1,4 @@
-"""The expression of every tensor of a wider model: each dimension mapped by the space it stands in, and what is random besides."""
+"""The expression of every tensor of a wider model: each dimension mapped by its activation space, plus random terms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Literal
 
 from hf_grow.growth.axes import AxisMap
 from hf_grow.growth.tensormap import Expr, Noise, Source, Sum, Take, Vary
-from hf_grow.methods.width.activation_maps import ActivationSpace, HeadDimSpace, HeadSpaces, HiddenSpaces
+from hf_grow.methods.width.activation_maps import ActivationSpace, HiddenSpaces
+from hf_grow.methods.width.attention_maps import HeadDimSpace, HeadSpaces
 from hf_grow.model.architecture import Architecture, Entry
 
 Symmetry = Literal["none", "noise", "split"]
@@ -17,7 +18,7 @@ Symmetry = Literal["none", "noise", "split"]
 
 @dataclass(frozen=True)
 class WidthMaps:
-    """Everything that grows, by the dimension of the table it belongs to."""
+    """All activation spaces of one width growth."""
 
     arch: Architecture
     hidden: HiddenSpaces
@@ -27,10 +28,10 @@ class WidthMaps:
     symmetry: Symmetry
     strength: float
     next_layer: bool
-    """AKI: all added rows come from the layer above (otherwise only those for which a space says so)."""
+    """AKI: all added rows come from the next layer (otherwise only where a space has `above`)."""
 
     def space(self, entry: Entry, dim: int) -> ActivationSpace | None:
-        """The space of one dimension, or None where it does not grow."""
+        """The space of a dimension, or None if it does not grow."""
         role, axes = entry.spec.dims[dim].role, entry.spec.dims[dim].axes
         if axes == ("hidden",):
             last_of_tied = role == "norm" and entry.layer < 0 and self.arch.tied
@@ -49,7 +50,7 @@ class WidthMaps:
         return found if found.changed else None
 
     def tensor(self, entry: Entry, axes: dict[str, AxisMap]) -> Expr:
-        """The expression of a tensor of the target; the axis maps it names go into `axes`."""
+        """The expression of a target tensor; adds the axis maps it refers to to `axes`."""
         source: Expr = Source(entry.name)
         found = {d: s for d in range(len(entry.shape)) if (s := self.space(entry, d)) is not None}
         if not found:
@@ -76,7 +77,7 @@ class WidthMaps:
         return entry.spec.dims[dim].role != "in"
 
     def _rows(self, entry: Entry, source: Expr, found: Mapping[int, ActivationSpace], axes: dict[str, AxisMap]) -> Expr:
-        """Dimension 0, where it is made here: by the space, and what is added from the layer above where AKI takes it there."""
+        """Dimension 0 of a tensor that produces it: mapped by its space, with added rows from the next layer where AKI takes them."""
         space = found.get(0)
         if space is None or not self._out(entry, 0):
             return source
@@ -95,10 +96,10 @@ class WidthMaps:
     def _null(
         self, entry: Entry, source: Expr, found: Mapping[int, ActivationSpace], dim: int, shape: list[int], axes: dict[str, AxisMap]
     ) -> Expr:
-        """Random values on the null coordinates of one dimension, with the spread of the old weights at the old fan-in."""
+        """Random values on the null coordinates of a dimension, with the standard deviation of the old weights, corrected for the fan-in."""
         size = list(shape)
         size[dim] = len(found[dim].null)
-        for other, space in found.items():  # a corner that is null both ways is drawn once, with the later dimension
+        for other, space in found.items():  # entries that are null in two dimensions are drawn once, with the later one
             if other > dim and space.null and space.alive == ("out" if self._out(entry, other) else "in"):
                 size[other] -= len(space.null)
         spread = math.sqrt(entry.shape[-1] / shape[-1])
@@ -112,11 +113,11 @@ class WidthMaps:
     def _symmetry(
         self, entry: Entry, source: Expr, dim: int, space: ActivationSpace, shape: list[int], axes: dict[str, AxisMap]
     ) -> list[Expr]:
-        """Noise on the columns of copies that adds up to zero over them, as itself or in proportion to each weight."""
+        """Noise on the columns of copies that sums to zero over them, absolute or (split) proportional to each weight."""
         contrasts = space.contrasts
         split = self.symmetry == "split"
         count = len(contrasts) + 1
-        # A copy holds 1/count of the weight; sqrt(1 - 1/count) is the size that noise of size one has after the contrasts.
+        # A copy holds 1/count of the weight; the contrasts reduce unit noise to sqrt(1 - 1/count).
         scale = self.strength / math.sqrt(1 - 1 / count) * (1.0 if split else 1.0 / count)
         size = list(shape)
         size[dim] = space.map.source_size

@@ -16,84 +16,20 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from hf_grow.errors import PlanError, SourceError
 from hf_grow.growth.axes import AxisMap
 from hf_grow.growth.growth import Growth, Guarantee, LayerOrigin, Method
-from hf_grow.methods.width import activation_maps as spaces
-from hf_grow.methods.width.activation_maps import HiddenSpaces
+from hf_grow.methods.width.activation_maps import HiddenSpaces, duplicated_hidden, ffn_space, tiled_hidden
+from hf_grow.methods.width.attention_maps import head_dim_space, head_spaces
 from hf_grow.methods.width.width_maps import Symmetry, WidthMaps
+from hf_grow.methods.width.width_options import AkiOptions, CopyOptions, ExactOptions, HyperCloningOptions, LemonOptions, WidthOptions
 from hf_grow.methods.width.width_search import Widths, check_widths, nearest_widths, width_warnings, widths_of
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.config_compat import portable_config
 from hf_grow.model.family import FFN_AXES
-from hf_grow.options import Options, ParameterCount
-
-Positive = Annotated[int, Field(ge=1, le=2**20)]
-"""A size: many times that of any model, and few enough to be counted through."""
-
-
-class WidthOptions(Options):
-    """What every width method takes."""
-
-    to: ParameterCount | None = None
-    """Number of parameters to grow to, such as 13B: all widths by one factor, as near as they get."""
-    factor: Annotated[float, Field(ge=1, le=64)] | None = None
-    """Grow hidden, FFN and heads by this factor."""
-    hidden: Positive | None = None
-    """New hidden_size."""
-    intermediate: Positive | None = None
-    """New intermediate_size (Mixtral: that of each expert)."""
-    expert_intermediate: Positive | None = None
-    """New moe_intermediate_size, for families that have both."""
-    shared_intermediate: Positive | None = None
-    """New shared_expert_intermediate_size, for families with a shared expert."""
-    heads: Positive | None = None
-    """New number of query heads."""
-    kv_heads: Positive | None = None
-    """New number of key/value heads."""
-    head_dim: Positive | None = None
-    """New size of a head. Default: kept."""
-    ffn: Literal["auto", "null", "copies"] = "auto"
-    """New FFN units: null (random in, zero out) or copies. Default: null below 2x, copies from there on."""
-    new_heads: Literal["split", "null"] = "split"
-    """Spare query heads: copies that share o_proj (split), or null heads with zero o_proj columns."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of everything random."""
-
-
-class ExactOptions(WidthOptions):
-    rms_mode: Literal["scale", "eps"] = "scale"
-    """Where sizes are no whole factor: scale what writes the residual stream, or rms_norm_eps."""
-    symmetry: Symmetry = "split"
-    """How copies are told apart, without changing the function: an elementwise-random split, noise that adds up to zero, or none (locked for good)."""
-    strength: Annotated[float, Field(gt=0, le=1)] = 0.3
-    """Size of that split (as a share of each weight) or noise (in standard deviations); 0.1 where optimizer state is carried along."""
-
-
-class LemonOptions(ExactOptions):
-    rms_mode: Literal["scale", "eps"] = "eps"
-    """Where sizes are no whole factor: scale what writes the residual stream, or rms_norm_eps."""
-
-
-class HyperCloningOptions(WidthOptions):
-    noise_db: Annotated[float, Field(ge=0, le=120)] | None = None
-    """Signal to noise ratio of noise with opposite signs in the copies, such as 10. Default: no noise, as the paper's symmetric cloning."""
-
-
-class CopyOptions(WidthOptions):
-    ffn: Literal["auto", "null", "copies"] = "copies"
-    """New FFN units: copies, as the paper, or null."""
-
-
-class AkiOptions(CopyOptions):
-    fixed_kv: bool = False
-    """AKI-Pro (AquilaMoE, arXiv 2408.06567): keep the number of kv heads and grow query heads inside their groups."""
-    lossless: bool = False
-    """Not as published: only what new heads and FFN units read comes from the next layer, and nothing reads them yet; the hidden state as in tile."""
+from hf_grow.options import Options
 
 
 def _asked(arch: Architecture, options: WidthOptions) -> Widths:
@@ -141,13 +77,13 @@ def _build(
     kind: str,
 ) -> Growth:
     old = widths_of(arch)
-    head_dim = spaces.head_dim_space(old.head_dim, shape.head_dim, normed=arch.has_norm_over("head_dim"))
+    head_dim = head_dim_space(old.head_dim, shape.head_dim, normed=arch.has_norm_over("head_dim"))
     above = kind == "silent aki"
     null = {
         axis: above or options.ffn == "null" or (options.ffn == "auto" and getattr(shape, axis) < 2 * getattr(old, axis))
         for axis in FFN_AXES
     }
-    heads = spaces.head_spaces(old.heads, old.kv, shape.heads, shape.kv, head_dim, null=above or options.new_heads == "null", above=above)
+    heads = head_spaces(old.heads, old.kv, shape.heads, shape.kv, head_dim, null=above or options.new_heads == "null", above=above)
     check_widths(arch, shape)
     if shape.head_dim != old.head_dim:
         _check_rope(arch)
@@ -158,7 +94,7 @@ def _build(
         heads=heads,
         head_dim=head_dim,
         ffn={
-            axis: spaces.ffn_space(axis, arch.size(axis), getattr(shape, axis), null=null[axis], above=above)
+            axis: ffn_space(axis, arch.size(axis), getattr(shape, axis), null=null[axis], above=above)
             for axis in FFN_AXES
             if arch.size(axis)
         },
@@ -254,7 +190,7 @@ def build_exact(method: str) -> Any:
                 hint="Use --rms-mode scale.",
             )
         _no_smaller(shape.hidden, old)
-        hidden = spaces.tiled_hidden(old, shape.hidden, copies, mode=options.rms_mode)
+        hidden = tiled_hidden(old, shape.hidden, copies, mode=options.rms_mode)
         return _build(arch, method, options, shape, hidden, options.symmetry, options.strength, "exact")
 
     return build
@@ -270,7 +206,7 @@ def build_hypercloning(arch: Architecture, options: HyperCloningOptions) -> Grow
             f"HyperCloning grows by whole factors and keeps head_dim; {', '.join(uneven) or 'head_dim'} would not.",
             hint="Use --method tile.",
         )
-    hidden = spaces.tiled_hidden(old.hidden, shape.hidden, shape.hidden // old.hidden, mode="scale")
+    hidden = tiled_hidden(old.hidden, shape.hidden, shape.hidden // old.hidden, mode="scale")
     copies = options.model_copy(update={"ffn": "copies"})
     strength = 0.0 if options.noise_db is None else 10 ** (-options.noise_db / 20)
     growth = _build(arch, "hypercloning", copies, shape, hidden, "noise" if strength else "none", strength, "exact")
@@ -290,14 +226,14 @@ def build_copies(method: str) -> Any:
                         f"--{name.replace('_', '-')} does not apply with --lossless: new units come from the next layer and add zero."
                     )
             exact = ExactOptions.model_fields
-            hidden = spaces.tiled_hidden(old, shape.hidden, max(1, shape.hidden // old), mode="scale")
+            hidden = tiled_hidden(old, shape.hidden, max(1, shape.hidden // old), mode="scale")
             return _build(arch, method, options, shape, hidden, exact["symmetry"].default, exact["strength"].default, "silent aki")
         if method == "net2net":
             draw = random.Random(f"{options.seed}/net2net/hidden")
             sources = [*range(old), *(draw.randrange(old) for _ in range(shape.hidden - old))]
         else:
             sources = [i % old for i in range(shape.hidden)]
-        return _build(arch, method, options, shape, spaces.duplicated_hidden(old, sources), "none", 0.0, method)
+        return _build(arch, method, options, shape, duplicated_hidden(old, sources), "none", 0.0, method)
 
     return build
 

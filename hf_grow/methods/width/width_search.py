@@ -1,4 +1,4 @@
-"""The widths of a model as one value: scaling them, finding those of a wanted size, and saying what is wrong with them."""
+"""The widths of a model as one value: scaling, search for a parameter count, checks and warnings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_grow.errors import PlanError
-from hf_grow.methods.width.activation_maps import divisors, heads_feasible
+from hf_grow.methods.width.attention_maps import divisors, heads_feasible
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.family import FFN_AXES
 from hf_grow.model.param_count import check_target, count_parameters, format_count
@@ -29,6 +29,7 @@ class Widths:
     shared_inter: int = 0
 
     def changed(self, **sizes: int) -> Widths:
+        """With other sizes. Raises PlanError if one would shrink."""
         new = replace(self, **sizes)
         for name in (*FFN_AXES, "head_dim", "hidden"):
             if getattr(new, name) < getattr(self, name):
@@ -36,7 +37,7 @@ class Widths:
         return new
 
     def scaled(self, factor: float, head_dim: int | None = None) -> Widths:
-        """Everything but head_dim by one factor. Raises PlanError where that gives no whole numbers."""
+        """All widths but head_dim times one factor. Raises PlanError if a size would not be an integer."""
 
         def by(name: str) -> int:
             exact: float = getattr(self, name) * factor
@@ -55,7 +56,7 @@ def widths_of(arch: Architecture) -> Widths:
 
 
 def with_widths(arch: Architecture, shape: Widths, layers: int | None = None) -> Architecture:
-    """The architecture with other widths (and another depth), for counting. Raises SourceError if the family refuses them."""
+    """The architecture with other widths (and depth), to count its parameters. Raises SourceError if the family does not allow them."""
     config: dict[str, Any] = {**arch.config, "hidden_size": shape.hidden, "num_attention_heads": shape.heads}
     for axis in ("kv", "head_dim", *FFN_AXES):
         if arch.size(axis):
@@ -66,8 +67,9 @@ def with_widths(arch: Architecture, shape: Widths, layers: int | None = None) ->
 
 
 def head_candidates(old: Widths, hidden: int, divides: bool) -> list[tuple[int, int]]:
-    """Feasible (heads, kv heads) for a hidden size, the best first: heads in proportion to it, and as many query heads a kv head as before
-    (more kv heads than that would swell the KV cache)."""
+    """Feasible (heads, kv heads) for a hidden size, best first: heads proportional to it, with the old number of query heads per kv head
+    (more kv heads would enlarge the KV cache). ``divides``: heads must divide the hidden size.
+    """
     wanted = old.heads * hidden / old.hidden
     pairs = [
         (heads, kv)
@@ -83,7 +85,9 @@ def head_candidates(old: Widths, hidden: int, divides: bool) -> list[tuple[int, 
 def nearest_widths(
     arch: Architecture, target: int, *, head_dim: int | None = None, whole: bool = False, strict: bool = True, multiple: int = 128
 ) -> Widths:
-    """Widths whose parameter count comes nearest to `target`, all by about one factor. Raises PlanError if none is within 5 %."""
+    """Widths whose parameter count is nearest to `target`, all scaled by about one factor. Raises PlanError if none is within 5 %
+    (``strict``) or none is feasible. ``whole``: integer factors only; ``multiple``: step of the sizes otherwise.
+    """
     now = count_parameters(arch).total
     best: tuple[float, Widths, int] | None = None
     for shape in candidate_widths(arch, whole=whole, multiple=multiple):
@@ -94,14 +98,14 @@ def nearest_widths(
             best = off, shape, total
     hint = "hf-grow hybrid SOURCE --to SIZE grows depth and width together."
     if best is None:
-        raise PlanError(f"{format_count(target)} parameters cannot be met by width: no width near it is feasible.", hint=hint)
+        raise PlanError(f"{format_count(target)} parameters cannot be reached by width: no feasible widths are near.", hint=hint)
     if strict:
         check_target(now, target, best[2], hint=hint if target > now else "Give a larger --to.")
     return best[1]
 
 
 def candidate_widths(arch: Architecture, *, whole: bool = False, multiple: int = 128) -> Iterator[Widths]:
-    """Shapes larger than the source, hidden by steps of `multiple` (or of whole factors), the rest in proportion."""
+    """Widths larger than the source: hidden in steps of `multiple` (or integer factors), the rest in proportion."""
     old = widths_of(arch)
     step = old.hidden if whole else _step(old.hidden, multiple)
     for hidden in range(old.hidden + step, int(LARGEST_FACTOR * old.hidden) + 1, step):
@@ -117,35 +121,35 @@ def candidate_widths(arch: Architecture, *, whole: bool = False, multiple: int =
             else head_candidates(old, hidden, arch.family.heads_divide_hidden)
         )
         for heads, kv in pairs:
-            if abs(heads / (old.heads * factor) - 1) <= 0.26:  # far fewer heads than width would starve attention
+            if abs(heads / (old.heads * factor) - 1) <= 0.26:  # far fewer heads than that would limit attention
                 ffn = {axis: near(size) if (size := getattr(old, axis)) else 0 for axis in FFN_AXES}
                 yield replace(old, hidden=hidden, heads=heads, kv=kv, **ffn)
                 break
 
 
 def _step(size: int, multiple: int) -> int:
-    """`multiple`, or less for models so small that it would be no step but a leap."""
+    """`multiple`, halved until it divides `size` and is at most an eighth of it."""
     while multiple > 1 and (multiple > size // 8 or size % multiple):
         multiple //= 2
     return multiple
 
 
 def check_widths(arch: Architecture, shape: Widths) -> None:
-    """Raises PlanError where the family's config class refuses the widths, with what it would take."""
+    """Raises PlanError, with alternatives, if the family's config class does not allow the widths."""
     if arch.family.heads_divide_hidden and shape.hidden % shape.heads:
         pairs = [(h, g) for h in divisors(shape.hidden) for g in divisors(h) if heads_feasible(arch.heads, arch.size("kv"), h, g)]
         pairs.sort(key=lambda p: (abs(p[0] - shape.heads), abs(p[1] - shape.kv)))
-        words = ", ".join(f"--heads {h} --kv-heads {g}" for h, g in pairs[:3])
+        flags = ", ".join(f"--heads {h} --kv-heads {g}" for h, g in pairs[:3])
         raise PlanError(
             f"{arch.family.architecture} requires hidden_size to be a multiple of the number of heads; {shape.hidden} is not divisible by {shape.heads}.",
-            hint=f"With --hidden {shape.hidden} these work: {words}."
-            if words
+            hint=f"With --hidden {shape.hidden} these work: {flags}."
+            if flags
             else f"Use a hidden_size that is a multiple of {shape.heads}.",
         )
 
 
 def width_warnings(arch: Architecture, shape: Widths) -> list[str]:
-    """What is allowed but hurts."""
+    """Warnings about widths that are allowed but costly."""
     old, out = widths_of(arch), []
     for name, unit in (("hidden", 128), ("inter", 128), ("expert_inter", 64), ("shared_inter", 128)):
         size = getattr(shape, name)
