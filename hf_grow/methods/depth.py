@@ -1,15 +1,14 @@
-"""Depth growth: the target's blocks are a list of source blocks.
+"""Depth growth: the blocks of the target are a list of source blocks.
 
 dus         SOLAR 10.7B (Kim et al. 2023, arXiv 2312.15166, section 2): layers [0, n-m) then [m, n), s = 2(n-m). Changes the function.
 stack       StackBERT (Gong et al. 2019) and G_stack (Du et al. 2024, arXiv 2405.15319): the whole stack g times. Changes the function.
-interleave  each layer repeated in place (AquilaMoE, arXiv 2408.06567; Chang et al. 2018), also by factors that are no integer.
-            Changes the function, less than stacking does.
-identity    LLaMA-Pro (Wu et al. 2024, arXiv 2401.02415, section 3): copies whose o_proj and down_proj are zero, spread evenly. Lossless:
-            both branches of the new block add exactly 0 to the residual stream.
-layers      any list of source layers, as `0-23,8-31`.
+interleave  each layer repeated in place (AquilaMoE, arXiv 2408.06567; Chang et al. 2018), also by non-integer factors. Changes the function,
+            less than stack.
+identity    LLaMA-Pro (Wu et al. 2024, arXiv 2401.02415, section 3): evenly spread copies with zero o_proj and down_proj. Lossless: both branches
+            of a new block add exactly 0 to the residual stream.
+layers      any list of source layers, such as `0-23,8-31`.
 
-Blocks are found by role, not by name: what writes the residual stream is whatever the table marks `out:hidden` first, so a new family,
-a bias or a mixture of experts needs nothing here.
+Tensors that write the residual stream are found by role (`out:hidden` in the table), so new families, biases and experts need no code here.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from hf_grow.model.config_compat import portable_config
 from hf_grow.model.param_count import block_parameters, check_target, count_parameters, format_count
 from hf_grow.options import LayerList, Options, ParameterCount
 
-MAX_FACTOR = 8  # growing further in one hop has no precedent in the literature
+MAX_FACTOR = 8  # larger factors in one step have no precedent in the literature
 
 Positive = Annotated[int, Field(ge=1)]
 
 
 class DepthOptions(Options):
-    """What every depth method takes."""
+    """Options of every depth method."""
 
     noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Gaussian noise on the matrices of repeated layers, in standard deviations of each matrix; breaks the symmetry of copies."""
@@ -45,21 +44,21 @@ class DepthOptions(Options):
 
 class SizedOptions(DepthOptions):
     to: ParameterCount | None = None
-    """Number of parameters to grow to, such as 10.7B; the nearest layer count is taken."""
+    """Number of parameters to grow to, such as 10.7B; rounded to the nearest layer count."""
     layers_to: Positive | None = None
     """Number of layers to grow to."""
 
 
 class DusOptions(SizedOptions):
     drop: Annotated[int, Field(ge=0)] | None = None
-    """m of the paper: layers dropped from the end of the first copy and from the start of the second. Default: a quarter of the layers, as SOLAR."""
+    """Layers dropped from the end of the first copy and the start of the second (m in the paper). Default: a quarter, as in SOLAR."""
     seam_average: Annotated[int, Field(ge=0)] = 0
-    """Cross-fade this many layers on each side of the seam: weighted means of the two copies' layers instead of a jump."""
+    """Number of layers on each side of the seam that are weighted means of both copies."""
 
 
 class StackOptions(SizedOptions):
     factor: Annotated[int, Field(ge=2, le=MAX_FACTOR)] | None = None
-    """g of the paper: number of copies of the whole stack. Default: 2."""
+    """Number of copies of the whole stack (g in the paper). Default: 2."""
 
 
 class InterleaveOptions(SizedOptions):
@@ -67,19 +66,19 @@ class InterleaveOptions(SizedOptions):
 
 
 class IdentityOptions(SizedOptions):
-    """Default: a quarter more layers, as LLaMA-Pro (32 to 40)."""
+    """Default: a quarter more layers, as in LLaMA-Pro (32 to 40)."""
 
     at: LayerList | None = None
-    """Source layers after which a new block goes, such as 3,7,11 (a repeated number inserts two). Default: spread evenly."""
+    """Source layers after which to insert a new block, such as 3,7,11 (repeat a number to insert two). Default: evenly spread."""
 
 
 class LayersOptions(DepthOptions):
     layers: LayerList
-    """Source layers of the target, in order, such as 0-23,8-31; both ends count."""
+    """Source layers of the target in order, such as 0-23,8-31 (inclusive)."""
 
 
 def _evenly(n: int, target: int) -> list[LayerOrigin]:
-    """LLaMA-Pro's order: the n layers in target-n groups, each followed by a new copy of its last layer."""
+    """LLaMA-Pro: the n layers in target - n groups, each followed by a new copy of its last layer."""
     extra = target - n
     after = [((k + 1) * n) // extra - 1 if extra <= n else k * n // extra for k in range(extra)]
     return _inserted(n, after)
@@ -95,13 +94,13 @@ def _inserted(n: int, after: Sequence[int]) -> list[LayerOrigin]:
 
 
 def _listed(indices: Sequence[int]) -> list[LayerOrigin]:
-    """Source layers in a row; every appearance after the first is new."""
+    """The given source layers; every copy after the first is new."""
     first = {i: at for at, i in reversed([*enumerate(indices)])}
     return [LayerOrigin((i,), new=at > first[i]) for at, i in enumerate(indices)]
 
 
 def _crossfaded(layers: list[LayerOrigin], n: int, drop: int, width: int) -> list[LayerOrigin]:
-    """The 2*width layers around the seam of DUS as weighted means of both copies, the weight of the second rising evenly."""
+    """Replaces the 2 * width layers around the seam by weighted means of both copies; the weight of the second rises linearly."""
     seam = n - drop
     if not width <= drop:
         raise PlanError(
@@ -126,7 +125,7 @@ Layout = Callable[[int, int], list[LayerOrigin]]  # (source layers, target layer
 def _target(
     arch: Architecture, options: SizedOptions, layout: Layout, reachable: Sequence[int], explicit: dict[str, int | None], default: int
 ) -> int:
-    """The number of layers asked for, by whichever option asks. Raises PlanError where the method cannot reach it."""
+    """The requested number of layers, from whichever option is given. Raises PlanError if the method cannot reach it."""
     asked = {k: v for k, v in {"to": options.to, "layers_to": options.layers_to, **explicit}.items() if v is not None}
     if len(asked) > 1:
         raise PlanError(f"{' and '.join('--' + k.replace('_', '-') for k in asked)} each set the number of layers; give one.")
@@ -150,7 +149,7 @@ def _target(
 
 
 def _sizes(arch: Architecture, layout: Layout, reachable: Sequence[int]) -> dict[int, int]:
-    """Parameters of the target at every reachable number of layers."""
+    """Reachable number of layers -> parameters of the target."""
     blocks = block_parameters(arch)
     rest = count_parameters(arch).total - sum(blocks)
     if len(set(blocks)) == 1:
@@ -220,7 +219,7 @@ def build_identity(arch: Architecture, options: IdentityOptions) -> Growth:
 def build_layers(arch: Architecture, options: LayersOptions) -> Growth:
     _check_layers(arch, options.layers)
     same = options.layers == tuple(range(arch.layers))
-    guarantee = Guarantee("lossless", "the same layers") if same else Guarantee("changes the function", "the list of layers is free")
+    guarantee = Guarantee("lossless", "the same layers") if same else Guarantee("changes the function", "arbitrary list of layers")
     return _build(arch, "layers", options, _listed(options.layers), guarantee)
 
 
@@ -291,13 +290,13 @@ def _sized(
 
 
 DEPTH_METHODS = (
-    Method("dus", "depth", "depth up-scaling: [0, n-m) then [m, n)", "SOLAR 10.7B, arXiv 2312.15166", "changes the function", DusOptions, build_dus,
+    Method("dus", "depth", "depth up-scaling: layers [0, n-m), then [m, n)", "SOLAR 10.7B, arXiv 2312.15166", "changes the function", DusOptions, build_dus,
            _sized(DusOptions, _dus_layers, _even)),
     Method("stack", "depth", "the whole stack of layers g times", "G_stack, arXiv 2405.15319", "changes the function", StackOptions, build_stack,
            _sized(StackOptions, _repeat_all, _whole)),
     Method("interleave", "depth", "each layer repeated in place", "AquilaMoE, arXiv 2408.06567", "changes the function", InterleaveOptions, build_interleave,
            _sized(InterleaveOptions, _repeat_each, _more)),
-    Method("identity", "depth", "new blocks that add zero, spread evenly", "LLaMA-Pro, arXiv 2401.02415", "lossless", IdentityOptions, build_identity,
+    Method("identity", "depth", "new blocks that add zero, evenly spread", "LLaMA-Pro, arXiv 2401.02415", "lossless", IdentityOptions, build_identity,
            _sized(IdentityOptions, _evenly, _more)),
     Method("layers", "depth", "any list of layers, such as 0-23,8-31", "", "changes the function", LayersOptions, build_layers, lambda arch, target: None),
 )  # fmt: skip

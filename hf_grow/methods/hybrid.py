@@ -1,8 +1,8 @@
-"""Depth, width and FFN together: the shape of a wanted size, reached as one map.
+"""Depth and width together: the shape for a target size, reached as one map. Not from a paper; guarantee as its two methods.
 
-Every hidden_size in steps, every depth, and the FFN size that closes the gap between them are weighed by how close they come, by how far the
-target leaves the proportions of known models, and by what the source's own proportions are. The chosen one is the width step followed by the
-depth step, composed by substitution: one pass over the weights, no checkpoint in between.
+Candidates are every hidden_size in steps, every depth, and the FFN size that closes the gap. They are ranked by their distance from the target,
+from the proportions of known models, and from the source's own proportions. The chosen one is the width growth followed by the depth growth,
+composed by substitution into one pass over the weights.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from hf_grow.model.param_count import TOLERANCE, block_parameters, check_target,
 from hf_grow.options import Options, ParameterCount
 
 ASPECT = (80.0, 140.0)
-"""hidden_size / layers of well-known dense models from 1B to 70B: Llama 2 and 3, Mistral, Qwen 2.5 lie between."""
+"""hidden_size / layers of well-known dense models from 1B to 70B (Llama 2 and 3, Mistral, Qwen 2.5)."""
 FFN_RATIO = (0.8, 1.3)
-"""How far intermediate_size / hidden_size may leave the source's."""
+"""Range of intermediate_size / hidden_size relative to the source's."""
 MAX_CANDIDATES = 5
 
 
 class HybridOptions(Options):
-    """Growing depth and width to one size."""
+    """Options of growing depth and width to one size."""
 
     to: ParameterCount
     """Number of parameters to grow to, such as 20B."""
     choose: Annotated[int, Field(ge=1)] = 1
-    """Which of the listed candidates to make."""
+    """Which of the listed candidates to build."""
     width_method: Literal["tile", "pad", "lemon", "fpi", "aki", "net2net"] = "tile"
-    """How width grows."""
+    """Width method."""
     depth_method: Literal["identity", "interleave", "dus"] = "identity"
-    """How depth grows."""
+    """Depth method."""
     multiple_of: Annotated[int, Field(ge=2, le=2**20)] = 128
-    """hidden_size and intermediate_size grow in steps of this."""
+    """Step of hidden_size and intermediate_size."""
     max_depth: Annotated[int, Field(ge=1, le=MAX_LAYERS)] | None = None
-    """Largest number of layers. Default: three times the source's."""
+    """Maximum number of layers. Default: three times the source's."""
     min_depth: Annotated[int, Field(ge=1, le=MAX_LAYERS)] | None = None
-    """Smallest number of layers. Default: the source's."""
+    """Minimum number of layers. Default: the source's."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random."""
 
@@ -61,7 +61,7 @@ class HybridCandidate:
 
 
 def rank_candidates(arch: Architecture, options: HybridOptions) -> list[HybridCandidate]:
-    """The best shapes first, at most LISTED, no two of the same hidden_size. Raises PlanError if none comes within 5 %."""
+    """At most MAX_CANDIDATES shapes, best first, with distinct hidden sizes. Raises PlanError if none is within 5 %."""
     best: dict[int, HybridCandidate] = {}
     nearest: HybridCandidate | None = None
     for c in _all(arch, options):
@@ -81,7 +81,7 @@ def rank_candidates(arch: Architecture, options: HybridOptions) -> list[HybridCa
 
 
 def _ffn_axis(arch: Architecture) -> str:
-    """The FFN that closes the gap: that of the experts where no layer is dense (then intermediate_size is in no tensor)."""
+    """The FFN axis that closes the gap: that of the experts if no layer is dense."""
     return "expert_inter" if all(map(arch.is_sparse, range(arch.layers))) else "inter"
 
 
@@ -120,7 +120,7 @@ def _unit(size: int, multiple: int) -> int:
 
 
 def _cost(arch: Architecture, shape: Widths, layers: int, share: float, ffn: float) -> float:
-    """Miss of the target counts most, then proportions that no known model has, then a changed FFN ratio and odd heads."""
+    """Ranking cost: distance from the target first, then unusual proportions, then a changed FFN ratio and head counts."""
     aspect = shape.hidden / layers
     own = arch.size("hidden") / arch.layers
     low, high = min(ASPECT[0], own), max(ASPECT[1], own)
@@ -159,7 +159,7 @@ def _table(arch: Architecture, found: list[HybridCandidate], options: HybridOpti
 
 
 def build_candidate(arch: Architecture, candidate: HybridCandidate, options: HybridOptions) -> Growth:
-    """The composed map to one candidate."""
+    """The composed growth to one candidate."""
     steps: list[Growth] = []
     if candidate.shape != widths_of(arch):
         width = next(m for m in WIDTH_METHODS if m.name == options.width_method)

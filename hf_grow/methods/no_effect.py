@@ -1,7 +1,7 @@
-"""Options that do nothing: whoever gives one expects something of it, so it is refused, not passed over.
+"""Rejects options that have no effect.
 
-No table says which option belongs to which case. An option that was given matters if some other value of it gives another growth, or is refused;
-growths are pure functions and cheap, so this is simply tried.
+There is no table of which option applies when. A given option has an effect if some other value of it leads to another growth or to an error;
+growths are pure functions and cheap, so other values are tried.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from hf_grow.options import Options
 
 
 def reject_ineffective_options(method: Method, arch: Architecture, options: Options, others: Sequence[Architecture] = ()) -> None:
-    """Raises PlanError for options that differ from their defaults and change nothing here, whatever they say."""
+    """Raises PlanError for options that differ from their defaults but have no effect on this source, whatever their value."""
     fields = {name: f.get_default(call_default_factory=True) for name, f in type(options).model_fields.items()}
-    # Further checkpoints are read, and the options that name them go with `others`.
+    # Options that name additional checkpoints belong to `others`.
     given = [name for name, default in fields.items() if getattr(options, name) not in (default, options.extra_sources())]
     if not given:
         return
     arch, growth = _probe(method, arch, options, others)
-    idle = [name for name in given if not any(_differs(method, arch, o, others, growth) for o in _otherwise(options, name))]
-    if idle:
-        names = ", ".join("--" + name.replace("_", "-") for name in idle)
+    ineffective = [name for name in given if not any(_differs(method, arch, o, others, growth) for o in _variants(options, name))]
+    if ineffective:
+        names = ", ".join("--" + name.replace("_", "-") for name in ineffective)
         raise PlanError(
-            f"{names} {'have' if len(idle) > 1 else 'has'} no effect here: {method.name} of this source with the other options gives the same model whatever "
-            f"{'their values' if len(idle) > 1 else 'its value'}.",
-            hint="Leave it out." if len(idle) == 1 else "Leave them out.",
+            f"{names} {'have' if len(ineffective) > 1 else 'has'} no effect here: {method.name} of this source with the other options gives the same model whatever "
+            f"{'their values' if len(ineffective) > 1 else 'its value'}.",
+            hint="Leave it out." if len(ineffective) == 1 else "Leave them out.",
         )
 
 
 def _probe(method: Method, arch: Architecture, options: Options, others: Sequence[Architecture]) -> tuple[Architecture, Growth]:
-    """The source, or one layer of it where layers are alike to the method, and the growth of that."""
+    """The source (or one layer of it, if the method treats all alike) and its growth."""
     if method.kind == "experts" and not others:
         one: dict[str, Any] = {"num_hidden_layers": 1, "layer_types": None, "mlp_only_layers": [], "decoder_sparse_step": 1}
         try:
             small = Architecture({**arch.config, **{k: v for k, v in one.items() if k in arch.config}})
             return small, _build(method, small, options, others)
         except GrowError:
-            pass  # an option that speaks of all layers
+            pass  # an option that refers to all layers
     return arch, _build(method, arch, options, others)
 
 
@@ -68,11 +68,11 @@ def _random(expr: Expr) -> bool:
     return isinstance(expr, Noise | Orthogonal) or any(map(_random, expr.children()))
 
 
-def _otherwise(options: Options, name: str) -> Iterator[Options]:
-    """The same options with other values of one of them, as far as it may have those."""
+def _variants(options: Options, name: str) -> Iterator[Options]:
+    """The options with other valid values of one of them."""
     field = type(options).model_fields[name]
     values = options.model_dump()
-    for value in (*_near(getattr(options, name)), *_choices(field.annotation), field.get_default(call_default_factory=True)):
+    for value in (*_nearby_values(getattr(options, name)), *_choices(field.annotation), field.get_default(call_default_factory=True)):
         if value != getattr(options, name):
             try:
                 yield type(options).model_validate({**values, name: value})
@@ -80,7 +80,7 @@ def _otherwise(options: Options, name: str) -> Iterator[Options]:
                 continue
 
 
-def _near(value: Any) -> tuple[Any, ...]:
+def _nearby_values(value: Any) -> tuple[Any, ...]:
     if isinstance(value, bool):
         return (not value,)
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""Several growths as one: each step plans on what the last one made, and all become a single map, carried out in one pass over the weights."""
+"""Several growths as one: each step plans on the target of the previous one, and all compose into a single map. Lossless if every step is."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Step(Options):
 
 
 class PipelineOptions(Options):
-    """Growths one after the other."""
+    """Options of a pipeline of growths."""
 
     steps: Annotated[list[Annotated[Step, BeforeValidator(_step)]], Field(min_length=1)]
-    """The steps in their order, each `method:` with the options of that method."""
+    """The steps in order, each `method:` with that method's options."""
 
     def non_defaults(self) -> dict[str, Any]:
         return {"steps": [{"method": s.method, **s.options.non_defaults()} for s in self.steps]}

@@ -1,6 +1,6 @@
-"""How much worse than its source a model is right after a growth that changes the function: measured on one model, so guidance and no promise.
+"""Measured rise of the loss right after growths that change the function: guidance from one model, not a guarantee.
 
-The figures are those of benchmarks/results/starting-loss.md, in nats a token; a test holds the two together.
+Figures from benchmarks/results/starting-loss.md in nats per token; a test keeps them equal.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from hf_grow.model.architecture import Architecture
 
 MODEL = "SmolLM2-135M"
 SOURCE_LOSS = 3.04
-"""Of that model on the prose; its loss would be log(VOCABULARY) if it knew nothing."""
+"""Loss of that model on the prose; an untrained one has log(VOCABULARY)."""
 VOCABULARY = 49152
 
 
 @dataclass(frozen=True)
 class StartingLoss:
-    """One measurement. ``kind`` and ``amount``: what grew and by how much, such as layers by 1.5 (see `of`)."""
+    """One measurement. ``kind`` and ``amount``: what grew and by which factor (see `_kind`)."""
 
     kind: str
     amount: float
@@ -33,7 +33,7 @@ class StartingLoss:
 
     @property
     def is_chance_level(self) -> bool:
-        """Whether the loss is within 10 % of that of a model that knows nothing, or above."""
+        """Whether the loss is within 10 % of an untrained model's, or above."""
         return SOURCE_LOSS + self.prose > 0.9 * math.log(VOCABULARY)
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ STARTING_LOSSES = (
 
 
 def nearest_starting_loss(growth: Growth, source: Architecture) -> StartingLoss | None:
-    """The measurement nearest to a growth, or None for one that is lossless or unlike all that was measured (by 15 % and more)."""
+    """The measurement nearest to a growth; None if the growth is lossless or differs from all measurements by more than 15 %."""
     if growth.guarantee.lossless:
         return None
     kind, amount = _kind(growth.method, growth.options, source, Architecture(growth.config))
@@ -76,7 +76,7 @@ def nearest_starting_loss(growth: Growth, source: Architecture) -> StartingLoss 
 
 
 def _kind(method: str, options: Mapping[str, Any], old: Architecture, new: Architecture) -> tuple[str, float]:
-    """Depth by the ratio of layers, width by that of hidden_size, experts of a dense model by how much of them is noise or drawn anew."""
+    """Depth: ratio of layers; width: ratio of hidden_size; experts of a dense model: amount of noise or re-initialized units."""
     if method == "experts":
         init = str(options.get("init", "copy"))
         kind = f"experts {init}" if not old.is_moe and not options.get("experts_from") else ""

@@ -1,1 +1,1 @@
-"""Mixture-of-experts growth: upcycling a dense model, more experts for a mixture."""
+"""Mixture-of-experts growth: upcycling dense models, and more experts for MoE models."""

@@ -1,4 +1,4 @@
-"""Experts: a dense model into a mixture of experts (`upcycle`), more experts for a mixture (`more_experts`), and how many for a wanted size."""
+"""Expert growth: dense to MoE (`upcycle`), more experts (`more_experts`), and the number of experts for a target size."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build_experts(arch: Architecture, options: ExpertsOptions, others: Sequence[
 
 
 def _check_meaning(arch: Architecture, options: ExpertsOptions) -> None:
-    """Raises PlanError for an option that changes nothing here: whoever gave it expects something of it."""
+    """Raises PlanError for an option that does not apply."""
     given = options.non_defaults()
     shared = not arch.is_moe and UPCYCLED.get(arch.family.model_type, ("",))[0] == "qwen2_moe"
     means = {
@@ -52,7 +52,7 @@ def _check_meaning(arch: Architecture, options: ExpertsOptions) -> None:
 
 
 def _sized(arch: Architecture, count: int, top_k: int, shards: int) -> Architecture:
-    """The target with `count` experts."""
+    """The target architecture with `count` experts."""
     if arch.is_moe:
         return Architecture({**arch.config, **experts_keys(arch, count), "num_experts_per_tok": top_k})
     if arch.family.model_type not in UPCYCLED:
@@ -61,12 +61,12 @@ def _sized(arch: Architecture, count: int, top_k: int, shards: int) -> Architect
 
 
 def _unit(options: ExpertsOptions) -> int:
-    """Experts come in multiples of this."""
+    """The number of experts is a multiple of this."""
     return options.shards or (2 if options.init == "fine-grained" else 1)
 
 
 def _nearest_count(arch: Architecture, target: int, options: ExpertsOptions) -> int:
-    """The number of experts whose total comes nearest to `target`; every expert adds the same."""
+    """The number of experts whose total is nearest to `target`; every expert adds the same."""
     unit = _unit(options)
     two, three = (count_parameters(_sized(arch, n * unit, 1, unit)).total for n in (2, 3))
     count = 2 * unit + round((target - two) / (three - two)) * unit
@@ -74,12 +74,12 @@ def _nearest_count(arch: Architecture, target: int, options: ExpertsOptions) -> 
 
 
 def _nearest_top_k(arch: Architecture, count: int, active: int) -> int:
-    """The top_k whose active parameters come nearest to `active`. (Shards are chosen by whole groups, so they give no finer steps.)"""
+    """The top_k whose active parameters are nearest to `active`. (Shards are chosen in whole groups, so they give no finer steps.)"""
     return min(range(1, count + 1), key=lambda k: abs(count_parameters(_sized(arch, count, k, 1)).active - active))
 
 
 def _for_size(arch: Architecture, target: int, active: int | None = None) -> Options | None:
-    """The options nearest to `target` parameters, and to `active` of them where that is wanted."""
+    """The options nearest to `target` total parameters, and to `active` ones if given."""
     try:
         count = _nearest_count(arch, target, ExpertsOptions())
         top_k = _nearest_top_k(arch, count, active) if active else min(count, arch.top_k or 2)
@@ -91,5 +91,5 @@ def _for_size(arch: Architecture, target: int, active: int | None = None) -> Opt
 
 
 EXPERTS = Method(
-    "experts", "experts", "dense to experts, or more experts", "sparse upcycling, arXiv 2212.05055", "lossless with copies", ExpertsOptions, build_experts, _for_size
+    "experts", "experts", "dense to MoE, or more experts", "sparse upcycling, arXiv 2212.05055", "lossless with copies", ExpertsOptions, build_experts, _for_size
 )  # fmt: skip

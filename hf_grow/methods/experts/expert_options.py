@@ -1,6 +1,6 @@
-"""The options of expert growth, and what they read from files: prompts for routers, and the utility of experts.
+"""Options of expert growth, and the files they name: router prompts and expert utility.
 
-Files are read when the options are parsed and their content is what growth.json records, so that a growth can be run again without them.
+The files are read when options are parsed, and growth.json records their content, so that a growth can be repeated without them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _prompts(value: Any) -> Any:
 
 
 def _utility(value: Any) -> Any:
-    """A JSON file, or its content: a number an expert, or a list of them for each layer; bare, or under the key `utility`."""
+    """A JSON file or its content: one number per expert, or one such list per layer; bare or under the key `utility`."""
     if isinstance(value, str):
         try:
             value = parse_json(read_bytes(Path(value)), value)
@@ -40,7 +40,7 @@ def _utility(value: Any) -> Any:
         value = value.get("utility")
     rows = value if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple) else [value]
     if not all(isinstance(row, list | tuple) and row for row in rows):
-        raise ValueError('the file must hold {"utility": [...]}: a number an expert, or such a list for each layer')
+        raise ValueError('the file must hold {"utility": [...]}: one number per expert, or one such list per layer')
     return tuple(tuple(row) for row in rows)
 
 
@@ -51,46 +51,46 @@ def _list(value: Any) -> Any:
 
 
 class ExpertsOptions(Options):
-    """From dense to experts, or to more experts."""
+    """Dense to MoE, or more experts."""
 
     experts: Annotated[int, Field(ge=2, le=MAX_EXPERTS)] | None = None
     """Number of experts of the target."""
     add: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] | None = None
-    """From a mixture: the number of experts to add."""
+    """MoE source: number of experts to add."""
     to: ParameterCount | None = None
-    """Total parameters to grow to, instead of a number of experts."""
+    """Total number of parameters to grow to, instead of a number of experts."""
     top_k: Positive | None = None
-    """Experts a token passes through. Default: 2 from dense (times the shards, fine-grained); the source's from a mixture."""
+    """Experts per token. Default: 2 for a dense source (times the shards if fine-grained), unchanged for an MoE source."""
     init: Literal["copy", "noise", "drop", "fine-grained"] = "copy"
-    """What the experts begin as: copies of the FFN, noisy copies, copies with redrawn units (Drop-Upcycling), or shards of it."""
+    """Initialization of the experts: copies of the FFN, noisy copies, copies with re-initialized units (Drop-Upcycling), or shards of it."""
     noise: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Noise of init noise, in standard deviations of each matrix."""
+    """Noise for init noise, in standard deviations of each matrix."""
     drop: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of intermediate units redrawn by init drop (r of the paper)."""
+    """Fraction of intermediate units re-initialized by init drop (r in the paper)."""
     shards: Annotated[int, Field(ge=2, le=MAX_EXPERTS)] | None = None
-    """Shards of the FFN for init fine-grained (G of the paper); the number of experts must be a multiple."""
+    """Shards of the FFN for init fine-grained (G in the paper); must divide the number of experts."""
     experts_from: Annotated[tuple[str, ...], BeforeValidator(_list)] | None = None
-    """Dense checkpoints (folders or Hub ids, with commas between) of the source's shape. From dense: each gives its FFN as an expert and all else is
-    averaged (Branch-Train-MiX). From a mixture: the new experts."""
+    """Dense checkpoints (comma-separated folders or Hub ids) of the source's shape. Dense source: their FFNs become experts, all else is averaged
+    (Branch-Train-MiX). MoE source: their FFNs become the new experts."""
     weights: Annotated[tuple[Share, ...], BeforeValidator(_list)] | None = None
-    """With --experts-from a dense source: weights of the average, the source's first, such as 2,1,1. Default: equal."""
+    """Dense source with --experts-from: weights of the average, the source first, such as 2,1,1. Default: equal."""
     shared_expert: Literal["half", "zero"] = "half"
-    """For families with a shared expert (qwen2_moe): it computes half of the FFN's output, or nothing yet (zero down_proj)."""
+    """For families with a shared expert (qwen2_moe): it contributes half of the FFN's output, or zero (zero down_proj)."""
     router: Literal["normal", "zeros", "orthogonal", "prompts", "cheap-embed"] = "normal"
-    """New router rows: normal or orthogonal with router_std, zeros (then every token goes to the same experts, and the router learns nothing at
-    first), or directions of what the experts are for, from --prompts: hidden states (prompts) or embeddings (cheap-embed)."""
+    """New router rows: normal or orthogonal with router_std, zeros (all tokens go to the same experts, and the router gets no gradient at first),
+    or directions from --prompts, by hidden states (prompts) or embeddings (cheap-embed)."""
     router_std: Annotated[float, Field(gt=0, le=1)] = 0.02
-    """Standard deviation of a normal router; the rows of every other one have the same length, but for zeros."""
+    """Standard deviation of new router rows; orthogonal and prompt rows are scaled to the same length."""
     prompts: Annotated[PromptsFile, BeforeValidator(_prompts)] | None = None
-    """YAML file of positive and negative texts for each new expert, for the routers prompts and cheap-embed."""
+    """YAML file with positive and negative texts for each new expert, for router prompts and cheap-embed."""
     prompt_pooling: Literal["mean", "last"] = "mean"
-    """What stands for a prompt: the mean over its tokens, or its last token."""
+    """Representation of a prompt: mean over its tokens, or its last token."""
     copy_from: LayerList | None = None
-    """From a mixture: the experts that are copied for the new ones, such as 0,3,5, in turn. Default: all in turn."""
+    """MoE source: experts to copy for the new ones in turn, such as 0,3,5. Default: all."""
     utility: Annotated[tuple[tuple[Share, ...], ...], BeforeValidator(_utility)] | None = None
-    """From a mixture: JSON file with a number an expert (or a list of them for each layer); the most useful are copied, and the more useful the oftener."""
+    """MoE source: JSON file with one number per expert (or one list per layer); experts are copied in proportion to it."""
     router_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Noise on the router rows of copied experts, in standard deviations of the router, so that they part; 0.001 in Expert Upcycling."""
+    """Noise on the router rows of copied experts, in standard deviations of the router; breaks ties. 0.001 in Expert Upcycling."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random."""
 

@@ -1,9 +1,9 @@
-"""More experts for a mixture.
+"""More experts for an MoE model.
 
-n times the experts **and** n times top_k, as copies with their router rows, is lossless, since all copies of a chosen expert are chosen and share
-its weight. More experts at the same top_k changes the function: there is no router bias to keep them out with, and copies of a token's first
-choice take the places of its further ones. Which experts to copy: in turn, by name, or by their utility (Expert Upcycling, arXiv 2604.19835,
-takes the squared norm of their gradients). New experts may also come from dense checkpoints of the same shape.
+Copying every expert and its router row n times with n times top_k is lossless: all copies of a chosen expert are chosen and share its weight.
+More experts at the same top_k changes the function, since copies of a token's first choice displace its further ones. The experts to copy are
+taken in turn, listed, or chosen by utility (Expert Upcycling, arXiv 2604.19835: squared gradient norms). New experts may also come from dense
+checkpoints of the same shape; this changes the function.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hf_grow.model.config_compat import portable_config
 
 
 def more_experts(arch: Architecture, options: ExpertsOptions, others: Sequence[Architecture]) -> Growth:
-    """The growth of a mixture; ``others``: architectures of dense checkpoints that give new experts. Raises PlanError for what does not fit."""
+    """The growth of an MoE model. ``others``: architectures of the dense checkpoints in `options.experts_from`. Raises PlanError."""
     old = arch.size("experts")
     new = options.experts or old + (options.add or len(others))
     top_k = options.top_k or arch.top_k
@@ -62,7 +62,7 @@ def more_experts(arch: Architecture, options: ExpertsOptions, others: Sequence[A
 
 
 def experts_keys(arch: Architecture, count: int) -> dict[str, int]:
-    """The config keys that hold the number of experts."""
+    """Config keys that hold the number of experts."""
     key = arch.family.size_key("experts")
     return dict.fromkeys((key, *(alias for alias, canonical in arch.family.aliases.items() if canonical == key)), count)
 
@@ -88,7 +88,7 @@ def _check(arch: Architecture, options: ExpertsOptions, new: int, top_k: int) ->
 
 
 def _check_donor(arch: Architecture, other: Architecture, ref: str) -> None:
-    """Raises PlanError for a checkpoint whose FFN is no expert of this mixture."""
+    """Raises PlanError for a checkpoint whose FFN cannot be an expert of this model."""
     if other.is_moe:
         raise PlanError(f"{ref} is an MoE model; new experts come from dense checkpoints.")
     pairs = {"layers": (arch.layers, other.layers), "hidden": (arch.size("hidden"), other.size("hidden"))}
@@ -101,7 +101,7 @@ def _check_donor(arch: Architecture, other: Architecture, ref: str) -> None:
 
 
 def _chosen(arch: Architecture, options: ExpertsOptions, layer: int, count: int) -> list[int]:
-    """The experts that a layer's new ones copy."""
+    """The experts that the new experts of a layer copy."""
     old = arch.size("experts")
     wrong = [i for i in options.copy_from or () if i >= old]
     if wrong:
@@ -112,7 +112,7 @@ def _chosen(arch: Architecture, options: ExpertsOptions, layer: int, count: int)
     useful = options.utility[layer % len(options.utility)]
     copies = [1] * old
     chosen = []
-    for _ in range(count):  # to whom has most for each of its copies, as seats are dealt out in an election
+    for _ in range(count):  # D'Hondt apportionment
         best = max(range(old), key=lambda i: useful[i] / copies[i])
         copies[best] += 1
         chosen.append(best)
@@ -143,7 +143,7 @@ def _router(entry: Entry, axis: str, old: int, options: ExpertsOptions) -> Expr:
 def _guarantee(arch: Architecture, options: ExpertsOptions, origins: Sequence[Sequence[int]], top_k: int, donors: int) -> Guarantee:
     if donors:
         return Guarantee(
-            "changes the function", f"new experts of another origin take part wherever their router rows are among the top {top_k}"
+            "changes the function", f"new experts from other checkpoints contribute wherever their router rows are among the top {top_k}"
         )
     copies = {origin.count(i) for origin in origins for i in range(arch.size("experts"))}
     even = copies == {top_k // arch.top_k} and top_k % arch.top_k == 0

@@ -1,4 +1,4 @@
-"""Prompts that say what an expert is for: one YAML file, checked before a model runs.
+"""Prompts that describe the purpose of each expert: a YAML file, checked before a model runs.
 
 experts:
   - positive: ["def main():", "import os"]
@@ -25,7 +25,7 @@ def _not_blank(text: str) -> str:
     return text
 
 
-def _some(items: list[Item]) -> list[Item]:
+def _not_empty(items: list[Item]) -> list[Item]:
     if not items:
         raise ValueError("is empty; at least one is needed")
     return items
@@ -35,16 +35,16 @@ Prompt = Annotated[str, AfterValidator(_not_blank)]
 
 
 class ExpertPrompts(Options):
-    """What one expert is for."""
+    """The prompts of one expert."""
 
-    positive: Annotated[list[Prompt], AfterValidator(_some)]
-    """Texts of the kind that should reach this expert."""
+    positive: Annotated[list[Prompt], AfterValidator(_not_empty)]
+    """Texts that should be routed to this expert."""
     negative: list[Prompt] = Field(default_factory=list)
-    """Texts of the kind that should not."""
+    """Texts that should not."""
 
 
-def _told_apart(experts: list[ExpertPrompts]) -> list[ExpertPrompts]:
-    """What no model could tell apart is refused before one runs."""
+def _distinct(experts: list[ExpertPrompts]) -> list[ExpertPrompts]:
+    """Raises ValueError for experts whose prompts are identical."""
     texts = [(sorted(e.positive), sorted(e.negative)) for e in experts]
     wrong = [f"{i} has the same positive and negative prompts" for i, (positive, negative) in enumerate(texts) if positive == negative]
     wrong += [f"{i} and {j} have the same prompts" for (i, a), (j, b) in combinations(enumerate(texts), 2) if a == b]
@@ -54,12 +54,12 @@ def _told_apart(experts: list[ExpertPrompts]) -> list[ExpertPrompts]:
 
 
 class PromptsFile(Options):
-    """One entry an expert, in their order."""
+    """One entry per expert, in order."""
 
-    experts: Annotated[list[ExpertPrompts], AfterValidator(_some), AfterValidator(_told_apart)]
+    experts: Annotated[list[ExpertPrompts], AfterValidator(_not_empty), AfterValidator(_distinct)]
     """The experts; with fine-grained experts, their virtual groups."""
 
 
 def load_prompts(path: Path) -> PromptsFile:
-    """A YAML file of prompts. Raises InputError that names every mistake in it."""
+    """Reads a YAML file of prompts. Raises InputError that lists all errors."""
     return parse(PromptsFile, load_yaml(path), where=str(path))

@@ -1,4 +1,4 @@
-"""Rows of a router that were not there before."""
+"""New router rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEASURED = ("prompts", "cheap-embed")
 
 
 def check_router(options: ExpertsOptions, rows: int) -> None:
-    """Raises PlanError where prompts and router do not go together, or are not as many as the new rows."""
+    """Raises PlanError if prompts are missing, do not apply, or are not as many as the new rows."""
     if options.router not in MEASURED:
         if options.prompts is not None:
             raise PlanError(f"--prompts does not apply to --router {options.router}.", hint="Use --router prompts or cheap-embed.")

@@ -1,19 +1,19 @@
-"""From dense to a mixture of experts.
+"""Dense to mixture of experts.
 
 copy          sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055): every expert is the dense FFN. With renormalised top-k weights the
-              output is that FFN whatever the router says: lossless for any router and any k.
-noise         copies with Gaussian noise. Changes the function, a little.
+              output is that FFN for any router and any k: lossless.
+noise         copies with Gaussian noise. Changes the function slightly.
 drop          Drop-Upcycling (Nakamura et al. 2025, arXiv 2502.19261, section 3): in every expert the same share r of intermediate units, one
-              index set for its three matrices, is redrawn from N(mean, std) of what it replaces. Changes the function.
+              index set for its three matrices, is re-initialized from N(mean, std) of the replaced values. Changes the function.
 fine-grained  G shards of the FFN as experts, G of them a virtual group with one router row, top_k = m G (He et al. 2024, arXiv 2410.07524,
               section 3). With renormalised weights down_proj must be multiplied by G (derived here): then lossless.
 several       Branch-Train-MiX (Sukhbaatar et al. 2024, arXiv 2403.07816, section 3.2): the FFNs of several dense checkpoints become the experts,
               everything else is averaged. Changes the function.
 
-A family with a shared expert (qwen2_moe) adds it to every token, times sigmoid(gate x). With a gate of zeros that is one half: the shared expert
-is the FFN and the others have half its down_proj, which adds up to the FFN; or its down_proj is zero, and the others are the whole FFN.
+A family with a shared expert (qwen2_moe) adds it for every token, times sigmoid(gate x), which is 1/2 for a zero gate: either the shared expert
+is the FFN and the others have half its down_proj, or its down_proj is zero and the others are the FFN. Both sum to the FFN.
 
-An expert sees a share of the tokens, with a share of the weight: with even routing 1/E of the dense FFN's gradient (`Share`).
+With even routing an expert gets 1/E of the dense FFN's gradient (`Share`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hf_grow.model.config_compat import portable_config
 _SAME = {"gate_proj": "gate_proj", "down_proj": "down_proj", "up_proj": "up_proj"}
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
-# Dense family -> its family of experts, and for each tensor of an expert the one it comes from.
+# Dense family -> MoE family, its architecture, and for each expert tensor the dense one it comes from.
 UPCYCLED: dict[str, tuple[str, str, dict[str, str]]] = {
     "llama": ("mixtral", "MixtralForCausalLM", _MIXTRAL),
     "mistral": ("mixtral", "MixtralForCausalLM", _MIXTRAL),
@@ -43,13 +43,13 @@ UPCYCLED: dict[str, tuple[str, str, dict[str, str]]] = {
 
 
 def dense_name(arch: Architecture, entry: Entry) -> str:
-    """The tensor of a dense FFN that stands where a tensor of an expert of the mixture `arch` stands."""
+    """The dense FFN tensor that corresponds to an expert tensor of the MoE model `arch`."""
     part = entry.name.split(".")[-2]
     return f"model.layers.{entry.layer}.mlp.{_MIXTRAL.get(part, part)}.weight"
 
 
 def upcycled(arch: Architecture, options: ExpertsOptions, others: Sequence[Architecture]) -> Growth:
-    """The growth of a dense model; ``others``: the architectures of further checkpoints. Raises PlanError for what does not fit."""
+    """The growth of a dense model. ``others``: architectures of the checkpoints in `options.experts_from`. Raises PlanError."""
     if arch.family.model_type not in UPCYCLED:
         raise PlanError(f"{arch.family.architecture} has no MoE counterpart in hf-grow.", hint=f"These have: {', '.join(UPCYCLED)}.")
     foreign = [n for n in ("copy_from", "add", "utility", "router_noise") if getattr(options, n)]
@@ -82,7 +82,7 @@ def upcycled(arch: Architecture, options: ExpertsOptions, others: Sequence[Archi
 
 
 def _average(arch: Architecture, options: ExpertsOptions, others: Sequence[Architecture]) -> tuple[float, ...]:
-    """The weight of each checkpoint in the average. Raises PlanError for checkpoints that are no siblings."""
+    """Normalized weight of each checkpoint in the average. Raises PlanError for checkpoints that cannot be merged."""
     for i, other in enumerate(others):
         ref = (options.experts_from or ())[i]
         if other.family is not arch.family:
@@ -120,7 +120,7 @@ def _shards(arch: Architecture, options: ExpertsOptions, experts: int) -> int:
 
 
 def upcycled_config(arch: Architecture, experts: int, top_k: int, shards: int) -> dict[str, Any]:
-    """Everything explicit: the defaults of the two families differ (eps, theta, window, kv heads)."""
+    """The target config with all values explicit, since the defaults of the two families differ (eps, theta, window, kv heads)."""
     model_type, architecture, _ = UPCYCLED[arch.family.model_type]
     biased = [key for key in ("attention_bias", "mlp_bias") if arch.get(key)]
     if biased and model_type == "mixtral":
@@ -161,14 +161,14 @@ def upcycled_config(arch: Architecture, experts: int, top_k: int, shards: int) -
 
 
 class _Upcycling:
-    """The expressions of one upcycling; the axis maps they name gather in `axes`."""
+    """Builds the expressions of one upcycling; collects their axis maps in `axes`."""
 
     def __init__(
         self, arch: Architecture, options: ExpertsOptions, experts: int, shards: int, weights: tuple[float, ...], has_shared: bool
     ) -> None:
         self.arch, self.options, self.experts, self.shards, self.weights = arch, options, experts, shards, weights
         self.down = 0.5 if has_shared and options.shared_expert == "half" else 1.0
-        """What the experts do of the FFN's work."""
+        """Fraction of the FFN's output that the routed experts contribute."""
         self.axes: dict[str, AxisMap] = {}
 
     def tensor(self, entry: Entry) -> Expr:
@@ -191,7 +191,7 @@ class _Upcycling:
         return Share(self._averaged(dense_name(self.arch, entry)), 1 - self.down)
 
     def _router(self, entry: Entry) -> Expr:
-        """Under fine-grained experts one row for each virtual group, repeated for its shards."""
+        """Router rows; for fine-grained experts one row per virtual group, repeated for its shards."""
         groups = self.experts // self.shards
         rows = new_rows(entry, groups, self.options)
         if self.shards == 1:
@@ -202,7 +202,7 @@ class _Upcycling:
         return Take(rows, 0, "router.groups", "out")
 
     def _expert(self, entry: Entry) -> Expr:
-        """An expert's weight is 1/E on average, and down_proj times `gain` is what its gate and up see of it; `Sum` puts the gain on gradients too."""
+        """An expert tensor with the gradient share 1/E of even routing; `Sum` applies the gain of down_proj to gradients as well."""
         origin = entry.expert % len(self.weights)
         source = Source(dense_name(self.arch, entry), str(origin) if origin else "")
         dim = 1 if source.name.endswith("down_proj.weight") else 0
@@ -223,7 +223,7 @@ class _Upcycling:
         return self._dropped(entry, source, dim) if self.options.init == "drop" else source
 
     def _dropped(self, entry: Entry, source: Source, dim: int) -> Expr:
-        """The units of one random subset, the same for the three matrices of an expert, are drawn from N(mean, std) of what they replace."""
+        """Re-initializes a random subset of units, the same for the three matrices of an expert, from N(mean, std) of the replaced values."""
         count = int(self.options.drop * self.arch.size("inter"))
         if not count:
             return source
@@ -239,7 +239,7 @@ def _undual(axis: AxisMap) -> AxisMap:
 
 def _guarantee(options: ExpertsOptions, shards: int, checkpoints: int, has_shared: bool) -> Guarantee:
     if checkpoints > 1:
-        why = f"the experts come from {checkpoints} checkpoints, and everything else is their average"
+        why = f"the experts come from {checkpoints} checkpoints, and all other tensors are averages"
         return Guarantee("changes the function", why)
     if options.init == "copy":
         what = "all experts are the dense FFN"
@@ -258,15 +258,15 @@ def _guarantee(options: ExpertsOptions, shards: int, checkpoints: int, has_share
         )
     if options.init == "noise":
         return Guarantee("changes the function", f"every expert carries noise of {options.noise:g} standard deviations")
-    return Guarantee("changes the function", f"{options.drop:.0%} of every expert's units are redrawn")
+    return Guarantee("changes the function", f"{options.drop:.0%} of every expert's units are re-initialized")
 
 
 def _notes(options: ExpertsOptions, others: Sequence[Architecture]) -> list[str]:
     notes = ["For training, set output_router_logits=True: without it the auxiliary loss that balances the experts is off."]
     if options.router == "zeros":
         notes.append(
-            "With a router of zeros every token goes to the same experts, and the language model's gradient on the router is zero."
+            "With a zero router every token goes to the same experts, and the router gets no gradient from the language-modeling loss."
         )
     if options.init == "copy" and not others:
-        notes.append("Equal experts get equal gradients up to their tokens; a little noise (--init noise) tells them apart sooner.")
+        notes.append("Equal experts differ only by the tokens they get; --init noise breaks the symmetry sooner.")
     return notes

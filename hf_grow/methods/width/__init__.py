@@ -1,1 +1,1 @@
-"""Width growth: activation maps, the search for shapes, and the published methods."""
+"""Width growth: activation maps, search for widths, and the published methods."""

@@ -1,15 +1,15 @@
-"""Width growth: every dimension of every tensor mapped by the space it stands in (see spaces).
+"""Width growth: every dimension of every tensor is mapped by its activation space, W' = A_out W B_in^T (see activation_maps).
 
-tile          copies of the hidden state, then zeros; whole heads and units copied or null. Lossless for every size. (LEMON's form, arXiv 2310.07999)
+tile          copies of the hidden state, then zeros; whole heads and units copied or null (LEMON's form, arXiv 2310.07999). Lossless for every size.
 pad           the hidden state padded with zeros only. Lossless.
-lemon         tile with scaled rms_norm_eps and copies told apart by an elementwise split (LEMON, Wang et al. 2024, section 4). Lossless.
-fpi           bert2BERT function-preserving initialisation (Chen et al. 2022, ACL long 151, section 3.2): coordinates copied in turn, columns
-              divided by the number of copies. Under RMSNorm exact only where all are copied equally often.
-aki           bert2BERT advanced knowledge initialisation (section 3.3): what is added comes from the next layer. Changes the function so much that
-              the loss starts where a model that knows nothing has it (docs/methods.md). With --lossless (derived here): tile, whose null heads and
-              FFN units read what those of the next layer read.
-net2net       Net2WiderNet (Chen et al. 2016, section 3.2): random duplication. Under RMSNorm as fpi.
-hypercloning  whole tiles by an integer factor (Samragh et al. 2024, arXiv 2409.12903). Lossless; noise in dB, of opposite sign in the copies.
+lemon         tile with scaled rms_norm_eps and an elementwise split of copies (LEMON, Wang et al. 2024, section 4). Lossless.
+fpi           bert2BERT function-preserving initialization (Chen et al. 2022, ACL long 151, section 3.2): coordinates copied in turn, columns
+              divided by the number of copies. Under RMSNorm lossless only if all are copied equally often.
+aki           bert2BERT advanced knowledge initialization (section 3.3): added rows come from the next layer. Changes the function so much that
+              the loss starts at the level of an untrained model (docs/methods.md). With --lossless (derived here): tile, whose null heads and FFN
+              units have the input weights of the next layer's.
+net2net       Net2WiderNet (Chen et al. 2016, arXiv 1511.05641, section 3.2): random duplication. Under RMSNorm as fpi.
+hypercloning  whole tiles by an integer factor (Samragh et al. 2024, arXiv 2409.12903). Lossless; optional noise of opposite sign in the copies.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hf_grow.options import Options
 
 
 def _asked(arch: Architecture, options: WidthOptions) -> Widths:
-    """The shape asked for. Raises PlanError for contradictions and for what the family has not."""
+    """The requested widths. Raises PlanError for contradictory options and for dimensions that the family does not have."""
     explicit = {
         "hidden": options.hidden,
         "inter": options.intermediate,
@@ -43,10 +43,10 @@ def _asked(arch: Architecture, options: WidthOptions) -> Widths:
         "kv": options.kv_heads,
         "head_dim": options.head_dim,
     }
-    if options.intermediate and not arch.size("inter"):  # Mixtral's only FFN is that of its experts
+    if options.intermediate and not arch.size("inter"):  # Mixtral has only the FFN of its experts
         if options.expert_intermediate:
             raise PlanError(
-                f"{arch.family.architecture} has one FFN, that of its experts: --intermediate and --expert-intermediate are the same; give one."
+                f"{arch.family.architecture} has only the FFN of its experts: --intermediate and --expert-intermediate are the same; give one."
             )
         explicit["expert_inter"], explicit["inter"] = options.intermediate, None
     if options.expert_intermediate and not arch.size("expert_inter"):
@@ -62,7 +62,7 @@ def _asked(arch: Architecture, options: WidthOptions) -> Widths:
     if options.factor is not None:
         return old.scaled(options.factor, options.head_dim)
     if not given:
-        raise PlanError("Nothing to grow.", hint="Say how far: --factor 2, --to 13B, or sizes such as --hidden 5120 --intermediate 16384.")
+        raise PlanError("Nothing to grow.", hint="Give --factor 2, --to 13B, or sizes such as --hidden 5120 --intermediate 16384.")
     return old.changed(**given)
 
 
@@ -78,7 +78,7 @@ def _build(
 ) -> Growth:
     old = widths_of(arch)
     head_dim = head_dim_space(old.head_dim, shape.head_dim, normed=arch.has_norm_over("head_dim"))
-    above = kind == "silent aki"
+    above = kind == "lossless aki"
     null = {
         axis: above or options.ffn == "null" or (options.ffn == "auto" and getattr(shape, axis) < 2 * getattr(old, axis))
         for axis in FFN_AXES
@@ -129,14 +129,14 @@ def _config(arch: Architecture, shape: Widths, eps: float, theta: float) -> dict
         config = portable_config(config)
     except SourceError as error:
         raise PlanError(f"The target config cannot be built: {error.message}", hint=error.hint) from None
-    if theta != 1.0:  # rope_theta^(d'/d) keeps the frequencies of the old pairs in the front slots
+    if theta != 1.0:  # rope_theta^(d'/d) keeps the frequencies of the old pairs, which move to the front slots
         raised = float(config["rope_theta"]) ** theta
         config |= {"rope_theta": raised, "rope_parameters": {**config["rope_parameters"], "rope_theta": raised}}
     return config
 
 
 def _check_rope(arch: Architecture) -> None:
-    """Raises PlanError for rotary scaling that looks at a pair's place and not only at its frequency, which growth keeps."""
+    """Raises PlanError for rotary scaling that depends on a pair's index, since growth preserves only frequencies."""
     rope = arch.get("rope_scaling") or arch.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
@@ -148,7 +148,7 @@ def _check_rope(arch: Architecture) -> None:
 def _guarantee(arch: Architecture, shape: Widths, hidden: HiddenSpaces, kind: str) -> Guarantee:
     old = widths_of(arch)
     if kind == "aki" and shape != old:
-        why = "AKI takes what it adds from the next layer, also in what writes the residual stream; --lossless keeps the function"
+        why = "AKI takes added rows from the next layer, also in writers of the residual stream; --lossless keeps the function"
         return Guarantee("changes the function", why)
     if not hidden.lossless:
         whole = max(2, round(shape.hidden / old.hidden)) * old.hidden
@@ -160,24 +160,24 @@ def _guarantee(arch: Architecture, shape: Widths, hidden: HiddenSpaces, kind: st
         return Guarantee("changes the function", why)
     if shape == old:
         return Guarantee("lossless", "nothing changes")
-    said = []
+    reasons = []
     if shape.hidden != old.hidden:
         copies, pad = divmod(shape.hidden, old.hidden)
-        said.append(f"hidden is {copies} x {old.hidden}" + (f" and {pad} zeros, with the RMSNorm rule" if pad else ""))
+        reasons.append(f"hidden is {copies} x {old.hidden}" + (f" and {pad} zeros, compensated in RMSNorm" if pad else ""))
     if (shape.heads, shape.kv) != (old.heads, old.kv):
-        said.append(
+        reasons.append(
             f"heads {old.heads}/{old.kv} -> {shape.heads}/{shape.kv} keep their kv heads"
-            + (", new ones read as the next layer's and add zero" if kind == "silent aki" else "")
+            + (", new ones have the input weights of the next layer's and add zero" if kind == "lossless aki" else "")
         )
     if any(getattr(shape, axis) != getattr(old, axis) for axis in FFN_AXES):
-        said.append(
-            "new FFN units read as the next layer's and add zero"
-            if kind == "silent aki"
-            else "FFN units are copies that share, or add zero"
+        reasons.append(
+            "new FFN units have the input weights of the next layer's and add zero"
+            if kind == "lossless aki"
+            else "new FFN units are copies that share their output weights, or add zero"
         )
     if shape.head_dim != old.head_dim:
-        said.append("head_dim keeps every old rotary pair at its frequency")
-    return Guarantee("lossless", "; ".join(said))
+        reasons.append("every old rotary pair keeps its frequency")
+    return Guarantee("lossless", "; ".join(reasons))
 
 
 def build_exact(method: str) -> Any:
@@ -198,12 +198,12 @@ def build_exact(method: str) -> Any:
 
 def build_hypercloning(arch: Architecture, options: HyperCloningOptions) -> Growth:
     shape, old = _asked(arch, options), widths_of(arch)
-    if old.kv == 1 and options.kv_heads is None:  # as the paper's code: multi-query attention stays what it is
+    if old.kv == 1 and options.kv_heads is None:  # as in the paper's code: multi-query attention stays multi-query
         shape = shape.changed(kv=1)
     uneven = [a for a in ("hidden", *FFN_AXES, "heads", "kv") if getattr(shape, a) % max(1, getattr(old, a))]
     if uneven or shape.head_dim != old.head_dim:
         raise PlanError(
-            f"HyperCloning grows by whole factors and keeps head_dim; {', '.join(uneven) or 'head_dim'} would not.",
+            f"HyperCloning grows by integer factors and keeps head_dim; {', '.join(uneven) or 'head_dim'} would not.",
             hint="Use --method tile.",
         )
     hidden = tiled_hidden(old.hidden, shape.hidden, shape.hidden // old.hidden, mode="scale")
@@ -227,7 +227,7 @@ def build_copies(method: str) -> Any:
                     )
             exact = ExactOptions.model_fields
             hidden = tiled_hidden(old, shape.hidden, max(1, shape.hidden // old), mode="scale")
-            return _build(arch, method, options, shape, hidden, exact["symmetry"].default, exact["strength"].default, "silent aki")
+            return _build(arch, method, options, shape, hidden, exact["symmetry"].default, exact["strength"].default, "lossless aki")
         if method == "net2net":
             draw = random.Random(f"{options.seed}/net2net/hidden")
             sources = [*range(old), *(draw.randrange(old) for _ in range(shape.hidden - old))]
@@ -244,7 +244,7 @@ def _no_smaller(new: int, old: int) -> None:
 
 
 def explicit_sizes(arch: Architecture, shape: Widths) -> dict[str, int]:
-    """The options that ask for `shape`, only those that change something."""
+    """The explicit width options for `shape`, without those that change nothing."""
     names = {
         "hidden": "hidden",
         "inter": "intermediate",
@@ -275,17 +275,17 @@ def _for_size(options: type[WidthOptions], *, whole: bool) -> Any:
 def _method(
     name: str, summary: str, paper: str, guarantee: str, options: type[WidthOptions], build: Any, *, listed: bool = False
 ) -> Method:
-    """``listed``: stands in the table of `hf-grow plan`; the others reach the same sizes."""
+    """``listed``: shown by `hf-grow plan`; the others reach the same sizes."""
     search = _for_size(options, whole=name == "hypercloning") if listed else lambda arch, target: None
     return Method(name, "width", summary, paper, guarantee, options, build, search)
 
 
 WIDTH_METHODS = (
     _method("tile", "copies, then zeros; any size", "LEMON, arXiv 2310.07999", "lossless", ExactOptions, build_exact("tile"), listed=True),
-    _method("pad", "zeros only; any size", "", "lossless", ExactOptions, build_exact("pad")),
+    _method("pad", "zero padding; any size", "", "lossless", ExactOptions, build_exact("pad")),
     _method("lemon", "tile with scaled eps and an uneven split", "LEMON, arXiv 2310.07999", "lossless", LemonOptions, build_exact("lemon")),
-    _method("fpi", "copied in turn", "bert2BERT, ACL 2022 long 151", "lossless at whole factors", CopyOptions, build_copies("fpi")),
-    _method("aki", "added from the next layer", "bert2BERT, ACL 2022 long 151", "changes the function; not with --lossless", AkiOptions, build_copies("aki"), listed=True),
+    _method("fpi", "coordinates copied in turn", "bert2BERT, ACL 2022 long 151", "lossless at whole factors", CopyOptions, build_copies("fpi")),
+    _method("aki", "added rows from the next layer", "bert2BERT, ACL 2022 long 151", "changes the function; not with --lossless", AkiOptions, build_copies("aki"), listed=True),
     _method("net2net", "random duplication", "Net2Net, arXiv 1511.05641", "FFN and heads only", CopyOptions, build_copies("net2net")),
     _method("hypercloning", "whole tiles, noise in dB", "HyperCloning, arXiv 2409.12903", "lossless", HyperCloningOptions, build_hypercloning, listed=True),
 )  # fmt: skip
