@@ -54,7 +54,7 @@ def test_in_bf16_large_errors_are_found_and_rounding_is_none(tmp_path: Path) -> 
 def wrong(source: Path, method: str, options: dict[str, Any], change: Callable[[Any], GrowthPlan], out: Path) -> Path:
     """A growth whose map has an error, written as hf-grow writes it."""
     checkpoint = open_folder(source)
-    plan = change(injected.Wrong(api.plan(source, method, **options)))
+    plan = change(injected.FaultyPlan(api.plan(source, method, **options)))
     execute(plan, checkpoint, out, layout(plan.targets))
     return out
 

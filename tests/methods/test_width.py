@@ -403,7 +403,7 @@ def test_one_kv_head_grows_to_any_number_of_them(heads: tuple[int, int], exact_m
         ("tile", {"head_dim": 6, "factor": 2}, "shrink|below"),
         ("tile", {"hidden": 50}, "is not divisible by"),
         ("tile", {"expert_intermediate": 64}, "no experts"),
-        ("hypercloning", {"hidden": 60}, "whole factors"),
+        ("hypercloning", {"hidden": 60}, "integer factors"),
         ("hypercloning", {"factor": 2, "head_dim": 16}, "head_dim"),
         ("tile", {"to": "1K"}, "is not larger"),
         ("tile", {"to": "90B"}, "nearest reachable size is"),
