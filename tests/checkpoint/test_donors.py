@@ -174,7 +174,7 @@ def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
 def test_donors_that_do_not_fit_a_mixture_are_refused(tmp_path: Path) -> None:
     source = save(make(BY_NAME["mixtral"]), tmp_path / "source")
     for case, changes, words in (
-        ("mixtral", {}, "mixture itself"),
+        ("mixtral", {}, "is an MoE model"),
         ("llama", {"intermediate_size": 44}, "FFN 44"),
         ("llama-bias", {}, "biases"),
     ):

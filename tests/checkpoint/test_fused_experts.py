@@ -80,5 +80,5 @@ def test_fused_experts_in_a_dense_model_are_no_tensors_of_it(tmp_path: Path) -> 
     folder = save_fused(make(BY_NAME["mixtral"], num_hidden_layers=1), tmp_path / "fused")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}))
-    with pytest.raises(SourceError, match="not those of its config"):
+    with pytest.raises(SourceError, match="do not match its config"):
         api.plan(folder, "identity", layers_to=2)

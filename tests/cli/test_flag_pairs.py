@@ -132,7 +132,7 @@ def test_a_base_that_is_a_folder_has_no_revision(place: Path, tmp_path: Path, ca
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(place / "source"), LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "adapter")
     assert main(["merge", str(tmp_path / "adapter"), "--base", str(place / "source"), "--revision", "a", "-o", str(tmp_path / "out")]) == 2
-    assert "Leave --revision out" in capsys.readouterr().err
+    assert "Remove --revision" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("idle", [{"tokens": 32}, {"text": "x"}, {"dtype": "float32"}, {"tasks": "one"}])

@@ -88,7 +88,7 @@ def test_the_first_evaluation_is_seen_while_it_runs_and_its_result_stays(monkeyp
         assert any("evaluating" in line and "40/40" in line for line in lines(terminal))
         shown.on_evaluate(None, state(), None)
         if not ended:
-            shown.evaluated(state(), {"eval_old_loss": 3.25})
+            shown.show_evaluation(state(), {"eval_old_loss": 3.25})
             assert any(line.startswith("step 0/2000  old 3.25") for line in lines(terminal))
         terminal.file.truncate(0)
     assert shown.bar is None
@@ -107,7 +107,7 @@ def test_a_log_repeats_no_evaluation_as_if_it_were_of_its_step(monkeypatch: pyte
     """Lines say what is new; the bar also what the last evaluation found, and at which step."""
     said: list[str] = []
     shown = training.Progress(1024, said.append)
-    shown.evaluated(state(), {"eval_old_loss": 3.25, "eval_forgetting": 0.0})
+    shown.show_evaluation(state(), {"eval_old_loss": 3.25, "eval_forgetting": 0.0})
     shown.on_log(None, state(10), None, {"loss": 2.5})
     assert said[0] == "step 0/2000  old 3.25  forgetting +0.0000"
     assert said[1].startswith("step 10/2000  loss 2.5  tok/s ")
@@ -117,7 +117,7 @@ def test_a_log_repeats_no_evaluation_as_if_it_were_of_its_step(monkeypatch: pyte
     drawn: list[str] = []
     shown.on_train_begin(None, state(), None)
     monkeypatch.setattr(shown.bar, "update", lambda task, details="", **more: drawn.append(details))
-    shown.evaluated(state(), {"eval_old_loss": 3.25})
+    shown.show_evaluation(state(), {"eval_old_loss": 3.25})
     shown.on_log(None, state(10), None, {"loss": 2.5})
     shown.on_train_end(None, state(10), None)
     assert drawn[0] == "old 3.25"
@@ -139,7 +139,7 @@ def test_tokens_a_second_are_of_training_alone(monkeypatch: pytest.MonkeyPatch) 
     passes(100)
     shown.on_evaluate(None, state(), None)
     passes(5)
-    shown.evaluated(state(), {})
+    shown.show_evaluation(state(), {})
     for step in (1, 2):
         passes(2)
         shown.on_step_end(None, state(step), None)

@@ -21,7 +21,8 @@ from hf_grow.growth.axes import AxisMap
 from hf_grow.growth.growth import Growth, compose
 from hf_grow.growth.plan import GrowthPlan, make_plan
 from hf_grow.growth.tensormap import Expr, Noise
-from hf_grow.methods.width import activation_maps as spaces
+from hf_grow.methods.width import activation_maps
+from hf_grow.methods.width.attention_maps import head_dim_space, head_spaces
 from hf_grow.verification import verify_checkpoints
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -141,14 +142,14 @@ def exact_pairs() -> list[tuple[str, AxisMap]]:
     found: list[tuple[str, AxisMap]] = []
     for size, target, copies in ((4, 4, 1), (4, 8, 2), (4, 9, 2), (4, 7, 1), (4, 12, 2), (3, 10, 3)):
         for mode in ("scale", "eps"):
-            hidden = spaces.tiled_hidden(size, target, copies, mode=mode)
+            hidden = activation_maps.tiled_hidden(size, target, copies, mode=mode)
             found += [(f"{size}-{target}-{copies}-{mode}-{s.name}", s.map) for s in (hidden.residual, hidden.normed)]
     for null in (True, False):
-        found += [(f"ffn-{t}-{null}", spaces.ffn_space("inter", 5, t, null=null).map) for t in (5, 7, 10, 13)]
+        found += [(f"ffn-{t}-{null}", activation_maps.ffn_space("inter", 5, t, null=null).map) for t in (5, 7, 10, 13)]
         for heads in ((6, 2, 12, 4), (6, 2, 8, 4), (6, 2, 9, 3), (8, 2, 8, 4), (6, 1, 8, 2), (6, 3, 15, 5)):
             for head_dim in (4, 6, 8):
                 for normed in (True, False):
-                    grown = spaces.head_spaces(*heads, spaces.head_dim_space(4, head_dim, normed=normed), null=null)
+                    grown = head_spaces(*heads, head_dim_space(4, head_dim, normed=normed), null=null)
                     found.append((f"{heads}-{head_dim}-{normed}-{null}-attended", grown.attended.map))
                     if head_dim == 4:
                         found += [(f"{heads}-{null}-{s.name}", s.map) for s in (grown.query, grown.stored)]

@@ -85,7 +85,7 @@ def test_an_odd_config_is_one_message(
     [
         ("train", {"attention_dropout": -1.0}, "cannot run the model: ValueError: dropout probability has to be between 0 and 1"),
         ("replay", {"sliding_window": 0}, "cannot sample from the model: RuntimeError"),
-        ("fisher", {"rope_parameters": {"rope_type": "dynamic", "factor": 0.0, "rope_theta": 0.0}}, "values that are not finite"),
+        ("fisher", {"rope_parameters": {"rope_type": "dynamic", "factor": 0.0, "rope_theta": 0.0}}, "logits are not finite"),
     ],
 )
 def test_a_config_that_loads_and_does_not_run(

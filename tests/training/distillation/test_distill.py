@@ -244,7 +244,7 @@ def test_teachers_that_cannot_teach(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "it has no source" in said
     said = run(capsys, "train", recipe(tmp_path, model, distill={"teachers": [{"model": str(tmp_path / "source")}], "top_k": 3},
                                        data={"streaming": True}), status=2)["error"]  # fmt: skip
-    assert "not streamed" in said
+    assert "does not work with streaming" in said
     assert not (tmp_path / "out" / "config.json").exists()
 
 
