@@ -1,12 +1,12 @@
-"""Growing from a source that is not here: each tensor is fetched when it is needed, by byte ranges, and removed after its last use.
+"""Tensor cache for a remote source: each tensor is downloaded by a byte-range request when it is needed, and deleted after its last use.
 
-Which tensors stay between two uses is decided beforehand, from the plan alone: those that are needed soonest, within a bound (Belady's rule). So the
-number of bytes to fetch is known before the first one; it gets smaller where two threads need a tensor at the same time.
+Which tensors are kept between two uses is decided from the plan, before the first download: those needed soonest, up to a size limit (Belady's
+algorithm). The number of bytes to download is therefore known in advance; it is smaller when two threads need a tensor at the same time.
 
-Integrity: a range is asked of one commit; its length, the file's size and the SHA-256 that the Hub names for the whole file must be those that were
-listed, and the file's ETag the same in every answer. The hash itself needs the whole file, which never is here: a server that sends other bytes under
-the same headers is found out by `verify` against the downloaded source only. A tensor that is fetched twice must be the same twice, and what is
-fetched whole (config, index, tokenizer, licences) must have the hash that was listed.
+Integrity: ranges are requested from one commit. The length of the range, the size of the file and its SHA-256 as reported by the Hub must equal the
+listed ones, and the ETag must be the same in all responses. The SHA-256 cannot be computed, since the complete file is never downloaded: only `verify`
+against the downloaded source detects a server that sends other bytes under the same headers. A tensor that is downloaded twice must be equal both
+times, and files that are downloaded whole (config, index, tokenizer, licences) must have the listed hash.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from hf_grow.growth.plan import GrowthPlan
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is fetched for which target tensor, and what stays for which."""
+    """Which source tensors are downloaded for each target tensor, and which are kept for a later one."""
 
     needs: Mapping[str, tuple[str, ...]]
-    """Target -> source tensors that are not here, by `Source.key`."""
+    """Target tensor -> remote source tensors it needs, by `Source.key`."""
     stays: Mapping[tuple[str, str], str]
-    """(target, source tensor) -> the later target that finds it still there."""
+    """(target, source tensor) -> the later target for which the source tensor is kept."""
     fetched: int
-    """Bytes to fetch in all."""
+    """Bytes to download in total."""
     once: int
-    """Bytes of all source tensors that are fetched."""
+    """Bytes to download if every source tensor were downloaded once."""
     waiting: int
-    """The most bytes that wait for another use at a time."""
+    """Peak size of the tensors that are kept for later use, in bytes."""
     largest: int
-    """The most bytes that one target needs."""
+    """Largest number of bytes that one target tensor needs."""
 
 
 def schedule(plan: GrowthPlan, order: Sequence[str], remote: frozenset[str], keep: int) -> Schedule:
-    """For targets made in this order, with `keep` bytes for what is used again. ``remote`` are the source tensors that are not here."""
+    """The schedule for targets made in this order. ``remote``: source tensors to download; ``keep``: bytes for tensors that are used again."""
     sizes = {key: plan.source.by_key[key].nbytes for key in remote}
     needs = {t: tuple(dict.fromkeys(s.key for s in plan.growth.tensors[t].sources() if s.key in remote)) for t in order}
     uses: dict[str, list[int]] = {}
@@ -85,21 +85,20 @@ def schedule(plan: GrowthPlan, order: Sequence[str], remote: frozenset[str], kee
 
 @dataclass
 class _Tensor:
-    """One source tensor's life on the disk."""
+    """State of one source tensor in the cache."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     here: bool = False
     users: int = 0
     awaited: set[str] = field(default_factory=set)
-    """Targets that are to find it here."""
+    """Targets for which it is kept."""
     digest: str = ""
 
 
 class TensorCache:
-    """Source tensors of a plan in files of their own, as long as they are needed. Threads may share it.
+    """Holds the source tensors of a plan in one file each, for as long as they are needed. Thread-safe.
 
-    ``shards``: the layout that is written, which decides the order. ``keep``: bytes for tensors that are needed again.
-    `open` decides where the files go, and yields the source as it then reads.
+    ``shards``: the output layout, which determines the order of the targets. ``keep``: bytes for tensors that are needed again.
     """
 
     def __init__(self, plan: GrowthPlan, source: Checkpoint, shards: Sequence[Shard], *, keep: int = DEFAULT_SOURCE_CACHE) -> None:
@@ -109,7 +108,7 @@ class TensorCache:
                 self._origin |= {f"{label}::{name}" if label else name: (part, stored) for name, stored in part.tensors.items()}
         self.schedule = schedule(plan, [slot.name for shard in shards for slot in shard.slots], frozenset(self._origin), keep)
         self.fetched = 0
-        """Bytes fetched so far."""
+        """Bytes downloaded so far."""
         self._source = source
         self._places = {
             key: TensorLocation(f"{stored.file}.{number}", stored.dtype, stored.shape, 0, stored.stop - stored.start)
@@ -121,12 +120,12 @@ class TensorCache:
         self._lock = threading.Lock()
 
     def peak_bytes(self, workers: int) -> int:
-        """Bytes on the disk at a time, at most, with so many targets in work."""
+        """Upper bound of the cache's size on disk when `workers` targets are made at the same time."""
         return min(self.schedule.waiting + workers * self.schedule.largest, self.schedule.once)
 
     @contextmanager
     def open(self, folder: Path) -> Iterator[Checkpoint]:
-        """The source as it reads while the growth goes on, from files under `folder`; what an interrupted run left there goes first and last."""
+        """Yields the source as a checkpoint that reads from the cache under `folder`. The cache is emptied first, and deleted at the end."""
         self._folder = folder / SOURCE_CACHE
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir()
@@ -144,7 +143,7 @@ class TensorCache:
 
     @contextmanager
     def fetched_for(self, target: str, stop: Stop) -> Iterator[None]:
-        """Inside, the source tensors of one target are there. Raises ExecutionError, SourceError."""
+        """Context in which the source tensors of one target are in the cache. Raises ExecutionError, SourceError."""
         keys = self.schedule.needs.get(target, ())
         with self._lock:
             self._seen.add(target)
@@ -165,7 +164,7 @@ class TensorCache:
                     self._drop_unused(key)
 
     def skip(self, target: str) -> None:
-        """A target that an earlier run wrote: nothing waits for it."""
+        """Marks a target that an earlier run wrote: no tensors are kept for it."""
         with self._lock:
             self._seen.add(target)
             for key in self.schedule.needs.get(target, ()):
@@ -204,13 +203,14 @@ class TensorCache:
                     at += len(piece)
             except Unreachable as error:
                 raise ExecutionError(
-                    error.message, hint="Check the network and repeat the command with --resume; what is written is not fetched again."
+                    error.message, hint="Check the network and repeat the command with --resume; what was written is not downloaded again."
                 ) from None
             finally:
                 os.close(handle)
             if tensor.digest not in ("", hasher.hexdigest()):
                 raise ExecutionError(
-                    f"{key} was fetched twice, and differs.", hint="The connection or the Hub is at fault: repeat with --overwrite."
+                    f"{key} was downloaded twice, and the two copies differ.",
+                    hint="The connection or the Hub is at fault: repeat with --overwrite.",
                 )
             tensor.digest = hasher.hexdigest()
             with self._lock:

@@ -1,4 +1,7 @@
-"""Growing a `PreTrainedModel` in memory: the same expressions over the same names on disk, so the same tensors as the command writes."""
+"""Growing a `PreTrainedModel` in memory.
+
+The plan is evaluated on tensors under their checkpoint names, so the result has the same tensors as the files that the command writes.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,14 @@ _DTYPES = {name: short for short, name in DTYPE_NAMES.items()}
 
 
 def disk_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors keyed by the model's names in memory (weights, gradients, moments) under the names and in the form of a checkpoint on disk."""
+    """Converts tensors keyed by the model's parameter names (weights, gradients, moments) to the names and layout of a checkpoint on disk."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, dict(tensors)))
 
 
 def disk_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's weights as a checkpoint on disk holds them (transformers fuses experts in memory; a tied head is stored once)."""
+    """The model's weights by checkpoint name: experts separate, although transformers fuses them in memory; a tied head stored once."""
     state = disk_names(model, model.state_dict())
     if has_tied_head(model):
         state.pop(HEAD, None)
@@ -39,7 +42,8 @@ def disk_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def has_tied_head(model: PreTrainedModel) -> bool:
-    """Whether the head is the embedding. A config that ties them is no proof: transformers 5 leaves weights apart that were stored different."""
+    """Whether head and embedding are tied. `tie_word_embeddings` alone does not tell: transformers 5 does not tie weights that are stored
+    with different values."""
     import torch
 
     head, embedding = (layer.weight for layer in (model.get_output_embeddings(), model.get_input_embeddings()))
@@ -49,18 +53,18 @@ def has_tied_head(model: PreTrainedModel) -> bool:
 
 
 def untie_config(model: PreTrainedModel) -> None:
-    """Makes the config of a loaded model say that its head is its own, where it is; it is saved like that, and read like that by others."""
+    """Sets `tie_word_embeddings` to False if the loaded head differs from the embedding, so that the model is saved and loaded that way."""
     if model.config.tie_word_embeddings and not has_tied_head(model):
         model.config.tie_word_embeddings = False
 
 
 def describe_model(model: PreTrainedModel) -> SourceInfo:
-    """What a plan needs to know of a model in memory. Raises SourceError for a dtype that no checkpoint of ours holds."""
+    """The `SourceInfo` of a model in memory, for planning. Raises SourceError for an unsupported dtype."""
     tensors = {}
     for name, tensor in disk_tensors(model).items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in _DTYPES:
-            raise SourceError(f"{name} is {dtype}; hf-grow grows {', '.join(_DTYPES)}.")
+            raise SourceError(f"{name} has dtype {dtype}, which is not supported; supported: {', '.join(_DTYPES)}.")
         tensors[name] = TensorInfo(_DTYPES[dtype], tuple(tensor.shape))
     config = model.config.to_diff_dict() | {"model_type": model.config.model_type, "dtype": str(model.dtype).removeprefix("torch.")}
     own = model.config.tie_word_embeddings and not has_tied_head(model)
@@ -70,11 +74,11 @@ def describe_model(model: PreTrainedModel) -> SourceInfo:
 
 
 def grow_model(model: PreTrainedModel, plan: GrowthPlan, others: Mapping[str, PreTrainedModel] = MappingProxyType({})) -> PreTrainedModel:
-    """The grown model, on the CPU, in the same dtype and mode (train or eval) as `model`, which stays as it is.
+    """The grown model, on the CPU, in the same dtype and mode (train or eval) as `model`, which is not changed.
 
     ``plan`` comes from ``hf_grow.plan(model, ...)``, or from the checkpoint that the model was loaded from in its own dtype. ``others``: the
-    further source models by the plan's labels, where it has some.
-    Raises SourceError if the model is not the one planned for.
+    further source models, by the labels of the plan.
+    Raises SourceError if the model is not the one that was planned for.
     """
     held = {name: tensor.detach().cpu() for name, tensor in disk_tensors(model).items()}
     for label, other in others.items():
@@ -82,7 +86,7 @@ def grow_model(model: PreTrainedModel, plan: GrowthPlan, others: Mapping[str, Pr
     wrong = [
         n for n, t in plan.source.by_key.items() if n not in plan.growth.dropped and (n not in held or tuple(held[n].shape) != t.shape)
     ]
-    # A head of its own, which a plan made from headers alone takes for the embedding.
+    # An untied head, which a plan made from file headers alone assumes to be tied.
     infos = {"": plan.source, **plan.source.donors}
     wrong += [key for label, info in infos.items() if info.architecture.tied and (key := Source(HEAD, label).key) in held]
     if wrong:
@@ -98,14 +102,14 @@ def grow_model(model: PreTrainedModel, plan: GrowthPlan, others: Mapping[str, Pr
     }
     kept = {f"{part}_implementation": getattr(model.config, f"_{part}_implementation", None) for part in ("attn", "experts")}
     grown = build_model(plan, state, model.dtype, **{k: v for k, v in kept.items() if v})
-    # Made from the config, it would have one end token where the model's own has several, and no sampling settings.
+    # One derived from the config would lack sampling settings and further EOS tokens.
     grown.generation_config = copy.deepcopy(model.generation_config)
     grown.train(model.training)
     return grown
 
 
 def build_model(plan: GrowthPlan, state: Mapping[str, Tensor], dtype: torch.dtype, **implementations: str) -> PreTrainedModel:
-    """The plan's target of tensors by their names on disk."""
+    """The plan's target model from its tensors by checkpoint name."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     config = dict(plan.growth.config)

@@ -1,7 +1,7 @@
-"""A dense decoder run layer by layer, from the files: one layer is in memory at a time.
+"""Layer-by-layer forward pass of a dense decoder from its files, with one layer in memory at a time.
 
-Every sequence passes through a layer on its own, so nothing is padded; then the layer is let go and the next one read. What runs is the forward
-of transformers, with the masks and rotary angles that it makes for that layer: all other layers only pass on what they get.
+Each layer processes the sequences one by one, without padding, before the next layer is read. The forward pass is that of transformers, including the
+masks and rotary embeddings it computes for that layer; all other layers are replaced by a pass-through.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_grow.model.loading import reset_output_flags, transformers_errors
 
 
 def embed_tokens(checkpoint: Checkpoint, tensors: TensorRows, ids: Sequence[int]) -> Tensor:
-    """The input embeddings of some tokens, float32 [tokens, hidden]; only their rows are read."""
+    """Input embeddings of token ids, float32 [tokens, hidden]; only the rows needed are read."""
     table = next(n for n, e in checkpoint.info.architecture.tensors.items() if e.spec.dims[0] == Dim("in", ("vocab",)))
     rows = {i: tensors.rows(table, i, i + 1).to(torch.float32) for i in set(ids)}
     return torch.cat([rows[i] for i in ids])
@@ -31,19 +31,17 @@ def mlp_inputs(
     tensors: TensorRows,
     embedded: Mapping[str, Tensor],
     pool: Callable[[Tensor], Tensor],
-    progress: Callable[[int], None],
 ) -> Iterator[dict[str, Tensor]]:
-    """Layer by layer: for every sequence, `pool` of the input of its MLP, float32 [tokens, hidden], in fp32 whatever the weights are.
+    """For each layer in turn: sequence name -> ``pool`` of its MLP input, which is float32 [tokens, hidden] whatever the dtype of the weights.
 
-    `embedded` holds the sequences' input embeddings, [tokens, hidden]; `progress` gets the bytes of weights read. Raises SourceError if the installed
-    transformers cannot build the model.
+    ``embedded``: sequence name -> input embeddings, [tokens, hidden]. Raises SourceError if the installed transformers cannot build the model.
     """
     model = _meta_decoder(checkpoint)
     stream = {name: rows[None] for name, rows in embedded.items()}
     memory: dict[str, Tensor] = {}
     for index, layer in enumerate(list(model.layers)):
         model.layers = nn.ModuleList(layer if i == index else _PassThrough() for i in range(len(model.layers)))
-        _load_layer(memory, index, checkpoint, tensors, progress)
+        _load_layer(memory, index, checkpoint, tensors)
         layer.load_state_dict(memory, assign=True)
         seen: list[Tensor] = []
         layer.mlp.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(pool(args[0][0])))
@@ -59,7 +57,7 @@ class _PassThrough(nn.Module):
 
 
 def _meta_decoder(checkpoint: Checkpoint) -> Any:
-    """The source's decoder without weights and without its last norm. What is computed from the config, the rotary frequencies, is real."""
+    """The source's decoder on the meta device, without the final norm; only the rotary embedding, which is computed from the config, is real."""
     from transformers import AutoConfig, AutoModel
 
     settings = dict(checkpoint.config)
@@ -73,11 +71,11 @@ def _meta_decoder(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _load_layer(
-    memory: dict[str, Tensor], index: int, checkpoint: Checkpoint, tensors: TensorRows, progress: Callable[[int], None]
-) -> None:
-    """One layer's weights in fp32, by their names within it, in the memory that held those of the layer before: what is freed and asked for again
-    does not always fit. They are read in blocks, so that no tensor is there twice."""
+def _load_layer(memory: dict[str, Tensor], index: int, checkpoint: Checkpoint, tensors: TensorRows) -> None:
+    """Reads one layer's weights into `memory`, as fp32 by their names within the layer.
+
+    The previous layer's memory is reused, since freed memory can fragment. Tensors are read in blocks, so that none is in memory twice.
+    """
     for name, entry in checkpoint.info.architecture.tensors.items():
         if entry.layer != index:
             continue
@@ -86,4 +84,3 @@ def _load_layer(
         for start in range(0, entry.shape[0], step):
             stop = min(start + step, entry.shape[0])
             whole[start:stop] = tensors.rows(name, start, stop)
-        progress(checkpoint.info.tensors[name].nbytes)

@@ -1,13 +1,12 @@
-"""Router rows from prompts: which expert a text should reach, said by examples.
+"""Router initialisation from prompts: example texts that each expert should, or should not, receive.
 
-For every expert and layer a row is the mean vector of its positive prompts minus that of its negative ones, of length one. The form is that of
-mergekit-moe's gate modes, with one difference. Its `hidden` modes take the residual stream before a layer; here the vector is what the router
-itself will read in that place: the input of the MLP, behind attention and post_attention_layernorm. So a token's logit is the dot product of a row with a
-vector of the very kind that the row was made of.
+In each layer an expert's row is the mean vector of its positive prompts minus that of its negative prompts, normalised to length 1. This follows
+mergekit-moe's gate modes with one difference: its `hidden` modes take the residual stream before a layer, whereas here the vector is the router's own
+input, the hidden state after attention and post_attention_layernorm. A router logit is then the dot product of two vectors of the same kind.
 
-prompts       the hidden states of the dense source, in fp32, pooled over a prompt's tokens (special ones included, as the tokenizer adds them):
-              their mean, or the last.
-cheap-embed   the mean of the input embeddings of a prompt's tokens; the same row in every layer. Reads those embeddings and nothing else.
+prompts       hidden states of the dense source in fp32, pooled over a prompt's tokens (including the special tokens that the tokenizer adds):
+              their mean, or the last one.
+cheap-embed   mean of the input embeddings of a prompt's tokens; the same row in every layer. Reads only those embeddings.
 
 Only one decoder layer is in memory at a time (`layer_streaming`).
 """
@@ -32,11 +31,11 @@ Pooling = Literal["mean", "last"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 NO_DIRECTION = 1e-6
-"""A difference of means this much smaller than the means is rounding."""
+"""A difference of means that is smaller than this, relative to the means, is rounding error."""
 SAME = 1 - 1e-5
-"""Two experts whose rows have this cosine in every layer get the same tokens."""
+"""Two experts whose rows exceed this cosine similarity in every layer receive the same tokens."""
 ALIKE = 0.99
-"""From this cosine on, the user is told."""
+"""The user is told of two rows that exceed this cosine similarity."""
 
 
 def router_rows(
@@ -46,12 +45,11 @@ def router_rows(
     kind: Kind,
     pooling: Pooling = "mean",
     notify: Callable[[str], None] = lambda message: None,
-    progress: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[int, Tensor]:
-    """Layer -> the rows of its router, float32 [experts, hidden_size], each of length one.
+    """Layer -> its router weight, float32 [experts, hidden_size], with rows of length 1.
 
-    `notify` gets what the user should know, `progress` the bytes of weights that were read. Raises SourceError for a source without usable tokenizer
-    or with weights that compute no finite number, PlanError for a mixture, InputError for prompts that have no token or that the model cannot tell apart.
+    ``notify`` receives messages for the user. Raises SourceError for a source without a usable tokenizer or with non-finite activations, PlanError for
+    a mixture of experts, InputError for prompts that have no tokens or that the model cannot tell apart.
     """
     arch = checkpoint.info.architecture
     if kind == "cheap-embed" and pooling != "mean":
@@ -77,7 +75,7 @@ def router_rows(
         same = _rows(prompts, {text: _pooled(rows, "mean") for text, rows in embedded.items()}, checkpoint.ref, "in the embedding")
         rows = {layer: same.clone() for layer in range(arch.layers)}
     else:
-        pooled = mlp_inputs(checkpoint, tensors, embedded, lambda states: _pooled(states, pooling), progress)
+        pooled = mlp_inputs(checkpoint, tensors, embedded, lambda states: _pooled(states, pooling))
         rows = {layer: _rows(prompts, vectors, checkpoint.ref, f"in layer {layer}") for layer, vectors in enumerate(pooled)}
     _check_alike(rows, notify)
     return rows
@@ -87,7 +85,7 @@ def router_rows(
 
 
 def _tokenized(checkpoint: Checkpoint, prompts: PromptsFile, notify: Callable[[str], None]) -> dict[str, list[int]]:
-    """The tokens of every prompt; one that stands in several places is there once."""
+    """Prompt -> its token ids; a prompt that is given several times has one entry."""
     tokenizer = _tokenizer(checkpoint)
     arch = checkpoint.info.architecture
     places = {
@@ -100,7 +98,7 @@ def _tokenized(checkpoint: Checkpoint, prompts: PromptsFile, notify: Callable[[s
         found = {text: [int(i) for i in tokenizer(text, verbose=False)["input_ids"]] for text in places}
         empty = [place for text, place in places.items() if not tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     if empty:
-        raise InputError(f"The tokenizer of {checkpoint.ref} finds no token in {', '.join(empty)}.", hint="Write those prompts otherwise.")
+        raise InputError(f"The tokenizer of {checkpoint.ref} makes no tokens of {', '.join(empty)}.", hint="Rewrite those prompts.")
     largest = max(max(ids) for ids in found.values())
     if largest >= arch.size("vocab"):
         raise SourceError(
@@ -134,7 +132,7 @@ def _pooled(states: Tensor, pooling: Pooling) -> Tensor:
 
 
 def _rows(prompts: PromptsFile, pooled: Mapping[str, Tensor], ref: str, where: str) -> Tensor:
-    """The rows of one router, float32 [experts, hidden]. Raises SourceError or InputError where they mean nothing."""
+    """One router's weight, float32 [experts, hidden]. Raises SourceError for non-finite values, InputError for a zero difference."""
     import torch
 
     if not all(bool(v.isfinite().all()) for v in pooled.values()):
@@ -156,7 +154,7 @@ def _rows(prompts: PromptsFile, pooled: Mapping[str, Tensor], ref: str, where: s
 
 
 def _check_alike(rows: Mapping[int, Tensor], notify: Callable[[str], None]) -> None:
-    """Raises InputError for two experts with the same rows in every layer; tells of those that are nearly so in some."""
+    """Raises InputError for two experts with the same rows in every layer; notifies of those that are nearly the same in some."""
     import torch
 
     cosines = torch.stack([r @ r.T for r in rows.values()])  # [layers, experts, experts]

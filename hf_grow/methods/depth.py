@@ -187,7 +187,10 @@ def build_dus(arch: Architecture, options: DusOptions) -> Growth:
     explicit = None if options.drop is None else 2 * (n - options.drop)
     target = _target(arch, options, _dus_layers, _even(n), {"drop": explicit}, 2 * (n - n // 4))
     layers = _crossfaded(_dus_layers(n, target), n, n - target // 2, options.seam_average)
-    why = f"layers 0-{target // 2 - 1} are followed by a second pass through {n - target // 2}-{n - 1}; the loss is higher until pretraining continues"
+    why = (
+        f"layers 0-{target // 2 - 1} are followed by a second pass through {n - target // 2}-{n - 1}; the loss is higher "
+        "until pretraining has continued for a while"
+    )
     return _build(arch, "dus", options, layers, Guarantee("changes the function", why))
 
 

@@ -365,7 +365,7 @@ def test_a_tensor_that_differs_the_second_time(served: HubServer, folder: Path, 
             blob.content = data  # type: ignore[assignment]
             blob.chunks = _flipping(data)  # type: ignore[method-assign]
     said = refused(capsys, *words("interleave", tmp_path / "out", "--stream-source", "--source-cache", 0), status=1)
-    assert "was fetched twice, and differs" in said
+    assert "was downloaded twice, and the two copies differ" in said
 
 
 def _flipping(data: bytearray) -> Any:

@@ -149,6 +149,15 @@ def test_cheap_embed_needs_no_dense_source(tmp_path: Path) -> None:
         router_rows(checkpoint, prompts(EXPERTS), kind="prompts")
 
 
+class CountedTensors(StoredTensors):
+    nbytes = 0
+
+    def rows(self, key: str, start: int, stop: int) -> torch.Tensor:
+        found = super().rows(key, start, stop)
+        self.nbytes += found.nbytes
+        return found
+
+
 def test_one_layer_is_in_memory_at_a_time_and_every_byte_of_the_layers_is_read_once(tmp_path: Path) -> None:
     checkpoint = open_folder(stored(make(BY_NAME["llama"], intermediate_size=37, num_hidden_layers=6), tmp_path / "source"))
     alive: list[int] = []
@@ -158,13 +167,13 @@ def test_one_layer_is_in_memory_at_a_time_and_every_byte_of_the_layers_is_read_o
         alive.append(len({o.data_ptr() for o in found}))
         return states.mean(0)
 
-    nbytes: list[int] = []
-    tensors = StoredTensors(checkpoint)
+    tensors = CountedTensors(checkpoint)
     embedded = {text: layerwise.embed_tokens(checkpoint, tensors, ids_of(text)) for text in CODE}
     gc.collect()
-    assert len(list(layerwise.mlp_inputs(checkpoint, tensors, embedded, pool, nbytes.append))) == 6
+    tensors.nbytes = 0
+    assert len(list(layerwise.mlp_inputs(checkpoint, tensors, embedded, pool))) == 6
     assert alive == [2] * 12  # gate_proj and up_proj of one layer
-    assert sum(nbytes) == sum(t.stop - t.start for n, t in checkpoint.tensors.items() if ".layers." in n)
+    assert tensors.nbytes == sum(t.stop - t.start for n, t in checkpoint.tensors.items() if ".layers." in n)
 
 
 def test_what_else_is_asked_changes_nothing(tmp_path: Path) -> None:
@@ -309,7 +318,7 @@ def test_prompts_of_no_token(tmp_path: Path, bos: bool) -> None:
     """Also where the tokenizer begins every text with a token of its own."""
     folder = stored(make(BY_NAME["llama"]), tmp_path / "source", bos=bos, unknown=False)
     error = refusal(folder, [{"positive": ["a", "?"]}, {"positive": ["b"], "negative": ["!"]}])
-    assert "finds no token in experts.0.positive.1, experts.1.negative.0." in error.message
+    assert "makes no tokens of experts.0.positive.1, experts.1.negative.0." in error.message
 
 
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
