@@ -1,12 +1,12 @@
 """Tensor cache for a remote source: each tensor is downloaded by a byte-range request when it is needed, and deleted after its last use.
 
-Which tensors are kept between two uses is decided from the plan, before the first download: those needed soonest, up to a size limit (Belady's
-algorithm). The number of bytes to download is therefore known in advance; it is smaller when two threads need a tensor at the same time.
+Which tensors are kept between two uses is decided from the plan, before the first download: those needed soonest, up to a size limit
+(Belady's algorithm). The number of bytes to download is therefore known in advance; it is smaller when two threads need a tensor at once.
 
-Integrity: ranges are requested from one commit. The length of the range, the size of the file and its SHA-256 as reported by the Hub must equal the
-listed ones, and the ETag must be the same in all responses. The SHA-256 cannot be computed, since the complete file is never downloaded: only `verify`
-against the downloaded source detects a server that sends other bytes under the same headers. A tensor that is downloaded twice must be equal both
-times, and files that are downloaded whole (config, index, tokenizer, licences) must have the listed hash.
+Integrity: ranges are requested from one commit. The length of the range, the size of the file and its SHA-256 as reported by the Hub must
+equal the listed ones, and the ETag must be the same in all responses. The SHA-256 cannot be computed, since the complete file is never
+downloaded: only `verify` against the downloaded source detects a server that sends other bytes under the same headers. A tensor that is
+downloaded twice must be equal both times, and files that are downloaded whole (config, index, tokenizer, licences) must have the listed hash.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Schedule:
 
 
 def schedule(plan: GrowthPlan, order: Sequence[str], remote: frozenset[str], keep: int) -> Schedule:
-    """The schedule for targets made in this order. ``remote``: source tensors to download; ``keep``: bytes for tensors that are used again."""
+    """The schedule for targets made in `order`. ``remote``: source tensors to download; ``keep``: bytes for tensors that are used again."""
     sizes = {key: plan.source.by_key[key].nbytes for key in remote}
     needs = {t: tuple(dict.fromkeys(s.key for s in plan.growth.tensors[t].sources() if s.key in remote)) for t in order}
     uses: dict[str, list[int]] = {}
@@ -125,7 +125,7 @@ class TensorCache:
 
     @contextmanager
     def open(self, folder: Path) -> Iterator[Checkpoint]:
-        """Yields the source as a checkpoint that reads from the cache under `folder`. The cache is emptied first, and deleted at the end."""
+        """Yields the source as a checkpoint that reads from the cache in `folder`. The cache is emptied first and deleted at the end."""
         self._folder = folder / SOURCE_CACHE
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir()

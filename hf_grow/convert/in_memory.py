@@ -27,7 +27,7 @@ _DTYPES = {name: short for short, name in DTYPE_NAMES.items()}
 
 
 def disk_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Converts tensors keyed by the model's parameter names (weights, gradients, moments) to the names and layout of a checkpoint on disk."""
+    """Converts tensors keyed by the model's parameter names (weights, gradients, moments) to the names and layout on disk."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, dict(tensors)))

@@ -1,7 +1,7 @@
 """Layer-by-layer forward pass of a dense decoder from its files, with one layer in memory at a time.
 
-Each layer processes the sequences one by one, without padding, before the next layer is read. The forward pass is that of transformers, including the
-masks and rotary embeddings it computes for that layer; all other layers are replaced by a pass-through.
+Each layer processes the sequences one by one, without padding, before the next layer is read. The forward pass is that of transformers,
+including the masks and rotary embeddings it computes for that layer; all other layers are replaced by a pass-through.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def mlp_inputs(
     embedded: Mapping[str, Tensor],
     pool: Callable[[Tensor], Tensor],
 ) -> Iterator[dict[str, Tensor]]:
-    """For each layer in turn: sequence name -> ``pool`` of its MLP input, which is float32 [tokens, hidden] whatever the dtype of the weights.
+    """For each layer in turn: sequence name -> ``pool`` of its MLP input, which is float32 [tokens, hidden] for weights of any dtype.
 
-    ``embedded``: sequence name -> input embeddings, [tokens, hidden]. Raises SourceError if the installed transformers cannot build the model.
+    ``embedded``: sequence name -> input embeddings, [tokens, hidden]. Raises SourceError if transformers cannot build the model.
     """
     model = _meta_decoder(checkpoint)
     stream = {name: rows[None] for name, rows in embedded.items()}
@@ -57,7 +57,7 @@ class _PassThrough(nn.Module):
 
 
 def _meta_decoder(checkpoint: Checkpoint) -> Any:
-    """The source's decoder on the meta device, without the final norm; only the rotary embedding, which is computed from the config, is real."""
+    """The source's decoder on the meta device, without the final norm; only the rotary embedding is computed (from the config)."""
     from transformers import AutoConfig, AutoModel
 
     settings = dict(checkpoint.config)

@@ -1,11 +1,12 @@
 """Router initialisation from prompts: example texts that each expert should, or should not, receive.
 
-In each layer an expert's row is the mean vector of its positive prompts minus that of its negative prompts, normalised to length 1. This follows
-mergekit-moe's gate modes with one difference: its `hidden` modes take the residual stream before a layer, whereas here the vector is the router's own
-input, the hidden state after attention and post_attention_layernorm. A router logit is then the dot product of two vectors of the same kind.
+In each layer an expert's row is the mean vector of its positive prompts minus that of its negative prompts, normalised to length 1. This
+follows mergekit-moe's gate modes with one difference: its `hidden` modes take the residual stream before a layer, whereas here the vector is the
+router's own input, the hidden state after attention and post_attention_layernorm. A router logit is then the dot product of two vectors of the
+same kind.
 
-prompts       hidden states of the dense source in fp32, pooled over a prompt's tokens (including the special tokens that the tokenizer adds):
-              their mean, or the last one.
+prompts       hidden states of the dense source in fp32, pooled over a prompt's tokens (including the special tokens that the tokenizer
+              adds): their mean, or the last one.
 cheap-embed   mean of the input embeddings of a prompt's tokens; the same row in every layer. Reads only those embeddings.
 
 Only one decoder layer is in memory at a time (`layer_streaming`).
@@ -48,8 +49,8 @@ def router_rows(
 ) -> dict[int, Tensor]:
     """Layer -> its router weight, float32 [experts, hidden_size], with rows of length 1.
 
-    ``notify`` receives messages for the user. Raises SourceError for a source without a usable tokenizer or with non-finite activations, PlanError for
-    a mixture of experts, InputError for prompts that have no tokens or that the model cannot tell apart.
+    ``notify`` receives messages for the user. Raises SourceError for a source without a usable tokenizer or with non-finite activations,
+    PlanError for a mixture of experts, InputError for prompts that have no tokens or that the model cannot tell apart.
     """
     arch = checkpoint.info.architecture
     if kind == "cheap-embed" and pooling != "mean":
