@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import hub_server
-import hub_uploads
 import pytest
 import torch
-from hub_server import Fault, HubServer, client_environment
+from hub_commands import REPO, files_of, open_hub, process, published, run, watched, without_card
+from hub_server import Fault, HubServer
 from hub_uploads import WRITE, received
 from models import BY_NAME, make, save
 from transformers import AutoModelForCausalLM
 
 from hf_grow.checkpoint.partial_folder import PartialFolder
-from hf_grow.cli import main
 
+__all__ = ["hub", "open_hub"]
 hub = hub_server.hub
-REPO = "someone/grown"
 SHARD = 60_000  # bytes; the target has about ten of them
 
 
@@ -44,18 +37,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def open_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
-    hub_uploads.allow(hub, "someone")
-    monkeypatch.setenv("HF_TOKEN", WRITE)
-    hub_uploads.no_pauses(monkeypatch)
-    return hub
-
-
-def run(*words: object) -> int:
-    return main([str(w) for w in words])
-
-
 def growing(source: object, out: Path, *extra: object) -> list[object]:
     return ["depth", source, "--method", "interleave", "--layers-to", 12, "--max-shard-size", SHARD, "-o", out, *extra]
 
@@ -64,49 +45,12 @@ def streaming(source: object, out: Path, *extra: object) -> list[object]:
     return growing(source, out, "--push", REPO, "--stream-push", *extra)
 
 
-@contextmanager
-def watched(folder: Path, pattern: str = "*.safetensors*") -> Iterator[list[int]]:
-    """Bytes of weights (or of what the pattern says) on the disk under `folder`, looked at all the time by another thread: [most so far, number of looks]."""
-    seen, done = [0, 0], threading.Event()
-
-    def look() -> None:
-        while not done.is_set():
-            here = 0
-            with suppress(FileNotFoundError):  # a folder that goes away while it is listed
-                for path in folder.rglob(pattern):
-                    with suppress(FileNotFoundError):
-                        here += path.stat().st_size if path.is_file() else 0
-            seen[:] = [max(seen[0], here), seen[1] + 1]
-            time.sleep(0.0005)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        done.set()
-        thread.join()
-
-
-def published(hub: HubServer, *, branch: str = "main") -> dict[str, bytes]:
-    repo = hub.repos[REPO]
-    return {n: b"".join(b.chunks()) for n, b in repo.commits[repo.refs[branch]].items() if n != ".gitattributes"}
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 @pytest.fixture(scope="module")
 def whole(source: Path) -> dict[str, bytes]:
     """What an ordinary growth writes."""
     out = source.parent / "whole"
     assert run(*growing(source, out)) == 0
     return files_of(out)
-
-
-def without_card(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {n: data for n, data in files.items() if n not in ("README.md", "layer-map.svg")}
 
 
 # --- pushing shard by shard
@@ -259,13 +203,6 @@ def test_bad_weights_stop_a_stream_before_anything_is_visible(
     assert run(*streaming(source, tmp_path / "out", "--layers-to", 8)) == 2
     assert "NaN" in capsys.readouterr().err
     assert published(open_hub) == {}
-
-
-def process(hub: HubServer, home: Path, words: list[Any], **settings: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, **client_environment(hub, home), "HF_TOKEN": WRITE, **settings}
-    return subprocess.Popen(
-        [sys.executable, "-m", "hf_grow", *map(str, words)], stdout=-1, stderr=-1, text=True, env=environment, cwd=Path(__file__).parents[2]
-    )
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])

@@ -13,10 +13,10 @@ import hub_server
 import hub_uploads
 import pytest
 import torch
+from hub_commands import files_of, process, published, run, watched, without_card
 from hub_server import Fault, HubServer
 from hub_uploads import WRITE
 from models import BY_NAME, make, save
-from test_stream import files_of, process, published, run, watched, without_card
 
 from hf_grow import api
 from hf_grow.checkpoint.partial_folder import SOURCE_CACHE

@@ -10,10 +10,10 @@ from typing import Any
 import hub_server
 import pytest
 import torch
+from adam_states import adamw, train
 from hub_server import HubServer
 from models import BY_NAME, make, save, tokens
 from safetensors.torch import load_file, save_file
-from test_carry import adamw, train
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_grow import api

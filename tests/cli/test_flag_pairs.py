@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import BY_NAME, make, save
-from test_flags import REFUSED, Outcome, unheard, words
+from option_pairs import REFUSED, Outcome, unheard, words
 
 from hf_grow import api, cli
 from hf_grow.cli import main

@@ -6,7 +6,7 @@ What is done is looked at from outside: the growth that is planned, and the call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import combinations
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from models import BY_NAME, make, save
+from option_pairs import REFUSED, Outcome, unheard, words
 
 from hf_grow import api
 from hf_grow.api import growth_job
@@ -34,9 +35,6 @@ from hf_grow.publish.stream import StreamSink
 from hf_grow.training.config.fisher_options import FisherFileOptions, FisherOptions
 from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.config.train_config import TrainRecipe
-
-Outcome = Any
-REFUSED = "refused"
 
 
 def random(expr: Expr) -> bool:
@@ -68,19 +66,6 @@ def planned(source: Path, method: str, options: Mapping[str, Any]) -> Outcome:
     except GrowError:
         return REFUSED
     return growth.config, growth.tensors, growth.axes, growth.seed if any(map(random, growth.tensors.values())) else None
-
-
-def unheard(outcome: Callable[[Mapping[str, Any]], Outcome], given: Mapping[str, Any], samples: Mapping[str, list[Any]]) -> list[str]:
-    """The options of `given` that are neither heard nor refused."""
-    here = outcome(given)
-    if here == REFUSED:
-        return []
-
-    def otherwise(name: str) -> Iterator[Mapping[str, Any]]:
-        yield from ({**given, name: value} for value in samples[name] if value != given[name])
-        yield {k: v for k, v in given.items() if k != name}
-
-    return [name for name in given if all(outcome(other) == here for other in otherwise(name))]
 
 
 @pytest.fixture(scope="module")
@@ -205,13 +190,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(growth_job, "push", told("push", pushed))
     monkeypatch.setattr(grow, "publishing_bar", lambda *arguments, **named: nullcontext(lambda nbytes: None))
     return made
-
-
-def words(options: Mapping[str, Any], place: Path) -> list[str]:
-    out: list[str] = []
-    for name, value in options.items():
-        out += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value).format(tmp=place)])]
-    return out
 
 
 def test_every_output_option_has_samples() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import hub_server
 import pytest
+from hub_commands import REPO, open_hub, refused, run
 from hub_server import Fault, HubServer
 from hub_uploads import READ, WRITE
 from models import BY_NAME, make, save
-from test_push import open_hub, refused, run
 
 from hf_grow import api
 from hf_grow.errors import InputError
@@ -19,7 +19,6 @@ from hf_grow.verification.lm_eval import _declared
 
 __all__ = ["hub", "open_hub"]
 hub = hub_server.hub
-REPO = "someone/grown"
 
 
 @pytest.fixture

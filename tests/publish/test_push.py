@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import hub_server
-import hub_uploads
 import pytest
 import torch
+from hub_commands import REPO, open_hub, refused, run
 from hub_server import Fault, HubServer, client_environment
 from hub_uploads import READ, WRITE, received
 from models import BY_NAME, make, save
 from transformers import AutoModelForCausalLM
 
 from hf_grow import api
-from hf_grow.cli import main
 
+__all__ = ["hub", "open_hub"]
 hub = hub_server.hub
-REPO = "someone/grown"
 
 
 @pytest.fixture(scope="module")
@@ -44,31 +43,6 @@ def made(source: Path) -> Path:
 @pytest.fixture
 def grown(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "grown"))
-
-
-@pytest.fixture
-def open_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
-    """A Hub where the token of the environment may write for `someone` and `tester`; the library's pauses are skipped."""
-    hub_uploads.allow(hub, "someone", "tester")
-    monkeypatch.setenv("HF_TOKEN", WRITE)
-    hub_uploads.no_pauses(monkeypatch)
-    return hub
-
-
-def run(*words: object) -> int:
-    return main([str(w) for w in words])
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object, status: int = 2, lines: int = 2) -> str:
-    capsys.readouterr()
-    assert run(*words) == status
-    captured = capsys.readouterr()
-    output = captured.err[captured.err.index("hf-grow: ") :]
-    assert "Traceback" not in captured.err
-    assert output.count("\n") == lines, output  # what is wrong, and the next step
-    for secret in (WRITE, READ, "secret-signature"):
-        assert secret not in output
-    return output
 
 
 def weights(folder: Path) -> list[Path]:

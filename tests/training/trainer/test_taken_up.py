@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from adam_states import CASES, GROWTHS, adamw, trained
 from models import BY_NAME, make, tokens
 from safetensors.torch import load_file
-from test_carry import CASES, GROWTHS, adamw, trained
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from trained import edited, grown, logged, recipe, run, source
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
