@@ -30,6 +30,7 @@ PLACES = {row.removesuffix(".py").removesuffix("/").replace("/", "."): place for
 """Folders and files in the order of the table in docs/architecture.md: a module imports only from its own row and from rows above it."""
 
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(ROOT.rglob("*.py"))}
+TESTS = Path(__file__).parent
 
 
 def place_of(module: str) -> str:
@@ -96,6 +97,13 @@ def test_no_benchmarks_import_each_other_in_a_circle():
         graph[name] = (imported | {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}) & files.keys()
     assert "tradeoff" in graph["tradeoff_plot"]  # this test sees imports
     assert list(TopologicalSorter(graph).static_order())
+
+
+def test_no_test_module_imports_another():
+    """What they share lies in tests/support."""
+    found = {path.name: re.findall(r"^\s*(?:from|import) (test_\w+)", path.read_text(), re.MULTILINE) for path in TESTS.rglob("*.py")}
+    assert len(found) > 100
+    assert not {name: imported for name, imported in found.items() if imported}
 
 
 def test_the_rows_of_the_table_are_there():

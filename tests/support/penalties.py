@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from models import on_disk, tokens
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_grow.convert.in_memory import disk_names
-from hf_grow.training.regularizers.importance_file import model_fingerprint, write_importance
+from hf_grow.training.regularizers.importance_file import FORMAT, model_fingerprint, write_importance
 
 Tensors = dict[str, Tensor]
 
@@ -48,3 +49,11 @@ def plain_penalty(strength: float, fisher: Tensors, now: Tensors, anchor: Tensor
 def backward(model: PreTrainedModel, rows: Tensor | None = None, share: float = 1.0) -> None:
     ids = tokens(model) if rows is None else rows
     (model(ids, labels=ids, use_cache=False).loss * share).backward()
+
+
+def fisher_of(model: Path, path: Path, *, twin: Any = None) -> Path:
+    """A file of importances of a checkpoint."""
+    held = AutoModelForCausalLM.from_pretrained(model) if twin is None else twin
+    tensors = {n: torch.ones_like(t, dtype=torch.float32) for n, t in load_file(model / "model.safetensors").items()}
+    save_file(tensors, path, metadata={"format": FORMAT, "sample": model_fingerprint(held), "model": str(model), "kind": "fisher"})
+    return path

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+from penalties import fisher_of
 from replay_samples import CHATML
-from test_train_recipe import fisher_of
 from trained import grown, recipe, tokenizer
 
 from hf_grow.cli import main

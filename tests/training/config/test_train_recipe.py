@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 from models import BY_NAME, make, save
-from safetensors.torch import load_file, save_file
+from penalties import fisher_of
+from safetensors.torch import load_file
 from trained import FAST, WORDS, grown, recipe, run, source, text, tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -53,18 +54,6 @@ def test_all_mistakes_of_all_kinds_are_told_at_once(tmp_path: Path, capsys: pyte
         assert any(t.strip().startswith(line) for t in told), (line, said)
     assert f"has {len(told) - 1} mistakes" in told[0]
     assert "Traceback" not in said
-
-
-def fisher_of(model: Path, path: Path, *, twin: Any = None) -> Path:
-    """A file of importances of a checkpoint."""
-    from transformers import AutoModelForCausalLM
-
-    import hf_grow.training.regularizers.importance_file as files
-
-    held = AutoModelForCausalLM.from_pretrained(model) if twin is None else twin
-    tensors = {n: torch.ones_like(t, dtype=torch.float32) for n, t in load_file(model / "model.safetensors").items()}
-    save_file(tensors, path, metadata={"format": files.FORMAT, "sample": model_fingerprint(held), "model": str(model), "kind": "fisher"})
-    return path
 
 
 def test_a_fisher_of_the_same_shape_but_other_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

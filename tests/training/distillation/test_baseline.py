@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import loss_of
-from test_train import trainer as trainer_for
 from trained import grown, recipe, run, text
+from trainers import loss_of
+from trainers import trainer as trainer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_grow.publish.card import render_card

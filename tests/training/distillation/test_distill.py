@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from models import BY_NAME, make, save
-from test_train import gradients_of_first_step
 from trained import WORDS, grown, recipe, run, source, tokenizer
+from trainers import Rows, gradients_of_first_step
 
 from hf_grow.errors import ExecutionError, InputError
 from hf_grow.training.config.distill_options import DistillOptions, Teacher
@@ -133,7 +133,6 @@ def test_gradients_of_the_whole_loss_with_accumulation(tmp_path: Path) -> None:
             distiller=Distiller(options, [teacher_from_model(teacher)]), aux_loss=model.router_aux_loss_coef if mixture else None
         )
         found, _ = gradients_of_first_step(model, tmp_path / case, growth, gradient_accumulation_steps=4)
-        from test_train import Rows
 
         total = torch.zeros(())
         for i in range(0, 8, 2):

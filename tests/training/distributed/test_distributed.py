@@ -15,13 +15,11 @@ import pytest
 import torch
 from launched import FILES, environment, start
 from models import BY_NAME, make
-from penalties import random_importance
 from safetensors.torch import load_file
 from sharded import free_port
 from trained import logged, recipe, run, tokenizer
-from transformers import AutoModelForCausalLM
+from two_processes import model, together
 
-from hf_grow import api
 from hf_grow.errors import InputError
 from hf_grow.training.config.train_config import read_recipe
 from hf_grow.training.distributed.launch import Launch, current_launch, launch_from_file
@@ -37,25 +35,6 @@ WARM = {
 }  # fmt: skip
 # Norms compute in fp32 inside an fp64 model, and half of the rows round otherwise; AdamW must not make steps of that.
 CALM = {"adam_epsilon": 1e-2}
-GROWN: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "deeper": ("llama", "identity", {"layers_to": 4}),
-    "wider": ("llama", "fpi", {"intermediate": 61}),
-    "experts": ("llama", "experts", {"experts": 3}),
-}
-
-
-def model(folder: Path, kind: str = "deeper") -> Path:
-    """A grown checkpoint in fp64, so that only what is wrong can differ, and a Fisher of it."""
-    case, method, options = GROWN[kind]
-    old = folder / "source"
-    made = make(BY_NAME[case], num_hidden_layers=2)
-    if kind != "experts":  # torch's grouped multiplication knows no fp64
-        made.double().config.dtype = torch.float64
-    made.save_pretrained(old)
-    tokenizer().save_pretrained(old)
-    api.grow(old, folder / "grown", method, **options)
-    random_importance(AutoModelForCausalLM.from_pretrained(folder / "grown", dtype="auto"), folder / "fisher.safetensors")
-    return folder / "grown"
 
 
 def same(one: Path, two: Path, tolerance: float = 1e-6) -> None:
@@ -63,14 +42,6 @@ def same(one: Path, two: Path, tolerance: float = 1e-6) -> None:
     assert a.keys() == b.keys()
     for name, tensor in a.items():
         torch.testing.assert_close(b[name], tensor, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def together(file: str, path: Path, out: Path, *words: object, folders: list[Path] | None = None, **options: Any) -> list[dict[str, Any]]:
-    """Two processes with half of the rows each."""
-    sharded = ("--use_cpu", "false") if file == "fsdp2" else ()
-    return start(
-        file, ["train", path, "-o", out, "--per_device_train_batch_size", "1", *sharded, *words], folders or [path.parent] * 2, **options
-    )
 
 
 def check_ewc(how: str, kind: str, folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> None:

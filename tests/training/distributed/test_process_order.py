@@ -10,8 +10,8 @@ from typing import Any
 import accelerate.utils
 import filelock
 import pytest
-from test_distributed import model, together
 from trained import recipe
+from two_processes import model, together
 
 from hf_grow.errors import ExecutionError
 from hf_grow.training.distributed.process_order import local_main_process_first

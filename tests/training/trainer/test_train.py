@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
@@ -22,9 +21,9 @@ import yaml
 from models import BY_NAME, make, tokens
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
 from trained import FAST, grown, logged, losses_told, recipe, run, source, text
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from trainers import Rows, gradients_of_first_step, loss_of, trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_grow import api
 from hf_grow.cli import main
@@ -40,38 +39,6 @@ from hf_grow.training.trainer.checkpointing import last_checkpoint
 from hf_grow.training.trainer.events import EVENTS, EventLog, read_events
 from hf_grow.training.trainer.state import GrowthSettings
 from hf_grow.training.trainer.trainer import BaseGrowTrainer
-
-
-class Rows(Dataset[dict[str, torch.Tensor]]):
-    """Fixed random rows."""
-
-    def __init__(self, count: int = 64, length: int = 12, seed: int = 0) -> None:
-        self.rows = torch.randint(3, 64, (count, length), generator=torch.Generator().manual_seed(seed))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
-
-
-def trainer(model: Any, out: Path, growth: GrowthSettings, **arguments: Any) -> BaseGrowTrainer:
-    gc.freeze()  # see trained.run
-    settings = {
-        **FAST,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "weight_decay": 0.1,
-        "train_sampling_strategy": "sequential",
-        **arguments,
-    }
-    return BaseGrowTrainer(
-        model=model,
-        args=TrainingArguments(output_dir=str(out), **settings),
-        train_dataset=Rows(),
-        eval_dataset={"old": Rows(4)},
-        growth=growth,
-    )
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -105,12 +72,6 @@ def test_a_run_trains_and_leaves_a_plain_model(tmp_path: Path, capsys: pytest.Ca
     assert json.loads((model / "growth.json").read_text())["target"]["config"] == record["target"]["config"]
     assert json.loads((out / "config.json").read_text())["rope_theta"]
     assert param_provenance.load_plan(out / "checkpoint-3") is not None
-
-
-def loss_of(model: Any, stream: list[int], rows: list[int], length: int = 16) -> float:
-    ids = torch.tensor([stream[r * length : (r + 1) * length] for r in rows])
-    with torch.no_grad():
-        return float(model(ids, labels=ids).loss)
 
 
 def test_evaluations_are_the_cross_entropy_written_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -638,20 +599,6 @@ def test_accumulation_changes_nothing(settings: dict[str, Any], tmp_path: Path, 
         assert found[1][1][-1] > 0
     for n, t in found[1][2].items():
         assert torch.allclose(t, found[4][2][n], atol=2e-5), n
-
-
-def gradients_of_first_step(model: Any, out: Path, growth: GrowthSettings, **arguments: Any) -> tuple[dict[str, torch.Tensor], float]:
-    """What the optimizer would step along."""
-    made = trainer(model, out, growth, max_steps=1, max_grad_norm=0.0, save_strategy="no", **arguments)
-    caught: dict[str, torch.Tensor] = {}
-
-    class Catch(type(made.callback_handler.callbacks[-1]).__mro__[1]):  # type: ignore[misc]
-        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            caught.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-    made.add_callback(Catch())
-    made.train()
-    return caught, made.state.log_history[0]["loss"]
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
