@@ -197,7 +197,7 @@ def summary(facts: dict[str, Any]) -> list[str]:
         else f"free memory of {free['device']} is unknown"
     )
     tight = "; MORE THAN IS FREE" if free["bytes"] is not None and needs > free["bytes"] else ""
-    lines.append(f"{'memory':<12} about {format_bytes(needs)} {'a process' if facts['processes'] > 1 else 'needed'}; {there}{tight}")
+    lines.append(f"{'memory':<12} about {format_bytes(needs)} {'per process' if facts['processes'] > 1 else 'needed'}; {there}{tight}")
     return lines
 
 
@@ -205,7 +205,7 @@ def _time(time: dict[str, Any]) -> str:
     """Time per step, and of the whole training."""
     count, without = len(time["timed_steps"]), ", ".join(time["leaves_out"])
     rate = "" if time["tokens_a_second"] is None else f", {time['tokens_a_second']:,.0f} tokens/s"
-    measured = f"{time['seconds_a_step']:.3g} s a step{rate} (median of {count})"
+    measured = f"{time['seconds_a_step']:.3g} s per step{rate} (median of {count})"
     if time["seconds"] is None:
         return f"{measured}; the number of steps is unknown"
     return f"{measured}: {format_duration(time['seconds'])} in all, without {without}"

@@ -121,7 +121,7 @@ def _blocks(layers: LayerMap, pitch: float, starts: list[float], widths: list[fl
     size = min(11.0, 0.62 * pitch * every)
 
     def block(column: int, index: int, kind: Kind) -> Iterator[Rect]:
-        """One rectangle, or where the layer is a mixture one an expert."""
+        """One rectangle; in a mixture of experts, one per expert."""
         arch = (layers.source, layers.target)[column]
         cells = min(arch.size("experts"), MOST_CELLS) if arch.is_moe and arch.is_sparse(index) else 1
         left, top = COLUMNS[column] - widths[column] / 2, starts[column] + pitch * index + (pitch - tall) / 2

@@ -19,7 +19,7 @@ from hf_grow.training.setup.train_setup import Notify, TrainSetup
 
 
 def make_distiller(setup: TrainSetup, data: Any, notify: Notify) -> tuple[Distiller | None, float, list[dict[str, Any]]]:
-    """The teachers, the FLOPs a token that those in memory cost, and events about them."""
+    """The teachers, the FLOPs per token that those in memory cost, and events about them."""
     options = setup.options.distill
     if options is None:
         return None, 0.0, []

@@ -1,4 +1,4 @@
-"""What people see of a training: a bar on a terminal, one line a log elsewhere. Loss, tokens a second, FLOPs spent, forgetting so far."""
+"""What people see of a training: a bar on a terminal, one line per log elsewhere. Loss, tokens per second, FLOPs spent, forgetting so far."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_for_people_the_time_stands_behind_the_steps(steps: list[Any], tmp_path:
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in said[:5]] == ["output", "model", "training", "time", "memory"]
     assert said[3].removeprefix("time").strip() == (
-        "3 s a step, 11 tokens/s (median of 5): 3.3 h in all, without reading the texts, evaluations, checkpoints"
+        "3 s per step, 11 tokens/s (median of 5): 3.3 h in all, without reading the texts, evaluations, checkpoints"
     )
 
 
@@ -141,7 +141,7 @@ def test_texts_need_not_be_there(steps: list[Any], tmp_path: Path, capsys: pytes
     assert main(["train", str(path), "--dry-run", "--time"]) == 0
     said = capsys.readouterr()
     assert "The size of the texts is unknown" in said.out + said.err
-    assert "3 s a step, 11 tokens/s (median of 5); the number of steps is unknown" in said.out
+    assert "3 s per step, 11 tokens/s (median of 5); the number of steps is unknown" in said.out
     assert len(steps) == len(DURATIONS)
 
 
