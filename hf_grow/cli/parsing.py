@@ -36,7 +36,7 @@ def one_of(choices: Collection[str]) -> Callable[[str], str]:
 
     def read(text: str) -> str:
         if text not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}.{did_you_mean(text, choices)}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}.{did_you_mean(text, choices)}")
         return text
 
     return read

@@ -1,4 +1,4 @@
-"""The facts of a model card as plain data; the words stand in templates/."""
+"""The facts of a model card as plain data; the text is in templates/."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOST_LISTED = 20
 
 
 def card_facts(plan: GrowthPlan, record: Mapping[str, Any], inherited: Inherited, name: str) -> dict[str, Any]:
-    """Everything that templates/card.md.jinja reads. All strings are as they stand in growth.json: the template escapes them."""
+    """Everything that templates/card.md.jinja reads. All strings are as in growth.json; the template escapes them."""
     method = METHODS.get(plan.growth.method)
     verification = record.get("verification")
     made_by = eval_section.mapping(record, "made_by").get("hf_grow")

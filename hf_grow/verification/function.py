@@ -1,7 +1,7 @@
 """Runs both models on the same text, measures how far their outputs differ, and checks a lossless guarantee.
 
 The allowed difference is measured on the same source and text: the source runs once more with every weight perturbed at random by as much as
-rounding would. Two kinds of rounding are told apart:
+rounding would. Two kinds of rounding are distinguished:
 
 - Rounding of the computation: both models compute the same function in a different order. The limit is small in fp32.
 - Rounding of weights that were computed and stored in 16 bits. Check `lossless` leaves it out: the grown model is recomputed from the source in

@@ -1,4 +1,4 @@
-"""Activation maps of the hidden state and the FFN: for each place a dimension can stand in, the AxisMap that grows it.
+"""Activation maps of the hidden state and the FFN: for each role of a dimension, the AxisMap that grows it.
 
     residual   written by o_proj, down_proj and the embedding        normed       after an RMSNorm, read by q, k, v, gate, up and head
     gain       the RMSNorm gains in between                          final gain   the last norm, if the head is tied to the embedding
