@@ -43,7 +43,7 @@ def check_recipe(
 
     ``started``: the processes; by default those that the launcher tells of. ``texts``: whether the texts must be there.
     """
-    found = list(read.mistakes)
+    errors = list(read.mistakes)
     started = started or launch.current_launch()
     recipe, name = read.recipe, read.given.get("model")
     checkpoint: Checkpoint | None = None
@@ -51,29 +51,29 @@ def check_recipe(
     tokenizer = None
     if isinstance(name, str):
         revision = recipe.revision if recipe else None
-        checkpoint = collect_mistakes(found, "model", lambda: open_source(name, revision=revision, weights=False, notify=notify))
+        checkpoint = collect_mistakes(errors, "model", lambda: open_source(name, revision=revision, weights=False, notify=notify))
     if checkpoint is not None:
         opened = checkpoint
-        if collect_mistakes(found, "model", lambda: opened.info.architecture.layers) is None:
+        if collect_mistakes(errors, "model", lambda: opened.info.architecture.layers) is None:
             checkpoint = None
-        plan = collect_mistakes(found, "model", lambda: plan_of(opened)) if checkpoint is not None else None
+        plan = collect_mistakes(errors, "model", lambda: plan_of(opened)) if checkpoint is not None else None
     if recipe is not None:
         if checkpoint is not None:
-            tokenizer = _tokenizer(recipe, checkpoint, found)
-            _positions(recipe, checkpoint, found)
+            tokenizer = _tokenizer(recipe, checkpoint, errors)
+            _positions(recipe, checkpoint, errors)
         if texts:
-            _data(recipe, found, notify)
-        check_options(recipe, checkpoint, plan, tokenizer, found, notify)
+            _data(recipe, errors, notify)
+        check_options(recipe, checkpoint, plan, tokenizer, errors, notify)
     out = Path(output or (recipe.output if recipe else None) or default_output(str(name)))
-    collect_mistakes(found, "output", lambda: check_output(out, resume=resume, overwrite=overwrite))
+    collect_mistakes(errors, "output", lambda: check_output(out, resume=resume, overwrite=overwrite))
     arguments = None
     if recipe is not None:
         usable = recipe
-        arguments = collect_mistakes(found, "arguments", lambda: arguments_for(usable, read.arguments, out))
+        arguments = collect_mistakes(errors, "arguments", lambda: arguments_for(usable, read.arguments, out))
         if arguments is not None:
-            found += launch_mistakes(started, recipe, arguments, resume=resume or bool(read.arguments.get("resume_from_checkpoint")))
-        _resumable(read.arguments.get("resume_from_checkpoint"), found)
-    raise_mistakes(read.where, found)
+            errors += launch_mistakes(started, recipe, arguments, resume=resume or bool(read.arguments.get("resume_from_checkpoint")))
+        _resumable(read.arguments.get("resume_from_checkpoint"), errors)
+    raise_mistakes(read.where, errors)
     assert recipe is not None and checkpoint is not None and arguments is not None
     setup = TrainSetup(
         recipe, arguments, checkpoint, plan, tokenizer, out, recipe.data.seq_length, read.given, read.arguments,
@@ -83,16 +83,18 @@ def check_recipe(
     return setup
 
 
-def _positions(recipe: TrainRecipe, checkpoint: Checkpoint, found: list[str]) -> None:
+def _positions(recipe: TrainRecipe, checkpoint: Checkpoint, errors: list[str]) -> None:
     most = checkpoint.config.get("max_position_embeddings")
-    if isinstance(most, int) and recipe.data.seq_length > most and not any(line.startswith("data") for line in found):
-        found.append(f"data.seq_length: {recipe.data.seq_length} is more than the {most} positions of the model (max_position_embeddings).")
+    if isinstance(most, int) and recipe.data.seq_length > most and not any(line.startswith("data") for line in errors):
+        errors.append(
+            f"data.seq_length: {recipe.data.seq_length} is more than the {most} positions of the model (max_position_embeddings)."
+        )
 
 
-def _resumable(folder: Any, found: list[str]) -> None:
+def _resumable(folder: Any, errors: list[str]) -> None:
     """A checkpoint of a Trainer (grown or not) that this run is to go on from."""
     if isinstance(folder, str) and not (Path(folder) / "trainer_state.json").is_file():
-        found.append(f"resume_from_checkpoint: {folder} holds no state of a training (trainer_state.json).")
+        errors.append(f"resume_from_checkpoint: {folder} holds no state of a training (trainer_state.json).")
 
 
 def default_output(model: str) -> str:
@@ -120,41 +122,41 @@ def clear_output(out: Path) -> None:
         shutil.rmtree(out)
 
 
-def _tokenizer(recipe: TrainRecipe, checkpoint: Checkpoint, found: list[str]) -> Any:
+def _tokenizer(recipe: TrainRecipe, checkpoint: Checkpoint, errors: list[str]) -> Any:
     vocabulary = checkpoint.info.architecture.size("vocab")
     own_there = checkpoint.folder is None or any((checkpoint.folder / n).is_file() for n in TOKENIZER_FILES)
     own = None
     if recipe.tokenizer is None or own_there:
         place = str(checkpoint.folder or checkpoint.ref)
         own = collect_mistakes(
-            found if recipe.tokenizer is None else [],
+            errors if recipe.tokenizer is None else [],
             "tokenizer",
             lambda: load_tokenizer(place, recipe.revision if checkpoint.folder is None else None),
         )
     tokenizer = own
     if recipe.tokenizer is not None:
         named = recipe.tokenizer
-        tokenizer = collect_mistakes(found, "tokenizer", lambda: load_tokenizer(named, None))
+        tokenizer = collect_mistakes(errors, "tokenizer", lambda: load_tokenizer(named, None))
     if tokenizer is None:
         return None
     if len(tokenizer) > vocabulary:
-        found.append(
+        errors.append(
             f"tokenizer: knows {len(tokenizer)} tokens, but the model's vocabulary has {vocabulary}. They do not belong together; "
             "or resize the embeddings first (model.resize_token_embeddings)."
         )
     if own is not None and own is not tokenizer and own.get_vocab() != tokenizer.get_vocab():
-        found.append(f"tokenizer: {recipe.tokenizer} gives tokens other numbers than the tokenizer of {recipe.model} does.")
+        errors.append(f"tokenizer: {recipe.tokenizer} gives tokens other numbers than the tokenizer of {recipe.model} does.")
     return tokenizer
 
 
-def _data(recipe: TrainRecipe, found: list[str], notify: Notify) -> None:
+def _data(recipe: TrainRecipe, errors: list[str], notify: Notify) -> None:
     data = recipe.data
     sources: list[tuple[str, TextOptions]] = [(f"data.train.{i}", s) for i, s in enumerate(data.train)]
     sources += [(f"data.eval.{n}", s) for n, s in data.eval.items()]
     if data.replay is not None and data.replay.self is None:
         sources.append(("data.replay", data.replay))
     for key, source in sources:
-        collect_mistakes(found, key, partial(find_text, source, notify=notify))
+        collect_mistakes(errors, key, partial(find_text, source, notify=notify))
 
 
 def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> TrainingArguments:
