@@ -65,7 +65,7 @@ COMMAND_LINES = {
     "dus m --out there": "Did you mean --output?",
     "dus m --force": "Did you mean --overwrite?",
     "fisher m --lr 3": "Did you mean --calibrate-lr?",
-    "depth m --method identiy": "none of dus, stack, interleave, identity, layers. Did you mean identity?",
+    "depth m --method identiy": "is not one of dus, stack, interleave, identity, layers. Did you mean identity?",
     "grow solar": "Did you mean solar_10b7?",
     "train llama_pro": "Did you mean llama_pro_domain?",
     "plan m --to 5M and more": "does not accept: and more",

@@ -44,14 +44,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 AS_THEY_ARE = (SCHEDULER, SCALER, DATA_STATE)
-"""Besides the random state of every process."""
+"""Copied along with the random state of every process."""
 OF_THE_SOURCE = ("best_model_checkpoint", "best_metric", "best_global_step", "trial_name", "trial_params")
-"""What trainer_state.json says of the model that was grown; the grown one has no best checkpoint yet."""
+"""Keys of trainer_state.json about the source model; the grown model has no best checkpoint yet."""
 
 
 @dataclass(frozen=True)
 class GrownState:
-    """What was done, for the report."""
+    """Counts for the report."""
 
     policy: Policy
     mapped: int
@@ -60,7 +60,7 @@ class GrownState:
 
 
 def check_trainer_checkpoint(folder: Path, policy: Policy = "map") -> None:
-    """Raises SourceError if the folder holds no state of a training that can be grown by this policy."""
+    """Raises SourceError if the folder holds no training state that this policy can grow."""
     if optimizer_file(folder) is None and not (policy == "reset" and (folder / TRAINER_STATE).is_file()):
         raise no_optimizer(folder)
 
@@ -120,7 +120,7 @@ def _grow(
     policy: Policy,
     names: Sequence[Sequence[str]] | None,
 ) -> tuple[dict[str, dict[str, Any]], int, int, list[list[str]]]:
-    """The grown state by parameter name, how many parameters start afresh, the step count, and the names of the parameters of each group."""
+    """The grown state by parameter name, how many parameters start without moments, the step count, and the names of the parameters of each group."""
     source = meta_model(plan.source.config)
     layout = _layout(groups, state, source, names)
     grown: dict[str, dict[str, Any]] = {}
@@ -168,7 +168,7 @@ def grow_optimizer(
 
 
 def _write_trainer_state(folder: Path, out: Path) -> None:
-    """trainer_state.json without what it says of the smaller model: its best checkpoint would be loaded by name into the larger one."""
+    """trainer_state.json without keys about the smaller model: its best checkpoint would be loaded by name into the larger one."""
     if not (folder / TRAINER_STATE).is_file():
         return
     try:
@@ -197,7 +197,7 @@ def _save(state: Mapping[str, Any], path: Path) -> None:
 def _split_groups(
     out: Path, groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], rule: Mapping[str, trajectory.Steps]
 ) -> tuple[list[dict[str, Any]], list[list[str]]]:
-    """Every group in as many as it has different steps, and the schedule's lists of learning rates likewise."""
+    """Splits every group by its parameters' factors, and the scheduler's lists of learning rates alike."""
     import torch
 
     new_groups, new_names, origin, factors = [], [], [], []
@@ -223,7 +223,7 @@ def _split_groups(
 def _candidates(
     groups: Sequence[Mapping[str, Any]], model: PreTrainedModel, names: Sequence[Sequence[str]] | None
 ) -> list[list[list[str]]]:
-    """The ways in which this model's parameters may lie in the groups."""
+    """Possible assignments of this model's parameters to the groups."""
     if names is not None:
         return [[list(g) for g in names]]
     if all("param_names" in g for g in groups):

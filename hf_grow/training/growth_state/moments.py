@@ -1,4 +1,4 @@
-"""AdamW's moments through a growth: each tensor by the map of its weight, as a gradient or a squared gradient, under the policies of `carry`."""
+"""AdamW moments through a growth: each tensor is mapped like its weight, as a gradient or a squared gradient, under the policies of `grow_optimizer`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def grow_state(
     policy: Policy,
     beta2: float,
 ) -> tuple[dict[str, dict[str, Tensor]], int, int]:
-    """The state of every parameter of the target by its name in memory; parameters that start afresh are left out.
+    """The state of every target parameter by its name in memory; parameters without old moments are omitted.
 
     Returns it with the number of fresh parameters and the step count. Raises SourceError for an optimizer other than Adam(W).
     """
@@ -69,13 +69,13 @@ def grow_state(
 
 
 def _is_fresh(plan: GrowthPlan, name: str) -> bool:
-    """What is made of nothing old (zeros, a new router), and new identity blocks: their old moments belong to another place in the network."""
+    """Whether a tensor is made of no source tensor (zeros, a new router) or belongs to a new identity block, whose source moments belong to another layer."""
     entry = plan.architecture.tensors[name]
     return (entry.layer >= 0 and plan.growth.layers[entry.layer].identity) or next(plan.growth.tensors[name].sources(), None) is None
 
 
 def _kept_only(plan: GrowthPlan) -> GrowthPlan:
-    """The plan whose maps carry first appearances only, unscaled; everything new is zero."""
+    """The plan with maps of first copies only, unscaled; everything new is zero."""
 
     def first(axis: AxisMap) -> AxisMap:
         seen: set[int] = set()
@@ -88,7 +88,7 @@ def _kept_only(plan: GrowthPlan) -> GrowthPlan:
         return AxisMap(axis.source_size, merge_runs(runs), dual=False)
 
     def simplify(expr: Expr) -> Expr:
-        # What is not dual places noise, or rows of another layer: all of it new.
+        # Maps without a dual place noise, or rows of another layer: all of it is new.
         if isinstance(expr, Sum):
             terms = tuple(t for t in expr.terms if _reads_kept(plan, t)) or expr.terms[:1]
             return simplify(terms[0]) if len(terms) == 1 else Sum(tuple(map(simplify, terms)), (1.0,) * len(terms))
@@ -103,7 +103,7 @@ def _kept_only(plan: GrowthPlan) -> GrowthPlan:
 
 
 def _later_experts(plan: GrowthPlan) -> set[str]:
-    """Tensors of experts that copy what another expert of the same layer holds already."""
+    """Expert tensors that are copies of another expert of the same layer."""
     seen: set[tuple[object, ...]] = set()
     later = set()
     for name, entry in plan.architecture.tensors.items():
@@ -116,14 +116,14 @@ def _later_experts(plan: GrowthPlan) -> set[str]:
 
 
 def _reads_kept(plan: GrowthPlan, expr: Expr) -> bool:
-    """Whether a term carries old values to their own places: it reads a source, through no map that only adds."""
+    """Whether a term keeps old values in place: it reads a source, through no map that only adds entries."""
     if isinstance(expr, Take):
         return not expr.axis.partition("@")[0].endswith(".added") and _reads_kept(plan, expr.of)
     return isinstance(expr, Source | Sum | Share)
 
 
 def _origins(model: PreTrainedModel, plan: GrowthPlan) -> dict[str, set[str]]:
-    """For each parameter in memory, the names on disk it is made of."""
+    """For each parameter in memory, the names on disk of its tensors."""
     from hf_grow.convert.in_memory import disk_names
 
     out = {}

@@ -1,4 +1,4 @@
-"""The optimizer's part of a Trainer checkpoint: read without running pickled code, and made to fit the optimizer of this run.
+"""Optimizer state of a Trainer checkpoint: read without executing pickled code, and fitted to the optimizer of this run.
 
     optimizer.pt    Trainer's own: parameters are numbers, group after group
     optimizer.bin   accelerate's, under FSDP with FULL_STATE_DICT: parameters are names, everything whole
@@ -20,12 +20,12 @@ SCHEDULER, SCALER, TRAINER_STATE = "scheduler.pt", "scaler.pt", "trainer_state.j
 
 
 def optimizer_file(folder: Path) -> Path | None:
-    """Where the optimizer state lies; None where there is none that can be read."""
+    """Path of the optimizer state; None if there is none that can be read."""
     return next((folder / name for name in (POSITIONS, NAMES) if (folder / name).is_file()), None)
 
 
 def no_optimizer(folder: Path) -> SourceError:
-    """Why there is none, and what to do."""
+    """The error for a folder without a readable optimizer state."""
     reset = "the schedule and the place in the data go on, the moments begin anew"
     if any(folder.glob("global_step*")):
         return SourceError(
@@ -84,7 +84,7 @@ def by_position(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any], n
 
 
 _MEMBERS = ("params", "param_names", "name")
-"""Keys of a group that say what is in it, not how it is updated."""
+"""Keys of a group that describe its parameters, not their update."""
 
 
 def fresh(shape: tuple[int, ...]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def load_optimizer(path: Path, model: Any, optimizer: Any) -> None:
             optimizer.load_state_dict(loaded)
             return
         saved["param_groups"] = [{**g, **keys} for g, keys in zip(regroup(saved["param_groups"], own), own_keys, strict=True)]
-        # torch wants a state of every parameter here: AdamW's begins with zeros.
+        # torch requires a state of every parameter here; AdamW's starts with zeros.
         saved["state"] |= {n: fresh(tuple(p.shape)) for p, n in called.items() if p.requires_grad and n not in saved["state"]}
         set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
     except (ValueError, KeyError, RuntimeError) as error:
@@ -148,13 +148,13 @@ SETTINGS = {
 }  # fmt: skip
 """TrainingArguments -> key and index in a parameter group. (A scheduler stores its peak learning rate as initial_lr.)"""
 IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
-"""Keys of a group that are this run's, never the checkpoint's."""
+"""Keys of a group that always come from this run, never from the checkpoint."""
 
 
 def load_optimizer_and_scheduler(
     folder: Path, model: Any, optimizer: Any, scheduler: Any, given: frozenset[str]
 ) -> dict[str, tuple[float, str]]:
-    """Moments, groups and schedule of a checkpoint, each as far as it is there.
+    """Loads moments, groups and schedule of a checkpoint, as far as they exist.
 
     Where the checkpoint's settings differ from this run's arguments, those in ``given`` are this run's, the others the checkpoint's. Shape and
     length of the schedule are always this run's. Returns what differed: argument -> (value that holds, 'recipe' or 'checkpoint').

@@ -1,4 +1,4 @@
-"""The learning rates with which AdamW on the grown model takes the very steps it would have taken on the source model.
+"""Learning rates with which AdamW on the grown model repeats the steps of AdamW on the source model exactly.
 
 Gradients map by G' = B_out G A_in^T and Adam is blind to scale, so the update of entry (i, j) of a grown tensor is that of its source entry; but
 weights map by W' = A_out W B_in^T, so it must count a_i b_j times: the factor on the learning rate is what the *weight* map makes of ones.
@@ -39,7 +39,7 @@ def rule(plan: GrowthPlan) -> dict[str, Steps]:
 
 
 def _of_ones(plan: GrowthPlan, quantity: Quantity) -> dict[str, Any]:
-    """What the map makes of source tensors that are one everywhere; noise left out."""
+    """The map applied to source tensors of ones; without noise."""
     import torch
 
     from hf_grow.growth.evaluate import Evaluator
@@ -63,7 +63,7 @@ def _common(tensors: Mapping[str, Any]) -> dict[str, float]:
 
 
 def by_steps(names: Iterable[str], steps: Mapping[str, Steps]) -> Iterator[tuple[Steps, list[str]]]:
-    """Names in groups of equal steps, in the order of their first appearance."""
+    """Groups of names with equal factors, in order of first appearance."""
     found: dict[Steps, list[str]] = {}
     for name in names:
         found.setdefault(steps[name], []).append(name)
@@ -71,7 +71,7 @@ def by_steps(names: Iterable[str], steps: Mapping[str, Steps]) -> Iterator[tuple
 
 
 def groups(model: PreTrainedModel, plan: GrowthPlan, *, lr: float, weight_decay: float = 0.0, eps: float = 1e-8) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW on the grown `model`, decayed and not as Trainer does, each with its own steps.
+    """Parameter groups for AdamW on the grown `model`, split by weight decay as Trainer does, each with its own factors.
 
     Use them as ``Trainer(model, args, optimizers=(torch.optim.AdamW(groups(...)), None))``; `carry` with ``exact_steps`` writes the state for it.
     """

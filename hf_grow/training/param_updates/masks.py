@@ -1,4 +1,4 @@
-"""Which entries of a model's parameters are meant: masks by parameter name, and taking the meant entries out of a tensor.
+"""Masks of parameter entries by parameter name, and selecting these entries of a tensor.
 
 A mask is True (the whole tensor), False (none of it) or a bool tensor of its shape. Sharded parameters (DTensor) are handled by their local
 piece: everything here works entry by entry, so a piece needs nothing of the others.
@@ -35,7 +35,7 @@ def both(a: Mask, b: Mask) -> Mask:
 
 
 def _plain(mask: Tensor) -> Mask:
-    """A tensor that says the same of every entry as a bool."""
+    """Turns a mask with equal entries into a bool."""
     if bool(mask.all()):
         return True
     return mask if bool(mask.any()) else False
@@ -44,7 +44,7 @@ def _plain(mask: Tensor) -> Mask:
 def select(
     names: Iterable[str], parts: Mapping[str, Mapping[str, Mask]], chosen: Sequence[str], *, but: Sequence[str] = ()
 ) -> dict[str, Mask]:
-    """For every parameter, the entries that lie in one of the parts `chosen` and in none of `but`.
+    """For every parameter, the mask of entries in one of the parts `chosen` and in none of `but`.
 
     ``everything`` is a part too. Raises InputError for a part that there is not, or where nothing is left.
     """
@@ -70,24 +70,24 @@ def select(
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The piece of a sharded tensor that this process holds, sharing its memory; any other tensor as it is."""
+    """The local shard of a DTensor, sharing its memory; any other tensor unchanged."""
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part
 
 
 def local_mask(mask: Tensor, like: Tensor) -> Tensor:
-    """The piece of a mask that lies over this process's piece of `like`."""
+    """The local shard of a mask, sharded as `like`."""
     if not hasattr(like, "to_local"):
         return mask.to(like.device)
     from torch.distributed.tensor import distribute_tensor
 
     sharded: Any = like
-    # Every process has the whole mask: none sends anything. The copy lets go of it.
+    # Every process has the whole mask, so nothing is sent. The copy frees the whole one.
     return local(distribute_tensor(mask.to(like.device), sharded.device_mesh, sharded.placements, src_data_rank=None)).clone()
 
 
 class Selection:
-    """The entries of a tensor that a mask means, kept as rows or columns where it means whole ones: indices are smaller than a mask.
+    """The masked entries of a tensor, stored as row or column indices where whole rows or columns are masked: smaller than a mask.
 
     Where it does not, the whole tensor is taken: gathering single entries takes many times as long as copying them all.
     """
@@ -106,7 +106,7 @@ class Selection:
         return tensor.clone() if self.dim < 0 else tensor.index_select(self.dim, self.index)
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
-        """Sets the entries to those of what `take` gave, changed or not."""
+        """Writes back entries in the form that `take` returned."""
         if self.dim < 0:
             tensor.copy_(values.where(self.mask, tensor))
         else:

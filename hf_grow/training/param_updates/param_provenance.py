@@ -1,4 +1,4 @@
-"""What is new in a grown model, tensor by tensor and row by row, as its growth plan tells.
+"""Which parameters, and which of their rows, are new in a grown model, according to its growth plan.
 
 New is what reads no source (a router, a pad), what repeats a source that stands first elsewhere (later copies of rows, of heads, of experts,
 of whole layers), and every block that growth added. The rest is inherited. Under AKI rows taken from the layer above are new as well.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Mask = bool | Tensor
 
 PARTS = ("new", "old", "new_layers", "routers", "new_experts", "old_experts", "embeddings", "norms", "head")
-"""What freeze lists and learning rates may name."""
+"""The named parts that `train`, `freeze` and learning rates accept."""
 
 
 def load_plan(folder: Path) -> GrowthPlan | None:
@@ -41,7 +41,7 @@ def load_plan(folder: Path) -> GrowthPlan | None:
 
 
 def check_fits(plan: GrowthPlan, checkpoint: Checkpoint) -> None:
-    """Raises InputError where growth.json tells of other tensors than the checkpoint has."""
+    """Raises InputError if the tensors in growth.json are not those of the checkpoint."""
     here = {n: tuple(t.shape) for n, t in checkpoint.tensors.items() if n in checkpoint.info.architecture.tensors}
     there = {n: tuple(plan.targets[n].shape) for n in plan.architecture.tensors}
     if here != there:
@@ -53,19 +53,19 @@ def check_fits(plan: GrowthPlan, checkpoint: Checkpoint) -> None:
 
 
 def new_masks(model: PreTrainedModel, plan: GrowthPlan | None) -> dict[str, Mask]:
-    """The mask of every parameter. Without a plan nothing is new. Raises InputError if the plan is for another model."""
+    """Mask of new entries of every parameter. Without a plan nothing is new. Raises InputError if the plan is for another model."""
     return _in_memory(model, new_on_disk(plan) if plan is not None else dict.fromkeys(parameter_map(model), False))
 
 
 def new_on_disk(plan: GrowthPlan) -> dict[str, Mask]:
-    """The same by names on disk, without a model. Layers that are alike share their masks: a byte a weight of each would be 13 GB for 13B."""
+    """The same by names on disk, without a model. Equal layers share their masks: one byte per weight would be 13 GB for 13B."""
     claims: dict[str, list[Indices]] = {}
     made: dict[Any, Mask] = {}
     return {name: _mask(plan, name, claims, made) for name in plan.targets}
 
 
 def _mask(plan: GrowthPlan, name: str, claims: dict[str, list[Indices]], made: dict[Any, Mask]) -> Mask:
-    """``made``: masks by the vectors that they follow from, which are the same in layers that are alike."""
+    """``made``: cache of masks by the vectors they are computed from, which are the same in equal layers."""
     import torch
 
     from hf_grow.growth.entry_provenance import trace
@@ -91,7 +91,7 @@ def _mask(plan: GrowthPlan, name: str, claims: dict[str, list[Indices]], made: d
 
 
 def _outside(steps: Sequence[tuple[Indices, Sequence[Indices]]]) -> Mask:
-    """Entries in none of the first blocks less what overlaps them."""
+    """Entries outside the first blocks, minus overlaps with them."""
     from hf_grow.growth.entry_provenance import outer
 
     old: Tensor | None = None
@@ -106,14 +106,14 @@ def _outside(steps: Sequence[tuple[Indices, Sequence[Indices]]]) -> Mask:
 
 
 def _layer(plan: GrowthPlan, key: str) -> int:
-    """The layer of a source tensor, in its own checkpoint; -1 outside the blocks."""
+    """The layer index of a source tensor in its checkpoint; -1 outside the blocks."""
     label, _, name = key.rpartition("::")
     source = plan.source.donors[label] if label else plan.source
     return source.architecture.tensors[name].layer
 
 
 class _Shared:
-    """Gives equal masks as one tensor, which nobody may change."""
+    """Returns one shared tensor for equal masks; it must not be changed."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[int, ...], list[Tensor]] = {}

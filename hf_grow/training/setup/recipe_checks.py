@@ -92,7 +92,7 @@ def _positions(recipe: TrainRecipe, checkpoint: Checkpoint, errors: list[str]) -
 
 
 def _resumable(folder: Any, errors: list[str]) -> None:
-    """A checkpoint of a Trainer (grown or not) that this run is to go on from."""
+    """Checks the Trainer checkpoint (grown or not) that this run resumes from."""
     if isinstance(folder, str) and not (Path(folder) / "trainer_state.json").is_file():
         errors.append(f"resume_from_checkpoint: {folder} holds no state of a training (trainer_state.json).")
 
@@ -103,7 +103,7 @@ def default_output(model: str) -> str:
 
 
 def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raises OutputError if a training must not write there. A folder that no training made is never overwritten."""
+    """Raises OutputError if a training must not write to `out`. A folder that was not made by a training is never overwritten."""
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other: one keeps what is there, the other discards it.")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
@@ -117,7 +117,7 @@ def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def clear_output(out: Path) -> None:
-    """Removes an earlier training; `check_output` has made sure that it is one."""
+    """Removes an earlier training; `check_output` verified that it is one."""
     if out.is_dir():
         shutil.rmtree(out)
 
@@ -165,7 +165,7 @@ def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> T
     from transformers.integrations import get_available_reporting_integrations
     from transformers.utils import is_liger_kernel_available
 
-    # Decay pulls to zero what a penalty holds where it is, and a penalty keeps weights from growing as decay does.
+    # Weight decay pulls weights to zero while a penalty holds them in place; a penalty also limits their growth, as decay does.
     held = {"weight_decay": 0.0} if recipe.regularizer.kind != "none" else {}
     settings = {
         **DEFAULTS,

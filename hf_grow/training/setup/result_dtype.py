@@ -1,4 +1,4 @@
-"""The dtype of a training's result, which need not be that of the training; and what a step in 16 bits cannot move.
+"""Dtype of the trained result, which may differ from the training dtype; and updates that are lost to rounding in 16 bits.
 
 Weights are trained in fp32: in bf16 neighbouring numbers are up to 1/128 apart, and a step of 1e-4 is lost in every weight above 0.03. The result
 is stored in the dtype of its source all the same; checkpoints to go on from are stored as they are trained.
@@ -40,7 +40,7 @@ def result_dtypes(checkpoint: Checkpoint, wanted: str, model: Module) -> dict[st
 
 
 def overflows_anywhere(trainer: BaseGrowTrainer, model: Module, dtypes: Mapping[str, torch.dtype]) -> bool:
-    """Whether a finite weight, on any process, is too large for its dtype. Every process must call."""
+    """Whether a finite weight, on any process, overflows its dtype. Collective: every process must call it."""
     with torch.no_grad():
         held = [(local(p.data), dtypes[n]) for n, p in parameters(model).items() if dtypes.get(n, p.dtype) == torch.float16]
         own = any(bool((torch.isfinite(w) & ~torch.isfinite(w.to(d))).any()) for w, d in held)
@@ -48,7 +48,7 @@ def overflows_anywhere(trainer: BaseGrowTrainer, model: Module, dtypes: Mapping[
 
 
 def round_weights(model: Module, dtypes: Mapping[str, torch.dtype]) -> bool:
-    """Rounds weights to what their dtype can hold, in place, so that they are measured as they are stored. Returns whether any had to be."""
+    """Rounds weights to their stored dtype, in place, so that the evaluation measures the stored model. Returns whether any changed."""
     changed = False
     with torch.no_grad():
         for name, p in parameters(model).items():
@@ -68,7 +68,7 @@ def main_dtype(folder: Path) -> str:
 
 
 def lost_steps(model: Module, rate: float) -> str | None:
-    """What a step of the size of the learning rate cannot move, in words; None where everything that trains has more than 16 bits."""
+    """A warning about updates that a step of the size of the learning rate loses to rounding; None if all trained parameters have more than 16 bits."""
     lost = whole = total = 0
     example, dtype = "", None
     with torch.no_grad():

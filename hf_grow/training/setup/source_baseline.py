@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def measure_source(
     setup: TrainSetup, data: TrainData, events: EventLog, notify: Notify, *, resumed: bool
 ) -> tuple[dict[str, float], SourceKL | None]:
-    """Loads the source of the growth for a moment, where its losses on the named sets or its distribution are needed; returns both.
+    """Loads the source model temporarily if its losses on the named sets or its distribution are needed; returns both.
 
     ``resumed``: the losses are in the checkpoint. Raises InputError where the options name the source and it cannot be loaded.
     """
@@ -64,7 +64,7 @@ def measure_source(
 
 
 def _check_source(setup: TrainSetup, ref: str, revision: str | None) -> None:
-    """Raises SourceError where the checkpoint at `ref` is not the one that was grown, as far as headers and sizes tell."""
+    """Raises SourceError if the checkpoint at `ref` is not the source of the growth, judging by headers and file sizes."""
     assert setup.plan is not None
     if current_launch().deepspeed:
         raise SourceError("DeepSpeed shards every model that is loaded.")

@@ -1,4 +1,4 @@
-"""Where in its text a training stands: saved with every checkpoint, found again by a resumed run, moved on by a rollback.
+"""Data position of a training: saved in every checkpoint, restored by a resumed run, advanced past skipped batches by a rollback.
 
 Rows are trained on in their order, so a place is a number of rows. Trainer finds it by counting steps; a row more is passed over by turning the
 order of the rows (`_shift`). A stream says itself where it stands: its state travels beside the rows, out of the loader's worker and past all that is
@@ -27,7 +27,7 @@ _STATE = "stream_state"
 
 
 class StateCollator:
-    """A collator that adds where the stream stood after the last row of the batch."""
+    """A collator that adds the stream state after the last row of the batch."""
 
     def __init__(self, collate: Any) -> None:
         self.collate = collate
@@ -37,7 +37,7 @@ class StateCollator:
 
 
 class StateDataLoader(DataLoader[Any]):
-    """A loader that takes the state out of each batch again, before anything is sent anywhere."""
+    """A loader that removes the stream state from each batch before it is moved to a device."""
 
     note: Callable[[str], None]
 
@@ -48,7 +48,7 @@ class StateDataLoader(DataLoader[Any]):
 
 
 class DataPositionTrainer(Trainer):  # type: ignore[misc]
-    """Trainer that goes on in its text where a checkpoint stands, and reads nothing twice."""
+    """Trainer that resumes its data at the position of a checkpoint, without reading skipped batches."""
 
     growth: GrowthSettings
     train_dataset: Any
@@ -67,11 +67,11 @@ class DataPositionTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def stream(self) -> Any:
-        """The training text, where it is streamed and says where it stands."""
+        """The training dataset, if it is a stream with a state; else None."""
         own = self.train_dataset
         return own if isinstance(own, IterableDataset) and hasattr(own, "load_state_dict") else None
 
-    # ---- the loader -------------------------------------------------------------------------------------------------------------------
+    # ---- data loader -------------------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
         if self.stream is None:
@@ -120,10 +120,10 @@ class DataPositionTrainer(Trainer):  # type: ignore[misc]
         super()._load_rng_state(checkpoint)
         self._random_from = checkpoint
 
-    # ---- the place --------------------------------------------------------------------------------------------------------------------
+    # ---- position --------------------------------------------------------------------------------------------------------------------
 
     def set_data_position(self, checkpoint: Path | None) -> None:
-        """Before a training begins, or goes on from a checkpoint. Raises SourceError for a place that cannot be read."""
+        """Sets the position before a training starts or resumes. Raises SourceError for a position file that cannot be read."""
         self._shift = self._fetched = self._used = 0
         self._noted.clear()
         if checkpoint is None:
@@ -146,7 +146,7 @@ class DataPositionTrainer(Trainer):  # type: ignore[misc]
             ) from None
 
     def save_data_position(self, checkpoint: Path) -> None:
-        """Where the text goes on after the last batch that was trained on; called by all processes."""
+        """The position after the last trained batch; called by all processes."""
         place: dict[str, Any] = {"rows": self._shift + self._rows(int(self.state.global_step))}
         if self.stream is not None:
             state = next((s for n, s in self._noted if n == self._used), None)
@@ -161,7 +161,7 @@ class DataPositionTrainer(Trainer):  # type: ignore[misc]
             write_json(checkpoint / DATA_STATE, place)
 
     def _rows(self, step: int) -> int:
-        """Rows of whole epochs and of the one begun, after so many steps without a rollback."""
+        """Rows of complete epochs and of the current one, after a number of steps without a rollback."""
         batch = int(self.args.train_batch_size) * (1 if self._split else int(self.args.world_size))
         pieces = int(self.args.gradient_accumulation_steps)
         if not hasattr(self.train_dataset, "__len__"):

@@ -1,4 +1,4 @@
-"""Watching a run after a growth: spikes of loss and gradient norm, the shock of the growth itself, and what to do about them.
+"""Training monitor after a growth: spikes of loss and gradient norm, the loss jump of the growth, and the reactions to them.
 
 A signal is compared with its own recent past by a robust z-score, (x - expected) / (1.4826 MAD): medians, which one earlier spike does not move,
 around the resistant line through the medians of both halves of the past, because a loss that falls fast has no other spread. Plain numbers only: the trainer feeds it one step after another and carries out what it asks for, and its state goes into every checkpoint.
@@ -16,12 +16,12 @@ from typing import Any
 from hf_grow.training.config.monitor_options import Action, MonitorOptions
 
 FLOOR = 0.01
-"""Deviations below this share of the median count as this: a very even run must not see a spike in every wobble."""
+"""Lower bound of the deviation, as a share of the median: a very steady run must not report every fluctuation as a spike."""
 
 
 @dataclass
 class Finding:
-    """An event for the log: its kind and keys."""
+    """An event for the log: its name and keys."""
 
     event: str
     facts: dict[str, Any]
@@ -29,32 +29,32 @@ class Finding:
 
 @dataclass
 class Monitor:
-    """State of the watch; `before` is the training loss before the growth, where one is known."""
+    """State of the monitor. `before`: training loss before the growth, if known."""
 
     options: MonitorOptions
     before: float | None = None
     losses: deque[float] = field(init=False)
     norms: deque[float] = field(init=False)
     lr_factor: float = 1.0
-    """Of lower_lr, for good."""
+    """Factor of lower_lr reactions; permanent."""
     dip: float = 1.0
-    """Of the last rollback, at its step."""
+    """Factor of the last rollback, at its step."""
     dipped_at: int = 0
-    """Steps since the growth at the checkpoint that it went back to."""
+    """Steps since the growth at the checkpoint of the last rollback."""
     extra_warmup: int = 0
     warmup_from: int = 0
-    """Step since the growth at which the warm-up of new parameters (last) began."""
+    """Step since the growth at which the last warm-up of new parameters began."""
     reactions: int = 0
     shocked: bool = False
     recovered: bool = False
     quiet_until: int = 0
-    """After an instability the past is no measure for a while."""
+    """Steps before spikes are detected again after an instability: the window is not representative."""
 
     def __post_init__(self) -> None:
         self.losses, self.norms = deque(maxlen=self.options.window), deque(maxlen=self.options.window)
 
     def step(self, since: int, loss: float, norm: float | None) -> list[Finding]:
-        """Takes in step number `since` the growth (from 0); what there is to tell. An `instability` asks for a reaction."""
+        """Records step number `since` the growth (from 0) and returns the events to log. An `instability` requires a reaction."""
         found = self._growth(since, loss)
         unstable = self._unstable(since, loss, norm)
         if unstable is None:
@@ -101,13 +101,13 @@ class Monitor:
         return None
 
     def rate(self, since: int) -> float:
-        """What learning rates are multiplied by in the step after so many since the growth."""
+        """The learning-rate factor of step number `since` the growth."""
         steps = self.options.restore_steps
         done = min(max(since - self.dipped_at, 0) / steps, 1.0) if steps else 0.0
         return self.lr_factor * (self.dip + (1 - self.dip) * done)
 
     def react(self, since: int, checkpoint: str | None, back: int = 0) -> Finding:
-        """What to do about an instability in step number `since` the growth (from 0); the caller carries out a rollback, by `back` steps.
+        """Chooses the reaction to an instability in step number `since` the growth (from 0); the caller performs a rollback, by `back` steps.
 
         Without a checkpoint a rollback becomes lower_lr.
         """
@@ -131,14 +131,14 @@ class Monitor:
         return Finding("reaction", {"action": action, "lr_factor": factor, "extra_warmup": self.extra_warmup, **place})
 
     def state(self) -> dict[str, Any]:
-        """As JSON, for a checkpoint. Floats keep every digit."""
+        """The state as JSON, for a checkpoint. Floats are exact."""
         return {
             "before": self.before, "losses": list(self.losses), "norms": list(self.norms), "shocked": self.shocked, "recovered": self.recovered,
             "quiet_until": self.quiet_until, **self.reacted(),
         }  # fmt: skip
 
     def reacted(self) -> dict[str, Any]:
-        """What a rollback must not undo."""
+        """The part of the state that a rollback must keep."""
         return {k: getattr(self, k) for k in ("lr_factor", "dip", "dipped_at", "extra_warmup", "warmup_from", "reactions")}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -172,7 +172,7 @@ def robust_z(value: float, past: Sequence[float] | deque[float]) -> float:
 
 
 def detrended(values: Sequence[float]) -> list[float]:
-    """Values less the straight line through them (least squares)."""
+    """Values minus their least-squares line."""
     n = len(values)
     centre, mean = (n - 1) / 2, fmean(values)
     slope = sum((i - centre) * v for i, v in enumerate(values)) / max(sum((i - centre) ** 2 for i in range(n)), 1e-12)

@@ -1,4 +1,4 @@
-"""What people see of a training: a bar on a terminal, one line per log elsewhere. Loss, tokens per second, FLOPs spent, forgetting so far."""
+"""Progress of a training: a bar on a terminal, one line per log elsewhere, with loss, tokens per second, FLOPs and forgetting."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def _pairs(facts: dict[str, str]) -> str:
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """Shows what the trainer tells; `tokens_a_step` over all processes, `show` prints a line where there is no terminal."""
+    """Shows progress. `tokens_a_step`: over all processes; `show`: prints a line where there is no terminal."""
 
     def __init__(self, tokens_a_step: int, show: Callable[[str], None]) -> None:
         self.tokens_a_step, self.show = tokens_a_step, show
         self.facts: dict[str, str] = {}
         self.measured: dict[str, str] = {}
-        """What the last evaluation found, at step `self.measured_at`."""
+        """Results of the last evaluation, at step `self.measured_at`."""
         self.measured_at = 0
         self.trained, self.mark, self.first = 0.0, time.perf_counter(), 0
-        """Seconds of training, since when more count, and the step that they began at."""
+        """Seconds of training so far, when the current stretch began, and the step at which timing began."""
         self.bar: Any = None
         self.task: Any = None
         self.evaluation: Any = None
         self.batches, self.told, self.ended = 0, time.monotonic(), False
 
     def _begin(self, state: Any) -> None:
-        """Draws the bar, if there is a terminal: at the first step, or at an evaluation before it."""
+        """Starts the bar, if there is a terminal: at the first step, or at an evaluation before it."""
         if self.bar is None and sys.stderr.isatty() and state.is_world_process_zero:
             from rich.console import Console
             from rich.progress import MofNCompleteColumn
@@ -56,7 +56,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._begin(state)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
-        """A batch of an evaluation; large sets take minutes, the first of them before any training."""
+        """Shows the batch of an evaluation: large sets take minutes, and the first evaluation comes before any training."""
         if not state.is_world_process_zero:
             return
         self._begin(state)
@@ -98,7 +98,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self._draw(state)
 
     def show_evaluation(self, state: Any, metrics: Mapping[str, float]) -> None:
-        """After all named sets; called by the trainer, because callbacks hear of one set at a time."""
+        """Shows the results of all named sets; called by the trainer, because callbacks get one set at a time."""
         found = {k.removeprefix("eval_").removesuffix("_loss"): f"{v:.4g}" for k, v in metrics.items() if k.endswith("_loss")}
         if "eval_forgetting" in metrics:
             found["forgetting"] = f"{metrics['eval_forgetting']:+.4f}"
@@ -116,7 +116,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         return f"step {state.global_step}/{state.max_steps}  {_pairs(facts)}"
 
     def _draw(self, state: Any) -> None:
-        """The bar has what the last evaluation found too: on the way to the next one, with its step."""
+        """Updates the bar, with the results and the step of the last evaluation."""
         old = f"at step {self.measured_at}: " if self.measured and self.measured_at != state.global_step else ""
         self.bar.update(self.task, details="  ".join(filter(None, [_pairs(self.facts), old + _pairs(self.measured)])))
 
