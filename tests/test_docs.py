@@ -77,6 +77,16 @@ def test_python_compiles_and_uses_public_names(page: Path) -> None:
     for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         compile(code, str(page), "exec")
         assert set(re.findall(r"\bhf_grow\.(\w+)", code)) <= {*hf_grow.__all__, "training"}  # its modules are public too
+        for line in ast.walk(ast.parse(code)):
+            if isinstance(line, ast.ImportFrom) and str(line.module).startswith("hf_grow"):
+                exec(compile(ast.Module([line], []), str(page), "exec"), {})
+
+
+@each_page
+def test_files_that_are_named_exist(page: Path) -> None:
+    if page.name not in ("LOG.md", "CHANGELOG.md"):  # history
+        named = re.findall(r"`((?:hf_grow|tests|benchmarks)/[\w/]+\.(?:py|yaml|md))", page.read_text())
+        assert not [name for name in named if not (ROOT / name).exists()]
 
 
 def test_architecture_md_names_files_where_they_lie() -> None:
