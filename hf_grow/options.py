@@ -149,11 +149,11 @@ def unmet_requirements(*options: BaseModel) -> list[str]:
                 other, value = rule.other, values[rule.other]
                 if isinstance(rule, Excludes):
                     if value is not None and value is not False:
-                        errors.append(f"{label}: cannot be combined with {other}. Leave one of them out.")
+                        errors.append(f"{label}: cannot be combined with {other}. Remove one of them.")
                 elif rule.values and value not in rule.values:
                     errors.append(f"{label}: requires {other} {' or '.join(map(str, rule.values))}, not {value}.")
                 elif not rule.values and not value:
-                    errors.append(f"{label}: requires {other}. Add {other}, or leave {label} out.")
+                    errors.append(f"{label}: requires {other}. Add {other}, or remove {label}.")
             errors += [f"{label}.{line}" for line in _unmet_nested(values[name])]
     return errors
 

@@ -116,7 +116,7 @@ def verify(
     idle = [k for k, v in {"text": text is not None, "tokens": tokens != 2048, "dtype": dtype != "auto"}.items() if structure_only and v]
     if idle:
         raise InputError(
-            f"verify: {', '.join(idle)} would do nothing beside structure_only, which compares no outputs.", hint="Leave one out."
+            f"verify: {', '.join(idle)} would do nothing beside structure_only, which compares no outputs.", hint="Remove one."
         )
     parsed = parse(TaskOptions, {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}, where="verify", strict=False)
     grown = open_folder(Path(new))

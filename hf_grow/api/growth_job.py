@@ -114,14 +114,14 @@ class GrowthJob:
 
     def _check_stream(self) -> None:
         if self._is_local:
-            raise InputError("The source is a local folder, so --stream-source has nothing to fetch.", hint="Leave it out.")
+            raise InputError("The source is a local folder, so --stream-source has nothing to fetch.", hint="Remove it.")
         if self.cache is None:
             self.notify("The source is already in the cache; --stream-source has nothing to fetch.")
         elif self.plan.growth.measurements:
             what = " and ".join(wanted.kind for wanted in self.plan.growth.measurements)
             raise InputError(
                 f"--stream-source does not work with {what} that are measured on the source's weights.",
-                hint="Leave --stream-source out, or use --router normal.",
+                hint="Remove --stream-source, or use --router normal.",
             )
 
     def check_room(self) -> None:

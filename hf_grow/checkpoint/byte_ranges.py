@@ -90,7 +90,7 @@ def _check_same(
     if response.status_code != 206:
         raise SourceError(
             f"{hub_url()} does not support byte ranges: it sends all of {file}.",
-            hint="Leave --stream-source out: the whole model is then downloaded first.",
+            hint="Remove --stream-source: the whole model is then downloaded first.",
         )
     answers = [*response.history, response]
     named = {r.headers["X-Linked-Etag"].strip('"') for r in answers if "X-Linked-Etag" in r.headers}

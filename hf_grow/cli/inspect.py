@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     facts = _facts(checkpoint, tree, layers)
     if arguments.picture:
         if plan is None or layers is None:
-            raise InputError(f"{checkpoint.ref} was not grown by hf-grow: it has no layer map.", hint="Leave --picture out.")
+            raise InputError(f"{checkpoint.ref} was not grown by hf-grow: it has no layer map.", hint="Remove --picture.")
         save_picture(layers, public_ref(plan.source.ref, plan.source.revision), _name(checkpoint), arguments.picture)
         render.note(f"wrote {arguments.picture}")
     if arguments.json:

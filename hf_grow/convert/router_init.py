@@ -55,7 +55,7 @@ def router_rows(
     arch = checkpoint.info.architecture
     if kind == "cheap-embed" and pooling != "mean":
         raise InputError(
-            f"cheap-embed takes the mean of a prompt's embeddings; pooling {pooling} is for prompts.", hint="Leave --prompt-pooling out."
+            f"cheap-embed takes the mean of a prompt's embeddings; pooling {pooling} is for prompts.", hint="Remove --prompt-pooling."
         )
     if kind == "prompts" and arch.is_moe:
         raise PlanError(

@@ -33,7 +33,7 @@ def reject_ineffective_options(method: Method, arch: Architecture, options: Opti
         raise PlanError(
             f"{names} {'have' if len(ineffective) > 1 else 'has'} no effect here: {method.name} of this source with the other options gives the same model whatever "
             f"{'their values' if len(ineffective) > 1 else 'its value'}.",
-            hint="Leave it out." if len(ineffective) == 1 else "Leave them out.",
+            hint="Remove it." if len(ineffective) == 1 else "Remove them.",
         )
 
 

@@ -148,7 +148,7 @@ def _check_options(options: CardOptions, name: str) -> None:
     if options.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", options.license):
         raise InputError(f"{options.license!r} is not a licence identifier.", hint="Use one of the Hub's, such as apache-2.0 or llama3.1.")
     if options.license == "other":
-        raise InputError("--license other names no licence.", hint="Leave it out, and name the licence in the card by hand.")
+        raise InputError("--license other names no licence.", hint="Remove it, and name the licence in the card by hand.")
     if options.base_model is not None and not is_hub_id(options.base_model):
         raise InputError(f"{options.base_model!r} is not a Hub id.", hint="A Hub id reads OWNER/NAME.")
     if options.name is not None and not is_hub_id(name if "/" in name else f"owner/{name}"):

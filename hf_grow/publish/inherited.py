@@ -40,7 +40,7 @@ def inherit(plan: GrowthPlan, *, license: str | None, base_model: str | None, of
     Raises InputError for a `base_model` that contradicts growth.json.
     """
     if base_model and plan.source.revision and base_model != plan.source.ref:
-        raise InputError(f"growth.json says that the source is {plan.source.ref}, not {base_model}.", hint="Leave --base-model out.")
+        raise InputError(f"growth.json says that the source is {plan.source.ref}, not {base_model}.", hint="Remove --base-model.")
     cards = [_card(plan.source, base_model, offline), *(_card(o, None, offline) for o in plan.source.donors.values())]
     bases = [_base(plan.source, cards[0], base_model)] + [
         _base(o, c, None) for o, c in zip(plan.source.donors.values(), cards[1:], strict=True)

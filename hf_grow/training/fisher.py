@@ -69,7 +69,7 @@ def write_fisher(
     trials = plan_trials(files, options, out, notify) if files.calibrate is not None else None
     if trials is not None and files.recipe is not None:
         if "seq_length" in options.model_fields_set:
-            raise InputError("--seq-length: the recipe sets it (data.seq_length).", hint="Leave one of the two out.")
+            raise InputError("--seq-length: the recipe sets it (data.seq_length).", hint="Remove one of them.")
         options = options.model_copy(update={"seq_length": trials.seq_length})
     checkpoint = open_source(source, revision=revision, weights=not files.dry_run, notify=notify)
     check_source(checkpoint.info)
@@ -79,8 +79,8 @@ def write_fisher(
         method = lossy_method(GrowthPlan.from_json(checkpoint.growth), checkpoint.growth)
         if method is not None:
             notify(
-                f"{checkpoint.ref} was grown by {method}, which changes the function, and was not trained since: a penalty with this "
-                f"Fisher holds the damage. {RECOVER}"
+                f"{checkpoint.ref} was grown by {method}, which changes the function, and was not trained further: a penalty with this "
+                f"Fisher would keep the weights near damaged ones. {RECOVER}"
             )
     check_disk_space(out, _file_bytes(checkpoint, options))
     if files.dry_run:

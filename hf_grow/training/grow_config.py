@@ -77,7 +77,7 @@ class GrowConfig(TrainingArguments):  # type: ignore[misc]
     def train_options(self, regularizer: PenaltyOptions | None = None) -> TrainOptions:
         """The settings, checked. Raises InputError that lists every mistake."""
         if self.new_lr is not None and isinstance(self.warmup, Mapping) and "lr" in self.warmup:
-            raise InputError("GrowConfig: new_lr and warmup['lr'] are the same setting.", hint="Leave one of them out.")
+            raise InputError("GrowConfig: new_lr and warmup['lr'] are the same setting.", hint="Remove one of them.")
         options, errors = validate(TrainOptions, self.settings(), strict=False)
         errors += unmet_requirements(options) if options else []
         if self.seq_length < 2:

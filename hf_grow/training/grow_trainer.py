@@ -106,7 +106,7 @@ def _check(
         raise InputError(f"regularizer is {type(regularizer).__name__}.", hint="Pass EWC(...), OnlineEWC(...), SI(...) or L2SP(...).")
     if isinstance(model, str | Path):
         if plan is not None:
-            raise InputError("plan belongs to a model in memory; that of a folder is its growth.json.", hint="Leave plan out.")
+            raise InputError("plan belongs to a model in memory; that of a folder is its growth.json.", hint="Remove plan.")
         checkpoint = open_source(str(model), weights=False, notify=notify)
         plan = plan_of(checkpoint)
     elif isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):

@@ -186,7 +186,7 @@ def test_what_is_here_already(served: HubServer, folder: Path, tmp_path: Path, c
     assert not [r for r in served.log if r.path.startswith("/cdn/") and r.sent > 10_000]
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     for more in ([], ["--dry-run"]):
-        assert "Leave it out" in refused(capsys, "dus", folder, "--stream-source", "-o", tmp_path / "c", *more, status=2)
+        assert "Remove it" in refused(capsys, "dus", folder, "--stream-source", "-o", tmp_path / "c", *more, status=2)
     assert not (tmp_path / "c").exists()
 
 
@@ -265,7 +265,7 @@ def test_an_interrupted_process_goes_on(served: HubServer, tmp_path: Path, how: 
 
 def test_a_server_that_knows_no_ranges(served: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     served.faults[:] = [Fault("/cdn/", ignore_range=True)]
-    assert "Leave --stream-source out" in refused(capsys, *words("seam", tmp_path / "out", "--stream-source"), status=2)
+    assert "Remove --stream-source" in refused(capsys, *words("seam", tmp_path / "out", "--stream-source"), status=2)
 
 
 def test_a_file_that_is_another_one_meanwhile(

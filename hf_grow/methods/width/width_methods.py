@@ -141,7 +141,7 @@ def _check_rope(arch: Architecture) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise PlanError(
-            f"head_dim cannot grow exactly under {kind} rotary scaling.", hint="Leave out --head-dim and grow the number of heads."
+            f"head_dim cannot grow exactly under {kind} rotary scaling.", hint="Remove --head-dim and grow the number of heads."
         )
 
 

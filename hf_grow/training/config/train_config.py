@@ -94,7 +94,7 @@ def _in_range(low: float, below: float = math.inf, *, open: bool = False) -> Aft
 
 def _valid_max_steps(value: int) -> int:
     if value < 1 and value != -1:
-        raise ValueError(f"{value} is not a number of steps. Leave it out (or -1) to train for num_train_epochs.")
+        raise ValueError(f"{value} is not a number of steps. Remove it (or -1) to train for num_train_epochs.")
     return value
 
 

@@ -74,9 +74,9 @@ def contradictions(options: TrainOptions, arguments: Mapping[str, Any], eval_set
     if options.warmup.zero_init and options.regularizer.fisher:
         found.append("warmup.zero_init: changes the weights that the Fisher was estimated at; grow with method identity instead.")
     if options.distill and arguments.get("use_liger_kernel"):
-        found.append("distill: needs the logits, and use_liger_kernel computes the loss without them. Leave one of the two out.")
+        found.append("distill: needs the logits, and use_liger_kernel computes the loss without them. Remove one of them.")
     if options.dtype == "float16" and arguments.get("fp16"):
-        found.append("dtype: float16 does not work with fp16, which keeps the weights in float32. Leave dtype out.")
+        found.append("dtype: float16 does not work with fp16, which keeps the weights in float32. Remove dtype.")
     if "old_set" in options.model_fields_set and options.old_set not in eval_sets:
         found.append(f"old_set: there is no evaluation set {options.old_set!r}.")
     if options.kl_rows and options.old_set not in eval_sets:
@@ -84,5 +84,5 @@ def contradictions(options: TrainOptions, arguments: Mapping[str, Any], eval_set
     if options.lora and options.regularizer.kind != "none":
         found.append("regularizer: has no effect with `lora`, which does not change old weights.")
     if options.lora and (options.train != ["everything"] or options.freeze or options.phases):
-        found.append("lora: determines what trains; leave out train, freeze and phases.")
+        found.append("lora: determines what trains; remove train, freeze and phases.")
     return found

@@ -45,7 +45,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, new: Mapping[str, Mas
     ]
     if not targets:
         named = "" if wanted is None else f" named {', '.join(wanted)}"
-        raise InputError(f"This model has no old linear layer{named} for LoRA.", hint="Leave `lora` out.")
+        raise InputError(f"This model has no old linear layer{named} for LoRA.", hint="Remove `lora`.")
     config = LoraConfig(
         r=options.r, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules="|".join(map(re.escape, targets)),
         bias="none", task_type="CAUSAL_LM",

@@ -142,7 +142,7 @@ def _source_coordinate_penalty(
     options: PenaltyOptions, model: PreTrainedModel, plan: GrowthPlan | None, rows: Mapping[str, ParameterRows], fisher: ImportanceFile
 ) -> Penalty:
     if plan is None:
-        raise InputError("collapsed needs growth.json, which the model does not have.", hint="Leave collapsed out.")
+        raise InputError("collapsed needs growth.json, which the model does not have.", hint="Remove collapsed.")
     params = parameters(model)
     weights = {n: r.of(full_tensor(params[r.parameter].detach())) for n, r in rows.items()}
     penalty = SourceCoordinatePenalty(options.lambda_, plan, weights, rows, fisher, storage=STORAGE_DTYPES[options.storage])

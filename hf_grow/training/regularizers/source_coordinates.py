@@ -22,7 +22,7 @@ from hf_grow.training.param_updates.parameter_map import ParameterRows, paramete
 from hf_grow.training.regularizers.importance_file import ImportanceFile
 from hf_grow.training.regularizers.penalty import AnchoredPenalty, at_least_fp32
 
-_MAP_INSTEAD = "map the Fisher instead (hf-grow fisher GROWN --from-growth SOURCE_FISHER -o FILE), and leave collapsed out."
+_MAP_INSTEAD = "map the Fisher instead (hf-grow fisher GROWN --from-growth SOURCE_FISHER -o FILE), and remove collapsed."
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Checks of options against the processes that train."""
+"""Checks of options against the distributed launch."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ if TYPE_CHECKING:
 
 
 def launch_mistakes(launch: Launch, options: TrainOptions, arguments: TrainingArguments, *, resume: bool) -> list[str]:
-    """What the options ask for that these processes cannot do, one line each."""
-    found = []
+    """One line per option that does not work with these processes."""
+    errors = []
     if (started := current_launch().processes) > 1 and arguments.world_size == 1:
-        found.append(
-            f"launch: {started} processes were started, but this machine has no GPU: each would train by itself. Add use_cpu: true."
+        errors.append(
+            f"launch: {started} processes were started, but this machine has no GPU: each would train on its own. Add use_cpu: true."
         )
     if launch == current_launch() and launch.processes == 1 and arguments.n_gpu > 1:
         count = arguments.n_gpu
-        found.append(
-            f"launch: {count} GPUs and one process: Trainer would copy the model to all of them (DataParallel) and train on other batches than the "
-            f"recipe says. Use all by `accelerate launch --multi_gpu --num_processes {count} -m hf_grow train RECIPE`, or one by CUDA_VISIBLE_DEVICES=0."
+        errors.append(
+            f"launch: {count} GPUs and one process: Trainer would copy the model to all of them (DataParallel) and change the "
+            f"batch size. Use all with `accelerate launch --multi_gpu --num_processes {count} -m hf_grow train RECIPE`, or one with CUDA_VISIBLE_DEVICES=0."
         )
     if launch.sharing == "fsdp1":
-        found.append("launch: FSDP1 makes flat vectors of all parameters, in which nothing can be told apart. Set fsdp_version: 2.")
+        errors.append("launch: FSDP1 flattens the parameters, so single parameters cannot be frozen or scaled. Set fsdp_version: 2.")
     if launch.sharing == "fsdp2" and not launch.full_state_dict:
-        found.append(
-            "launch: the model would be saved in pieces that from_pretrained cannot read. Set fsdp_state_dict_type: FULL_STATE_DICT."
+        errors.append(
+            "launch: the model would be saved in shards that from_pretrained cannot read. Set fsdp_state_dict_type: FULL_STATE_DICT."
         )
     if launch.sharing == "fsdp2" and launch.cpu_ram_efficient_loading:
-        found.append("launch: every process needs the weights that training starts from. Set fsdp_cpu_ram_efficient_loading: false.")
+        errors.append("launch: every process needs the initial weights. Set fsdp_cpu_ram_efficient_loading: false.")
     if launch.sharing in ("fsdp2", "zero3") and options.regularizer.collapsed:
-        found.append(
-            f"regularizer.collapsed: needs whole matrices; {launch} cuts them. Map the Fisher instead (hf-grow fisher --from-growth)."
+        errors.append(
+            f"regularizer.collapsed: needs whole matrices, and {launch} shards them. Map the Fisher instead (hf-grow fisher --from-growth)."
         )
     if launch.sharing == "fsdp2" and options.lora is not None:
-        found.append("lora: adapters are not saved whole under FSDP2. They need little memory: use DDP.")
+        errors.append("lora: adapters are not saved completely under FSDP2. Use DDP: they need little memory.")
     if launch.deepspeed:
-        found += [
-            f"{key}: does not work under {launch}, which keeps gradients and steps to itself. Use FSDP2 or DDP."
+        errors += [
+            f"{key}: does not work under {launch}, which gives no access to gradients and to the optimizer step. Use FSDP2 or DDP."
             for key in _keys_inside_a_step(options)
         ]
         if resume:
-            found.append("--resume: DeepSpeed's checkpoints are pickles, which hf-grow does not load. Use FSDP2 or DDP.")
-    return found
+            errors.append("--resume: DeepSpeed's checkpoints are pickles, which hf-grow does not load. Use FSDP2 or DDP.")
+    return errors
 
 
 def _keys_inside_a_step(options: TrainOptions) -> list[str]:
-    """Keys that act on gradients, on single rows, or around the optimizer's step."""
-    acts = {
+    """The keys in use that act on gradients, on single rows, or around the optimizer step."""
+    in_use = {
         "regularizer": options.regularizer.kind != "none",
         "warmup.lr": options.warmup.lr != 1.0,
         "warmup.steps": options.warmup.steps > 0,
@@ -61,4 +61,4 @@ def _keys_inside_a_step(options: TrainOptions) -> list[str]:
         "monitor.on_instability": options.monitor.on_instability != "none",
         "lora": options.lora is not None,
     }
-    return [key for key, asked in acts.items() if asked]
+    return [key for key, used in in_use.items() if used]

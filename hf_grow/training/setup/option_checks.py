@@ -54,7 +54,7 @@ def _check_regularizer(options: TrainOptions, checkpoint: Checkpoint, plan: Grow
     if penalty.kind == "none":
         return
     if (penalty.collapsed or penalty.over == "inherited") and plan is None:
-        errors.append(f"regularizer: needs to know what is new, and {checkpoint.ref} has no growth.json. Leave collapsed and over out.")
+        errors.append(f"regularizer: needs to know what is new, and {checkpoint.ref} has no growth.json. Remove collapsed and over.")
         return
     if not checkpoint.tensors:  # a model in memory: `make_penalty` compares
         return

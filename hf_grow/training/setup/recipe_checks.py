@@ -1,6 +1,6 @@
 """Checks of a recipe beyond its keys, before anything is loaded or written: files, tokenizer, Fisher, teachers, output.
 
-Everything is checked even where something else is wrong already, and reported in one message.
+All mistakes are reported in one message.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def check_recipe(
 ) -> TrainSetup:
     """Raises InputError that lists every mistake, one line each.
 
-    ``started``: the processes; by default those that the launcher tells of. ``texts``: whether the texts must be there.
+    ``started``: the processes; default: those of the launcher. ``texts``: whether the text files are checked.
     """
     errors = list(read.mistakes)
     started = started or launch.current_launch()
@@ -94,7 +94,7 @@ def _positions(recipe: TrainRecipe, checkpoint: Checkpoint, errors: list[str]) -
 def _resumable(folder: Any, errors: list[str]) -> None:
     """Checks the Trainer checkpoint (grown or not) that this run resumes from."""
     if isinstance(folder, str) and not (Path(folder) / "trainer_state.json").is_file():
-        errors.append(f"resume_from_checkpoint: {folder} holds no state of a training (trainer_state.json).")
+        errors.append(f"resume_from_checkpoint: {folder} is not a Trainer checkpoint (it has no trainer_state.json).")
 
 
 def default_output(model: str) -> str:
@@ -105,15 +105,20 @@ def default_output(model: str) -> str:
 def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
     """Raises OutputError if a training must not write to `out`. A folder that was not made by a training is never overwritten."""
     if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other: one keeps what is there, the other discards it.")
+        raise InputError(
+            "--resume and --overwrite cannot be combined: one continues the training in the output folder, the other deletes it."
+        )
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise OutputError(f"{out} exists and is no folder.", hint="Choose another place with -o.")
+        raise OutputError(f"{out} exists and is not a folder.", hint="Choose another folder with -o.")
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not (out / EVENTS_FILE).is_file():
-        raise OutputError(f"{out} exists, is not empty, and holds no training.", hint="Choose another place with -o.")
+        raise OutputError(f"{out} exists, is not empty, and was not written by hf-grow train.", hint="Choose another folder with -o.")
     if not (resume or overwrite):
-        raise OutputError(f"{out} holds a training.", hint="Go on with it by --resume, replace it with --overwrite, or choose another -o.")
+        raise OutputError(
+            f"{out} contains an earlier training.",
+            hint="Continue it with --resume, replace it with --overwrite, or choose another folder with -o.",
+        )
 
 
 def clear_output(out: Path) -> None:
@@ -141,11 +146,11 @@ def _tokenizer(recipe: TrainRecipe, checkpoint: Checkpoint, errors: list[str]) -
         return None
     if len(tokenizer) > vocabulary:
         errors.append(
-            f"tokenizer: knows {len(tokenizer)} tokens, but the model's vocabulary has {vocabulary}. They do not belong together; "
-            "or resize the embeddings first (model.resize_token_embeddings)."
+            f"tokenizer: has {len(tokenizer)} tokens, but the model's vocabulary has {vocabulary}. "
+            "Use the model's own tokenizer, or resize the embeddings first (model.resize_token_embeddings)."
         )
     if own is not None and own is not tokenizer and own.get_vocab() != tokenizer.get_vocab():
-        errors.append(f"tokenizer: {recipe.tokenizer} gives tokens other numbers than the tokenizer of {recipe.model} does.")
+        errors.append(f"tokenizer: {recipe.tokenizer} has other token ids than the tokenizer of {recipe.model}.")
     return tokenizer
 
 
@@ -160,7 +165,7 @@ def _data(recipe: TrainRecipe, errors: list[str], notify: Notify) -> None:
 
 
 def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> TrainingArguments:
-    """TrainingArguments of a recipe. Raises InputError for what transformers refuses."""
+    """TrainingArguments of a recipe. Raises InputError for values that transformers rejects."""
     from transformers import Trainer, TrainingArguments
     from transformers.integrations import get_available_reporting_integrations
     from transformers.utils import is_liger_kernel_available
@@ -177,7 +182,7 @@ def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> T
     }
     settings.setdefault("prediction_loss_only", True)
     settings.setdefault("disable_tqdm", True)
-    settings.setdefault("ddp_find_unused_parameters", False)  # there are none: what is frozen needs no gradient
+    settings.setdefault("ddp_find_unused_parameters", False)  # there are none: frozen parameters have requires_grad=False
     if recipe.data.eval:
         settings.setdefault("eval_strategy", "steps")
         settings.setdefault("eval_on_start", True)
@@ -194,14 +199,18 @@ def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> T
         raise InputError(" ".join(str(error).split())) from None
     try:
         Trainer.get_optimizer_cls_and_kwargs(made)
-    except (ValueError, ImportError) as error:  # of a package that is not there; others ask for a model, which comes later
+    except (ValueError, ImportError) as error:  # only missing packages count; other errors ask for the model, which is loaded later
         if "install" in str(error):
             raise InputError(f"optim {settings.get('optim', 'default')}: {' '.join(str(error).split())}") from None
     if made.use_liger_kernel and not is_liger_kernel_available():
-        raise InputError("use_liger_kernel: liger-kernel is not installed.", hint="Run pip install liger-kernel, or leave it out.")
+        raise InputError(
+            "use_liger_kernel: liger-kernel is not installed.", hint="Run pip install liger-kernel, or remove use_liger_kernel."
+        )
     if "dataloader_pin_memory" not in given and made.device.type in ("cpu", "mps"):
-        made.dataloader_pin_memory = False  # torch cannot there, and would warn at every evaluation
+        made.dataloader_pin_memory = False  # unsupported there: torch would warn at every evaluation
     missing = sorted(set(made.report_to) - set(get_available_reporting_integrations()))
     if missing:
-        raise InputError(f"report_to names {', '.join(missing)}, which is not installed or not known.")
+        raise InputError(
+            f"report_to names {', '.join(missing)}, which is not installed or unknown.", hint="Install it, or set report_to: none."
+        )
     return made

@@ -86,5 +86,5 @@ def lost_steps(model: Module, rate: float) -> str | None:
     most = f", and nothing of {whole} tensors, such as {example}" if whole else ""
     return (
         f"The weights are trained in {str(dtype).removeprefix('torch.')}: a step of {rate:g} is lost to rounding in {lost / total:.0%} of them{most}. "
-        "Leave dtype out to train in float32; the result is stored as the source is."
+        "Remove dtype to train in float32; the result is stored in the dtype of the source."
     )

@@ -1,9 +1,7 @@
 """The source of the growth as a baseline: its losses on the named sets, and KL(source || model) on a few rows.
 
-Forgetting is measured against the source. After a lossless growth the model at its start is as good; after a growth that changed the function it
-has lost some already, so there the source is evaluated too. Where it cannot be loaded, that is reported and recorded.
-
-The source is in memory only while it is evaluated. For KL its log-probabilities on those rows are kept: rows * length * vocabulary * 4 bytes.
+After a lossless growth the grown model before training is the same baseline; after any other growth the source is loaded and evaluated. It is in
+memory only for that; for KL its log-probabilities on those rows are kept: rows * length * vocabulary * 4 bytes.
 """
 
 from __future__ import annotations
@@ -49,9 +47,7 @@ def measure_source(
     except GrowError as error:
         if wanted == "source" or options.kl_rows:
             raise
-        notify(
-            f"The source cannot be measured: {error.message} Forgetting is measured against the grown model at its start, after what the growth changed."
-        )
+        notify(f"The source cannot be evaluated: {error.message} The baseline of forgetting is the grown model before training.")
         return {}, None
     losses: dict[str, float] = {}
     if measured:
@@ -85,8 +81,8 @@ def mean_losses(model: PreTrainedModel, sets: Mapping[str, Any], collate: Any, b
         for start in range(0, len(rows), batch):
             inputs = collate([rows[i] for i in range(start, min(start + batch, len(rows)))])
             with torch.no_grad():
-                found = model(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False)
-            total += float(found.loss) * len(inputs["input_ids"])
+                output = model(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False)
+            total += float(output.loss) * len(inputs["input_ids"])
             count += len(inputs["input_ids"])
         out[name] = total / count
     return out
@@ -97,24 +93,24 @@ class SourceKL:
 
     def __init__(self, source: PreTrainedModel, rows: Sequence[Mapping[str, Any]], collate: Any) -> None:
         self.inputs = [collate([row])["input_ids"] for row in rows]
-        self.source_log_probs = [self._log_probabilities(source, ids).cpu() for ids in self.inputs]
+        self.source_log_probs = [self._log_probs(source, ids).cpu() for ids in self.inputs]
 
     @staticmethod
-    def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
+    def _log_probs(model: Any, ids: Tensor) -> Tensor:
         import torch
 
         with torch.no_grad():
-            found: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits.float().log_softmax(-1)
-        return found
+            log_probs: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits.float().log_softmax(-1)
+        return log_probs
 
     def __call__(self, model: Any) -> float:
-        was = model.training
+        was_training = model.training
         model.eval()
         total, count = 0.0, 0
         for ids, held in zip(self.inputs, self.source_log_probs, strict=True):
-            own = self._log_probabilities(model, ids)
+            own = self._log_probs(model, ids)
             source = held.to(own.device)
             total += float((source.exp() * (source - own)).sum())
             count += ids.numel()
-        model.train(was)
+        model.train(was_training)
         return total / count

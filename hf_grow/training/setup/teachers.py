@@ -1,4 +1,4 @@
-"""The teachers of a distillation: models in memory, or their logits written to disk beforehand."""
+"""Distillation teachers: models in memory, or their top-k logits cached on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_grow.training.setup.train_setup import Notify, TrainSetup
 
 
 def make_distiller(setup: TrainSetup, data: Any, notify: Notify) -> tuple[Distiller | None, float, list[dict[str, Any]]]:
-    """The teachers, the FLOPs per token that those in memory cost, and events about them."""
+    """Returns the distiller, the FLOPs per token of teachers in memory, and the facts of one event per teacher."""
     options = setup.options.distill
     if options is None:
         return None, 0.0, []
@@ -46,12 +46,15 @@ def _cache_folder(options: DistillOptions, out: Path, number: int) -> Path:
 def _logit_cache(setup: TrainSetup, options: DistillOptions, teacher: Teacher, data: Any, folder: Path, notify: Notify) -> Any:
     assert options.top_k is not None
     if not hasattr(data.train, "__len__"):
-        raise InputError("distill.top_k needs text that is not streamed: the teacher reads it beforehand.", hint="Leave top_k out.")
+        raise InputError(
+            "distill.top_k does not work with a streamed dataset: the teacher's logits are computed before the training.",
+            hint="Remove top_k.",
+        )
     ref, revision = resolve_teacher(teacher, setup.plan)
     held = open_source(ref, revision=revision, weights=False)
     identity = f"{ref}@{revision or ''} {sorted((f, str(sorted(facts.items()))) for f, facts in held.files.items())}"
     if not folder.is_dir():
-        notify(f"{ref} reads the training text; its {options.top_k} largest logits a position go to {folder}.")
+        notify(f"{ref} is run on the training text; its {options.top_k} largest logits per position are written to {folder}.")
     model = load_model(ref, revision, options.dtype, setup.options.attn_implementation, notify)
     model.to(setup.arguments.device)
     rows = Collated(data.train, data.collator)
@@ -60,7 +63,7 @@ def _logit_cache(setup: TrainSetup, options: DistillOptions, teacher: Teacher, d
 
 @dataclass(frozen=True)
 class Collated(Sequence[Mapping[str, Any]]):
-    """Rows as the trainer sees their input ids (a row that is not full is filled)."""
+    """Rows with the input ids that the trainer sees: padded by the collator."""
 
     rows: Any
     collate: Any

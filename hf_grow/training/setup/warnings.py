@@ -1,4 +1,4 @@
-"""Warnings about a training that is valid but likely not what was meant; given before anything is loaded."""
+"""Warnings about valid but probably unintended settings, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def _penalty_after_lossy_growth(setup: TrainSetup) -> str | None:
     if options.fisher and all("mapped_by" in open_importance(f).metadata for f in options.fisher):
         return None
     return (
-        f"{setup.checkpoint.ref} was grown by {method}, which changes the function, and was not trained since: "
-        f"the penalty holds the damage as it holds the rest. {RECOVER}"
+        f"{setup.checkpoint.ref} was grown by {method}, which changes the function, and was not trained further: "
+        f"the penalty would keep the weights near damaged ones. {RECOVER}"
     )
 
 
@@ -58,7 +58,7 @@ def _weight_decay_with_penalty(setup: TrainSetup) -> str | None:
     decay = float(setup.arguments.weight_decay or 0)
     if setup.options.regularizer.kind == "none" or not decay:
         return None
-    return f"weight_decay {decay:g} pulls to zero what the penalty holds where it is. Leave it out: beside a penalty its default is 0."
+    return f"weight_decay {decay:g} pulls weights to zero, and the penalty pulls them to their initial values. Remove weight_decay: with a penalty its default is 0."
 
 
 def instruct(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> bool:
@@ -79,8 +79,8 @@ def _instruct_without_replay(setup: TrainSetup) -> str | None:
     if _replays_conversations(setup.recipe.data.replay) or not instruct(setup.tokenizer, setup.checkpoint.folder):
         return None
     return (
-        f"{setup.recipe.model} is an instruct model, and training on plain text unlearns to chat. "
-        "Mix in conversations of its own (replay: {share: 0.25, self: {}}), or train the base model and fine-tune afterwards."
+        f"{setup.recipe.model} is an instruct model, and training on plain text makes it forget how to chat. "
+        "Mix in its own conversations (replay: {share: 0.25, self: {}}), or train the base model and fine-tune afterwards."
     )
 
 

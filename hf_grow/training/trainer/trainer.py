@@ -73,7 +73,7 @@ class BaseGrowTrainer(CheckpointTrainer):
             if self.lr_scheduler is not None:
                 raise InputError(
                     "A learning rate of new parameters splits parameter groups, which a scheduler that was passed does not know.",
-                    hint="Pass optimizers=(optimizer, None) and set lr_scheduler_type, or leave new_lr and the warm-up of new parameters out.",
+                    hint="Pass optimizers=(optimizer, None) and set lr_scheduler_type, or remove new_lr and the warm-up of new parameters.",
                 )
             g.updates.name_groups(self.model if model is None else model, unwrapped(optimizer))
         return optimizer

@@ -15,7 +15,7 @@ from hf_grow.cli import main
 from hf_grow.training.config.recipe_files import load_recipe
 from hf_grow.training.setup.recipe_checks import check_recipe
 
-DAMAGE, DECAY, CHAT = "holds the damage", "pulls to zero what the penalty holds", "unlearns to chat"
+DAMAGE, DECAY, CHAT = "near damaged ones", "pulls weights to zero, and the penalty", "forget how to chat"
 
 
 def told(path: Path) -> str:

@@ -71,7 +71,7 @@ def test_a_source_that_cannot_be_had_is_told_and_recorded(tmp_path: Path, capsys
 
     assert main(["train", str(recipe(tmp_path, model))]) == 0
     said = capsys.readouterr().err
-    assert "The source cannot be measured" in said and "Forgetting is measured against the grown model at its start" in said
+    assert "The source cannot be evaluated" in said and "The baseline of forgetting is the grown model before training" in said
     training = json.loads((tmp_path / "out" / "growth.json").read_text())["training"]
     assert training["losses"].keys() == {"start", "end"}
     card = render_card(tmp_path / "out")

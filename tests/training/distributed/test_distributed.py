@@ -223,9 +223,9 @@ def test_what_several_processes_cannot_do(tmp_path: Path, capsys: pytest.Capture
     collapsed = {**EWC, "fisher": str(tmp_path / "fisher.safetensors"), "collapsed": True}
     dry = ["--dry-run", "--accelerate"]
     said = run(capsys, "train", recipe(tmp_path, grown, regularizer=collapsed), *dry, FILES / "fsdp2.yaml", status=2)["error"]
-    assert "regularizer.collapsed: needs whole matrices; FSDP2, 8 processes cuts them" in said
+    assert "regularizer.collapsed: needs whole matrices, and FSDP2, 8 processes shards them" in said
     said = run(capsys, "train", recipe(tmp_path, grown, lora={}), *dry, FILES / "fsdp2.yaml", status=2)["error"]
-    assert "lora: adapters are not saved whole under FSDP2" in said
+    assert "lora: adapters are not saved completely under FSDP2" in said
     everything = {**WARM, "regularizer": {"kind": "l2sp"}, "monitor": {"on_instability": "lower_lr"}}
     said = run(capsys, "train", recipe(tmp_path, grown, **everything), *dry, FILES / "deepspeed_zero3.yaml", status=2)["error"]
     for key in ("regularizer", "warmup.lr", "warmup.steps", "phases", "after_growth.settle_steps", "monitor.on_instability"):

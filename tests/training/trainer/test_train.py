@@ -681,11 +681,11 @@ def test_overwriting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "--resume" in run(capsys, "train", path, status=2)["error"]
     run(capsys, "train", path, "--overwrite")
     assert [e["event"] for e in read_events(tmp_path / "out" / "events.jsonl")].count("start") == 1
-    assert "exclude each other" in run(capsys, "train", path, "--overwrite", "--resume", status=2)["error"]
+    assert "cannot be combined" in run(capsys, "train", path, "--overwrite", "--resume", status=2)["error"]
     other = tmp_path / "papers"
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
-    assert "holds no training" in run(capsys, "train", path, "-o", other, "--overwrite", status=2)["error"]
+    assert "was not written by hf-grow train" in run(capsys, "train", path, "-o", other, "--overwrite", status=2)["error"]
     assert (other / "thesis.txt").exists()
     assert "is the training of" in run(capsys, "train", path, "--resume", "--model", source(tmp_path / "another"), status=2)["error"]
 
