@@ -47,7 +47,7 @@ def test_all_mistakes_of_all_kinds_are_told_at_once(tmp_path: Path, capsys: pyte
         "learning_rate: should be a valid number", "save_steps: '1e-3' is a string. YAML needs a plain number",
         "lerning_rate: unknown key. Did you mean learning_rate?", "bf16: should be", "optim: should be",
         "warmup.alpha_step: unknown key. Did you mean alpha_steps? Known: alpha_start, alpha_steps", "warmup.steps: should be a valid integer",
-        "train: there is no part 'wings'", "tokenizer: knows 65 tokens, but the model's vocabulary has 64", "regularizer.lambda: '10' is a string",
+        "train: there is no part 'wings'", "tokenizer: has 65 tokens, but the model's vocabulary has 64", "regularizer.lambda: '10' is a string",
         "output_dir: is set by hf-grow; use output", "monitor.on_instability: should be", "data.train.0: ", "data.eval.old: ",
         "data.seq_lenght: unknown key. Did you mean seq_length?", f"regularizer.fisher: {fisher} is of another model", "output: ",
     ):  # fmt: skip
