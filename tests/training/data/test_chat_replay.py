@@ -59,7 +59,7 @@ def plain_loop(model: Any, rows: list[list[int]], new: int, ends: set[int]) -> l
     return [d[: next((i for i, t in enumerate(d) if t in ends), len(d) - 1) + 1] for d in drawn]
 
 
-def test_conversations_are_what_a_plain_loop_draws(model, tokenizer) -> None:
+def test_conversations_equal_plain_sampling_loop(model, tokenizer) -> None:
     length = 48
     sampler = Sampler(model, tokenizer, replay_options(max_length=length, chat_share=1.0))
     drawn = sampler.draw(3, 8, chat=True)
@@ -92,7 +92,7 @@ def test_conversations_are_what_a_plain_loop_draws(model, tokenizer) -> None:
     assert kinds == {(True, True), (True, False), (False, False)}
 
 
-def test_who_chats_and_where_a_document_begins(model, tokenizer) -> None:
+def test_chat_model_detection_and_document_start(model, tokenizer) -> None:
     """A template alone says little: base models have one. BOS that opens a turn begins no document."""
     assert resolve_options(model, tokenizer, replay_options()).chat_share == 0.5
     assert {s.ids[0] for s in Sampler(model, tokenizer, replay_options()).draw(0, 4)} == {END}
@@ -108,7 +108,7 @@ def test_who_chats_and_where_a_document_begins(model, tokenizer) -> None:
     assert resolve_options(model, chat_tokenizer(chat_template=None), replay_options()).chat_share == 0
 
 
-def test_nothing_begins_a_document(model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_document_start_token_fails(model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_grow.training.data.chat_template.DOCUMENT_TOKENS", ())
     with pytest.raises(InputError, match=r"(?s)tokens of its chat template.*--start random.*--chat-share 1"):
         Sampler(model, tokenizer, replay_options())
@@ -128,7 +128,7 @@ def test_nothing_begins_a_document(model, tokenizer, monkeypatch: pytest.MonkeyP
         ("{{ messages[0]['content'] }}", "one message and one answer"),
     ],
 )
-def test_templates_that_cannot_be_sampled_through_are_refused(model, template: str, message: str) -> None:
+def test_unusable_chat_templates_fail(model, template: str, message: str) -> None:
     odd = chat_tokenizer(chat_template=template)
     with pytest.raises(InputError, match=rf"(?s){message}.*--chat-share 0"):
         Sampler(model, odd, replay_options())
@@ -139,7 +139,7 @@ def test_templates_that_cannot_be_sampled_through_are_refused(model, template: s
         Sampler(model, chat_tokenizer(), replay_options(chat_share=1.0, max_length=8)).draw(0, 2, chat=True)
 
 
-def test_both_kinds_in_their_shares_and_the_same_after_a_stop(model, tokenizer, tmp_path: Path) -> None:
+def test_chat_share_and_resumed_sampling(model, tokenizer, tmp_path: Path) -> None:
     wanted = replay_options(tokens=1500, max_length=48, batch_size=4, max_surprise=20.0)
     whole = sample_replay(model, tokenizer, tmp_path / "whole", wanted)
     counts = whole.record["counts"]
@@ -151,7 +151,7 @@ def test_both_kinds_in_their_shares_and_the_same_after_a_stop(model, tokenizer, 
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_sampled_texts_are_packed_as_they_ended(model, tokenizer, tmp_path: Path) -> None:
+def test_sampled_texts_are_packed_by_their_frame(model, tokenizer, tmp_path: Path) -> None:
     """EOS after whole documents only; a conversation has its template's tokens and no others."""
     out = tmp_path / "old"
     sample_replay(model, tokenizer, out, replay_options(tokens=1500, max_length=48, batch_size=8))
@@ -174,7 +174,7 @@ def test_sampled_texts_are_packed_as_they_ended(model, tokenizer, tmp_path: Path
         build(parse(DataOptions, wanted, where="test"), tokenizer, cache=tmp_path / "cache")
 
 
-def test_frames_with_a_tokenizer_that_frames_texts_itself(tokenizer) -> None:
+def test_frames_with_tokenizer_that_adds_special_tokens(tokenizer) -> None:
     from tokenizers.processors import TemplateProcessing
 
     framing = chat_tokenizer(bos_token="<s>", eos_token="<|im_end|>")
@@ -188,7 +188,7 @@ def test_frames_with_a_tokenizer_that_frames_texts_itself(tokenizer) -> None:
     assert DocumentEncoder(framing, "never")(texts) == [bare, [*bare, IM_END], bare, bare]
 
 
-def test_texts_are_as_long_as_the_sequences_of_the_training(model, tokenizer, tmp_path: Path) -> None:
+def test_self_replay_max_length_defaults_to_seq_length(model, tokenizer, tmp_path: Path) -> None:
     folder, new = tmp_path / "model", tmp_path / "new.txt"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -200,7 +200,7 @@ def test_texts_are_as_long_as_the_sequences_of_the_training(model, tokenizer, tm
     assert resolve_options(model, tokenizer, replay_options(max_length=10**6)).max_length == model.config.max_position_embeddings
 
 
-def test_the_command_tells_how_much_of_it_are_conversations(model, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_replay_command_reports_chat_share(model, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     words = ["--tokens", "300", "--max-length", "48", "--batch-size", "4", "--chat-share", "0.5", "--device", "cpu"]
@@ -210,7 +210,7 @@ def test_the_command_tells_how_much_of_it_are_conversations(model, tokenizer, tm
     assert f"chats      {counts['chat_tokens']} of {counts['tokens']} tokens are conversations" in capsys.readouterr().out
 
 
-def test_the_template_is_taken_apart(tokenizer) -> None:
+def test_parse_chat_template(tokenizer) -> None:
     template = parse_chat_template(tokenizer)
     assert template is not None
     assert (template.before, template.between, template.after) == (

@@ -12,7 +12,7 @@ from hf_grow.options import parse
 from hf_grow.training.data import DataOptions
 
 
-def test_mistakes_in_the_options_are_all_told_at_once() -> None:
+def test_all_option_errors_are_reported_at_once() -> None:
     bad = {
         "train": [{"path": "a.txt", "wieght": 2}, {"weight": -1, "path": "b.txt"}],
         "replay": {"path": "c.txt", "share": "5e-2"},
@@ -45,12 +45,12 @@ def test_mistakes_in_the_options_are_all_told_at_once() -> None:
         ({"train": 3}, "train"),
     ],
 )
-def test_options_that_contradict_each_other(bad: dict[str, Any], message: str) -> None:
+def test_contradicting_options_fail(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse(DataOptions, bad, where="recipe.yaml")
 
 
-def test_data_md_tells_every_option() -> None:
+def test_data_md_documents_every_option() -> None:
     from hf_grow.training.config.replay_options import ReplayOptions
     from hf_grow.training.data import EvalSource, ReplaySource, TextOptions, TrainSource
 

@@ -23,7 +23,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "BATCH", 3)
 
 
-def test_a_stream_gives_the_sequences_of_the_packed_text_in_their_order(tokenizer, folder: Path, tmp_path: Path, small_batches) -> None:
+def test_stream_equals_packed_sequences(tokenizer, folder: Path, tmp_path: Path, small_batches) -> None:
     stream = stream_of(tokenizer, tmp_path, train=str(folder))
     full = [r for r in packed_reference(tokenizer) if len(r) == LENGTH]
     assert rows(islice(stream, len(full))) == full
@@ -33,7 +33,7 @@ def test_a_stream_gives_the_sequences_of_the_packed_text_in_their_order(tokenize
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_mixed_stream_takes_the_turns_of_the_packed_mix(tokenizer, tmp_path: Path, small_batches) -> None:
+def test_mixed_stream_equals_packed_mix(tokenizer, tmp_path: Path, small_batches) -> None:
     paths = [str(write_texts(tmp_path / str(n), part)) for n, part in enumerate([DOCS[:8], DOCS[8:14], DOCS[14:]])]
     mix = {
         "train": [{"path": paths[0], "weight": 2}, {"path": paths[1], "weight": 1}],
@@ -45,7 +45,7 @@ def test_a_mixed_stream_takes_the_turns_of_the_packed_mix(tokenizer, tmp_path: P
     assert rows(islice(stream_of(tokenizer, tmp_path, **mix), 120)) == rows(packed.train)
 
 
-def test_a_stream_goes_on_after_any_sequence(tokenizer, tmp_path: Path, small_batches) -> None:
+def test_stream_resumes_after_any_sequence(tokenizer, tmp_path: Path, small_batches) -> None:
     paths = [str(write_texts(tmp_path / str(n), part)) for n, part in enumerate([DOCS[:8], DOCS[8:10]])]
     mix = {"train": paths[0], "replay": {"path": paths[1], "share": 0.3}}
     whole = rows(islice(stream_of(tokenizer, tmp_path, **mix), 700))  # more than one pass of each
@@ -67,7 +67,7 @@ def loaded(stream: Any, workers: int) -> Any:
     return iter(torch.utils.data.DataLoader(stream, batch_size=1, num_workers=workers, collate_fn=lambda r: r[0]["input_ids"]))
 
 
-def test_one_worker_of_a_dataloader_may_read_a_stream(tokenizer, folder: Path, tmp_path: Path) -> None:
+def test_stream_allows_at_most_one_dataloader_worker(tokenizer, folder: Path, tmp_path: Path) -> None:
     stream = stream_of(tokenizer, tmp_path, train=str(folder))
     assert list(islice(loaded(stream, 1), 40)) == rows(islice(stream, 40))
     two = loaded(stream, 2)

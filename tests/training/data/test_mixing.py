@@ -22,7 +22,7 @@ from hf_grow.training.data.mixing import Interleaving, row_indices
     start=st.integers(0, 10**9),
     length=st.integers(1, 400),
 )
-def test_every_stretch_holds_its_share(shares: list[int], seed: int, start: int, length: int) -> None:
+def test_every_interval_has_exact_shares(shares: list[int], seed: int, start: int, length: int) -> None:
     """The first source within one sequence in any stretch, the m-th within m."""
     interleaving = Interleaving(tuple(Fraction(s) for s in shares), seed)
     turn, ordinal = interleaving.assign(start, start + length)
@@ -37,14 +37,14 @@ def test_every_stretch_holds_its_share(shares: list[int], seed: int, start: int,
     assert (one_turn[0], one_ordinal[0]) == (turn[length // 2], ordinal[length // 2])
 
 
-def test_the_first_turns_count_from_zero() -> None:
+def test_ordinals_count_from_zero() -> None:
     turn, ordinal = Interleaving((Fraction(1, 20), Fraction(3), Fraction(2)), 3).assign(0, 1000)
     for index in range(3):
         assert ordinal[turn == index].tolist() == list(range((turn == index).sum()))
 
 
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.25, 0.9])
-def test_old_text_has_its_share_in_every_stretch(tokenizer, tmp_path: Path, share: float) -> None:
+def test_replay_share_in_every_interval(tokenizer, tmp_path: Path, share: float) -> None:
     new, old = write_texts(tmp_path / "new", DOCS[:8]), write_texts(tmp_path / "old", DOCS[8:12])
     data = build(data_options(train=str(new), replay={"path": str(old), "share": share}, shuffle=True), tokenizer, cache=tmp_path / "cache")
     old_rows = {tuple(r) for r in packed_reference(tokenizer, DOCS[8:12])}
@@ -62,7 +62,7 @@ def test_old_text_has_its_share_in_every_stretch(tokenizer, tmp_path: Path, shar
     assert data.describe()[0] == {**data.describe()[0], "use": "replay", "share": share}
 
 
-def test_sources_without_weights_are_each_used_once(tokenizer, tmp_path: Path) -> None:
+def test_sources_without_weights_are_read_once(tokenizer, tmp_path: Path) -> None:
     parts = [DOCS[:2], DOCS[2:9], DOCS[9:]]
     paths = [str(write_texts(tmp_path / str(n), part)) for n, part in enumerate(parts)]
     data = build(data_options(train=paths, replay={"path": paths[0], "share": 0.1}, shuffle=True), tokenizer, cache=tmp_path / "cache")
@@ -73,7 +73,7 @@ def test_sources_without_weights_are_each_used_once(tokenizer, tmp_path: Path) -
     assert len(data.train) == len(wanted) + round(old.passes * old.sequences)
 
 
-def test_weights_set_the_parts_and_small_sources_come_again(tokenizer, tmp_path: Path) -> None:
+def test_weights_set_shares_and_repeat_small_sources(tokenizer, tmp_path: Path) -> None:
     small, large = write_texts(tmp_path / "small", DOCS[:1]), write_texts(tmp_path / "large", DOCS[1:])
     train = [{"path": str(small), "weight": 3}, {"path": str(large), "weight": 1}]
     messages: list[str] = []
@@ -85,7 +85,7 @@ def test_weights_set_the_parts_and_small_sources_come_again(tokenizer, tmp_path:
     assert data.parts[0].passes == 300 / len(own)
 
 
-def test_each_pass_has_an_order_of_its_own_and_all_rows() -> None:
+def test_each_pass_shuffles_all_rows_differently() -> None:
     ordinals = np.arange(35)
     shuffled = row_indices(ordinals, 10, [0, 1], shuffle=True)
     for start in (0, 10, 20):
@@ -95,7 +95,7 @@ def test_each_pass_has_an_order_of_its_own_and_all_rows() -> None:
     assert row_indices(ordinals, 10, [0, 1], shuffle=False).tolist() == (list(range(10)) * 4)[:35]
 
 
-def test_the_seed_decides_the_order_and_nothing_else(tokenizer, folder: Path, tmp_path: Path) -> None:
+def test_seed_changes_only_the_order(tokenizer, folder: Path, tmp_path: Path) -> None:
     first, same, other = (
         rows(build(data_options(train=str(folder), shuffle=True, seed=s), tokenizer, cache=tmp_path / "cache").train) for s in (0, 0, 1)
     )
@@ -103,7 +103,7 @@ def test_the_seed_decides_the_order_and_nothing_else(tokenizer, folder: Path, tm
     assert sorted(first) == sorted(other)
 
 
-def test_named_sets_keep_all_text_or_an_even_choice_of_it(tokenizer, folder: Path, tmp_path: Path) -> None:
+def test_eval_sets_keep_all_or_evenly_spaced_sequences(tokenizer, folder: Path, tmp_path: Path) -> None:
     sets = {"all": {"path": str(folder), "sequences": None}, "some": {"path": str(folder), "sequences": 5}, "bare": str(folder)}
     data = build(data_options(train=str(folder), eval=sets), tokenizer, cache=tmp_path / "cache")
     reference = packed_reference(tokenizer)

@@ -20,7 +20,7 @@ from hf_grow.training.data import build, cache, packing, survey
 
 
 @pytest.mark.parametrize("length", [2, 48, 1000])
-def test_sequences_are_the_pieces_of_one_long_list(tokenizer, folder: Path, tmp_path: Path, length: int) -> None:
+def test_sequences_split_concatenated_token_ids(tokenizer, folder: Path, tmp_path: Path, length: int) -> None:
     data = build(data_options(train=str(folder), seq_length=length), tokenizer, cache=tmp_path / "cache")
     reference = packed_reference(tokenizer, length=length)
     assert rows(data.train) == [r for r in reference if len(r) == length]
@@ -29,7 +29,7 @@ def test_sequences_are_the_pieces_of_one_long_list(tokenizer, folder: Path, tmp_
     assert data.describe()[0]["documents"] == len(DOCS)
 
 
-def test_what_is_left_over_is_kept_where_asked_for_and_not_trained_on(tokenizer, folder: Path, tmp_path: Path) -> None:
+def test_remainder_keep_pads_with_ignored_labels(tokenizer, folder: Path, tmp_path: Path) -> None:
     data = build(data_options(train=str(folder), remainder="keep"), tokenizer, cache=tmp_path / "cache")
     *full, last = packed_reference(tokenizer)
     assert 0 < len(last) < LENGTH
@@ -46,7 +46,7 @@ def test_what_is_left_over_is_kept_where_asked_for_and_not_trained_on(tokenizer,
         assert torch.allclose(filled, model(alone, labels=alone).loss, atol=1e-6)
 
 
-def test_bos_as_the_tokenizer_does_it_always_or_never(tokenizer, folder: Path, tmp_path: Path) -> None:
+def test_bos_modes(tokenizer, folder: Path, tmp_path: Path) -> None:
     from copy import deepcopy
 
     from tokenizers.processors import TemplateProcessing
@@ -62,14 +62,14 @@ def test_bos_as_the_tokenizer_does_it_always_or_never(tokenizer, folder: Path, t
 
 
 @pytest.mark.slow
-def test_processes_do_not_change_the_sequences(tokenizer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_num_proc_does_not_change_sequences(tokenizer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "BATCH", 3)
     data = build(data_options(train=str(folder), num_proc=2), tokenizer, cache=tmp_path / "cache")
     assert rows(data.train) == packed_reference(tokenizer)[:-1]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_tokenizer_that_is_not_the_models(tokenizer, folder: Path, tmp_path: Path, streaming: bool) -> None:
+def test_token_ids_beyond_vocab_size_fail(tokenizer, folder: Path, tmp_path: Path, streaming: bool) -> None:
     for _ in range(2):  # the second time the text is in the cache
         with pytest.raises(InputError, match=r"do not match.*vocabulary ends at 199"):
             next(
@@ -80,7 +80,7 @@ def test_a_tokenizer_that_is_not_the_models(tokenizer, folder: Path, tmp_path: P
         survey(data_options(train=str(folder)), tokenizer, vocab_size=200)
 
 
-def test_a_tokenizer_without_eos(folder: Path, tmp_path: Path) -> None:
+def test_tokenizer_without_eos_fails(folder: Path, tmp_path: Path) -> None:
     bare = build_tokenizer(DOCS, 300)
     bare.eos_token = None
     with pytest.raises(InputError, match="no EOS token"):
@@ -91,7 +91,7 @@ def survey_of(tokenizer: Any, **data: Any) -> list[dict[str, Any]]:
     return survey(data_options(**data), tokenizer)
 
 
-def test_a_survey_tells_sizes_and_estimates_tokens_without_a_cache(tokenizer, folder: Path, tmp_path: Path) -> None:
+def test_survey_estimates_tokens_without_cache(tokenizer, folder: Path, tmp_path: Path) -> None:
     replay = {"path": str(folder), "share": 0.5, "limit": 3}
     found = survey_of(tokenizer, train=str(folder), replay=replay, eval={"new": str(folder)}, cache=str(tmp_path / "cache"))
     assert [f["use"] for f in found] == ["train", "replay", "eval new"]
@@ -101,7 +101,7 @@ def test_a_survey_tells_sizes_and_estimates_tokens_without_a_cache(tokenizer, fo
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_survey_counts_of_a_named_set_what_is_measured_on(tokenizer, folder: Path) -> None:
+def test_survey_counts_only_used_sequences_of_eval_sets(tokenizer, folder: Path) -> None:
     path, length = str(folder), data_options(train=str(folder)).seq_length
     found = survey_of(tokenizer, train=path, eval={"few": {"path": path, "sequences": 2}, "all": {"path": path, "sequences": None}})
     few, every = (f["tokens"] for f in found[1:])
@@ -125,7 +125,7 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_unchanged_text_is_tokenised_once_and_changed_text_again(tokenizer, folder: Path, tmp_path: Path, tokenised: list[int]) -> None:
+def test_cache_is_reused_until_text_changes(tokenizer, folder: Path, tmp_path: Path, tokenised: list[int]) -> None:
     def again(used: Any = tokenizer, **more: Any) -> int:
         before = tokenised[0]
         data = build(data_options(train=str(folder), **more), used, cache=tmp_path / "cache")
@@ -144,7 +144,7 @@ def test_unchanged_text_is_tokenised_once_and_changed_text_again(tokenizer, fold
     assert tokenised[0] - before == len(DOCS)
 
 
-def test_a_maker_that_was_killed_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -> None:
+def test_partial_cache_folder_is_not_used(tmp_path: Path) -> None:
     folder = tmp_path / "made"
     (tmp_path / "made.partial").mkdir()
     (tmp_path / "made.partial" / "rubbish").write_text("half")
@@ -157,7 +157,7 @@ def test_a_maker_that_was_killed_leaves_nothing_that_is_taken_for_whole(tmp_path
     assert cache.get_or_create(folder, lambda partial: pytest.fail("made twice")) is True
 
 
-def test_processes_that_come_together_make_it_once(tmp_path: Path) -> None:
+def test_concurrent_processes_create_cache_once(tmp_path: Path) -> None:
     made: list[int] = []
 
     def make(partial: Path) -> None:
@@ -172,7 +172,7 @@ def test_processes_that_come_together_make_it_once(tmp_path: Path) -> None:
     assert made == [1]
 
 
-def test_an_error_while_making_leaves_no_folder(tokenizer, tmp_path: Path) -> None:
+def test_failed_creation_leaves_no_cache_folder(tokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json_lines(DOCS) + "{broken\n")
     for _ in range(2):
         with pytest.raises(InputError, match=f"line {len(DOCS) + 1} is not valid JSON"):
@@ -197,7 +197,7 @@ print("whole", flush=True)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batches", [1, 7])
-def test_killed_while_tokenising_and_started_again(tokenizer, folder: Path, tmp_path: Path, batches: int) -> None:
+def test_killed_tokenisation_restarts(tokenizer, folder: Path, tmp_path: Path, batches: int) -> None:
     code = KILLED.format(support=str(Path(__file__).parents[2] / "support"), folder=str(folder), cache=str(tmp_path / "cache"))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -41,7 +41,7 @@ def write_parquet(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def test_texts_are_read_exactly_as_stored(tmp_path: Path) -> None:
+def test_texts_are_read_unchanged(tmp_path: Path) -> None:
     whole = tmp_path / "a.json"
     whole.write_text(json.dumps([{"text": t} for t in TEXTS]))
     strings = tmp_path / "b.json"
@@ -54,7 +54,7 @@ def test_texts_are_read_exactly_as_stored(tmp_path: Path) -> None:
         assert read(path) == TEXTS, path.name
 
 
-def test_other_columns_may_change_their_type(tmp_path: Path) -> None:
+def test_types_of_other_columns_may_vary(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "meta": 1}\n{"text": "b", "meta": {"x": []}}\n{"text": "c"}\n{"meta": "y", "text": "d"}\n')
     assert read(path) == list("abcd")
@@ -70,7 +70,7 @@ def test_other_columns_may_change_their_type(tmp_path: Path) -> None:
         ('{"text": "a"', "line 3 is not valid JSON"),
     ],
 )
-def test_a_bad_line_is_named_and_never_passed_over(tmp_path: Path, line: str, message: str) -> None:
+def test_bad_line_error_names_the_line(tmp_path: Path, line: str, message: str) -> None:
     for name in ("a.jsonl", "b.jsonl.gz"):
         content = f'{{"text": "one"}}\n\n{line}\n{{"text": "two"}}\n'.encode()
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
@@ -81,32 +81,32 @@ def test_a_bad_line_is_named_and_never_passed_over(tmp_path: Path, line: str, me
 @pytest.mark.parametrize(
     "name", ["x[1].jsonl", "x*.jsonl", "x?.jsonl", "a::b.jsonl", "a#%20 b.jsonl", "https:b.jsonl", "é-00000-of-00002.jsonl"]
 )
-def test_an_existing_file_is_read_whatever_its_name(tmp_path: Path, name: str) -> None:
+def test_existing_file_with_glob_characters_is_read(tmp_path: Path, name: str) -> None:
     """Brackets and stars are part of its name, not a glob; `::` does not chain file systems."""
     write_jsonl(tmp_path / "x1.jsonl", ["another file"])
     assert read(write_jsonl(tmp_path / name, ["this one"])) == ["this one"]
 
 
-def test_empty_files_among_others_and_the_limit(tmp_path: Path) -> None:
+def test_empty_files_and_limit(tmp_path: Path) -> None:
     for name, content in (("a.txt", ""), ("b.txt", "one"), ("c.txt", " \n"), ("d.txt", "two"), ("e.txt", "three")):
         (tmp_path / name).write_text(content)
     assert read(tmp_path) == ["one", "two", "three"]
     assert read(tmp_path, limit=2) == ["one", "two"]
 
 
-def test_a_text_file_is_one_document_with_line_feeds(tmp_path: Path) -> None:
+def test_text_file_is_one_document_with_normalised_newlines(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\r\ntwo\rthree\u2028four\n".encode())
     assert read(tmp_path / "a.txt") == ["one\n\ntwo\nthree\u2028four\n"]
 
 
 @pytest.mark.parametrize("name", ["a.pkl", "a.arrow", "a.csv", "a.jsonl.zst", "a.tar.gz", "a.parquet.gz"])
-def test_other_formats_are_refused(tmp_path: Path, name: str) -> None:
+def test_unsupported_formats_fail(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(InputError, match=r"(?s)unsupported format.*Supported: .txt"):
         read(tmp_path / name)
 
 
-def test_local_files_need_no_network_and_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_files_need_no_network_or_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets.config
 
     def refuse(*arguments: Any, **named: Any) -> None:
@@ -121,7 +121,7 @@ def test_local_files_need_no_network_and_no_cache(tmp_path: Path, monkeypatch: p
     assert not left, "a second copy of the text"
 
 
-def test_reading_holds_one_document_at_a_time(tmp_path: Path) -> None:
+def test_reading_keeps_one_document_in_memory(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["word " * 2000] * 400)
     assert path.stat().st_size > 4_000_000
     tracemalloc.start()

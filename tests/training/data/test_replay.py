@@ -49,7 +49,7 @@ def saved(model, tokenizer, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("more", [{}, {"max_surprise": 2.0, "start": "random"}])
-def test_a_run_that_stopped_goes_on_to_the_same_texts(model, tokenizer, tmp_path: Path, more: dict[str, Any]) -> None:
+def test_interrupted_sampling_continues_to_same_texts(model, tokenizer, tmp_path: Path, more: dict[str, Any]) -> None:
     whole = sample_replay(model, tokenizer, tmp_path / "whole", replay_options(**more))
     assert whole.record["batches"] > 2 and whole.record["complete"]
     for stop in range(1, whole.record["batches"]):
@@ -64,7 +64,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_texts(model, tokenizer, tmp_path
             assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_killed_before_anything_was_noted(model, tokenizer, tmp_path: Path) -> None:
+def test_killed_before_first_record(model, tokenizer, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / TEXTS_FILE).write_text('{"text": "of the first batch"}\n')
@@ -75,7 +75,7 @@ def test_killed_before_anything_was_noted(model, tokenizer, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batches", [0, 1, 4])
-def test_kill_at_some_moment_and_the_same_command_again(saved: Path, tmp_path: Path, batches: int) -> None:
+def test_killed_command_continues_to_same_texts(saved: Path, tmp_path: Path, batches: int) -> None:
     import time
 
     def command(out: Path) -> list[str]:
@@ -95,7 +95,7 @@ def test_kill_at_some_moment_and_the_same_command_again(saved: Path, tmp_path: P
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_finished_run_is_not_repeated_and_can_be_made_longer(model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_replay_is_reused_and_can_be_extended(model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = sample_replay(model, tokenizer, tmp_path / "out", replay_options())
     before = sampled_texts(tmp_path / "out")
     with monkeypatch.context() as patched:
@@ -107,7 +107,7 @@ def test_a_finished_run_is_not_repeated_and_can_be_made_longer(model, tokenizer,
     assert sampled_texts(tmp_path / "out")[: len(before)] == before
 
 
-def test_what_is_enough_for_fewer_tokens_is_whole(model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replay_with_enough_tokens_is_complete(model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for those who read the folder later; a batch that was written but not noted goes first."""
     out = tmp_path / "out"
     interrupted_replay(model, tokenizer, out, 2, replay_options(tokens=6000))
@@ -123,7 +123,7 @@ def test_what_is_enough_for_fewer_tokens_is_whole(model, tokenizer, tmp_path: Pa
     assert data.parts[0].documents == len(sampled_texts(out)) == read_record(out)["counts"]["texts"]
 
 
-def test_a_finished_run_that_is_being_made_longer_is_unfinished(model, tokenizer, tmp_path: Path) -> None:
+def test_extended_replay_is_unfinished_until_done(model, tokenizer, tmp_path: Path) -> None:
     """Before more is written: what stands half in the file when it is killed must not be read."""
     out = tmp_path / "out"
     sample_replay(model, tokenizer, out, replay_options())
@@ -132,7 +132,9 @@ def test_a_finished_run_that_is_being_made_longer_is_unfinished(model, tokenizer
         build(data_options(tmp_path, path=str(out)), tokenizer, cache=tmp_path / "cache")
 
 
-def test_the_command_that_finishes_is_told_whole(saved: Path, model, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unfinished_replay_error_gives_resume_command(
+    saved: Path, model, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Copied from the message it goes on, with every setting, to what a run without a stop writes."""
     (tmp_path / "prompts.txt").write_text("of the model and more of it " * 9)
     out, whole = tmp_path / "it's old", tmp_path / "whole"
@@ -155,7 +157,7 @@ def test_the_command_that_finishes_is_told_whole(saved: Path, model, tokenizer, 
 
 
 @pytest.mark.parametrize("damage", [{"complete": "yes"}, {"tokens": None}, {"model": 3}, {"settings": []}])
-def test_a_damaged_record_is_one_message(model, tokenizer, tmp_path: Path, damage: dict[str, Any]) -> None:
+def test_damaged_record_error(model, tokenizer, tmp_path: Path, damage: dict[str, Any]) -> None:
     out = tmp_path / "out"
     sample_replay(model, tokenizer, out, replay_options())
     (out / RECORD_FILE).write_text(json.dumps(read_record(out) | damage))
@@ -163,7 +165,7 @@ def test_a_damaged_record_is_one_message(model, tokenizer, tmp_path: Path, damag
         build(data_options(tmp_path, path=str(out)), tokenizer, cache=tmp_path / "cache")
 
 
-def test_what_stands_in_the_way_of_the_output(model, tokenizer, tmp_path: Path) -> None:
+def test_output_folder_checks(model, tokenizer, tmp_path: Path) -> None:
     out = tmp_path / "out"
     sample_replay(model, tokenizer, out, replay_options())
     with pytest.raises(OutputError, match=r"other settings \(temperature, seed\)"):
@@ -190,7 +192,7 @@ def test_what_stands_in_the_way_of_the_output(model, tokenizer, tmp_path: Path) 
     assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
 
 
-def test_every_token_of_a_batch_is_told_and_changes_nothing(model, tokenizer, tmp_path: Path) -> None:
+def test_on_token_is_called_per_token(model, tokenizer, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     sample_replay(model, tokenizer, tmp_path / "a", replay_options(tokens=1), on_token=lambda token, most: calls.append((token, most)))
     sample_replay(model, tokenizer, tmp_path / "b", replay_options(tokens=1))
@@ -200,7 +202,7 @@ def test_every_token_of_a_batch_is_told_and_changes_nothing(model, tokenizer, tm
     assert last >= read_record(tmp_path / "a")["counts"]["tokens"] - 1
 
 
-def test_the_digest_is_of_the_weights(model, saved: Path) -> None:
+def test_weights_digest(model, saved: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float64)
@@ -210,7 +212,7 @@ def test_the_digest_is_of_the_weights(model, saved: Path) -> None:
     assert weights_digest(loaded) != weights_digest(model)
 
 
-def test_the_estimate_is_of_one_batch_and_writes_nothing(model, tokenizer, tmp_path: Path) -> None:
+def test_estimate_samples_one_batch_and_writes_nothing(model, tokenizer, tmp_path: Path) -> None:
     found = estimate_sampling(model, tokenizer, replay_options(tokens=10_000))
     drawn = Sampler(model, tokenizer, replay_options()).draw(0, 8)
     kept = sum(s.tokens for s in drawn if s.tokens >= 4) / sum(s.tokens for s in drawn)
@@ -225,9 +227,7 @@ def command(saved: Path, out: Path, *more: str) -> list[str]:
     return ["replay", str(saved), "-o", str(out), "--tokens", "400", "--max-length", "24", "--batch-size", "8", "--min-tokens", "4", *more]
 
 
-def test_the_command_writes_what_the_function_does(
-    saved: Path, model, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_replay_command_equals_sample_replay(saved: Path, model, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(saved, tmp_path / "out", "--json", "--device", "cpu")) == 0
     result = json.loads(capsys.readouterr().out)
     sample_replay(model, tokenizer, tmp_path / "own", replay_options())
@@ -242,7 +242,7 @@ def test_the_command_writes_what_the_function_does(
     assert "chats" not in said, "there are none"
 
 
-def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
+def test_progress_lines_without_terminal(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bars, "LOG_INTERVAL", 0.0)
@@ -255,7 +255,7 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
     assert not capsys.readouterr().err
 
 
-def test_a_dry_run_writes_nothing(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_writes_nothing(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(saved, tmp_path / "out", "--dry-run")) == 0
     assert "tokens/s" in capsys.readouterr().out
     assert main(command(saved, tmp_path / "out", "--dry-run", "--json")) == 0
@@ -275,14 +275,14 @@ def test_a_dry_run_writes_nothing(saved: Path, tmp_path: Path, capsys: pytest.Ca
         (["--revision", "v1"], "is a folder and has no revision"),
     ],
 )
-def test_bad_flags_are_one_message(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str) -> None:
+def test_bad_flags_fail(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str) -> None:
     assert main(command(saved, tmp_path / "out", *more)) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_without_tokenizer(model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_without_tokenizer_fails(model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model.save_pretrained(tmp_path / "bare")
     assert main(command(tmp_path / "bare", tmp_path / "out")) == 2
     assert "no usable tokenizer" in capsys.readouterr().err
@@ -299,7 +299,7 @@ def data_options(tmp_path: Path, **replay: Any) -> DataOptions:
 SAMPLING = {"tokens": 400, "max_length": 24, "batch_size": 8, "min_tokens": 4}
 
 
-def test_a_folder_of_samples_is_old_text_once_it_is_whole(model, tokenizer, tmp_path: Path) -> None:
+def test_replay_folder_as_data_source_must_be_complete(model, tokenizer, tmp_path: Path) -> None:
     out = tmp_path / "old"
     sample_replay(model, tokenizer, out, replay_options())
     data = build(data_options(tmp_path, path=str(out), share=0.25), tokenizer, cache=tmp_path / "cache")
@@ -311,7 +311,7 @@ def test_a_folder_of_samples_is_old_text_once_it_is_whole(model, tokenizer, tmp_
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_self_replay_samples_the_source_once(
+def test_self_replay_samples_source_once(
     saved: Path, model, tokenizer, tmp_path: Path, named: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model that is named, or what the trained one was grown from, as growth.json says."""
@@ -329,7 +329,7 @@ def test_self_replay_samples_the_source_once(
     assert list(again.train["input_ids"]) == list(data.train["input_ids"])
 
 
-def test_self_replay_without_a_source(saved: Path, tokenizer, tmp_path: Path) -> None:
+def test_self_replay_without_source_fails(saved: Path, tokenizer, tmp_path: Path) -> None:
     wanted = data_options(tmp_path, self=SAMPLING)
     with pytest.raises(InputError, match="needs a model to sample from"):
         build(wanted, tokenizer, cache=tmp_path / "cache")
@@ -340,7 +340,7 @@ def test_self_replay_without_a_source(saved: Path, tokenizer, tmp_path: Path) ->
         build(wanted, tokenizer, cache=tmp_path / "cache", model=str(grown))
 
 
-def test_ends_that_are_no_tokens_end_nothing() -> None:
+def test_invalid_eos_ids_are_ignored() -> None:
     """generation_config.json may name anything; found by the fuzzer (an overflow in generate)."""
     from types import SimpleNamespace
 

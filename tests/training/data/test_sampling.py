@@ -28,7 +28,7 @@ def model():
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.3, 0, 0.8)])
-def test_a_batch_is_what_a_plain_loop_draws(model, tokenizer, temperature: float, top_k: int, top_p: float) -> None:
+def test_batch_equals_plain_sampling_loop(model, tokenizer, temperature: float, top_k: int, top_p: float) -> None:
     """No cache, one softmax a step, the same random numbers: and nothing of the checkpoint's own generation settings."""
     sampler = Sampler(model, tokenizer, replay_options(temperature=temperature, top_k=top_k, top_p=top_p))
     model.generation_config.repetition_penalty = 5.0
@@ -62,14 +62,14 @@ def test_a_batch_is_what_a_plain_loop_draws(model, tokenizer, temperature: float
         assert sample.text.rstrip("\ufffd") == tokenizer.decode(plain).rstrip("\ufffd")
 
 
-def test_nothing_of_the_caller_is_changed(model, tokenizer, tmp_path: Path) -> None:
+def test_sampling_restores_global_state(model, tokenizer, tmp_path: Path) -> None:
     own, state = model.generation_config, torch.random.get_rng_state()
     sample_replay(model, tokenizer, tmp_path / "out", replay_options(tokens=50))
     assert model.generation_config is own
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_starts(model, tokenizer, tmp_path: Path) -> None:
+def test_document_start_options(model, tokenizer, tmp_path: Path) -> None:
     """BOS, or EOS where there is none; a random plain token; the first tokens of given texts."""
     assert {s.ids[0] for s in Sampler(model, tokenizer, replay_options()).draw(0, 8)} == {tokenizer.bos_token_id}
     without = base_tokenizer()
@@ -90,7 +90,7 @@ def test_starts(model, tokenizer, tmp_path: Path) -> None:
         Sampler(model, without, replay_options())
 
 
-def test_all_ends_that_the_checkpoint_names_end_a_text(model, tokenizer) -> None:
+def test_all_eos_tokens_of_checkpoint_end_texts(model, tokenizer) -> None:
     many = list(range(1, 60))
     own = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = many
@@ -102,7 +102,7 @@ def test_all_ends_that_the_checkpoint_names_end_a_text(model, tokenizer) -> None
     assert np.mean([len(s.ids) for s in drawn]) < 20
 
 
-def test_texts_are_not_longer_than_the_model_reads(tokenizer) -> None:
+def test_max_length_is_limited_by_max_position_embeddings(tokenizer) -> None:
     short = make(BY_NAME["llama"], vocab_size=300, max_position_embeddings=16)
     assert max(len(s.ids) for s in Sampler(short, tokenizer, replay_options(max_length=100)).draw(0, 8)) == 16
 
@@ -127,11 +127,11 @@ def sample(text: str, ids: list[int] | None = None) -> Sample:
         (sample("0" * 5000), "compression"),
     ],
 )
-def test_what_is_dropped(model, tokenizer, given: Sample, reason: str | None) -> None:
+def test_drop_reason(model, tokenizer, given: Sample, reason: str | None) -> None:
     assert Sampler(model, tokenizer, replay_options()).drop_reason(given) == reason
 
 
-def test_repetition_and_compression_against_the_plain_count() -> None:
+def test_repetition_and_compression_values() -> None:
     ids = [1, 2, 3, 4, 1, 2, 3, 4, 9]
     grams = [(1, 2, 3, 4), (2, 3, 4, 1), (3, 4, 1, 2), (4, 1, 2, 3), (1, 2, 3, 4), (2, 3, 4, 9)]
     assert repetition(ids) == pytest.approx(1 - len(set(grams)) / len(grams))
@@ -141,7 +141,7 @@ def test_repetition_and_compression_against_the_plain_count() -> None:
     assert all(repetition(list(range(n))) == 0 for n in range(8))
 
 
-def test_duplicates_are_dropped_whatever_their_white_space(model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duplicates_are_dropped_ignoring_white_space(model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(self: Sampler, batch: int, size: int, *, chat: bool) -> list[Sample]:
         words = ["one  two three", "one two\nthree ", f"text number {batch}"]
         return [sample(w, list(range(2, 12))) for w in words]
@@ -160,7 +160,7 @@ def test_duplicates_are_dropped_whatever_their_white_space(model, tokenizer, tmp
     }
 
 
-def test_surprise_is_the_nats_a_token_of_the_model(model, tokenizer) -> None:
+def test_surprise_equals_model_nats_per_token(model, tokenizer) -> None:
     sampler = Sampler(model, tokenizer, replay_options(max_surprise=1.0))
     drawn = sampler.draw(0, 12)
     for s in drawn:
@@ -177,7 +177,7 @@ def test_surprise_is_the_nats_a_token_of_the_model(model, tokenizer) -> None:
     assert 0 < sum(dropped) < len(dropped)
 
 
-def test_filters_that_leave_nothing_are_told(model, tokenizer, tmp_path: Path) -> None:
+def test_filters_that_drop_everything_fail(model, tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ExecutionError, match=r"None of the last 64 texts was kept \(short 64, of 64 sampled\)"):
         sample_replay(model, tokenizer, tmp_path / "out", replay_options(min_tokens=1000))
     assert sampled_texts(tmp_path / "out") == []

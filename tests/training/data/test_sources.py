@@ -42,13 +42,13 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_format_gives_the_same_sequences(tokenizer, tmp_path: Path, name: str) -> None:
+def test_every_file_format_gives_same_sequences(tokenizer, tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path / name)
     data = build(data_options(train=str(tmp_path / name)), tokenizer, cache=tmp_path / "cache")
     assert rows(data.train) == packed_reference(tokenizer)[:-1]
 
 
-def test_ways_to_name_files(tokenizer, folder: Path, tmp_path: Path) -> None:
+def test_paths_folders_and_globs(tokenizer, folder: Path, tmp_path: Path) -> None:
     """Folders, globs at any depth, lists; a README beside data is no document, among documents it is."""
     deep = tmp_path / "deep"
     (deep / "inner").mkdir(parents=True)
@@ -67,7 +67,7 @@ def test_ways_to_name_files(tokenizer, folder: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_limit_counts_documents_over_all_files(tokenizer, folder: Path, tmp_path: Path) -> None:
+def test_limit_counts_documents_of_all_files(tokenizer, folder: Path, tmp_path: Path) -> None:
     data = build(data_options(train={"path": str(folder), "limit": 4}), tokenizer, cache=tmp_path / "cache")
     assert rows(data.train) == packed_reference(tokenizer, DOCS[:4])[:-1]
     assert data.describe()[0]["documents"] == 4
@@ -121,7 +121,7 @@ BAD: dict[str, tuple[dict[str, str | bytes], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_message(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_bad_input_fails(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     files, source, message = BAD[name]
     for path, content in files.items():
         write(tmp_path / path, content)
@@ -135,7 +135,7 @@ def test_bad_input_is_one_message(tokenizer, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("name", "message"), [("blank file", "contains no text"), ("not JSON", "line 2 is not valid JSON"), ("not UTF-8", "not UTF-8")]
 )
-def test_a_stream_refuses_the_same(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+def test_bad_input_fails_when_streaming(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
     for path, content in BAD[name][0].items():
         write(tmp_path / path, content)
     monkeypatch.chdir(tmp_path)
@@ -172,7 +172,7 @@ def ask(hub: HubServer, home: Path, *asked: dict[str, Any], **more: str) -> list
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_data_sets_on_the_hub(tmp_path: Path) -> None:
+def test_hub_datasets(tmp_path: Path) -> None:
     docs = [f"document {n} of the set" for n in range(10)]
     write(tmp_path / "set" / "train.jsonl", "".join(json.dumps({"text": d, "n": 1}) + "\n" for d in [*docs, "", "  "]))
     write(tmp_path / "set" / "README.md", "# A set\n")

@@ -74,7 +74,7 @@ def check_ewc(how: str, kind: str, folder: Path, capsys: pytest.CaptureFixture[s
         assert all(f["wrapper"] == "DistributedDataParallel" and f["numbers"] == whole for f in facts)
 
 
-def test_two_processes_train_what_one_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_equal_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_ewc("ddp", "deeper", tmp_path, capsys)
 
 
@@ -90,7 +90,7 @@ MORE: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 @pytest.mark.parametrize(("kind", "more"), [*(("deeper", m) for m in MORE), ("wider", "ewc"), ("wider", "proximal"), ("experts", "ewc")])
-def test_ewc_and_masks_on_several_processes(how: str, kind: str, more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ewc_and_masks_on_two_processes(how: str, kind: str, more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows of a wider model are masks within sharded tensors; three experts and 61 rows do not divide by two."""
     changes = dict(MORE[more])
     if changes.get("regularizer", {}).get("kind") == "ewc":
@@ -105,7 +105,7 @@ def test_ewc_and_masks_on_several_processes(how: str, kind: str, more: str, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_a_run_of_two_processes_that_was_cut_off_goes_on(how: str, tmp_path: Path) -> None:
+def test_interrupted_two_process_run_resumes_exactly(how: str, tmp_path: Path) -> None:
     path = recipe(tmp_path, model(tmp_path), max_steps=10, regularizer={"kind": "si", "lambda": 0.5, "consolidate_every": 4}, **WARM)
     together(how, path, tmp_path / "whole")
     together(how, path, tmp_path / "cut", stop=8, status=9)
@@ -117,7 +117,7 @@ def test_a_run_of_two_processes_that_was_cut_off_goes_on(how: str, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dispatched", [True, False])
-def test_a_stream_of_two_processes_goes_on_where_it_stood(dispatched: bool, tmp_path: Path) -> None:
+def test_two_process_stream_resumes_at_its_position(dispatched: bool, tmp_path: Path) -> None:
     """One process reads for both, or each reads all and takes its rows."""
     more = {} if dispatched else {"accelerator_config": {"dispatch_batches": False}}
     path = recipe(tmp_path, model(tmp_path), max_steps=8, data={"streaming": True}, gradient_accumulation_steps=2, **more)
@@ -131,7 +131,7 @@ def test_a_stream_of_two_processes_goes_on_where_it_stood(dispatched: bool, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_both_processes_go_back_together(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_processes_roll_back_together(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A threshold that every wobble crosses: a rollback to the last checkpoint, once, with half the rate from there on."""
     monitor = {"on_instability": "rollback", "threshold": 1e-3, "window": 16, "max_reactions": 1}
     path = recipe(tmp_path, model(tmp_path), max_steps=10, monitor=monitor, **CALM)
@@ -145,7 +145,7 @@ def test_both_processes_go_back_together(how: str, tmp_path: Path, capsys: pytes
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_the_best_model_is_kept(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_best_model_on_two_processes(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"early_stopping_patience": 1, "learning_rate": 0.3, "max_steps": 12, "save_steps": 2, "eval_steps": 2}
     path = recipe(tmp_path, model(tmp_path), **settings)
     together(how, path, tmp_path / "together")
@@ -168,7 +168,7 @@ def test_streamed_text_in_bf16(how: str, tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-def test_the_launcher_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_accelerate_launch_and_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """accelerate launch --config_file, and torchrun, which needs no file."""
     path = recipe(tmp_path, model(tmp_path), **CALM)
     run(capsys, "train", path)
@@ -187,9 +187,7 @@ def test_the_launcher_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 @pytest.mark.parametrize("half", [False, True])
-def test_zero3_trains_what_one_process_trains(
-    half: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zero3_equals_one_process(half: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     settings = {"dtype": "float32", "freeze": ["norms"], "gradient_accumulation_steps": 2, "learning_rate": 1e-4, "bf16": half}
     path = recipe(tmp_path, model(tmp_path), **settings)
@@ -208,7 +206,7 @@ def test_zero3_trains_what_one_process_trains(
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_once(tmp_path: Path) -> None:
+def test_error_is_printed_by_one_process(tmp_path: Path) -> None:
     path = recipe(tmp_path, model(tmp_path), regularizer=EWC)
     one, two = together("ddp", path, tmp_path / "together", status=2)
     assert "kind ewc needs one file" in one["err"] and "Traceback" not in one["err"] + two["err"]
@@ -218,7 +216,7 @@ def test_a_mistake_is_told_once(tmp_path: Path) -> None:
     assert "2 processes were started, but this machine has no GPU" in one["err"] and not (tmp_path / "together").exists()
 
 
-def test_what_several_processes_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsupported_settings_under_fsdp_and_deepspeed_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grown = model(tmp_path)
     collapsed = {**EWC, "fisher": str(tmp_path / "fisher.safetensors"), "collapsed": True}
     dry = ["--dry-run", "--accelerate"]
@@ -240,7 +238,7 @@ def test_what_several_processes_cannot_do(tmp_path: Path, capsys: pytest.Capture
         assert word in run(capsys, "train", recipe(tmp_path, grown), *dry, tmp_path / "own.yaml", status=2)["error"]
 
 
-def test_options_that_only_a_dry_run_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_only_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, tmp_path / "grown")
     assert "processes: requires dry_run" in run(capsys, "train", path, "--processes", 2, status=2)["error"]
     assert "processes: should be greater than or equal to 1" in run(capsys, "train", path, "--dry-run", "--processes", 0, status=2)["error"]
@@ -248,7 +246,9 @@ def test_options_that_only_a_dry_run_knows(tmp_path: Path, capsys: pytest.Captur
     assert "Cannot read" in run(capsys, "train", path, "--dry-run", "--accelerate", tmp_path / "no.yaml", status=2)["error"]
 
 
-def test_other_commands_run_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_commands_reject_several_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     said = run(capsys, "fisher", tmp_path, "--text", tmp_path, "-o", tmp_path / "f", status=2)["error"]
     assert "hf-grow fisher runs in one process, and 4 were started" in said
@@ -260,7 +260,7 @@ TOLD = {"one_gpu": Launch(), "ddp": Launch(8, "ddp"), "fsdp2": Launch(8, "fsdp2"
         "multi_node": Launch(16, "fsdp2")}  # fmt: skip
 
 
-def test_every_file_is_one_that_accelerate_reads() -> None:
+def test_recipe_accelerate_files_are_valid() -> None:
     assert {p.stem for p in FILES.glob("*.yaml")} == TOLD.keys()
     for name, launch in TOLD.items():
         assert launch_from_file(FILES / f"{name}.yaml") == launch
@@ -285,7 +285,7 @@ def test_every_file_is_one_that_accelerate_reads() -> None:
         ("MULTI_GPU", {"num_processes": [8]}, "num_processes is"),
     ],
 )
-def test_a_file_of_accelerate_with_parts_of_another_type(kind: object, rest: dict[str, object], says: str, tmp_path: Path) -> None:
+def test_malformed_accelerate_file_fails(kind: object, rest: dict[str, object], says: str, tmp_path: Path) -> None:
     path = tmp_path / "accelerate.yaml"
     path.write_text(json.dumps({"distributed_type": kind, "num_processes": 2, **rest}))
     with pytest.raises(InputError, match=says):
@@ -293,13 +293,13 @@ def test_a_file_of_accelerate_with_parts_of_another_type(kind: object, rest: dic
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_parts_of_a_file_of_accelerate_may_be_left_out(kind: str, tmp_path: Path) -> None:
+def test_accelerate_file_sections_are_optional(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "accelerate.yaml"
     path.write_text(json.dumps({"distributed_type": kind, "num_processes": 2}))
     assert launch_from_file(path).processes == 2
 
 
-def test_the_memory_of_solar_on_eight_gpus(tmp_path: Path) -> None:
+def test_memory_estimate_of_solar_on_eight_gpus(tmp_path: Path) -> None:
     """The sums of docs/scale.md, written out: 16 bytes a parameter in fp32 under AdamW, 4 more for Fisher and anchor in bf16."""
     from hf_grow.model.architecture import Architecture
 
@@ -335,7 +335,7 @@ def test_the_memory_of_solar_on_eight_gpus(tmp_path: Path) -> None:
     assert fsdp.total < 40e9 < 80e9 < ddp.total
 
 
-def test_a_process_may_hold_no_rows_of_a_mask() -> None:
+def test_selection_with_no_rows() -> None:
     """A router of one row, on two processes."""
     for shape in ((0,), (0, 5), (3, 0)):
         empty = Selection(torch.zeros(shape, dtype=torch.bool))
@@ -345,7 +345,7 @@ def test_a_process_may_hold_no_rows_of_a_mask() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layers", "length"), [(4, 1024), (4, 4096)])
-def test_the_estimate_of_fsdp2_is_near_what_torch_tracks(layers: int, length: int) -> None:
+def test_fsdp2_memory_estimate_matches_torch_tracker(layers: int, length: int) -> None:
     """Blocks of SOLAR's size on eight processes that are pretended, without memory for a single number: FSDP2's own tracker adds up."""
     from hf_grow.model.architecture import Architecture
 
@@ -363,7 +363,7 @@ def test_the_estimate_of_fsdp2_is_near_what_torch_tracks(layers: int, length: in
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "policy"), [("llama", "map"), ("llama-tied", "map"), ("llama", "reset")])
-def test_a_run_under_fsdp2_is_grown_and_goes_on(case: str, policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fsdp2_run_is_grown_and_resumed(case: str, policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """optimizer.bin, by name, grows as optimizer.pt does; either goes on under FSDP2 and in one process, to the same weights."""
     old = tmp_path / "source"
     made = make(BY_NAME[case], num_hidden_layers=2).double()

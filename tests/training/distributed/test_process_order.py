@@ -60,7 +60,7 @@ def run(body: Any) -> None:
         assert not t.is_alive()
 
 
-def test_the_others_wait_in_no_collective(collectives: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_processes_are_in_no_collective(collectives: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
     asked = threading.Semaphore(0)
 
@@ -82,7 +82,7 @@ def test_the_others_wait_in_no_collective(collectives: dict[str, int], monkeypat
     assert order[0] == 0 and sorted(order) == [0, 1, 2]
 
 
-def test_a_first_process_that_fails_stops_the_others(collectives: dict[str, int]) -> None:
+def test_failure_of_first_process_stops_the_others(collectives: dict[str, int]) -> None:
     found: dict[int, BaseException] = {}
 
     def process(rank: int) -> None:
@@ -98,14 +98,14 @@ def test_a_first_process_that_fails_stops_the_others(collectives: dict[str, int]
     assert all("failed at the texts" in str(found[rank]) for rank in (1, 2))
 
 
-def test_one_process_alone_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_process_uses_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerate.utils, "broadcast_object_list", lambda *a: pytest.fail("a collective"))
     with local_main_process_first(Place(0, 1), "the texts"):  # type: ignore[arg-type]
         pass
 
 
 @pytest.mark.slow
-def test_texts_may_take_longer_than_the_process_group_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_may_exceed_process_group_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAUNCHED_SLOW", "10")
     monkeypatch.setenv("LAUNCHED_PATIENCE", "20")
     path = recipe(tmp_path, model(tmp_path), max_steps=2)

@@ -70,7 +70,7 @@ def streamed(folder: Path, model: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_resumed_stream_reads_on_where_it_stood(
+def test_resumed_stream_continues_at_its_position(
     workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any], counted: dict[str, Any]
 ) -> None:
     """The batches are those of an uninterrupted run; nothing that was trained on is tokenised again but what shares a batch of documents."""
@@ -96,7 +96,7 @@ def test_a_resumed_stream_reads_on_where_it_stood(
         assert len(counted["read"]) <= read - 12 and not {"part-00.jsonl", "part-01.jsonl"} & set(counted["read"]), "files before the place"
 
 
-def test_a_finished_stream_that_is_resumed_trains_nothing_more(tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:
+def test_resuming_finished_stream_trains_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:
     path = streamed(tmp_path, grown(tmp_path), max_steps=5)
     first = run(capsys, "train", path)
     seen.clear()
@@ -104,7 +104,7 @@ def test_a_finished_stream_that_is_resumed_trains_nothing_more(tmp_path: Path, c
     assert seen == []
 
 
-def test_another_text_is_passed_over_by_the_number_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:
+def test_resume_with_other_text_skips_same_number_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:
     """As text that is not streamed is: the place is the 41st sequence, whatever stands there."""
     path = streamed(tmp_path, grown(tmp_path))
     run(capsys, "train", path)
@@ -119,7 +119,7 @@ def test_another_text_is_passed_over_by_the_number_of_rows(tmp_path: Path, capsy
     assert resumed == seen[20:]
 
 
-def test_a_damaged_place_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_data_state_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = streamed(tmp_path, grown(tmp_path))
     run(capsys, "train", path)
     edited(tmp_path / "out" / "checkpoint-10" / "data_state.json", stream={"place": 3})
@@ -128,7 +128,9 @@ def test_a_damaged_place_is_one_message(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_grown_run_goes_on_in_the_text(streaming: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:
+def test_grown_run_continues_at_its_data_position(
+    streaming: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any]
+) -> None:
     """Also with batches of another size: the place is counted in rows."""
     data = {"streaming": streaming}
     path = streamed(tmp_path, source(tmp_path / "model"), data=data)
@@ -148,7 +150,7 @@ def test_a_grown_run_goes_on_in_the_text(streaming: bool, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_rollback_passes_over_the_batches_that_led_to_it(
+def test_rollback_skips_the_batches_before_the_spike(
     streaming: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Back from step 7 to the checkpoint of step 4: steps 5 to 7 take the rows that 8 to 10 would have had; a resumed run knows of it."""
@@ -179,7 +181,7 @@ def test_a_rollback_passes_over_the_batches_that_led_to_it(
     assert logged(out) == losses
 
 
-def test_rates_come_back_after_a_rollback() -> None:
+def test_lr_recovers_after_rollback() -> None:
     monitor = Monitor(MonitorOptions(on_instability="rollback", restore_steps=10, lr_factor=0.5))
     assert monitor.react(29, "checkpoint", back=10).facts["lr_factor"] == 0.5
     assert [monitor.rate(t) for t in (20, 25, 30, 99)] == [0.5, 0.75, 1.0, 1.0]

@@ -27,7 +27,7 @@ def config(out: Path, **settings: Any) -> GrowConfig:
     return GrowConfig(str(out), **{**fixed, "train_sampling_strategy": "sequential", "seq_length": 16, **settings})
 
 
-def test_the_same_weights_as_hf_grow_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_grow_trainer_equals_hf_grow_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path)
     path = recipe(tmp_path, model, train="new_layers", warmup={"lr": 2.0}, regularizer={"kind": "l2sp", "lambda": 0.5},
                   data={"shuffle": False})  # fmt: skip
@@ -58,7 +58,7 @@ class StopAt(TrainerCallback):  # type: ignore[misc]
         return control
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_resumed_grow_trainer_equals_uninterrupted_run(tmp_path: Path) -> None:
     model = grown(tmp_path)
     recipe(tmp_path, model)
     data = documents(tmp_path, "new")
@@ -76,7 +76,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
         assert torch.equal(p, q), name
 
 
-def test_a_model_in_memory_with_its_plan(tmp_path: Path) -> None:
+def test_in_memory_model_with_plan(tmp_path: Path) -> None:
     small = make(BY_NAME["llama"], num_hidden_layers=2)
     plan = hf_grow.plan(small, "identity", layers_to=4)
     model = hf_grow.grow_model(small, plan)
@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_one_message(case: str, tmp_path: Path) -> None:
+def test_bad_input_fails(case: str, tmp_path: Path) -> None:
     model = grown(tmp_path)
     make_it, words = REFUSED[case]
     with pytest.raises(InputError) as error:

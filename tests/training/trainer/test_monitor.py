@@ -33,14 +33,14 @@ def watched(losses: list[float], norms: list[float] | None = None, **options: An
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_an_ordinary_run_is_left_alone(seed: int) -> None:
+def test_normal_run_reports_no_instability(seed: int) -> None:
     draw = random.Random(seed)
     norms = [math.exp(draw.gauss(0, 0.3)) for _ in range(1500)]
     assert watched(falling(1500, seed), norms)[1] == []
 
 
 @pytest.mark.parametrize(("at", "height"), [(100, 2.0), (700, 1.0)])
-def test_a_spike_is_seen_at_its_step_and_once(at: int, height: float) -> None:
+def test_loss_spike_is_reported_once_at_its_step(at: int, height: float) -> None:
     losses = falling(1000)
     losses[at] += height
     losses[at + 1] += height / 2
@@ -55,20 +55,20 @@ def test_a_spike_is_seen_at_its_step_and_once(at: int, height: float) -> None:
     assert found[0][1].facts["score"] == pytest.approx((losses[at] - expected) / max(spread, 0.01 * expected))
 
 
-def test_a_gradient_that_bursts_is_seen_before_the_loss() -> None:
+def test_grad_norm_spike_is_reported() -> None:
     norms = [1 + 0.1 * random.Random(t).random() for t in range(200)]
     norms[150] = 40.0
     _, found = watched(falling(200), norms)
     assert [(t, f.facts["signal"]) for t, f in found] == [(150, "grad_norm")]
 
 
-def test_what_is_not_finite_is_an_instability_from_the_first_step() -> None:
+def test_nonfinite_values_are_an_instability_from_the_first_step() -> None:
     for bad in (math.nan, math.inf):
         assert [f.facts["signal"] for _, f in watched([bad])[1]] == ["nonfinite"]
         assert watched([3.0, 3.0], [1.0, bad])[1][0][1].facts["of"] == "grad_norm"
 
 
-def test_growing_swings_are_an_instability() -> None:
+def test_growing_variance_is_an_instability() -> None:
     losses = [2 + 0.01 * random.Random(t).gauss(0, 1) for t in range(100)]
     losses += [2 + 0.15 * (-1) ** t * min(1, t / 4) for t in range(30)]
     _, found = watched(losses, threshold=1000.0)
@@ -76,7 +76,7 @@ def test_growing_swings_are_an_instability() -> None:
     assert 100 < found[0][0] < 120
 
 
-def test_shock_and_recovery_after_a_growth() -> None:
+def test_transition_shock_and_recovery_after_growth() -> None:
     monitor = Monitor(MonitorOptions(shock=0.5), before=2.0)
     told = [(t, f.event, f.facts) for t in range(60) for f in monitor.step(t, 2 + 1.2 * math.exp(-t / 8) - 0.01, None)]
     assert next((t, e) for t, e, _ in told) == (0, "transition_shock")
@@ -86,7 +86,7 @@ def test_shock_and_recovery_after_a_growth() -> None:
     assert sum(curve[at - 7 : at + 1]) / 8 <= 2.0 < sum(curve[at - 8 : at]) / 8
 
 
-def test_reactions_add_up_and_come_to_an_end() -> None:
+def test_reactions_accumulate_up_to_max_reactions() -> None:
     lower = Monitor(MonitorOptions(on_instability="lower_lr", max_reactions=2))
     assert [lower.react(t, None).facts["lr_factor"] for t in range(3)] == [0.5, 0.25, 0.25]
     assert lower.react(9, None).facts["action"] == "none"
@@ -99,7 +99,7 @@ def test_reactions_add_up_and_come_to_an_end() -> None:
     assert back.react(4, None).facts["action"] == "lower_lr"
 
 
-def test_the_state_goes_through_json_and_goes_on_alike() -> None:
+def test_monitor_state_round_trips_through_json() -> None:
     losses = falling(300)
     losses[250] += 2
     one = Monitor(MonitorOptions(on_instability="lower_lr"), before=9.0)
@@ -113,14 +113,14 @@ def test_the_state_goes_through_json_and_goes_on_alike() -> None:
     assert one.state() == other.state()
 
 
-def test_robust_scores_and_trends() -> None:
+def test_robust_z_and_detrended() -> None:
     assert robust_z(2.0, [2.0] * 9) == 0
     assert robust_z(3.0, [2.0] * 9) == pytest.approx(1 / 0.02)
     assert robust_z(10.0, [float(t) for t in range(10)]) == pytest.approx(0, abs=1e-9)
     assert detrended([3.0, 2.0, 1.0, 0.0]) == pytest.approx([0, 0, 0, 0], abs=1e-12)
 
 
-def test_the_log_has_one_line_an_event_and_survives_a_torn_one(tmp_path: Path) -> None:
+def test_event_log_has_one_line_per_event_and_skips_torn_lines(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     log.write("instability", 3, signal="nonfinite", value=math.nan, score=math.inf)
     log.write("phase", 4, train=("new",))
@@ -133,7 +133,7 @@ def test_the_log_has_one_line_an_event_and_survives_a_torn_one(tmp_path: Path) -
     EventLog(None).write("phase", 1, train=[])
 
 
-def test_people_are_told_of_what_matters_but_not_without_end(tmp_path: Path) -> None:
+def test_important_events_are_notified_up_to_a_limit(tmp_path: Path) -> None:
     told: list[str] = []
     log = EventLog(tmp_path / "events.jsonl", told.append)
     log.write("log", 1, loss=2.0)
@@ -146,7 +146,7 @@ def test_people_are_told_of_what_matters_but_not_without_end(tmp_path: Path) -> 
     assert len(list(read_events(tmp_path / "events.jsonl"))) == 30
 
 
-def test_docs_tell_every_event_and_key() -> None:
+def test_docs_list_every_event_and_key() -> None:
     text = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
     for kind, keys in EVENTS.items():
         assert f"| `{kind}` |" in text
@@ -157,7 +157,7 @@ def test_docs_tell_every_event_and_key() -> None:
 # ---- in the trainer -------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_rollback_goes_back_to_the_checkpoint_and_lowers_the_rate_for_a_while(
+def test_rollback_resumes_from_checkpoint_with_lower_lr(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = grown(tmp_path)
@@ -176,10 +176,10 @@ def test_a_rollback_goes_back_to_the_checkpoint_and_lowers_the_rate_for_a_while(
     assert steps == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9, 10]  # the step of the spike itself was not logged: it was undone at its end
     again = [e for e in events if e["event"] == "log"][6:]
     assert [e["lr_factor"] for e in again] == pytest.approx([0.5 + 0.5 * i / 100 for i in range(6)])
-    assert again[0]["loss"] != logged(tmp_path / "calm")[5]  # other batches, see test_reading.py
+    assert again[0]["loss"] != logged(tmp_path / "calm")[5]  # other batches, see test_data_position.py
 
 
-def test_a_run_resumed_after_a_rollback_knows_of_it(
+def test_rollback_is_recorded_in_its_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = recipe(tmp_path, grown(tmp_path), max_steps=10, save_steps=4, monitor=ROLLBACK_OPTIONS)
@@ -192,7 +192,7 @@ def test_a_run_resumed_after_a_rollback_knows_of_it(
 
 
 @pytest.mark.parametrize(("action", "key"), [("lower_lr", "lr_factor"), ("longer_warmup", "lr_factor_new")])
-def test_milder_reactions_change_the_rates_from_the_next_step_on(
+def test_lower_lr_and_longer_warmup_apply_from_the_next_step(
     action: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**ROLLBACK_OPTIONS, "on_instability": action, **({"extra_warmup": 4} if action == "longer_warmup" else {})}
@@ -205,7 +205,9 @@ def test_milder_reactions_change_the_rates_from_the_next_step_on(
     assert [factors[s] for s in range(7, 11)] == expected
 
 
-def test_regressions_against_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regression_event_against_source_baseline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the old set is above the source's loss, the log says so."""
     losses_told(monkeypatch, "old", lambda step, loss: loss + {0: 0.0, 3: 0.5, 6: 0.1}[step])
     path = recipe(tmp_path, grown(tmp_path), learning_rate=1e-9, monitor={"baseline": "source", "regression": 0.2})
@@ -217,7 +219,7 @@ def test_regressions_against_the_source(tmp_path: Path, capsys: pytest.CaptureFi
     assert told[-1]["baseline"] == pytest.approx(losses[0], abs=1e-5)
 
 
-def test_growing_again_too_soon_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_growing_during_consolidation_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, source(tmp_path / "model"), max_steps=3, after_growth={"consolidate_steps": 100})
     run(capsys, "train", path)
     checkpoint = tmp_path / "out" / "checkpoint-3"

@@ -48,7 +48,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 # ---- a run, from the recipe to the saved model ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_trains_and_leaves_a_plain_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_writes_a_plain_transformers_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path)
     path = recipe(tmp_path, model, monitor={"contribution_steps": 6, "baseline": "source"}, kl_rows=2, max_steps=12, eval_steps=6)
     found = run(capsys, "train", path)
@@ -74,7 +74,7 @@ def test_a_run_trains_and_leaves_a_plain_model(tmp_path: Path, capsys: pytest.Ca
     assert param_provenance.load_plan(out / "checkpoint-3") is not None
 
 
-def test_evaluations_are_the_cross_entropy_written_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_loss_equals_cross_entropy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also of a mixture, whose router loss must not be in them."""
     model = grown(tmp_path, "mixtral")
     path = recipe(
@@ -98,7 +98,7 @@ def test_evaluations_are_the_cross_entropy_written_out(tmp_path: Path, capsys: p
     assert found["start"]["old"] == pytest.approx(total, abs=1e-5)
 
 
-def test_the_source_beside_the_grown_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_source_baseline_and_kl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Identity growth: the source's losses are those at the start, and KL is zero there; later it is what it is written out."""
     model = grown(tmp_path)
     path = recipe(tmp_path, model, monitor={"baseline": "source"}, kl_rows=2)
@@ -119,7 +119,7 @@ def test_the_source_beside_the_grown_model(tmp_path: Path, capsys: pytest.Captur
     assert last["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
 
 
-def test_every_event_is_of_a_known_kind_with_its_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_event_has_its_documented_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, grown(tmp_path), warmup={"steps": 3, "alpha_steps": 2}, phases=[{"steps": 2, "train": ["new"]}],
                   after_growth={"settle_steps": 2, "consolidate_steps": 3}, monitor={"contribution_steps": 3, "baseline": "source"},
                   distill={}, max_steps=6)  # fmt: skip
@@ -137,7 +137,7 @@ def test_every_event_is_of_a_known_kind_with_its_keys(tmp_path: Path, capsys: py
         assert "..." in known or e.keys() <= {"event", "step", "time", *known}, e
 
 
-def test_the_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_estimates_memory_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path)
     path = recipe(tmp_path, model, regularizer={"kind": "l2sp"}, train="new_layers")
     found = run(capsys, "train", path, "--dry-run", "--gradient_accumulation_steps", "4")
@@ -162,7 +162,7 @@ def test_the_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("case", ["llama", "qwen3"])
-def test_estimated_activations_are_near_those_that_are_kept(case: str, checkpointing: bool) -> None:
+def test_activation_bytes_matches_saved_tensors(case: str, checkpointing: bool) -> None:
     model = make(BY_NAME[case], hidden_size=96, intermediate_size=256, vocab_size=500, num_hidden_layers=3).train()
     model.set_attn_implementation("sdpa")
     if checkpointing:
@@ -215,7 +215,7 @@ def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_an_interrupted_and_resumed_run_is_one_that_was_not(
+def test_resumed_run_equals_uninterrupted_run(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = grown(tmp_path)
@@ -239,7 +239,7 @@ def test_an_interrupted_and_resumed_run_is_one_that_was_not(
     assert any(e["event"] == "resume" for e in read_events(tmp_path / "out" / "events.jsonl"))
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_checkpoint_skips_incomplete_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, grown(tmp_path), max_steps=9, save_steps=3)
     run(capsys, "train", path)
     out = tmp_path / "out"
@@ -254,7 +254,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path, capsys: py
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_killed_at_random_moments_resumes_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """kill -9 of the real process, several times in one run; saving takes most of the time here, so some kills fall into it."""
     model = grown(tmp_path)
     path = recipe(tmp_path, model, max_steps=60, save_steps=2, save_total_limit=2, regularizer={"kind": "si", "lambda": 0.5})
@@ -283,7 +283,7 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(tmp_path: Path
     assert all(torch.equal(one[n], other[n]) for n in one)
 
 
-def test_a_run_that_was_grown_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_grown_run_resumes_at_the_step_of_its_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Train, grow the checkpoint with its optimizer state, train on: same step, and the growth's own steps count from there."""
     small = source(tmp_path / "small")
     run(capsys, "train", recipe(tmp_path, small, max_steps=4, save_steps=4, output=str(tmp_path / "first")))
@@ -331,7 +331,7 @@ FREEZES: list[tuple[str, list[str], list[str]]] = [
 
 
 @pytest.mark.parametrize(("name", "train", "freeze"), FREEZES)
-def test_frozen_weights_do_not_move_by_a_bit(name: str, train: list[str], freeze: list[str], tmp_path: Path) -> None:
+def test_frozen_weights_are_unchanged_bit_for_bit(name: str, train: list[str], freeze: list[str], tmp_path: Path) -> None:
     """Neither by weight decay nor by moments; and everything else does move."""
     model, plan = grown_model(name)
     parts = param_provenance.parts(model, plan)
@@ -353,7 +353,7 @@ def test_frozen_weights_do_not_move_by_a_bit(name: str, train: list[str], freeze
     assert moved
 
 
-def test_rows_that_stay_leave_no_trace_in_the_path_of_si(tmp_path: Path) -> None:
+def test_si_path_integral_is_zero_for_frozen_rows(tmp_path: Path) -> None:
     """Decay and moments move them for a moment before they are put back; that is no part of the path."""
     model, plan = grown_model("width")
     masks = param_provenance.new_masks(model, plan)
@@ -370,7 +370,7 @@ def test_rows_that_stay_leave_no_trace_in_the_path_of_si(tmp_path: Path) -> None
     assert some > 1000
 
 
-def test_a_rate_of_their_own_counts_in_the_path_of_si(tmp_path: Path) -> None:
+def test_si_path_integral_uses_lr_of_new_parameters(tmp_path: Path) -> None:
     """New rows at half the rate: the sum of gradient times move is that of the moves that were made."""
     model, plan = grown_model("width")
     path = SynapticIntelligence(0.0, {n: p.clone() for n, p in weights(model).items()}, None, xi=1e-3)
@@ -386,7 +386,7 @@ def test_a_rate_of_their_own_counts_in_the_path_of_si(tmp_path: Path) -> None:
         torch.testing.assert_close(kept["omega"], -kept["gradient"] * (p.detach() - before[n]))
 
 
-def test_a_phase_freezes_and_then_lets_go(tmp_path: Path) -> None:
+def test_phase_freezes_then_unfreezes(tmp_path: Path) -> None:
     """The thawed tensors take the step of a fresh AdamW: the phase left no moments and no step count behind."""
     model, plan = grown_model("depth")
     parts, names = param_provenance.parts(model, plan), [n for n, _ in model.named_parameters()]
@@ -433,7 +433,7 @@ def adamw_by_hand(model: Any, new: dict[str, Any], factor: Callable[[int], float
 
 
 @pytest.mark.parametrize("name", ["depth", "width"])
-def test_new_parameters_have_a_rate_of_their_own_down_to_single_rows(name: str, tmp_path: Path) -> None:
+def test_new_parameter_lr_applies_to_single_rows(name: str, tmp_path: Path) -> None:
     model, plan = grown_model(name)
     twin = grow_model(make(BY_NAME["llama"], num_hidden_layers=2), plan)
     new = param_provenance.new_masks(model, plan)
@@ -448,7 +448,7 @@ def test_new_parameters_have_a_rate_of_their_own_down_to_single_rows(name: str, 
     assert after.factor(2) == pytest.approx(2 / 3)
 
 
-def test_trainers_two_groups_are_what_is_saved(tmp_path: Path) -> None:
+def test_saved_optimizer_has_trainers_two_groups(tmp_path: Path) -> None:
     """So that growing with the optimizer state, and every other tool, can read the checkpoint."""
     model, plan = grown_model("depth")
     new = param_provenance.new_masks(model, plan)
@@ -461,7 +461,7 @@ def test_trainers_two_groups_are_what_is_saved(tmp_path: Path) -> None:
     assert sum(len(g["params"]) for g in saved["param_groups"]) == len(new) == len(saved["state"])
 
 
-def test_masks() -> None:
+def test_mask_operations() -> None:
     rows, columns = torch.tensor([[True] * 3, [False] * 3]), torch.tensor([[True, False, True]] * 2)
     mixed = torch.tensor([[True, False, False], [False, True, False]])
     x = torch.arange(6.0).reshape(2, 3)
@@ -476,7 +476,7 @@ def test_masks() -> None:
     assert inverse(True) is False
 
 
-def test_phases_and_ramps_count_from_the_growth() -> None:
+def test_schedules_count_steps_from_the_growth() -> None:
     phases = [Phase(steps=2, train=["new"]), Phase(steps=3, train=["routers"])]
     assert [phase_at(phases, s) for s in range(7)] == [0, 0, 1, 1, 1, None, None]
     ramp = Warmup(alpha_steps=4, alpha_start=0.2)
@@ -489,7 +489,7 @@ def test_phases_and_ramps_count_from_the_growth() -> None:
 # ---- blocks -------------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_blending_is_a_mixture_of_streams_and_goes_away_entirely() -> None:
+def test_residual_scale_blends_blocks_and_is_removed_at_alpha_one() -> None:
     model = make(BY_NAME["llama"], num_hidden_layers=3)
     ids = tokens(model)
     layers = decoder_layers(model)
@@ -516,7 +516,7 @@ def test_blending_is_a_mixture_of_streams_and_goes_away_entirely() -> None:
     assert torch.equal(model(ids).logits, plain)
 
 
-def test_contributions_are_losses_without_a_block(tmp_path: Path) -> None:
+def test_contributions_equal_losses_without_each_block(tmp_path: Path) -> None:
     model, plan = grown_model("depth")
     with torch.no_grad():
         for block in (1, 3):
@@ -552,7 +552,7 @@ def losses_by_hand(model: Path, folder: Path) -> Any:
     return out
 
 
-def test_zero_init_makes_new_blocks_identity_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zero_init_and_alpha_zero_make_new_blocks_identity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two stacked copies of a stack: with the second zeroed the model computes what the source does."""
     model = grown(tmp_path, method="stack")
     path = recipe(tmp_path, model, warmup={"zero_init": True}, monitor={"baseline": "source"})
@@ -578,7 +578,7 @@ def test_zero_init_makes_new_blocks_identity_blocks(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("settings", [{"regularizer": {"kind": "l2sp", "lambda": 3.0}}, {"regularizer": {"kind": "si"}}, {"distill": {}}])
-def test_accumulation_changes_nothing(settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gradient_accumulation_equals_one_large_batch(settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Eight rows at once, or two in four pieces: the same losses, the same penalty, the same weights.
 
     Batches of other sizes round otherwise; a large epsilon keeps AdamW from making steps of gradients that are nothing but that.
@@ -602,7 +602,7 @@ def test_accumulation_changes_nothing(settings: dict[str, Any], tmp_path: Path, 
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
-def test_the_router_loss_counts_once_however_many_pieces_a_batch_has(case: str, tmp_path: Path) -> None:
+def test_router_loss_is_averaged_over_micro_batches(case: str, tmp_path: Path) -> None:
     """Four pieces: the mean of their router losses, times the coefficient. Written out piece by piece."""
     model = make(BY_NAME[case], num_hidden_layers=2)
     coefficient = 0.5
@@ -621,7 +621,7 @@ def test_the_router_loss_counts_once_however_many_pieces_a_batch_has(case: str, 
     assert loss == pytest.approx(float(total.detach()), abs=1e-4)
 
 
-def test_a_mixture_trains_and_tells_how_even_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_moe_training_logs_expert_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = source(tmp_path / "source")
     api.grow(old, tmp_path / "grown", "experts", experts=4)
     path = recipe(tmp_path, tmp_path / "grown", phases=[{"steps": 2, "train": "routers"}], train=["routers", "new_experts"],
@@ -636,7 +636,7 @@ def test_a_mixture_trains_and_tells_how_even_it_is(tmp_path: Path, capsys: pytes
     assert frozen and all(torch.equal(start[n], end[n]) for n in frozen)
 
 
-def test_early_stopping_keeps_the_best_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_stopping_saves_best_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     losses_told(monkeypatch, "new", lambda step, _: {0: 9.0, 2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0}[step])
     path = recipe(tmp_path, grown(tmp_path), max_steps=40, eval_steps=2, save_steps=2, early_stopping_patience=2)
     found = run(capsys, "train", path)
@@ -648,7 +648,9 @@ def test_early_stopping_keeps_the_best_model(tmp_path: Path, capsys: pytest.Capt
     assert found["end"]["old"] == losses_by_hand(tmp_path / "out", tmp_path)["old"], "the last evaluation is of the best model"
 
 
-def test_the_best_model_is_whole_with_lora_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_model_with_lora_restores_new_blocks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its new blocks train beside the adapters, and must come back with them."""
     model = grown(tmp_path)
     losses_told(monkeypatch, "old", lambda step, _: {0: 3.0, 2: 3.5, 4: 2.8, 6: 3.1, 8: 3.3, 10: 3.4}[step])
@@ -665,7 +667,7 @@ def test_the_best_model_is_whole_with_lora_too(tmp_path: Path, capsys: pytest.Ca
             assert (t - last[n]).abs().max() > 1e-3, n
 
 
-def test_a_full_disk_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -675,7 +677,7 @@ def test_a_full_disk_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "disk" in said and "--resume" in said and "Traceback" not in said
 
 
-def test_overwriting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overwrite_and_resume_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, grown(tmp_path), max_steps=2)
     run(capsys, "train", path)
     assert "--resume" in run(capsys, "train", path, status=2)["error"]
@@ -690,7 +692,7 @@ def test_overwriting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "is the training of" in run(capsys, "train", path, "--resume", "--model", source(tmp_path / "another"), status=2)["error"]
 
 
-def test_bf16_checkpointing_and_streaming(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bf16_with_activation_checkpointing_and_streaming(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Arguments of Trainer's pass; master weights are fp32 where it computes in 16 bits."""
     path = recipe(tmp_path, grown(tmp_path), bf16=True, activation_checkpointing=True, learning_rate=3e-3, max_steps=12, data={"streaming": True}, warmup={"alpha_steps": 3},
                   regularizer={"kind": "l2sp"})  # fmt: skip
@@ -700,7 +702,7 @@ def test_bf16_checkpointing_and_streaming(tmp_path: Path, capsys: pytest.Capture
     assert all(t.isfinite().all() and not torch.equal(t, start[n]) for n, t in end.items())
 
 
-def test_names_on_disk_are_those_of_the_trained_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_saved_tensor_names_equal_source_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Mixtures are fused in memory; what is saved has the source's names."""
     model = grown(tmp_path, "mixtral", layers_to=4)
     run(capsys, "train", recipe(tmp_path, model, max_steps=1))
@@ -709,12 +711,12 @@ def test_names_on_disk_are_those_of_the_trained_model(tmp_path: Path, capsys: py
     assert set(disk_names(held, dict(held.named_parameters()))) == load_file(model / "model.safetensors").keys()
 
 
-def test_recipe_file_is_yaml_of_the_docs(tmp_path: Path) -> None:
+def test_recipe_file_is_yaml(tmp_path: Path) -> None:
     path = recipe(tmp_path, grown(tmp_path))
     assert yaml.safe_load(path.read_text())["max_steps"] == 6
 
 
-def test_training_from_python_is_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_api_train_equals_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, grown(tmp_path), output=None)
     result = api.train(yaml.safe_load(path.read_text()), output=tmp_path / "python", max_steps=2)
     assert result.steps == 2
@@ -723,7 +725,7 @@ def test_training_from_python_is_the_command(tmp_path: Path, capsys: pytest.Capt
     assert all(torch.equal(mine[n], theirs[n]) for n in theirs)
 
 
-def test_a_gradient_that_overflows_fp16_is_no_instability(tmp_path: Path) -> None:
+def test_fp16_overflow_is_no_instability(tmp_path: Path) -> None:
     """A GradScaler leaves such steps out until its scale fits; nothing else may take them for steps either."""
     model, _ = grown_model("depth")
     path = SynapticIntelligence(0.1, {n: p.clone() for n, p in weights(model).items()}, None, xi=1e-3)
@@ -738,7 +740,7 @@ def test_a_gradient_that_overflows_fp16_is_no_instability(tmp_path: Path) -> Non
     assert not [e for e in read_events(tmp_path / "events.jsonl") if e["event"] in ("instability", "reaction")]
 
 
-def test_a_training_that_diverges_ends_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diverged_training_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights that are not finite never come back; no model is left that looks like a finished one."""
     path = recipe(tmp_path, grown(tmp_path), learning_rate=1e20, max_steps=30, save_steps=1)
     said = run(capsys, "train", path, status=1)["error"]
@@ -752,7 +754,7 @@ def test_a_training_that_diverges_ends_there(tmp_path: Path, capsys: pytest.Capt
     assert kept is not None and kept.name in said
 
 
-def test_si_leaves_its_importances_to_the_next_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_si_saves_importances_for_the_next_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path)
     run(capsys, "train", recipe(tmp_path, model, regularizer={"kind": "si", "lambda": 0.1}), "-o", tmp_path / "first")
     left = tmp_path / "first" / "penalty" / "importance.safetensors"

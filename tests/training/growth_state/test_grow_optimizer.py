@@ -42,7 +42,7 @@ def loaded(grown: PreTrainedModel, out: Path, **options: Any) -> torch.optim.Ada
 
 @pytest.mark.parametrize("growth", GROWTHS)
 @pytest.mark.parametrize("case", [BY_NAME[n] for n in CASES], ids=str)
-def test_mapped_moments_lie_where_the_optimizer_of_the_grown_model_looks_for_them(case: Case, growth: str, tmp_path: Path) -> None:
+def test_map_policy_moments_match_grown_parameters(case: Case, growth: str, tmp_path: Path) -> None:
     model, optimizer = trained(case, tmp_path)
     plan = api.plan(model, **GROWTHS[growth])
     grown = grow_model(model, plan)
@@ -68,7 +68,7 @@ def test_mapped_moments_lie_where_the_optimizer_of_the_grown_model_looks_for_the
 
 @pytest.mark.parametrize("policy", ["map", "keep-and-zero", "reset"])
 @pytest.mark.parametrize(("name", "growth"), [("llama", "width"), ("llama-tied", "identity"), ("mixtral", "stack"), ("qwen3", "aki")])
-def test_an_optimizer_in_memory_grows_as_its_file_does(name: str, growth: str, policy: Policy, tmp_path: Path) -> None:
+def test_grow_optimizer_equals_grow_trainer_state(name: str, growth: str, policy: Policy, tmp_path: Path) -> None:
     model, optimizer = trained(BY_NAME[name], tmp_path)
     plan = api.plan(model, **GROWTHS[growth])
     grown = grow_model(model, plan)
@@ -83,7 +83,7 @@ def test_an_optimizer_in_memory_grows_as_its_file_does(name: str, growth: str, p
     train(grown, after, 1)
 
 
-def test_only_adam_grows_in_memory_and_only_over_its_own_model() -> None:
+def test_grow_optimizer_rejects_other_optimizers_and_models() -> None:
     model = make(BY_NAME["llama"])
     plan = api.plan(model, "stack")
     with pytest.raises(InputError, match="SGD"):
@@ -92,7 +92,7 @@ def test_only_adam_grows_in_memory_and_only_over_its_own_model() -> None:
         grow_optimizer(adamw(model), plan, grow_model(model, plan), source=make(BY_NAME["llama"]))
 
 
-def test_keep_and_zero_keeps_old_entries_as_they_are_and_zeroes_the_rest(tmp_path: Path) -> None:
+def test_keep_and_zero_keeps_old_entries_and_zeroes_new_ones(tmp_path: Path) -> None:
     model, optimizer = trained(BY_NAME["llama"], tmp_path)
     plan = api.plan(model, "tile", factor=2, symmetry="none")
     grown = grow_model(model, plan)
@@ -108,7 +108,7 @@ def test_keep_and_zero_keeps_old_entries_as_they_are_and_zeroes_the_rest(tmp_pat
         assert all((new[n] != 0).sum() == (old[n] != 0).sum() for n in old)
 
 
-def test_keep_and_zero_maps_the_second_moment_where_beta2_is_large(tmp_path: Path) -> None:
+def test_keep_and_zero_maps_second_moment_for_large_beta2(tmp_path: Path) -> None:
     model, _ = trained(BY_NAME["llama"], tmp_path, betas=(0.9, 0.999))
     plan = api.plan(model, "tile", factor=2, symmetry="none")
     grow_trainer_state(tmp_path, out(tmp_path), plan, "keep-and-zero")
@@ -126,7 +126,7 @@ def test_keep_and_zero_maps_the_second_moment_where_beta2_is_large(tmp_path: Pat
     assert (after.state[up]["exp_avg_sq"] == 0).float().mean() < 0.1
 
 
-def test_keep_and_zero_leaves_repeated_layers_without_old_moments(tmp_path: Path) -> None:
+def test_keep_and_zero_zeroes_moments_of_repeated_layers(tmp_path: Path) -> None:
     model, optimizer = trained(BY_NAME["llama"], tmp_path)
     plan = api.plan(model, "stack")
     grown = grow_model(model, plan)
@@ -136,7 +136,7 @@ def test_keep_and_zero_leaves_repeated_layers_without_old_moments(tmp_path: Path
     assert not new.get("model.layers.5.mlp.up_proj.weight", torch.zeros(1)).any()
 
 
-def test_reset_writes_the_schedule_and_no_moments(tmp_path: Path) -> None:
+def test_reset_writes_no_moments(tmp_path: Path) -> None:
     model, _ = trained(BY_NAME["llama"], tmp_path)
     (tmp_path / "out").mkdir()
     grow_trainer_state(tmp_path, tmp_path / "out", api.plan(model, "stack"), "reset")
@@ -146,7 +146,7 @@ def test_reset_writes_the_schedule_and_no_moments(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", ["map", "keep-and-zero"])
-def test_fused_state_and_named_groups_of_ones_own_are_understood(policy: Policy, tmp_path: Path) -> None:
+def test_fused_optimizer_with_custom_named_groups(policy: Policy, tmp_path: Path) -> None:
     def grouped(model: PreTrainedModel) -> list[dict[str, Any]]:
         named = list(model.named_parameters())
         return [
@@ -182,13 +182,13 @@ BROKEN = {
 }
 
 
-def test_state_is_never_written_over_what_is_read(tmp_path: Path) -> None:
+def test_output_equal_to_source_folder_fails(tmp_path: Path) -> None:
     model, _ = trained(BY_NAME["llama"], tmp_path)
     with pytest.raises(InputError, match="read from there"):
         grow_trainer_state(tmp_path, tmp_path, api.plan(model, "stack"))
 
 
-def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any) -> None:
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
@@ -205,14 +205,14 @@ class _Evil:
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_state_that_cannot_be_used_is_refused(case: str, tmp_path: Path) -> None:
+def test_unusable_optimizer_state_fails(case: str, tmp_path: Path) -> None:
     prepare, words = BROKEN[case]
     prepare(tmp_path)
     with pytest.raises(SourceError, match=words):
         grow_trainer_state(tmp_path, out(tmp_path), api.plan(make(BY_NAME["llama"]), "stack"))
 
 
-def test_a_pickle_in_the_state_never_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pickled_code_in_state_is_not_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state": {0: _Evil()}, "param_groups": []}, tmp_path / "optimizer.pt")
     with pytest.raises(SourceError, match="cannot be read"):
         grow_trainer_state(tmp_path, out(tmp_path), api.plan(make(BY_NAME["llama"]), "stack"))
@@ -236,7 +236,7 @@ def arguments(folder: Path, steps: int) -> TrainingArguments:
 
 
 @pytest.mark.parametrize("growth", ["width", "identity"])
-def test_trainer_resumes_on_the_grown_model_at_the_same_step_and_learning_rate(growth: str, tmp_path: Path) -> None:
+def test_trainer_resumes_grown_model_at_same_step_and_lr(growth: str, tmp_path: Path) -> None:
     model = make(BY_NAME["llama"])
     Trainer(model, arguments(tmp_path / "run", 8), train_dataset=_Rows(), callbacks=[_StopAt(4)]).train()
     stopped = tmp_path / "run" / "checkpoint-4"
@@ -265,7 +265,7 @@ class _StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "mixtral"])
-def test_with_exact_steps_trainer_repeats_what_the_small_model_does(name: str, tmp_path: Path) -> None:
+def test_exact_steps_repeat_losses_of_source_model(name: str, tmp_path: Path) -> None:
     """The small model goes on from its checkpoint, the grown one from the grown checkpoint: the same losses."""
     model = make(BY_NAME[name])
     Trainer(model, arguments(tmp_path / "run", 8), train_dataset=_Rows(), callbacks=[_StopAt(4)]).train()

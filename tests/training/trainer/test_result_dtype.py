@@ -33,9 +33,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "mixtral"])
-def test_every_tensor_of_a_bf16_checkpoint_moves_and_comes_back_in_bf16(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bf16_model_trains_in_fp32_and_is_saved_in_bf16(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By steps of 1e-4, which bf16 would lose; the result is the trained weights, rounded once, and what is told of it was measured on it."""
     model, out = grown(tmp_path, case), tmp_path / "out"
     found = run(capsys, "train", recipe(tmp_path, model, **GENTLE))
@@ -55,7 +53,7 @@ def test_every_tensor_of_a_bf16_checkpoint_moves_and_comes_back_in_bf16(
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())
 
 
-def test_a_resumed_run_goes_on_from_fp32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_starts_from_fp32_checkpoint_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = recipe(tmp_path, grown(tmp_path), **GENTLE), tmp_path / "out"
     run(capsys, "train", path)
     whole = weights(out)
@@ -66,7 +64,7 @@ def test_a_resumed_run_goes_on_from_fp32(tmp_path: Path, capsys: pytest.CaptureF
     assert all(torch.equal(t, whole[n]) for n, t in weights(out).items())
 
 
-def test_the_dtype_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_save_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, out = grown(tmp_path), tmp_path / "out"
     run(capsys, "train", recipe(tmp_path, model, max_steps=1, save_dtype="float32"))
     assert {t.dtype for t in weights(out).values()} == {torch.float32}
@@ -81,7 +79,7 @@ def test_the_dtype_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert any(e["event"] == "overflow" for e in read_events(tmp_path / "fp32" / "events.jsonl"))
 
 
-def test_pure_bf16_says_what_will_not_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pure_bf16_training_reports_lost_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = AutoModelForCausalLM.from_pretrained(grown(tmp_path), dtype=torch.bfloat16)
     lost = total = 0
     names = []
@@ -97,7 +95,7 @@ def test_pure_bf16_says_what_will_not_move(tmp_path: Path, capsys: pytest.Captur
     assert torch.equal(trained["model.norm.weight"], weights(tmp_path / "grown")["model.norm.weight"])
 
 
-def test_tied_tensors_stay_one() -> None:
+def test_cast_state_dict_keeps_tied_tensors_shared() -> None:
     shared = torch.randn(4, 4)
     out = cast_state_dict({"a": shared, "b": shared, "c": shared[:2], "steps": torch.tensor(3)}, dict.fromkeys("ac", torch.bfloat16))
     assert out["a"] is out["b"] and out["a"].dtype == torch.bfloat16 and out["c"].shape == (2, 4)

@@ -50,7 +50,7 @@ def rates(out: Path) -> dict[int, float]:
 # ---- weights -----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_best_model_of_the_small_run_is_never_taken_for_the_grown_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_best_checkpoint_of_source_run_is_not_loaded_into_grown_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The small run's best loss is one that nothing can beat; its checkpoint is there, and half of its names are the grown model's."""
     checkpoint = small_run(tmp_path, capsys)
     best = {"best_model_checkpoint": str(checkpoint), "best_metric": -1.0, "best_global_step": 4}
@@ -69,7 +69,7 @@ def test_the_best_model_of_the_small_run_is_never_taken_for_the_grown_ones(tmp_p
     assert all(torch.equal(result[n], t) for n, t in last.items()), "the only checkpoint of the grown run is its best"
 
 
-def test_a_best_checkpoint_of_another_model_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_best_checkpoint_of_another_model_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = small_run(tmp_path, capsys)
     start = grow(capsys, checkpoint, tmp_path / "grown")
     edited(start / "trainer_state.json", best_model_checkpoint=str(checkpoint), best_metric=-1.0, best_global_step=4)
@@ -81,14 +81,14 @@ def test_a_best_checkpoint_of_another_model_is_one_message(tmp_path: Path, capsy
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_going_on_from_a_checkpoint_of_another_model_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_from_checkpoint_of_another_model_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = small_run(tmp_path, capsys)
     path = recipe(tmp_path, grown(tmp_path), resume_from_checkpoint=str(checkpoint), **SMALL)
     assert "is a checkpoint of another model" in run(capsys, "train", path, status=2)["error"]
 
 
 @pytest.mark.parametrize("case", [BY_NAME[n] for n in CASES], ids=str)
-def test_every_weight_on_disk_comes_back(case: Any, tmp_path: Path) -> None:
+def test_load_weights_restores_every_tensor(case: Any, tmp_path: Path) -> None:
     """Also those that transformers fuses in memory."""
     one, other = make(case), make(case)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_every_weight_on_disk_comes_back(case: Any, tmp_path: Path) -> None:
         load_weights(make(case, intermediate_size=24, moe_intermediate_size=24), tmp_path)
 
 
-def test_a_resumed_mixture_keeps_what_its_experts_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resumed_moe_restores_expert_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, grown(tmp_path, "mixtral", layers_to=4), max_steps=6, save_steps=3)
     run(capsys, "train", path)
     out = tmp_path / "out"
@@ -115,7 +115,7 @@ def test_a_resumed_mixture_keeps_what_its_experts_learned(tmp_path: Path, capsys
     assert all(torch.equal(again[n], t) for n, t in whole.items())
 
 
-def test_the_best_model_of_a_mixture_has_its_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_best_moe_model_has_its_expert_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "load_best_model_at_end": True}
     path = recipe(tmp_path, grown(tmp_path, "mixtral", layers_to=4), **settings)
     run(capsys, "train", path)
@@ -133,7 +133,7 @@ def group_of(checkpoint: Path) -> dict[str, Any]:
     return group
 
 
-def test_what_the_recipe_names_holds_and_the_rest_is_the_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipe_settings_override_checkpoint_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = grow(capsys, small_run(tmp_path, capsys, adam_beta2=0.9, adam_epsilon=1e-7), tmp_path / "grown")
     capsys.readouterr()
     own = {
@@ -163,7 +163,7 @@ def test_what_the_recipe_names_holds_and_the_rest_is_the_checkpoints(tmp_path: P
     assert "settings" not in {e["event"] for e in read_events(out / "events.jsonl")}
 
 
-def test_a_rate_that_is_changed_when_a_run_is_resumed_is_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_learning_rate_can_be_changed_on_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, grown(tmp_path), max_steps=6, save_steps=3)
     run(capsys, "train", path)
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
@@ -171,7 +171,7 @@ def test_a_rate_that_is_changed_when_a_run_is_resumed_is_changed(tmp_path: Path,
     assert rates(tmp_path / "out") == {**dict.fromkeys((1, 2, 3), 1e-2), **dict.fromkeys((4, 5, 6), 1e-3)}
 
 
-def test_reset_forgets_the_moments_and_goes_on_with_the_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reset_policy_drops_moments_and_keeps_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Step 5 of 8 after a warm-up of 2: no second warm-up, neither here nor in a plain Trainer."""
     start = grow(capsys, small_run(tmp_path, capsys), tmp_path / "grown", "--optimizer-policy", "reset")
     assert read_optimizer(start / POSITIONS)[1] == {}
@@ -211,7 +211,7 @@ def same_state(one: Any, other: Any) -> None:
 @pytest.mark.parametrize("policy", ["map", "keep-and-zero", "reset"])
 @pytest.mark.parametrize("growth", ["width", "identity", "stack"])
 @pytest.mark.parametrize("case", [BY_NAME[n] for n in ("llama", "llama-tied", "mixtral")], ids=str)
-def test_state_by_name_grows_as_state_by_position_does(case: Any, growth: str, policy: Any, tmp_path: Path) -> None:
+def test_optimizer_state_by_name_grows_like_state_by_position(case: Any, growth: str, policy: Any, tmp_path: Path) -> None:
     model, optimizer = trained(case, tmp_path)
     plan = api.plan(model, **GROWTHS[growth])
     for out in ("by-position", "by-name"):
@@ -236,7 +236,7 @@ def test_state_by_name_grows_as_state_by_position_does(case: Any, growth: str, p
     after.step()
 
 
-def test_a_run_of_one_process_goes_on_from_state_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_process_resumes_from_state_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same run from the same state in either form."""
     checkpoint = small_run(tmp_path, capsys)
     start = grow(capsys, checkpoint, tmp_path / "grown")
@@ -250,7 +250,7 @@ def test_a_run_of_one_process_goes_on_from_state_by_name(tmp_path: Path, capsys:
     assert all(torch.equal(two[n], t) for n, t in one.items())
 
 
-def test_state_of_other_parameters_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_optimizer_state_of_other_parameters_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = grow(capsys, small_run(tmp_path, capsys), tmp_path / "grown")
     groups, state = read_optimizer(start / POSITIONS)
     torch.save({"state": state, "param_groups": groups[:1]}, start / POSITIONS)
@@ -259,7 +259,7 @@ def test_state_of_other_parameters_is_one_message(tmp_path: Path, capsys: pytest
     assert "is not the state of this optimizer" in said and "--optimizer-policy reset" in said
 
 
-def test_the_hint_for_deepspeed_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_deepspeed_checkpoint_grows_with_reset_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder as Trainer leaves it under ZeRO: pickles in pieces, the schedule, the state of the run."""
     checkpoint = small_run(tmp_path, capsys)
     (checkpoint / POSITIONS).unlink()
