@@ -27,7 +27,7 @@ from hf_grow.publish.manifest import path_warnings, title_of
 from hf_grow.publish.push import Pushed, check_destination, prepare_repo, push
 from hf_grow.publish.stream import StreamSink
 from hf_grow.training.growth_state.grow_optimizer import check_trainer_checkpoint, grow_checkpoint_state
-from hf_grow.training.growth_state.state_files import warn_unsettled
+from hf_grow.training.growth_state.state_files import warn_if_consolidating
 
 if TYPE_CHECKING:
     from hf_grow.checkpoint.tensor_cache import TensorCache
@@ -110,7 +110,7 @@ class GrowthJob:
             self._check_stream()
         if output.with_optimizer:
             check_trainer_checkpoint(Path(output.with_optimizer), output.optimizer_policy)
-            warn_unsettled(Path(output.with_optimizer), self.notify)
+            warn_if_consolidating(Path(output.with_optimizer), self.notify)
 
     def _check_stream(self) -> None:
         if self._is_local:

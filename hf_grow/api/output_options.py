@@ -36,7 +36,7 @@ class OutputOptions(Options):
     """Initial optimizer state of new entries: the mapped state (map), zero (keep-and-zero), or no moments for any parameter (reset)."""
     exact_steps: Annotated[bool, Requires("with_optimizer"), Requires("optimizer_policy", ("map", "keep-and-zero"))] = False
     """Write optimizer groups with which AdamW repeats the small model's steps exactly; for an optimizer made from
-    hf_grow.training.growth_state.trajectory.groups."""
+    hf_grow.training.growth_state.trajectory.param_groups."""
     push: str | None = None
     """Publish the result as this repository on the Hub, OWNER/NAME; see hf-grow push."""
     private: Annotated[bool, Requires("push")] = False

@@ -180,7 +180,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(growth_job, "fetch_companions", told("companions", Path()))
     monkeypatch.setattr("hf_grow.checkpoint.tensor_cache.TensorCache", told_cache)
     monkeypatch.setattr(growth_job, "check_trainer_checkpoint", told("check optimizer"))
-    monkeypatch.setattr(growth_job, "warn_unsettled", told("unsettled"))
+    monkeypatch.setattr(growth_job, "warn_if_consolidating", told("unsettled"))
     monkeypatch.setattr(growth_job, "check_destination", told("destination"))
     monkeypatch.setattr(growth_job, "prepare_repo", lambda to: made.append(("prepare", repr(to))) or to)
     monkeypatch.setattr(growth_job, "grow_checkpoint_state", told("optimizer", "also"))

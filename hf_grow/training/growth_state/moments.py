@@ -44,32 +44,34 @@ def grow_state(
     if not state:
         raise SourceError("The optimizer state is empty.", hint="It was saved before the first step; grow without it.")
     if any(not MOMENTS.keys() <= s.keys() for s in state.values()):
-        raise SourceError(f"The optimizer state has {sorted(next(iter(state.values())))}; AdamW's has step, exp_avg and exp_avg_sq.")
+        raise SourceError(
+            f"The optimizer state has the keys {sorted(next(iter(state.values())))}; AdamW's has step, exp_avg and exp_avg_sq."
+        )
     step = next(iter(state.values()))["step"]
     kept = _kept_only(plan)
-    found: dict[str, dict[str, Tensor]] = {}
+    grown: dict[str, dict[str, Tensor]] = {}
     fresh_on_disk: set[str] = set()
     for moment, quantity in MOMENTS.items():
-        held = disk_names(source, {n: s[moment] for n, s in state.items()})
+        source_moments = disk_names(source, {n: s[moment] for n, s in state.items()})
         zeroing = policy == "keep-and-zero" and (moment == "exp_avg" or beta2 <= SAFE_BETA2)
-        chosen = kept if zeroing else plan
-        evaluator = Evaluator(chosen, InMemoryTensors(held), quantity)
+        moment_plan = kept if zeroing else plan
+        evaluator = Evaluator(moment_plan, InMemoryTensors(source_moments), quantity)
         on_disk = {}
         for name, info in plan.targets.items():
-            expr = chosen.growth.tensors[name]
-            if _is_fresh(plan, name) or not all(s.key in held for s in expr.sources()):
+            expr = moment_plan.growth.tensors[name]
+            if _is_fresh(plan, name) or not all(s.key in source_moments for s in expr.sources()):
                 fresh_on_disk.add(name)
                 on_disk[name] = torch.zeros(info.shape)
             else:
                 on_disk[name] = evaluator.whole(expr, TensorInfo("F32", info.shape))
         for name, value in to_memory_names(target, on_disk).items():
-            found.setdefault(name, {"step": step.clone()})[moment] = value
+            grown.setdefault(name, {"step": step.clone()})[moment] = value
     fresh = {n for n, origin in _origins(target, plan).items() if origin <= fresh_on_disk}
-    return {n: s for n, s in found.items() if n not in fresh}, len(fresh), int(step)
+    return {n: s for n, s in grown.items() if n not in fresh}, len(fresh), int(step)
 
 
 def _is_fresh(plan: GrowthPlan, name: str) -> bool:
-    """Whether a tensor is made of no source tensor (zeros, a new router) or belongs to a new identity block, whose source moments belong to another layer."""
+    """Whether a tensor has no source tensor (zeros, a new router) or belongs to a new identity block, whose source moments belong to another layer."""
     entry = plan.architecture.tensors[name]
     return (entry.layer >= 0 and plan.growth.layers[entry.layer].identity) or next(plan.growth.tensors[name].sources(), None) is None
 
@@ -88,7 +90,7 @@ def _kept_only(plan: GrowthPlan) -> GrowthPlan:
         return AxisMap(axis.source_size, merge_runs(runs), dual=False)
 
     def simplify(expr: Expr) -> Expr:
-        # Maps without a dual place noise, or rows of another layer: all of it is new.
+        # Maps without a dual add noise, or rows of another layer: all new entries.
         if isinstance(expr, Sum):
             terms = tuple(t for t in expr.terms if _reads_kept(plan, t)) or expr.terms[:1]
             return simplify(terms[0]) if len(terms) == 1 else Sum(tuple(map(simplify, terms)), (1.0,) * len(terms))
@@ -108,10 +110,10 @@ def _later_experts(plan: GrowthPlan) -> set[str]:
     later = set()
     for name, entry in plan.architecture.tensors.items():
         expr = plan.growth.tensors[name]
-        part = (entry.layer, tuple(s.key for s in expr.sources()), tuple(expr.axis_names()))  # a shard of its own is no copy
-        if entry.expert >= 0 and part in seen:
+        origin = (entry.layer, tuple(s.key for s in expr.sources()), tuple(expr.axis_names()))  # another shard is no copy
+        if entry.expert >= 0 and origin in seen:
             later.add(name)
-        seen.add(part)
+        seen.add(origin)
     return later
 
 
@@ -126,7 +128,4 @@ def _origins(model: PreTrainedModel, plan: GrowthPlan) -> dict[str, set[str]]:
     """For each parameter in memory, the names on disk of its tensors."""
     from hf_grow.convert.in_memory import disk_names
 
-    out = {}
-    for name, p in model.named_parameters():
-        out[name] = set(disk_names(model, {name: p})) & plan.targets.keys()
-    return out
+    return {name: set(disk_names(model, {name: p})) & plan.targets.keys() for name, p in model.named_parameters()}

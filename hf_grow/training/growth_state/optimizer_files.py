@@ -3,7 +3,7 @@
     optimizer.pt    Trainer's own: parameters are numbers, group after group
     optimizer.bin   accelerate's, under FSDP with FULL_STATE_DICT: parameters are names, everything whole
 
-A checkpoint is taken up in either form, whatever this run shares: one may train on one GPU, grow, and go on under FSDP2.
+A checkpoint is loaded in either form, sharded run or not: one may train on one GPU, grow, and continue under FSDP2.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ def optimizer_file(folder: Path) -> Path | None:
     return next((folder / name for name in (POSITIONS, NAMES) if (folder / name).is_file()), None)
 
 
-def no_optimizer(folder: Path) -> SourceError:
+def missing_optimizer_error(folder: Path) -> SourceError:
     """The error for a folder without a readable optimizer state."""
-    reset = "the schedule and the place in the data go on, the moments begin anew"
+    reset = "the schedule and the data position continue, the moments start from zero"
     if any(folder.glob("global_step*")):
         return SourceError(
             f"{folder} holds DeepSpeed's optimizer state: pickles, which are never loaded.",
-            hint=f"Grow with --optimizer-policy reset: {reset}. Where {folder} holds no weights either, make them first, put its config.json "
-            f"and tokenizer beside them, and grow that folder: python {folder}/zero_to_fp32.py {folder} WEIGHTS --safe_serialization",
+            hint=f"Grow with --optimizer-policy reset: {reset}. If {folder} holds no weights either, convert them first, copy its config.json "
+            f"and tokenizer into the same folder, and grow that folder: python {folder}/zero_to_fp32.py {folder} WEIGHTS --safe_serialization",
         )
     if any(folder.glob("optimizer_*")) or any(folder.glob("pytorch_model_fsdp*")):
         return SourceError(
-            f"{folder} holds FSDP's optimizer state in pieces.",
+            f"{folder} holds a sharded FSDP optimizer state.",
             hint=f"Save with fsdp_state_dict_type: FULL_STATE_DICT, or grow with --optimizer-policy reset: {reset}.",
         )
     return SourceError(f"{folder} has no {POSITIONS} and no {NAMES}.", hint="Give a folder that Trainer saved, such as checkpoint-500.")
@@ -49,7 +49,7 @@ def read_optimizer(path: Path, *, mmap: bool = False) -> tuple[list[dict[str, An
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         groups, state = [dict(g) for g in saved["param_groups"]], dict(saved["state"])
         if not all(isinstance(g["params"], list) for g in groups) or not all(isinstance(s, dict) for s in state.values()):
-            raise ValueError("its groups or its state have another form")
+            raise ValueError("unexpected types in param_groups or state")
     except Exception as error:  # whatever a damaged or hostile file raises under weights_only
         raise SourceError(f"{path} cannot be read: {(str(error).splitlines() or ['?'])[0]}") from None
     return groups, state
@@ -57,37 +57,37 @@ def read_optimizer(path: Path, *, mmap: bool = False) -> tuple[list[dict[str, An
 
 def by_name(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
     """A state by position as one by parameter name. ``names``: of the parameters of each group."""
-    found = {i: n for g, members in zip(groups, names, strict=True) for i, n in zip(g["params"], members, strict=True)}
+    name_of = {i: n for g, members in zip(groups, names, strict=True) for i, n in zip(g["params"], members, strict=True)}
     named = [{**g, "params": list(members)} for g, members in zip(groups, names, strict=True)]
-    return {"state": {found[i]: s for i, s in state.items()}, "param_groups": named}
+    return {"state": {name_of[i]: s for i, s in state.items()}, "param_groups": named}
 
 
 def regroup(groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     """Groups by parameter name as those that hold the parameters `names`, with the same settings. Raises ValueError, KeyError where they differ."""
-    settings = {n: {k: v for k, v in g.items() if k not in _MEMBERS} for g in groups for n in g["params"]}
+    settings = {n: {k: v for k, v in g.items() if k not in _PARAMETER_KEYS} for g in groups for n in g["params"]}
     for members in names:
-        odd = next((n for n in members if settings[n] != settings[members[0]]), None)
-        if odd is not None:
-            raise ValueError(f"it holds {members[0]} and {odd} in different groups")
+        different = next((n for n in members if settings[n] != settings[members[0]]), None)
+        if different is not None:
+            raise ValueError(f"it has {members[0]} and {different} in different groups")
     return [{**(settings[members[0]] if members else groups[0]), "params": list(members)} for members in names]
 
 
 def by_position(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
     """A state by name as one by position, for an optimizer whose groups hold the parameters `names`. Raises as `regroup` does."""
-    found, at = [], 0
+    numbered, at = [], 0
     for group in regroup(groups, names):
         count = len(group["params"])
-        found.append({**group, "params": list(range(at, at + count))})
+        numbered.append({**group, "params": list(range(at, at + count))})
         at += count
     flat = [n for members in names for n in members]
-    return {"state": {i: state[n] for i, n in enumerate(flat) if n in state}, "param_groups": found}
+    return {"state": {i: state[n] for i, n in enumerate(flat) if n in state}, "param_groups": numbered}
 
 
-_MEMBERS = ("params", "param_names", "name")
+_PARAMETER_KEYS = ("params", "param_names", "name")
 """Keys of a group that describe its parameters, not their update."""
 
 
-def fresh(shape: tuple[int, ...]) -> dict[str, Any]:
+def initial_state(shape: tuple[int, ...]) -> dict[str, Any]:
     """AdamW's state before the first step."""
     import torch
 
@@ -105,8 +105,8 @@ def load_optimizer(path: Path, model: Any, optimizer: Any) -> None:
     groups, state = read_optimizer(path)
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
     try:
-        called = {p: n for n, p in model.named_parameters()}
-        own = [[called[p] for p in g["params"]] for g in optimizer.param_groups]
+        param_names_of = {p: n for n, p in model.named_parameters()}
+        own = [[param_names_of[p] for p in g["params"]] for g in optimizer.param_groups]
         saved: dict[str, Any] = (
             {"state": state, "param_groups": groups} if path.name == NAMES else by_name(groups, state, _saved_names(groups, model, own))
         )
@@ -118,12 +118,14 @@ def load_optimizer(path: Path, model: Any, optimizer: Any) -> None:
             return
         saved["param_groups"] = [{**g, **keys} for g, keys in zip(regroup(saved["param_groups"], own), own_keys, strict=True)]
         # torch requires a state of every parameter here; AdamW's starts with zeros.
-        saved["state"] |= {n: fresh(tuple(p.shape)) for p, n in called.items() if p.requires_grad and n not in saved["state"]}
+        saved["state"] |= {
+            n: initial_state(tuple(p.shape)) for p, n in param_names_of.items() if p.requires_grad and n not in saved["state"]
+        }
         set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
     except (ValueError, KeyError, RuntimeError) as error:
         raise SourceError(
             f"{path} is not the state of this optimizer: {' '.join(str(error).split())[:200]}.",
-            hint="It was made for other parameters or groups (those of --exact-steps fit trajectory.groups only). Grow with --optimizer-policy reset.",
+            hint="It belongs to other parameters or groups (those of --exact-steps fit trajectory.param_groups only). Grow with --optimizer-policy reset.",
         ) from None
 
 
@@ -132,9 +134,9 @@ def _saved_names(groups: Sequence[Mapping[str, Any]], model: Any, own: list[list
     if all(g.get("param_names") for g in groups):
         return [list(g["param_names"]) for g in groups]
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-    every = trainer_param_groups(model)
+    all_names = trainer_param_groups(model)
     sizes = [len(g["params"]) for g in groups]
-    for names in (own, [[n for n in g if n not in frozen] for g in every], every):
+    for names in (own, [[n for n in g if n not in frozen] for g in all_names], all_names):
         if [len(n) for n in names] == sizes:
             return names
     raise ValueError(f"its groups have {sizes} parameters, those of this optimizer {[len(n) for n in own]}")
@@ -169,11 +171,11 @@ def load_optimizer_and_scheduler(
     if (folder / SCHEDULER).is_file():
         schedule = torch.load(folder / SCHEDULER, map_location="cpu", weights_only=True)
         rates = schedule.get("base_lrs", ())
-        if file is None and len(rates) == len(own):  # as the groups would have it
+        if file is None and len(rates) == len(own):  # as loaded groups would have it
             for group, peak, rate in zip(optimizer.param_groups, rates, schedule["_last_lr"], strict=True):
                 group |= {"initial_lr": peak, "lr": rate}
         count = len(schedule.get("_last_lr", own))
-        if count != len(own):  # groups were divided otherwise; `apply_settings` sets the rates
+        if count != len(own):  # other groups: `apply_settings` sets the learning rates
             schedule = {k: [v[0]] * len(own) if isinstance(v, list) and len(v) == count else v for k, v in schedule.items()}
         scheduler.load_state_dict(schedule)
     return apply_settings(optimizer, scheduler, own, given)
@@ -194,7 +196,7 @@ def apply_settings(optimizer: Any, scheduler: Any, own: Sequence[Mapping[str, An
             if name not in given:
                 continue
             group[key] = mine if at is None else tuple(mine if i == at else old for i, old in enumerate(group[key]))
-    if hasattr(scheduler, "lr_lambdas"):  # as it computes them itself at its next step
+    if hasattr(scheduler, "lr_lambdas"):  # as it will compute them at its next step
         scheduler.base_lrs = [g["initial_lr"] for g in optimizer.param_groups]
         factors = [f(scheduler.last_epoch) for f in scheduler.lr_lambdas]
         scheduler._last_lr = [b * f for b, f in zip(scheduler.base_lrs, factors, strict=True)]

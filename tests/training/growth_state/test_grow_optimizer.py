@@ -276,7 +276,7 @@ def test_exact_steps_repeat_losses_of_source_model(name: str, tmp_path: Path) ->
     assert main([*words, "--exact-steps"]) == 0
     plan = api.plan(stopped, "tile", factor=2, symmetry="none")
     grown = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
-    optimizer = torch.optim.AdamW(trajectory.groups(grown, plan, lr=1e-3, weight_decay=0.01))
+    optimizer = torch.optim.AdamW(trajectory.param_groups(grown, plan, lr=1e-3, weight_decay=0.01))
     large = Trainer(grown, arguments(tmp_path / "large", 8), train_dataset=_Rows(), optimizers=(optimizer, None))
     large.train(resume_from_checkpoint=str(tmp_path / "grown"))
     losses = [[e["loss"] for e in t.state.log_history if "loss" in e and e["step"] > 4] for t in (small, large)]
