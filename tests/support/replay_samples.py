@@ -11,7 +11,9 @@ import torch
 from models import BY_NAME, make
 from pydoc_texts import pydoc_texts
 
+from hf_grow.options import parse
 from hf_grow.training.config.replay_options import ReplayOptions
+from hf_grow.training.data import DataOptions
 from hf_grow.training.data.replay import sample_replay
 from hf_grow.training.data.replay_files import TEXTS_FILE
 
@@ -77,3 +79,8 @@ def interrupted_replay(model: Any, tokenizer: Any, out: Path, batches: int, opti
 
     with pytest.raises(Interrupted):
         sample_replay(model, tokenizer, out, options, progress=progress)
+
+
+def data_options_with_replay(tmp_path: Path, **replay: Any) -> DataOptions:
+    (tmp_path / "new.txt").write_text(DOCS[0] + DOCS[1])
+    return parse(DataOptions, {"train": str(tmp_path / "new.txt"), "replay": replay, "seq_length": 16, "shuffle": False}, where="test")

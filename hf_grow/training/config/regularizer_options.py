@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
@@ -16,7 +16,8 @@ def _paths(value: Any) -> Any:
     return tuple(Path(v) if isinstance(v, str) else v for v in values)
 
 
-_ANY_PENALTY = Requires("kind", ("ewc", "online-ewc", "si", "l2sp"))
+PenaltyKind = Literal["ewc", "online-ewc", "si", "l2sp"]
+_ANY_PENALTY = Requires("kind", get_args(PenaltyKind))
 
 
 class PenaltyOptions(Options):
@@ -24,7 +25,7 @@ class PenaltyOptions(Options):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
-    kind: Literal["none", "ewc", "online-ewc", "si", "l2sp"] = "none"
+    kind: Literal["none", PenaltyKind] = "none"
     """F: the Fisher diagonal (ewc), that of several tasks (online-ewc), importance from the training path (si), one number for all weights (l2sp)."""
     lambda_: Annotated[float, Field(ge=0, alias="lambda"), _ANY_PENALTY] = 10.0
     """Strength. F is per token, so lambda does not depend on the batch size; try 1, 10 and 100, or hf-grow fisher --calibrate."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from packed_texts import DOCS, write_texts
+from replay_samples import base_model
 
 from hf_grow.demo.small_model import build_tokenizer
 
@@ -20,3 +21,16 @@ def tokenizer() -> Any:
 def folder(tmp_path: Path) -> Path:
     """One text file for each document, named in their order."""
     return write_texts(tmp_path / "texts", DOCS)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return base_model()
+
+
+@pytest.fixture
+def saved(model: Any, tokenizer: Any, tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import BY_NAME, make
-from replay_samples import DOCS, base_model, base_tokenizer, replay_options, sampled_texts
+from replay_samples import DOCS, base_tokenizer, replay_options, sampled_texts
 
 from hf_grow.errors import ExecutionError, InputError
 from hf_grow.training.data.replay import sample_replay
@@ -20,11 +20,6 @@ from hf_grow.training.data.sampling import Sampler
 @pytest.fixture(scope="module")
 def tokenizer():
     return base_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return base_model()
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.3, 0, 0.8)])
