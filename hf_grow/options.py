@@ -80,7 +80,7 @@ def parse_layers(value: Any) -> Any:
     return tuple(layers)
 
 
-ParameterCount = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=10**18)]
+Count = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=10**18)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 LayerList = Annotated[tuple[int, ...], BeforeValidator(parse_layers)]
 

@@ -18,7 +18,7 @@ from hf_grow.checkpoint.writer import Progress, Result
 from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.options import combined, parse, part
-from hf_grow.publish.push import Destination, Pushed
+from hf_grow.publish.push import Destination, PushResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class GrowthResult(Result):
     """What `grow` wrote, and what it published."""
 
-    pushed: Pushed | None
+    pushed: PushResult | None
     """The commit on the Hub, where a repository was given."""
 
 
@@ -145,14 +145,15 @@ def push(
     message: str | None = None,
     progress: Progress = lambda nbytes: None,
     notify: Notify = ignore,
-) -> Pushed:
+) -> PushResult:
     """Sends a grown or trained folder to the Hub, with its model card, as one commit.
 
     Raises OutputError before anything is sent if the folder is not whole, failed its verification, or the repository may not be written.
     """
+    from hf_grow.publish.manifest import make_manifest
     from hf_grow.publish.push import push as send
 
-    return send(Path(folder), Destination(repo, private, revision, create_pr, message), progress=progress, notify=notify)
+    return send(make_manifest(Path(folder)), Destination(repo, private, revision, create_pr, message), progress=progress, notify=notify)
 
 
 def train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,8 @@ from hf_grow.growth.plan import GrowthPlan
 from hf_grow.model.param_count import format_count
 from hf_grow.options import Options
 from hf_grow.publish.card import license_warnings
-from hf_grow.publish.manifest import path_warnings, title_of
-from hf_grow.publish.push import Pushed, check_destination, prepare_repo, push
+from hf_grow.publish.manifest import Manifest, make_manifest, path_warnings, title_of
+from hf_grow.publish.push import PushResult, check_destination, prepare_repo, push
 from hf_grow.publish.stream import StreamSink
 from hf_grow.training.growth_state.grow_optimizer import check_trainer_checkpoint, grow_checkpoint_state
 from hf_grow.training.growth_state.state_files import warn_if_consolidating
@@ -180,14 +181,19 @@ class GrowthJob:
         folder = Path(self.output.with_optimizer)
         return grow_checkpoint_state(folder, self.plan, self.output.optimizer_policy, exact_steps=self.output.exact_steps)
 
-    def publish(self, progress: Progress = lambda nbytes: None) -> Pushed | None:
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What `publish` sends; after `carry_out`."""
+        return make_manifest(self.out)
+
+    def publish(self, progress: Progress = lambda nbytes: None) -> PushResult | None:
         """Sends the finished folder to its destination, unless `carry_out` has sent it already; None without a destination.
 
         ``progress`` gets the bytes of weights read for their digests.
         """
         if self._sink or self.destination is None:
             return self._sink.pushed if self._sink else None
-        return push(self.out, self.destination, progress=progress, notify=self.notify)
+        return push(self.manifest, self.destination, progress=progress, notify=self.notify)
 
 
 def default_output(source: str, plan: GrowthPlan) -> Path:

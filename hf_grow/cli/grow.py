@@ -25,7 +25,7 @@ from hf_grow.options import Options, combined, load_yaml, parse, part, raise_err
 
 if TYPE_CHECKING:
     from hf_grow.checkpoint.writer import Result
-    from hf_grow.publish.push import Pushed
+    from hf_grow.publish.push import PushResult
 
 KINDS = {kind: {m.name: m for m in METHODS.values() if m.kind == kind} for kind in ("depth", "width")}
 """Commands that choose among several methods by --method."""
@@ -168,10 +168,10 @@ def carry_out(source: str, revision: str | None, method: Method, options: Option
     return 0
 
 
-def _publish(job: GrowthJob, *, quiet: bool) -> Pushed | None:
+def _publish(job: GrowthJob, *, quiet: bool) -> PushResult | None:
     if job.destination is None or job.output.stream_push:
         return job.publish()
-    with publishing_bar(job.out, job.destination, quiet=quiet) as progress:
+    with publishing_bar(job.manifest, job.destination, quiet=quiet) as progress:
         return job.publish(progress)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -17,7 +16,7 @@ from hf_grow.common.units import format_bytes
 from hf_grow.errors import ExecutionError
 from hf_grow.options import Options, parse
 from hf_grow.publish.manifest import Manifest, make_manifest
-from hf_grow.publish.push import Destination, Pushed, card_additions, push, retry_hint, uploaded_weights
+from hf_grow.publish.push import Destination, PushResult, card_additions, push, retry_hint, uploaded_weights
 
 
 class PushOptions(Options):
@@ -46,10 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
     options = parse(PushOptions, flags.given(arguments, PushOptions), where="The command line", strict=False)
     folder = existing_folder(arguments.folder)
     to = Destination(arguments.repo, options.private, options.revision, options.create_pr, options.message)
+    manifest = make_manifest(folder)
     if options.dry_run:
-        return _dry_run(make_manifest(folder), to, as_json=arguments.json)
-    with publishing_bar(folder, to, quiet=arguments.json) as progress:
-        pushed = push(folder, to, progress=progress, notify=render.note)
+        return _dry_run(manifest, to, as_json=arguments.json)
+    with publishing_bar(manifest, to, quiet=arguments.json) as progress:
+        pushed = push(manifest, to, progress=progress, notify=render.note)
     if arguments.json:
         print_json(pushed_facts(pushed))
     else:
@@ -58,20 +58,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def publishing_bar(folder: Path, to: Destination, *, quiet: bool) -> Iterator[Progress]:
+def publishing_bar(manifest: Manifest, to: Destination, *, quiet: bool) -> Iterator[Progress]:
     """A progress bar for `push`: it counts the bytes checked, and pulses while huggingface_hub sends all files at once. An interruption inside
     becomes an ExecutionError that says how to continue."""
-    manifest = make_manifest(folder)
     if manifest.left_out:
         render.note(f"Left out: {', '.join(manifest.left_out)}.")
     try:
         with render.bytes_bar("checking", manifest.weight_nbytes, quiet=quiet, then="sending") as progress:
             yield progress
     except KeyboardInterrupt:
-        raise ExecutionError("Interrupted while publishing.", hint=retry_hint(folder, to)) from None
+        raise ExecutionError("Interrupted while publishing.", hint=retry_hint(manifest.folder, to)) from None
 
 
-def pushed_facts(pushed: Pushed) -> dict[str, Any]:
+def pushed_facts(pushed: PushResult) -> dict[str, Any]:
     return {
         "repository": pushed.repo,
         "url": pushed.url,
@@ -82,7 +81,7 @@ def pushed_facts(pushed: Pushed) -> dict[str, Any]:
     }
 
 
-def show_pushed(pushed: Pushed) -> None:
+def show_pushed(pushed: PushResult) -> None:
     where = pushed.pull_request or f"{pushed.url} at {pushed.commit[:12]}"
     render.console.print(f"pushed     {pushed.files} files, {format_bytes(pushed.nbytes)}: {where}", markup=False)
 

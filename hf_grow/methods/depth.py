@@ -26,7 +26,7 @@ from hf_grow.methods.layer_config import rederived
 from hf_grow.model.architecture import Architecture, Entry
 from hf_grow.model.config_compat import portable_config
 from hf_grow.model.param_count import block_parameters, check_target, count_parameters, format_count
-from hf_grow.options import LayerList, Options, ParameterCount
+from hf_grow.options import Count, LayerList, Options
 
 MAX_FACTOR = 8  # larger factors in one step have no precedent in the literature
 
@@ -43,7 +43,7 @@ class DepthOptions(Options):
 
 
 class SizedOptions(DepthOptions):
-    to: ParameterCount | None = None
+    to: Count | None = None
     """Number of parameters to grow to, such as 10.7B; rounded to the nearest layer count."""
     layers_to: Positive | None = None
     """Number of layers to grow to."""
@@ -93,8 +93,8 @@ def _inserted(n: int, after: Sequence[int]) -> list[LayerOrigin]:
     return layers
 
 
-def _listed(indices: Sequence[int]) -> list[LayerOrigin]:
-    """The given source layers; every copy after the first is new."""
+def from_indices(indices: Sequence[int]) -> list[LayerOrigin]:
+    """The source layers with these indices; every copy after the first is new."""
     first = {i: at for at, i in reversed([*enumerate(indices)])}
     return [LayerOrigin((i,), new=at > first[i]) for at, i in enumerate(indices)]
 
@@ -116,7 +116,7 @@ def _crossfaded(layers: list[LayerOrigin], n: int, drop: int, width: int) -> lis
 
 def _dus_layers(n: int, target: int) -> list[LayerOrigin]:
     drop = n - target // 2
-    return _listed([*range(n - drop), *range(drop, n)])
+    return from_indices([*range(n - drop), *range(drop, n)])
 
 
 Layout = Callable[[int, int], list[LayerOrigin]]  # (source layers, target layers) -> blocks
@@ -170,11 +170,11 @@ def _whole(n: int) -> list[int]:
 
 
 def _repeat_all(n: int, target: int) -> list[LayerOrigin]:
-    return _listed([i % n for i in range(target)])
+    return from_indices([i % n for i in range(target)])
 
 
 def _repeat_each(n: int, target: int) -> list[LayerOrigin]:
-    return _listed([i * n // target for i in range(target)])
+    return from_indices([i * n // target for i in range(target)])
 
 
 def build_dus(arch: Architecture, options: DusOptions) -> Growth:
@@ -223,7 +223,7 @@ def build_layers(arch: Architecture, options: LayersOptions) -> Growth:
     _check_layers(arch, options.layers)
     same = options.layers == tuple(range(arch.layers))
     guarantee = Guarantee("lossless", "the same layers") if same else Guarantee("changes the function", "arbitrary list of layers")
-    return _build(arch, "layers", options, _listed(options.layers), guarantee)
+    return _build(arch, "layers", options, from_indices(options.layers), guarantee)
 
 
 def _check_layers(arch: Architecture, layers: Sequence[int]) -> None:
@@ -233,6 +233,8 @@ def _check_layers(arch: Architecture, layers: Sequence[int]) -> None:
 
 
 def _build(arch: Architecture, method: str, options: DepthOptions, layers: list[LayerOrigin], guarantee: Guarantee) -> Growth:
+    if wrong := [origin for origin in layers if not isinstance(origin, LayerOrigin)]:
+        raise TypeError(f"The depth method {method} lists {wrong[0]!r} as a layer, which is not a LayerOrigin (from_indices makes them).")
     config = portable_config({**arch.config, "num_hidden_layers": len(layers), **rederived(arch, layers)})
     target = Architecture(config)
     used = {i for origin in layers for i in origin.sources}

@@ -22,7 +22,7 @@ from hf_grow.methods.width.width_search import Widths, candidate_widths, widths_
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.family import MAX_LAYERS
 from hf_grow.model.param_count import TOLERANCE, block_parameters, check_target, count_parameters, format_count
-from hf_grow.options import Options, ParameterCount
+from hf_grow.options import Count, Options
 
 ASPECT = (80.0, 140.0)
 """hidden_size / layers of well-known dense models from 1B to 70B (Llama 2 and 3, Mistral, Qwen 2.5)."""
@@ -34,7 +34,7 @@ MAX_CANDIDATES = 5
 class HybridOptions(Options):
     """Options of growing depth and width to one size."""
 
-    to: ParameterCount
+    to: Count
     """Number of parameters to grow to, such as 20B."""
     choose: Annotated[int, Field(ge=1)] = 1
     """Which of the listed candidates to build."""

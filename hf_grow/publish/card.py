@@ -80,7 +80,12 @@ def make_card(folder: Path, options: CardOptions | None = None) -> Card:
     from huggingface_hub import ModelCard
 
     options = options or CardOptions()
-    record = read_json(folder / GROWTH, f"{folder} has no {GROWTH}: it was not grown by hf-grow, which writes that file.")
+    if not (folder / GROWTH).exists():
+        raise InputError(
+            f"{folder} was not grown by hf-grow: it has no {GROWTH}.",
+            hint=f"Give the folder of a grown checkpoint. For other models write {README} yourself; hf-grow push sends it.",
+        )
+    record = read_json(folder / GROWTH)
     plan = GrowthPlan.from_json(record)
     name = options.name or folder.resolve().name.removesuffix(".partial")
     _check_options(options, name)

@@ -17,7 +17,7 @@ from hf_grow.model.architecture import Architecture
 from hf_grow.model.param_count import ModelSize
 from hf_grow.publish import eval_section, licenses, reproduce
 from hf_grow.publish.inherited import Inherited
-from hf_grow.publish.layer_map import DESCRIPTIONS, layer_map, layer_ranges
+from hf_grow.publish.layer_map import DESCRIPTIONS, index_ranges, layer_map, layer_ranges
 from hf_grow.publish.lineage import lineage
 from hf_grow.publish.names import is_hub_id, public_ref
 from hf_grow.publish.training_section import reproduce_trainings, training_facts
@@ -66,8 +66,8 @@ def _growth(plan: GrowthPlan, record: Mapping[str, Any]) -> dict[str, Any]:
         "new": _model(plan.architecture, new, plan.nbytes),
         "layer_kinds": [DESCRIPTIONS[kind] for kind in described.kinds],
         "layer_ranges": layer_ranges(layers),
-        "identity_layers": _listed([i for i, origin in enumerate(layers) if origin.identity]),
-        "copied_layers": _listed([i for i, origin in enumerate(layers) if origin.new and not origin.identity]),
+        "identity_layers": _shortened_ranges([i for i, origin in enumerate(layers) if origin.identity]),
+        "copied_layers": _shortened_ranges([i for i, origin in enumerate(layers) if origin.new and not origin.identity]),
         "tensors": len(plan.targets),
         "copies": len(plan.copies()),
         "dropped": list(Counter(map(str, plan.growth.dropped.values())).items())[:MOST_LISTED],
@@ -99,9 +99,9 @@ def _model(arch: Architecture, size: ModelSize, nbytes: int) -> dict[str, Any]:
     }
 
 
-def _listed(layers: list[int]) -> str:
-    """'24-47': both ends count."""
-    runs = reproduce.ranges(layers).split(",") if layers else []
+def _shortened_ranges(layers: list[int]) -> str:
+    """[24, ..., 47] -> '24-47'; at most 40 ranges."""
+    runs = index_ranges(layers)
     return ", ".join(runs[:40]) + (f" and {len(runs) - 40} more runs" if len(runs) > 40 else "")
 
 

@@ -8,7 +8,7 @@ from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.source_info import SourceInfo
 from hf_grow.publish import licenses
-from hf_grow.publish.licenses import Licence
+from hf_grow.publish.licenses import License
 from hf_grow.publish.lineage import hub_ancestors
 from hf_grow.publish.names import is_hub_id, public_ref
 from hf_grow.publish.source_card import SourceCard, latest_card, read_card
@@ -26,7 +26,7 @@ class Inherited:
     license_link: str = ""
     language: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
-    known: Licence | None = None
+    known: License | None = None
     """Terms of the licence, if it is in the table."""
     origin: str = ""
     """Where the licence comes from, as a phrase for the card."""

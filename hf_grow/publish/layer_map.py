@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Literal
 
 from hf_grow.errors import SourceError
@@ -96,22 +96,25 @@ def shape_lines(arch: Architecture) -> list[str]:
     return [*lines, f"{arch.size('experts')} experts, {arch.top_k} per token"] if arch.is_moe else lines
 
 
+def index_ranges(indices: Iterable[int]) -> list[str]:
+    """[0, 1, 2, 1, 2, 5] -> ['0-2', '1-2', '5']: inclusive ranges of consecutive indices."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return [_span(first, last) for first, last in runs]
+
+
 def layer_ranges(layers: Sequence[LayerOrigin]) -> str:
     """'0-23, 8-31'; identity blocks are marked +, averages ~."""
     parts: list[str] = []
-    start = previous = -2
-    for o in [*layers, None]:
-        plain = o is not None and len(o.sources) == 1 and not o.identity
-        if plain and o is not None and o.sources[0] == previous + 1:
-            previous = o.sources[0]
-            continue
-        if previous >= 0:
-            parts.append(str(start) if start == previous else f"{start}-{previous}")
-        start = previous = -2
-        if plain and o is not None:
-            start = previous = o.sources[0]
-        elif o is not None:
-            parts.append(f"{o.sources[0]}+" if o.identity else "~".join(map(str, o.sources)))
+    for plain, group in groupby(layers, lambda o: len(o.sources) == 1 and not o.identity):
+        if plain:
+            parts += index_ranges(o.sources[0] for o in group)
+        else:
+            parts += [f"{o.sources[0]}+" if o.identity else "~".join(map(str, o.sources)) for o in group]
     return ", ".join(parts) if len(parts) <= 24 else ", ".join(parts[:23]) + f" ... ({len(parts)} runs)"
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Licence:
+class License:
     """Terms that the publisher of a derived model has to meet."""
 
     title: str
@@ -25,10 +25,10 @@ class Licence:
     """What it does not allow, in a few words."""
 
 
-def _llama(version: str, *, product: str = "Llama", title: str = "", built_with: str = "", name_start: str = "") -> Licence:
+def _llama(version: str, *, product: str = "Llama", title: str = "", built_with: str = "", name_start: str = "") -> License:
     """Section 1.b of the community licences: (i) copy, display and name, (iii) notice; section 2: 700 million monthly users."""
     title = title or f"{product} {version} Community License"
-    return Licence(
+    return License(
         title=title,
         built_with=built_with,
         name_start=name_start,
@@ -38,9 +38,9 @@ def _llama(version: str, *, product: str = "Llama", title: str = "", built_with:
     )
 
 
-def _alibaba(name: str, agreement: str, *, built_with: str = "", limits: str) -> Licence:
+def _alibaba(name: str, agreement: str, *, built_with: str = "", limits: str) -> License:
     """Section 3 (copy, notice of changes, notice file) and section 4 (display)."""
-    return Licence(
+    return License(
         title=f"{name} {agreement}",
         built_with=built_with,
         notice=f"{name} is licensed under the {name} {agreement}, Copyright (c) Alibaba Cloud. All Rights Reserved.",
@@ -49,9 +49,9 @@ def _alibaba(name: str, agreement: str, *, built_with: str = "", limits: str) ->
     )
 
 
-def _mistral(name: str) -> Licence:
+def _mistral(name: str) -> License:
     """Section 2.2: copy and notice file."""
-    return Licence(
+    return License(
         f"Mistral AI {name}",
         notice=f"Licensed by Mistral AI under the Mistral AI {name}",
         copy=True,
@@ -62,9 +62,9 @@ def _mistral(name: str) -> Licence:
 _100_MILLION_USERS = "a licence of its own above 100 million monthly users"
 
 # By the identifier in a card's `license`, or its `license_name` where that says `other`.
-LICENCES: dict[str, Licence] = {
-    "apache-2.0": Licence("Apache License 2.0", copy=True),
-    "mit": Licence("MIT License", copy=True),
+LICENSES: dict[str, License] = {
+    "apache-2.0": License("Apache License 2.0", copy=True),
+    "mit": License("MIT License", copy=True),
     "llama2": _llama("2", title="LLAMA 2 Community License"),
     "llama3": _llama("3", product="Meta Llama", built_with="Built with Meta Llama 3", name_start="Llama 3"),
     "llama3.1": _llama("3.1", built_with="Built with Llama", name_start="Llama"),
@@ -76,19 +76,19 @@ LICENCES: dict[str, Licence] = {
     "tongyi-qianwen": _alibaba("Tongyi Qianwen", "LICENSE AGREEMENT", limits=_100_MILLION_USERS),
     "mrl": _mistral("Research License"),
     "mnpl": _mistral("Non-Production License"),
-    "cc-by-nc-4.0": Licence("Creative Commons Attribution Non Commercial 4.0", limits="no commercial use"),
-    "cc-by-sa-4.0": Licence("Creative Commons Attribution Share Alike 4.0", limits="derived works under the same licence only"),
-    "cc-by-nd-4.0": Licence("Creative Commons Attribution No Derivatives 4.0", limits="derived works may not be shared"),
+    "cc-by-nc-4.0": License("Creative Commons Attribution Non Commercial 4.0", limits="no commercial use"),
+    "cc-by-sa-4.0": License("Creative Commons Attribution Share Alike 4.0", limits="derived works under the same licence only"),
+    "cc-by-nd-4.0": License("Creative Commons Attribution No Derivatives 4.0", limits="derived works may not be shared"),
 }
 
 
-def find(license: str, license_name: str) -> Licence | None:
+def find(license: str, license_name: str) -> License | None:
     """The entry for a card's `license` and `license_name`, if there is one."""
     key = license_name if license in ("", "other") else license
-    return LICENCES.get(key.lower().removesuffix("-license"))
+    return LICENSES.get(key.lower().removesuffix("-license"))
 
 
-def name_fits(licence: Licence, name: str) -> bool:
+def name_fits(licence: License, name: str) -> bool:
     """Whether a model's name begins as the licence requires: Llama-3-Small does for 'Llama 3'."""
 
     def letters(text: str) -> str:

@@ -20,7 +20,7 @@ from hf_grow.checkpoint.hub_errors import check_login, check_repo_id, hub_url, u
 from hf_grow.checkpoint.reader import GROWTH, INDEX
 from hf_grow.checkpoint.writer import Progress
 from hf_grow.errors import InputError, OutputError
-from hf_grow.publish.manifest import CARD, Manifest, check_weights, make_manifest
+from hf_grow.publish.manifest import CARD, Manifest, check_weights
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -46,7 +46,7 @@ class Destination:
 
 
 @dataclass(frozen=True)
-class Pushed:
+class PushResult:
     """The commit that `push` made."""
 
     repo: str
@@ -87,19 +87,19 @@ def prepare_repo(to: Destination) -> Destination:
 
 
 def push(
-    folder: Path,
+    manifest: Manifest,
     to: Destination,
     *,
     progress: Progress = lambda nbytes: None,
     notify: Callable[[str], None] = lambda message: None,
-) -> Pushed:
-    """Publishes a checkpoint folder. Raises InputError for what must not be published, OutputError, ExecutionError (then a retry may help).
+) -> PushResult:
+    """Publishes the folder of a manifest. Raises OutputError, VerificationError, ExecutionError (then a retry may help).
 
     `progress` counts the bytes hashed: all weights are compared with growth.json before anything is uploaded.
     """
     from huggingface_hub import CommitOperationAdd
 
-    manifest = make_manifest(folder)
+    folder = manifest.folder
     check_destination(to)
     card = card_additions(folder, manifest.files, to.repo, notify)
     to = prepare_repo(to)
@@ -117,7 +117,7 @@ def push(
     commit, pull_request = commit_files(to, additions, manifest.title, retry_hint(folder, to))
     if to.create_pr and not pull_request:
         notify("Nothing differs from the repository, so no pull request was opened.")
-    return Pushed(to.repo, f"{hub_url()}/{to.repo}", commit, pull_request, len(additions), manifest.nbytes)
+    return PushResult(to.repo, f"{hub_url()}/{to.repo}", commit, pull_request, len(additions), manifest.nbytes)
 
 
 def retry_hint(folder: Path, to: Destination) -> str:

@@ -14,6 +14,7 @@ from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.source_info import SourceInfo
 from hf_grow.methods import METHODS
 from hf_grow.options import parse_size
+from hf_grow.publish.layer_map import index_ranges
 from hf_grow.publish.names import folder_name, public_path
 
 OWN_COMMAND = {"dus"}
@@ -69,7 +70,7 @@ def _flag(name: str, value: Any, donors: Mapping[str, SourceInfo]) -> list[str]:
     if isinstance(value, bool):
         return [flag] if value else []
     if isinstance(value, list) and value and all(type(v) is int for v in value):
-        return [flag, ranges(value)]
+        return [flag, ",".join(index_ranges(value))]
     if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         return [flag, ",".join(_public(v, donors) for v in value)]
     if isinstance(value, list) and value and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
@@ -100,14 +101,3 @@ def _number(value: float) -> str:
 def _public(value: str, donors: Mapping[str, SourceInfo]) -> str:
     """A path of this machine, or of a local donor, as ./NAME."""
     return f"./{folder_name(value)}" if value in {o.ref for o in donors.values() if not o.revision} else public_path(value)
-
-
-def ranges(values: list[int]) -> str:
-    """[0, 1, 2, 1, 2] -> '0-2,1-2': both ends count, as the flags read it."""
-    parts: list[list[int]] = []
-    for v in values:
-        if parts and v == parts[-1][1] + 1:
-            parts[-1][1] = v
-        else:
-            parts.append([v, v])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

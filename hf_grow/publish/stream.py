@@ -19,7 +19,7 @@ from hf_grow.checkpoint.shard_sink import ShardSink
 from hf_grow.checkpoint.writer import Shard
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import OutputError
-from hf_grow.publish.push import Destination, Pushed, card_additions, commit_files
+from hf_grow.publish.push import Destination, PushResult, card_additions, commit_files
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -37,7 +37,7 @@ class StreamSink(ShardSink):
         self.to = to
         self.title = title
         self.notify = notify
-        self.pushed: Pushed | None = None
+        self.pushed: PushResult | None = None
         self._sent: dict[str, CommitOperationAdd] = {}
 
     def already_sent(self, folder: PartialFolder) -> Mapping[str, str]:
@@ -83,10 +83,10 @@ class StreamSink(ShardSink):
             additions = [*shards, *small, *card_additions(folder.path, files, self.to.repo, self.notify)]
             commit, pull_request = commit_files(self.to, additions, self.title, RETRY)
             nbytes = sum(a.upload_info.size for a in additions)
-            pushed = Pushed(self.to.repo, f"{hub_url()}/{self.to.repo}", commit, pull_request, len(additions), nbytes)
+            pushed = PushResult(self.to.repo, f"{hub_url()}/{self.to.repo}", commit, pull_request, len(additions), nbytes)
             folder.note_committed(asdict(pushed))
             folder.committed = asdict(pushed)
-        self.pushed = Pushed(**folder.committed)
+        self.pushed = PushResult(**folder.committed)
         folder.discard()
 
     def _is_committed(self, folder: PartialFolder) -> bool:

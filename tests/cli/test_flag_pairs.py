@@ -20,7 +20,7 @@ from hf_grow.cli import main
 from hf_grow.demo.run import DemoOptions
 from hf_grow.errors import InputError
 from hf_grow.options import unmet_requirements, validate
-from hf_grow.publish.push import Destination, Pushed
+from hf_grow.publish.push import Destination, PushResult
 from hf_grow.training.config.train_config import TrainRecipe
 
 
@@ -113,7 +113,7 @@ def test_in_every_pair_both_flags_are_heard_or_refused(
     recorder = Recorder(place, capsys)
     monkeypatch.setattr("hf_grow.cli.demo.run_demo", recorder.told(None))
     monkeypatch.setattr("hf_grow.training.peft.merge.merge_adapter", recorder.told(SimpleNamespace(base="b", layers=1, plan=None)))
-    monkeypatch.setattr("hf_grow.cli.push.push", recorder.told(Pushed("you/model", "url", "c" * 40, "", 1, 1)))
+    monkeypatch.setattr("hf_grow.cli.push.push", recorder.told(PushResult("you/model", "url", "c" * 40, "", 1, 1)))
     monkeypatch.setattr("hf_grow.cli.push.uploaded_weights", recorder.told(None))
     outcome = recorder.outcome([w.format(tmp=place) for w in base])
     heard = 0

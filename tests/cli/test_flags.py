@@ -30,7 +30,7 @@ from hf_grow.errors import GrowError
 from hf_grow.growth.tensormap import Expr, Noise, Orthogonal
 from hf_grow.methods import METHODS
 from hf_grow.options import Excludes, Options, Requires, combined, unmet_requirements, validate
-from hf_grow.publish.push import Pushed
+from hf_grow.publish.push import PushResult
 from hf_grow.publish.stream import StreamSink
 from hf_grow.training.config.fisher_options import FisherFileOptions, FisherOptions
 from hf_grow.training.config.replay_options import ReplayOptions
@@ -172,7 +172,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             made.append(("sink", repr(self.to)))
             self.pushed = pushed
 
-    pushed = Pushed("you/model", "url", "c" * 40, None, 1, 1)
+    pushed = PushResult("you/model", "url", "c" * 40, None, 1, 1)
     monkeypatch.setattr(growth_job, "layout", lambda targets, size: made.append(("layout", size)) or layout(targets, size))
     # A source that seems to be on the Hub.
     monkeypatch.setattr(growth_job, "prefer_cached", lambda checkpoint: replace(checkpoint, folder=None))
@@ -187,6 +187,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(growth_job, "StreamSink", ToldSink)
     monkeypatch.setattr(growth_job.PartialFolder, "check", told("place"))
     monkeypatch.setattr("hf_grow.convert.execute.execute", told("execute", Result(Path(), {}, 1, 1.0, 0)))
+    monkeypatch.setattr(growth_job, "make_manifest", lambda folder: None)
     monkeypatch.setattr(growth_job, "push", told("push", pushed))
     monkeypatch.setattr(grow, "publishing_bar", lambda *arguments, **named: nullcontext(lambda nbytes: None))
     return made

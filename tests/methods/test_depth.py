@@ -24,7 +24,7 @@ from hf_grow.growth.growth import Growth, LayerOrigin, compose
 from hf_grow.growth.plan import GrowthPlan, make_plan
 from hf_grow.growth.source_info import SourceInfo, TensorInfo
 from hf_grow.growth.tensormap import Expr, Fill, Noise, Source, Sum
-from hf_grow.methods import METHODS
+from hf_grow.methods import METHODS, depth
 from hf_grow.model.architecture import Architecture
 from hf_grow.model.families import FAMILIES
 from hf_grow.model.param_count import count_parameters
@@ -43,6 +43,12 @@ def grow(config: Mapping[str, Any], method: str, **options: Any) -> Growth:
 
 def tiny(layers: int, **changes: Any) -> dict[str, Any]:
     return {"model_type": "llama", **SIZES, **changes, "num_hidden_layers": layers}
+
+
+def test_a_method_that_lists_indices_is_told_so() -> None:
+    identity = depth.Guarantee("lossless", "the same layers")
+    with pytest.raises(TypeError, match=r"depth method mine lists 0 as a layer.*from_indices"):
+        depth._build(Architecture(tiny(2)), "mine", depth.DepthOptions(), [0, 1], identity)  # type: ignore[list-item]
 
 
 def order(growth: Growth) -> list[int]:

@@ -349,11 +349,11 @@ def test_the_naming_duty_of_llama(licence: str, words: str, start: str, tmp_path
 
 
 def test_what_begins_as_the_licence_wants() -> None:
-    llama3 = licenses.LICENCES["llama3"]
+    llama3 = licenses.LICENSES["llama3"]
     fits = {n: licenses.name_fits(llama3, n) for n in ("org/Llama-3-X", "llama3-x", "Llama 3", "Llama-2-x", "My-Llama-3", "Llama")}
     assert [n for n, good in fits.items() if good] == ["org/Llama-3-X", "llama3-x", "Llama 3"]
-    assert not licenses.LICENCES["llama2"].name_start
-    assert licenses.find("other", "Qwen") is licenses.LICENCES["qwen"]
+    assert not licenses.LICENSES["llama2"].name_start
+    assert licenses.find("other", "Qwen") is licenses.LICENSES["qwen"]
     assert licenses.find("other", "my own") is None
 
 
@@ -576,7 +576,7 @@ def full_facts(method: str) -> dict[str, Any]:
     verification["metrics"] = verification["metrics"] | {
         "tasks": {"arc_easy": {"acc": [0.5, 0.25], "acc_stderr": [0.1, 0.1]}}, "task_settings": {"harness": "lm-eval 0.4.9", "dtype": "float32", "limit": 20},
     }  # fmt: skip
-    known = licenses.LICENCES["llama3.1"]
+    known = licenses.LICENSES["llama3.1"]
     inherited = Inherited(
         license="llama3.1",
         license_link="https://huggingface.co/org/coder/blob/main/LICENSE",
@@ -711,7 +711,8 @@ def test_options_that_cannot_be(options: dict[str, Any], expected_text: str, tmp
 def test_folders_that_were_not_grown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "plain").mkdir()
     assert main(["card", str(tmp_path / "plain")]) == 2
-    assert "was not grown by hf-grow" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "was not grown by hf-grow" in message and "Give the folder of a grown checkpoint" in message
     for damage in ({"format": 99}, {"growth__layers": []}, {"growth__layers": [{"sources": ["0"], "weights": [1], "new": 0, "identity": 0}] * 6},
                    {"target__config": {"model_type": "llama"}}):  # fmt: skip
         with pytest.raises(SourceError):

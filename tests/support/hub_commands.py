@@ -61,12 +61,12 @@ def watched(folder: Path, pattern: str = "*.safetensors*") -> Iterator[list[int]
 
     def look() -> None:
         while not done.is_set():
-            here = 0
+            nbytes = 0
             with suppress(FileNotFoundError):  # a folder that goes away while it is listed
                 for path in folder.rglob(pattern):
                     with suppress(FileNotFoundError):
-                        here += path.stat().st_size if path.is_file() else 0
-            seen[:] = [max(seen[0], here), seen[1] + 1]
+                        nbytes += path.stat().st_size if path.is_file() else 0
+            seen[:] = [max(seen[0], nbytes), seen[1] + 1]
             time.sleep(0.0005)
 
     thread = threading.Thread(target=look)

@@ -5,37 +5,37 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hub_server import HubServer, _Handler, client_environment, model_info, resolve, route
+from hub_server import Handler, HubServer, client_environment, model_info, resolve, route
 
 __all__ = ["HubServer", "client_environment"]
 
-_ID = r"(?P<repo>[\w.-]+/[\w.-]+)"
+DATASET_PATTERN = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
 
-@route("GET", rf"/api/datasets/{_ID}/revision/(?P<revision>[^/]+)")
-@route("GET", rf"/api/datasets/{_ID}")
-def dataset_info(request: _Handler, repo: str, revision: str = "main") -> None:
+@route("GET", rf"/api/datasets/{DATASET_PATTERN}/revision/(?P<revision>[^/]+)")
+@route("GET", rf"/api/datasets/{DATASET_PATTERN}")
+def dataset_info(request: Handler, repo: str, revision: str = "main") -> None:
     model_info(request, f"datasets/{repo}", revision)
 
 
-@route("GET", rf"/api/datasets/{_ID}/tree/(?P<revision>[^/]+)/?(?P<path>.*)")
-def dataset_tree(request: _Handler, repo: str, revision: str, path: str = "") -> None:
-    if (found := request.repo(f"datasets/{repo}")) and (commit := request.files(found, revision)):
+@route("GET", rf"/api/datasets/{DATASET_PATTERN}/tree/(?P<revision>[^/]+)/?(?P<path>.*)")
+def dataset_tree(request: Handler, repo: str, revision: str, path: str = "") -> None:
+    if (repository := request.repo(f"datasets/{repo}")) and (commit := request.files(repository, revision)):
         listed = [_entry(name, commit[1]) for name in _within(commit[1], path)]
         request.json(listed) if listed or not path else request.refuse(404, "EntryNotFound")
 
 
-@route("POST", rf"/api/datasets/{_ID}/paths-info/(?P<revision>[^/]+)")
-def dataset_paths(request: _Handler, repo: str, revision: str) -> None:
-    asked = json.loads(request.rfile.read(request.unread))
+@route("POST", rf"/api/datasets/{DATASET_PATTERN}/paths-info/(?P<revision>[^/]+)")
+def dataset_paths(request: Handler, repo: str, revision: str) -> None:
+    payload = json.loads(request.rfile.read(request.unread))
     request.unread = 0
-    if (found := request.repo(f"datasets/{repo}")) and (commit := request.files(found, revision)):
+    if (repository := request.repo(f"datasets/{repo}")) and (commit := request.files(repository, revision)):
         names = set(commit[1]) | {n.rpartition("/")[0] for n in commit[1] if "/" in n}
-        request.json([_entry(p, commit[1]) for p in asked["paths"] if p in names])
+        request.json([_entry(p, commit[1]) for p in payload["paths"] if p in names])
 
 
-@route("GET", rf"/datasets/{_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
-def dataset_file(request: _Handler, repo: str, revision: str, path: str) -> None:
+@route("GET", rf"/datasets/{DATASET_PATTERN}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+def dataset_file(request: Handler, repo: str, revision: str, path: str) -> None:
     resolve(request, f"datasets/{repo}", revision, path)
 
 

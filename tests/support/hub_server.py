@@ -145,7 +145,7 @@ class HubServer:
         return repo.commit({p.relative_to(folder).as_posix(): Blob(p, p.name.endswith(LFS_SUFFIXES)) for p in paths}, branch=branch)
 
     def __enter__(self) -> HubServer:
-        handler = type("Handler", (_Handler,), {"hub": self})
+        handler = type("Handler", (Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -165,7 +165,7 @@ class HubServer:
 
 Route = Callable[..., None]
 ROUTES: list[tuple[str, re.Pattern[str], Route]] = []
-_REPO = r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)"
+REPO_PATTERN = r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)"
 
 
 def route(method: str, pattern: str) -> Callable[[Route], Route]:
@@ -178,7 +178,7 @@ def route(method: str, pattern: str) -> Callable[[Route], Route]:
     return add
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     hub: HubServer
@@ -280,23 +280,23 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @route("GET", r"/api/whoami-v2")
-def whoami(request: _Handler) -> None:
+def whoami(request: Handler) -> None:
     if not request.token:
         return request.refuse(401, "", "Invalid username or password.")
     return request.json({"type": "user", "name": "tester", "orgs": [], "auth": {"type": "access_token"}})
 
 
-@route("GET", rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)/?")
-def tree(request: _Handler, repo: str, revision: str) -> None:
-    if (found := request.repo(repo)) and (commit := request.files(found, revision)):
-        request.json([_described(name, blob) for name, blob in sorted(commit[1].items())])
+@route("GET", rf"/api/models/{REPO_PATTERN}/tree/(?P<revision>[^/]+)/?")
+def tree(request: Handler, repo: str, revision: str) -> None:
+    if (repository := request.repo(repo)) and (commit := request.files(repository, revision)):
+        request.json([_tree_entry(name, blob) for name, blob in sorted(commit[1].items())])
 
 
-@route("GET", rf"/api/models/{_REPO}/revision/(?P<revision>[^/]+)")
-@route("GET", rf"/api/models/{_REPO}")
-def model_info(request: _Handler, repo: str, revision: str = "main") -> None:
+@route("GET", rf"/api/models/{REPO_PATTERN}/revision/(?P<revision>[^/]+)")
+@route("GET", rf"/api/models/{REPO_PATTERN}")
+def model_info(request: Handler, repo: str, revision: str = "main") -> None:
     # As on the real Hub, everyone may list the files of a gated repository.
-    if not (found := request.repo(repo)) or not (commit := request.files(found, revision)):
+    if not (repository := request.repo(repo)) or not (commit := request.files(repository, revision)):
         return
     siblings: list[dict[str, Any]] = []
     for name, blob in sorted(commit[1].items()):
@@ -306,17 +306,17 @@ def model_info(request: _Handler, repo: str, revision: str = "main") -> None:
             if blob.lfs:
                 entry["lfs"] = {"sha256": blob.sha256, "size": blob.size, "pointerSize": 134}
         siblings.append(entry)
-    gated: Any = "manual" if found.gated else False
-    request.json({"id": found.id, "sha": commit[0], "private": found.private, "gated": gated, "tags": [], "siblings": siblings})
+    gated: Any = "manual" if repository.gated else False
+    request.json({"id": repository.id, "sha": commit[0], "private": repository.private, "gated": gated, "tags": [], "siblings": siblings})
 
 
-@route("GET", rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
-def resolve(request: _Handler, repo: str, revision: str, path: str) -> None:
-    if not (found := request.repo(repo)):
+@route("GET", rf"/{REPO_PATTERN}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+def resolve(request: Handler, repo: str, revision: str, path: str) -> None:
+    if not (repository := request.repo(repo)):
         return
-    if found.gated and request.token not in found.readers:
+    if repository.gated and request.token not in repository.readers:
         return request.refuse(403 if request.token else 401, "GatedRepo", f"Access to model {repo} is restricted.")
-    if not (commit := request.files(found, revision)):
+    if not (commit := request.files(repository, revision)):
         return
     sha, files = commit
     headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
@@ -330,13 +330,13 @@ def resolve(request: _Handler, repo: str, revision: str, path: str) -> None:
     return request.reply(302, headers, Blob(b"", False))
 
 
-@route("GET", rf"/cdn/{_REPO}/(?P<sha256>[0-9a-f]{{64}})")
-def cdn(request: _Handler, repo: str, sha256: str) -> None:
+@route("GET", rf"/cdn/{REPO_PATTERN}/(?P<sha256>[0-9a-f]{{64}})")
+def cdn(request: Handler, repo: str, sha256: str) -> None:
     blobs = (b for files in request.hub.repos[repo].commits.values() for b in files.values() if b.lfs and b.sha256 == sha256)
     request.file(next(blobs), {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})
 
 
-def _described(name: str, blob: Blob) -> dict[str, Any]:
+def _tree_entry(name: str, blob: Blob) -> dict[str, Any]:
     entry: dict[str, Any] = {"type": "file", "oid": blob.oid, "size": blob.size, "path": name}
     return entry | ({"lfs": {"oid": blob.sha256, "size": blob.size, "pointerSize": 134}} if blob.lfs else {})
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hub_server import _REPO, LFS_SUFFIXES, Blob, HubServer, Repo, _Handler, route
+from hub_server import LFS_SUFFIXES, REPO_PATTERN, Blob, Handler, HubServer, Repo, route
 
 WRITE = "hf_writewritewrite"
 READ = "hf_readreadreadread"
@@ -39,7 +39,7 @@ def received(hub: HubServer) -> int:
     return sum(r.received for r in hub.log if r.method == "PUT")
 
 
-def body(request: _Handler) -> bytes | None:
+def body(request: Handler) -> bytes | None:
     """The request's body; None if the fault says that the connection breaks off in it."""
     cut = request.fault.cut_after
     got = bytearray()
@@ -57,11 +57,11 @@ def body(request: _Handler) -> bytes | None:
     return bytes(got)
 
 
-def may_write(request: _Handler, owner: str) -> bool:
+def may_write(request: Handler, owner: str) -> bool:
     return request.token in request.hub.writers.get(owner, set())
 
 
-def writable(request: _Handler, repo_id: str, *, read_will_do: bool = False) -> Repo | None:
+def writable(request: Handler, repo_id: str, *, read_will_do: bool = False) -> Repo | None:
     repo = request.repo(repo_id)
     if repo is None:
         return None
@@ -75,25 +75,25 @@ def writable(request: _Handler, repo_id: str, *, read_will_do: bool = False) -> 
 
 
 @route("POST", r"/api/repos/create")
-def create_repo(request: _Handler) -> None:
-    asked = json.loads(body(request) or b"{}")
+def create_repo(request: Handler) -> None:
+    payload = json.loads(body(request) or b"{}")
     if not request.token:
         return request.refuse(401, "", "Invalid username or password.")
-    owner = asked.get("organization") or "tester"
+    owner = payload.get("organization") or "tester"
     if not may_write(request, owner):
         return request.refuse(403, "", f"You don't have the rights to create a model under the namespace {owner!r}.")
-    repo_id = f"{owner}/{asked['name']}"
+    repo_id = f"{owner}/{payload['name']}"
     url = f"{request.hub.url}/{repo_id}"
     if repo_id in request.hub.repos:
         return request.json({"error": "You already created this model repo", "url": url}, 409)
-    private = asked.get("visibility") == "private"
+    private = payload.get("visibility") == "private"
     repo = request.hub.repos[repo_id] = Repo(repo_id, private=private, readers={request.token})
     repo.commit({".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)})
     return request.json({"url": url, "name": repo_id})
 
 
 @route("POST", r"/api/validate-yaml")
-def validate_yaml(request: _Handler) -> None:
+def validate_yaml(request: Handler) -> None:
     import yaml
 
     content = json.loads(body(request) or b"{}")["content"]
@@ -106,15 +106,15 @@ def validate_yaml(request: _Handler) -> None:
     request.json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
 
-@route("POST", rf"/api/models/{_REPO}/preupload/(?P<revision>[^/]+)")
-def preupload(request: _Handler, repo: str, revision: str) -> None:
-    asked = json.loads(body(request) or b"{}")
-    found = writable(request, repo, read_will_do="create_pr" in request.query)
-    if not found or not (commit := request.files(found, revision)):
+@route("POST", rf"/api/models/{REPO_PATTERN}/preupload/(?P<revision>[^/]+)")
+def preupload(request: Handler, repo: str, revision: str) -> None:
+    payload = json.loads(body(request) or b"{}")
+    repository = writable(request, repo, read_will_do="create_pr" in request.query)
+    if not repository or not (commit := request.files(repository, revision)):
         return
     files = []
     ignored = b"".join(commit[1][".gitignore"].chunks()).decode().split() if ".gitignore" in commit[1] else []
-    for file in asked["files"]:
+    for file in payload["files"]:
         lfs = file["path"].endswith(LFS_SUFFIXES) or file["size"] > 10_000_000
         ignore = any(fnmatch(file["path"], line) for line in ignored)
         entry: dict[str, Any] = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": ignore}
@@ -124,14 +124,14 @@ def preupload(request: _Handler, repo: str, revision: str) -> None:
     request.json({"files": files, "commitOid": commit[0]})
 
 
-@route("POST", rf"/{_REPO}\.git/info/lfs/objects/batch")
-def lfs_batch(request: _Handler, repo: str) -> None:
-    asked = json.loads(body(request) or b"{}")
+@route("POST", rf"/{REPO_PATTERN}\.git/info/lfs/objects/batch")
+def lfs_batch(request: Handler, repo: str) -> None:
+    payload = json.loads(body(request) or b"{}")
     hub = request.hub
     if not writable(request, repo, read_will_do=True):
         return None
     objects = []
-    for item in asked["objects"]:
+    for item in payload["objects"]:
         entry: dict[str, Any] = {"oid": item["oid"], "size": item["size"]}
         if item["oid"] not in hub.objects:
             target = f"{hub.cdn}/upload/{item['oid']}?X-Amz-Signature=secret-signature"
@@ -144,7 +144,7 @@ def lfs_batch(request: _Handler, repo: str) -> None:
 
 
 @route("PUT", r"/upload/(?P<sha256>[0-9a-f]{64})")
-def lfs_upload(request: _Handler, sha256: str) -> None:
+def lfs_upload(request: Handler, sha256: str) -> None:
     data = body(request)
     if data is None:
         return None
@@ -155,20 +155,20 @@ def lfs_upload(request: _Handler, sha256: str) -> None:
 
 
 @route("POST", r"/lfs/verify/(?P<sha256>[0-9a-f]{64})")
-def lfs_verify(request: _Handler, sha256: str) -> None:
-    asked = json.loads(body(request) or b"{}")
+def lfs_verify(request: Handler, sha256: str) -> None:
+    payload = json.loads(body(request) or b"{}")
     data = request.hub.objects.get(sha256)
-    if data is None or len(data) != asked["size"]:
+    if data is None or len(data) != payload["size"]:
         return request.refuse(404, "", "object is not there")
     return request.json({})
 
 
-@route("POST", rf"/api/models/{_REPO}/commit/(?P<revision>[^/]+)")
-def commit(request: _Handler, repo: str, revision: str) -> None:
+@route("POST", rf"/api/models/{REPO_PATTERN}/commit/(?P<revision>[^/]+)")
+def commit(request: Handler, repo: str, revision: str) -> None:
     sent = body(request)
     pull = "create_pr" in request.query
-    found = writable(request, repo, read_will_do=pull)
-    if sent is None or not found or not request.files(found, revision):
+    repository = writable(request, repo, read_will_do=pull)
+    if sent is None or not repository or not request.files(repository, revision):
         return None
     lines = [json.loads(line) for line in sent.splitlines()]
     add: dict[str, Blob] = {}
@@ -176,7 +176,7 @@ def commit(request: _Handler, repo: str, revision: str) -> None:
     for line in lines:
         value = line["value"]
         if line["key"] == "header":
-            found.messages.append(value["summary"])
+            repository.messages.append(value["summary"])
         elif line["key"] == "file":
             add[value["path"]] = Blob(base64.b64decode(value["content"]), False)
         elif line["key"] == "lfsFile":
@@ -190,9 +190,9 @@ def commit(request: _Handler, repo: str, revision: str) -> None:
             delete.append(value["path"])
     branch = revision
     if pull:
-        branch = f"refs/pr/{len([r for r in found.refs if r.startswith('refs/pr/')]) + 1}"
-        found.refs[branch] = found.refs[revision]
-    sha = found.commit(add, branch=branch, delete=tuple(delete))
+        branch = f"refs/pr/{len([r for r in repository.refs if r.startswith('refs/pr/')]) + 1}"
+        repository.refs[branch] = repository.refs[revision]
+    sha = repository.commit(add, branch=branch, delete=tuple(delete))
     url = f"{request.hub.url}/{repo}"
     number = branch.rpartition("/")[2]
     return request.json(
@@ -204,8 +204,8 @@ def commit(request: _Handler, repo: str, revision: str) -> None:
     )
 
 
-@route("GET", rf"/api/models/{_REPO}/xet-(?:read|write)-token/(?P<revision>[^/]+)")
-def xet_token(request: _Handler, repo: str, revision: str) -> None:
+@route("GET", rf"/api/models/{REPO_PATTERN}/xet-(?:read|write)-token/(?P<revision>[^/]+)")
+def xet_token(request: Handler, repo: str, revision: str) -> None:
     if writable(request, repo, read_will_do=True):
         facts = {"casUrl": f"local://{request.hub.xet}", "accessToken": "for-this-only", "exp": int(time.time()) + 3600}
         headers = {
@@ -216,13 +216,13 @@ def xet_token(request: _Handler, repo: str, revision: str) -> None:
         request.json(facts, headers=headers)
 
 
-@route("POST", rf"/api/models/{_REPO}/branch/(?P<branch>[^/]+)")
-def create_branch(request: _Handler, repo: str, branch: str) -> None:
+@route("POST", rf"/api/models/{REPO_PATTERN}/branch/(?P<branch>[^/]+)")
+def create_branch(request: Handler, repo: str, branch: str) -> None:
     body(request)
-    found = writable(request, repo)
-    if not found:
+    repository = writable(request, repo)
+    if not repository:
         return None
-    if branch in found.refs:
+    if branch in repository.refs:
         return request.refuse(409, "", "Reference already exists")
-    found.refs[branch] = found.refs["main"]
+    repository.refs[branch] = repository.refs["main"]
     return request.json({})

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from hf_grow.common.safe_files import parse_json, read_bytes
 from hf_grow.errors import InputError, SourceError
 from hf_grow.methods.experts.prompts import PromptsFile, load_prompts
-from hf_grow.options import LayerList, Options, ParameterCount
+from hf_grow.options import Count, LayerList, Options
 
 MAX_EXPERTS = 1024
 
@@ -57,7 +57,7 @@ class ExpertsOptions(Options):
     """Number of experts of the target."""
     add: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] | None = None
     """MoE source: number of experts to add."""
-    to: ParameterCount | None = None
+    to: Count | None = None
     """Total number of parameters to grow to, instead of a number of experts."""
     top_k: Positive | None = None
     """Experts per token. Default: 2 for a dense source (times the shards if fine-grained), unchanged for an MoE source."""

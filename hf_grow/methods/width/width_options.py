@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from hf_grow.methods.width.width_maps import Symmetry
-from hf_grow.options import Options, ParameterCount
+from hf_grow.options import Count, Options
 
 Positive = Annotated[int, Field(ge=1, le=2**20)]
 """A size, bounded so that searches over it stay fast."""
@@ -16,7 +16,7 @@ Positive = Annotated[int, Field(ge=1, le=2**20)]
 class WidthOptions(Options):
     """Options of every width method."""
 
-    to: ParameterCount | None = None
+    to: Count | None = None
     """Number of parameters to grow to, such as 13B; all widths grow by about one factor."""
     factor: Annotated[float, Field(ge=1, le=64)] | None = None
     """Grow hidden, FFN and heads by this factor."""

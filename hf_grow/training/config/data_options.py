@@ -6,12 +6,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hf_grow.options import Options, ParameterCount, Requires
+from hf_grow.options import Count, Options, Requires
 from hf_grow.training.config.replay_options import ReplayOptions
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+from hf_grow.training.config.schedules import as_list
 
 
 def _as_source(value: Any) -> Any:
@@ -24,7 +21,7 @@ def _as_sources(value: Any) -> Any:
     return [_as_source(v) for v in values] if isinstance(values, list) else values
 
 
-Paths = Annotated[list[str], BeforeValidator(_as_list)]
+Paths = Annotated[list[str], BeforeValidator(as_list)]
 
 
 class TextOptions(Options):
@@ -42,7 +39,7 @@ class TextOptions(Options):
     """Glob of the files to read in the repository of a Hub dataset. Default: all of the split."""
     text_field: str | None = None
     """Column that contains the text. Default: text, else content, else the only column of strings."""
-    limit: ParameterCount | None = Field(default=None, gt=0)
+    limit: Count | None = Field(default=None, gt=0)
     """Maximum number of documents to read, from the start; a Hub dataset is then streamed instead of downloaded."""
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hf_grow.options import Excludes, Options, ParameterCount, Requires
+from hf_grow.options import Count, Excludes, Options, Requires
 
 
 class FisherOptions(Options):
@@ -17,7 +17,7 @@ class FisherOptions(Options):
     """Labels: sampled from the model (true), or those of the text (empirical; one sequence at a time, as with --exact)."""
     exact: Annotated[bool, Excludes("from_growth")] = False
     """Square the gradient of every single sequence, not of a batch: less noise for the same tokens, more time."""
-    tokens: Annotated[ParameterCount, Field(ge=1), Excludes("from_growth")] = 131_072
+    tokens: Annotated[Count, Field(ge=1), Excludes("from_growth")] = 131_072
     """Tokens of text to use. 64 batches of 2048 are plenty; 16 are enough; 4 are noisy."""
     batch: Annotated[int, Field(ge=1), Excludes("from_growth")] = 4
     """Sequences per batch."""

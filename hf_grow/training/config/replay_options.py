@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hf_grow.options import Excludes, Options, ParameterCount, Requires
+from hf_grow.options import Count, Excludes, Options, Requires
 
 
 class ReplayOptions(Options):
     """How text is sampled from a model, and which of it is kept."""
 
-    tokens: ParameterCount = Field(default=1_000_000, gt=0)
+    tokens: Count = Field(default=1_000_000, gt=0)
     """Tokens of text to keep; more can be added later."""
     temperature: float = Field(default=1.0, gt=0, le=10)
     """Softmax temperature; below 1 the text is more predictable, above 1 more varied."""

@@ -13,17 +13,18 @@ from pydantic import BeforeValidator, Field
 
 from hf_grow.options import Options, Requires
 
-Count = Annotated[int, Field(ge=0)]
+NumberOfSteps = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Factor = Annotated[float, Field(gt=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-def _listed(value: Any) -> Any:
+def as_list(value: Any) -> Any:
+    """A single string as a list of one."""
     return [value] if isinstance(value, str) else value
 
 
-Parts = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
+Parts = Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
 """Names of parts; a single name needs no list."""
 
 
@@ -34,9 +35,9 @@ class Warmup(Options):
     """Zero the output projections of new blocks before the first step, so that they start as identity blocks."""
     lr: Factor = 1.0
     """Learning-rate multiplier of new parameters and new rows."""
-    steps: Count = 0
+    steps: NumberOfSteps = 0
     """Steps over which that multiplier rises linearly from zero. Default: 0, no warm-up."""
-    alpha_steps: Count = 0
+    alpha_steps: NumberOfSteps = 0
     """Steps over which new blocks are blended in: h + alpha * (block(h) - h). Default: 0, at once."""
     alpha_start: Annotated[Share, Requires("alpha_steps")] = 0.0
     """Initial alpha."""
@@ -70,13 +71,13 @@ class Phase(Options):
 class AfterGrowth(Options):
     """Learning rate after a growth, and steps until the next one."""
 
-    settle_steps: Count = 0
+    settle_steps: NumberOfSteps = 0
     """Steps at a reduced learning rate: half of it after doubling the width, which doubles the effective step of Adam."""
     settle_lr: Factor = 0.5
     """Learning-rate multiplier while settling."""
-    restore_steps: Count = 0
+    restore_steps: NumberOfSteps = 0
     """Steps over which the multiplier then returns to 1."""
-    consolidate_steps: Count = 0
+    consolidate_steps: NumberOfSteps = 0
     """Steps before the model should be grown again; recorded in every checkpoint, and growth commands warn before."""
 
     def factor(self, step: int) -> float:

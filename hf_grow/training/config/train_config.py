@@ -140,24 +140,24 @@ def read_recipe(data: Mapping[str, Any], where: str = "The recipe") -> RecipeDat
     known = training_arguments_model().model_fields
     # YAML parses `no` as false.
     theirs = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in data.items() if k in known}
-    recipe, found = validate(TrainRecipe, own)
-    found += unmet_requirements(recipe) if recipe else []
+    recipe, errors = validate(TrainRecipe, own)
+    errors += unmet_requirements(recipe) if recipe else []
     _, more = validate(training_arguments_model(), theirs)
-    found += more
+    errors += more
     for key in data.keys() - own.keys() - theirs.keys():
         instead = SET_BY_HF_GROW.get(key)
         if instead is not None:
-            found.append(f"{key}: is set by hf-grow{f'; use {instead}' if instead else ''}.")
+            errors.append(f"{key}: is set by hf-grow{f'; use {instead}' if instead else ''}.")
         else:
             near = did_you_mean(key, [*nested_keys(TrainRecipe), *known, *COMMAND_FLAGS])
-            found.append(f"{key}: unknown key.{near} Known: {', '.join(TrainRecipe.model_fields)}, and TrainingArguments.")
-    bad = {re.split(r"[.:]", line)[0] for line in found}
+            errors.append(f"{key}: unknown key.{near} Known: {', '.join(TrainRecipe.model_fields)}, and TrainingArguments.")
+    bad = {re.split(r"[.:]", line)[0] for line in errors}
     theirs = {k: v for k, v in theirs.items() if k not in bad}
     if recipe is None:
         recipe = _without_invalid_keys(own)
     if recipe is not None and "data" not in bad:
-        found += _contradictions(recipe, theirs)
-    return RecipeData(where, data, recipe, theirs, tuple(found))
+        errors += _contradictions(recipe, theirs)
+    return RecipeData(where, data, recipe, theirs, tuple(errors))
 
 
 def _without_invalid_keys(own: Mapping[str, Any]) -> TrainRecipe | None:
@@ -187,14 +187,14 @@ def _remove_key(data: Any, path: tuple[str | int, ...]) -> bool:
 
 
 def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[str]:
-    found = contradictions(recipe, arguments, recipe.data.eval)
+    errors = contradictions(recipe, arguments, recipe.data.eval)
     steps = arguments.get("max_steps")
     if recipe.data.streaming and not (isinstance(steps, int) and steps > 0):
-        found.append("max_steps: is missing; the length of streamed text is unknown.")
+        errors.append("max_steps: is missing; the length of streamed text is unknown.")
     if recipe.data.streaming and isinstance(workers := arguments.get("dataloader_num_workers"), int) and workers > 1:
-        found.append(f"dataloader_num_workers: streamed text cannot be read by {workers} workers. Use 1.")
+        errors.append(f"dataloader_num_workers: streamed text cannot be read by {workers} workers. Use 1.")
     if recipe.data.streaming and recipe.distill and recipe.distill.top_k is not None:
-        found.append("distill.top_k: does not work with streaming; the teacher reads the text beforehand.")
+        errors.append("distill.top_k: does not work with streaming; the teacher reads the text beforehand.")
     for key, asked in (
         ("load_best_model_at_end", arguments.get("load_best_model_at_end")),
         ("save_strategy", arguments.get("save_strategy") == "best"),
@@ -202,27 +202,27 @@ def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[s
         ("early_stopping_patience", recipe.early_stopping_patience),
     ):
         if asked and not recipe.data.eval:
-            found.append(f"{key}: needs an evaluation set (data.eval).")
+            errors.append(f"{key}: needs an evaluation set (data.eval).")
     metric = arguments.get("metric_for_best_model")
     names = {f"{name}_loss" for name in recipe.data.eval} | {"forgetting", *(("kl",) if recipe.kl_rows else ())}
     if isinstance(metric, str) and metric.removeprefix("eval_") not in names:
-        found.append(f"metric_for_best_model: {metric!r} is not measured. Measured: {', '.join(sorted('eval_' + n for n in names))}.")
-    return found
+        errors.append(f"metric_for_best_model: {metric!r} is not measured. Measured: {', '.join(sorted('eval_' + n for n in names))}.")
+    return errors
 
 
-def raise_mistakes(where: str, found: list[str] | tuple[str, ...]) -> None:
+def raise_mistakes(where: str, errors: list[str] | tuple[str, ...]) -> None:
     """Raises InputError with all mistakes, one per line, if there are any."""
-    if found:
-        lines = "\n".join(f"  {line}" for line in dict.fromkeys(found))
-        raise InputError(f"{where} has {len(set(found))} mistake{'s' * (len(set(found)) > 1)}:\n{lines}")
+    if errors:
+        lines = "\n".join(f"  {line}" for line in dict.fromkeys(errors))
+        raise InputError(f"{where} has {len(set(errors))} mistake{'s' * (len(set(errors)) > 1)}:\n{lines}")
 
 
-def collect_mistakes(found: list[str], key: str, work: Callable[[], Any]) -> Any:
-    """Returns ``work()``; an InputError is added to ``found`` under ``key`` instead, and None returned."""
+def collect_mistakes(errors: list[str], key: str, work: Callable[[], Any]) -> Any:
+    """Returns ``work()``; an InputError is added to ``errors`` under ``key`` instead, and None returned."""
     try:
         return work()
     except InputError as error:
-        found.append(f"{key}: {error.message}{f' {error.hint}' if error.hint else ''}")
+        errors.append(f"{key}: {error.message}{f' {error.hint}' if error.hint else ''}")
         return None
 
 

@@ -12,9 +12,7 @@ from hf_grow.training.config.distill_options import DistillOptions
 from hf_grow.training.config.lora_options import LoraOptions
 from hf_grow.training.config.monitor_options import MonitorOptions
 from hf_grow.training.config.regularizer_options import PenaltyOptions
-from hf_grow.training.config.schedules import AfterGrowth, Parts, Phase, Warmup
-
-NumberOfSteps = Annotated[int, Field(ge=0)]
+from hf_grow.training.config.schedules import AfterGrowth, NumberOfSteps, Parts, Phase, Warmup, as_list
 
 
 class MoeOptions(Options):
@@ -31,7 +29,7 @@ class TrainOptions(Options):
 
     train: Parts = Field(default=["everything"])
     """Parts that train: everything, or a list of new, old, new_layers, routers, new_experts, old_experts, embeddings, norms, head."""
-    freeze: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(default=[])
+    freeze: Annotated[list[str], BeforeValidator(as_list)] = Field(default=[])
     """Parts that do not train, even if `train` names them."""
     warmup: Warmup = Warmup()
     """Warm-up of new parameters and blocks: zero_init, lr, steps, alpha_steps."""
@@ -63,26 +61,26 @@ class TrainOptions(Options):
 
 def contradictions(options: TrainOptions, arguments: Mapping[str, Any], eval_sets: Collection[str]) -> list[str]:
     """What cannot hold together, one line each. ``arguments``: TrainingArguments that were given; ``eval_sets``: names of the evaluation sets."""
-    found = []
+    errors = []
     steps = arguments.get("max_steps")
     if isinstance(steps, int) and steps > 0 and options.warmup.alpha_steps > steps:
-        found.append(
+        errors.append(
             f"warmup.alpha_steps: {options.warmup.alpha_steps} is more than max_steps {steps}: the saved model would differ from the trained one."
         )
     if isinstance(steps, int) and steps > 0 and (total := sum(p.steps for p in options.phases)) >= steps:
-        found.append(f"phases: take {total} steps, but max_steps is {steps}: the other parts would never train.")
+        errors.append(f"phases: take {total} steps, but max_steps is {steps}: the other parts would never train.")
     if options.warmup.zero_init and options.regularizer.fisher:
-        found.append("warmup.zero_init: changes the weights that the Fisher was estimated at; grow with method identity instead.")
+        errors.append("warmup.zero_init: changes the weights that the Fisher was estimated at; grow with method identity instead.")
     if options.distill and arguments.get("use_liger_kernel"):
-        found.append("distill: needs the logits, and use_liger_kernel computes the loss without them. Remove one of them.")
+        errors.append("distill: needs the logits, and use_liger_kernel computes the loss without them. Remove one of them.")
     if options.dtype == "float16" and arguments.get("fp16"):
-        found.append("dtype: float16 does not work with fp16, which keeps the weights in float32. Remove dtype.")
+        errors.append("dtype: float16 does not work with fp16, which keeps the weights in float32. Remove dtype.")
     if "old_set" in options.model_fields_set and options.old_set not in eval_sets:
-        found.append(f"old_set: there is no evaluation set {options.old_set!r}.")
+        errors.append(f"old_set: there is no evaluation set {options.old_set!r}.")
     if options.kl_rows and options.old_set not in eval_sets:
-        found.append(f"kl_rows: there is no evaluation set {options.old_set!r}.")
+        errors.append(f"kl_rows: there is no evaluation set {options.old_set!r}.")
     if options.lora and options.regularizer.kind != "none":
-        found.append("regularizer: has no effect with `lora`, which does not change old weights.")
+        errors.append("regularizer: has no effect with `lora`, which does not change old weights.")
     if options.lora and (options.train != ["everything"] or options.freeze or options.phases):
-        found.append("lora: determines what trains; remove train, freeze and phases.")
-    return found
+        errors.append("lora: determines what trains; remove train, freeze and phases.")
+    return errors
