@@ -83,7 +83,7 @@ def train(
     if resume:
         _check_same_run(setup, notify)
         if checkpoint is None:
-            notify(f"{out} has no complete checkpoint yet; training starts anew.")
+            notify(f"{out} has no complete checkpoint yet; training starts from the beginning.")
     parts, data = load_parts(setup, notify), read_texts(setup, notify)
     with arguments.main_process_first(desc="the output folder"):
         if arguments.should_save:

@@ -36,6 +36,8 @@ class StepTrainer(Protocol):
 
 
 class GrowthCallback(TrainerCallback):  # type: ignore[misc]
+    """Applies the penalty, the schedules and the monitor of a BaseGrowTrainer at each step, and logs them."""
+
     def __init__(self, trainer: StepTrainer) -> None:
         self.trainer = trainer
 
@@ -53,7 +55,7 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]
             g.events.write("start", state.global_step, **facts, model=g.model_ref)
         elif t.opening_event == "resume":
             g.events.write("resume", state.global_step, **facts, checkpoint=str(t.resumed_from))
-        t.opening_event = ""  # a rollback begins training again without one
+        t.opening_event = ""  # a rollback starts training again without an event
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         t, g = self.trainer, self.trainer.growth
@@ -64,13 +66,13 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]
     def _log_schedule(self, t: StepTrainer) -> None:
         """Writes the events of schedules at the step where they take effect."""
         g, since, step = t.growth, t.steps_since_growth, t.state.global_step
-        starts, at = {}, 0
+        starts, end = {}, 0
         for phase in g.phases:
-            starts[at] = phase.train
-            at += phase.steps
+            starts[end] = phase.train
+            end += phase.steps
         if since in starts:
             g.events.write("phase", step, train=starts[since])
-        elif g.phases and since == at:
+        elif g.phases and since == end:
             g.events.write("phase", step, train=list(g.trained_parts))
         if g.after_growth.settle_steps and since == g.after_growth.settle_steps + g.after_growth.restore_steps:
             g.events.write("settled", step, lr_factor=t.lr_factors().all)
@@ -101,7 +103,7 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]
             g.penalty.after_step(g.updates.step_lr if g.updates is not None else t._get_learning_rate(), restore)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stream is not None:  # Trainer counts from where a stream was resumed
+        if self.trainer.stream is not None:  # Trainer counts from the position at which a stream was resumed
             state.epoch = state.global_step / state.max_steps
         self.trainer.monitor_step()
 

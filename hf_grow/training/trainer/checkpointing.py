@@ -1,4 +1,4 @@
-"""Files of a training's output: finding the checkpoint to go on from, and writing JSON that is never half there."""
+"""Finding the checkpoint to resume from, and writing JSON files atomically."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from hf_grow.errors import SourceError
 from hf_grow.training.growth_state.state_files import GROWTH_STATE
 
 PENALTY = "penalty.pt"
-"""In every checkpoint of a training with a penalty: what the penalty needs to go on."""
+"""In every checkpoint of a training with a penalty: the state of the penalty."""
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: Trainer writes trainer_state.json last, and one cut off by kill -9 has none, or half of one."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]) if p.name.rpartition("-")[2].isdigit() else -1)
-    for path in reversed(found):
+    """The newest complete checkpoint: Trainer writes trainer_state.json last, so an interrupted checkpoint has none, or an incomplete one."""
+    checkpoints = sorted(
+        folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]) if p.name.rpartition("-")[2].isdigit() else -1
+    )
+    for path in reversed(checkpoints):
         try:
-            state = json.loads(read_bytes(path / "trainer_state.json"))  # not strictly: Trainer writes NaN into its log
+            state = json.loads(read_bytes(path / "trainer_state.json"))  # not read_json: Trainer writes NaN into its log
         except (SourceError, ValueError):
             continue
         if isinstance(state, dict) and (path / GROWTH_STATE).is_file():
@@ -30,7 +32,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """In one step, so that no reader ever sees half of it."""
+    """Replaces the file atomically."""
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(format_growth_json(replace_nonfinite(data, nonfinite=str)), encoding="utf-8")
     os.replace(temporary, path)

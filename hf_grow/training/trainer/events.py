@@ -1,7 +1,7 @@
 """The event log of a training run: OUT/events.jsonl, one JSON object per line, append-only.
 
-Every line has `event`, `step` (optimizer steps done) and `time` (seconds since 1970); EVENTS says what else each kind holds. After a resumed run
-repeated steps appear twice: lines before the `resume` line are of the interrupted run.
+Every line has `event`, `step` (optimizer steps done) and `time` (seconds since 1970); EVENTS lists the other keys of each kind. After a resumed run
+repeated steps appear twice: lines before the `resume` line belong to the interrupted run.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from hf_grow.common.safe_files import replace_nonfinite
 
 EVENTS_FILE = "events.jsonl"
 MAX_NOTIFIED = 10
-"""Events of one run that are also shown at once."""
+"""Most events of one run that are also shown to the user."""
 EVENTS: dict[str, dict[str, str]] = {
     "start": {"model": "checkpoint that is trained", "steps": "optimizer steps to do", "grown_at": "step of the last growth"},
-    "resume": {"checkpoint": "where it goes on from", "steps": "optimizer steps to do", "grown_at": "step of the last growth"},
-    "settings": {"checkpoint": "what training goes on from", "...": "argument -> [its value, whether it is the recipe's or the checkpoint's]"},
+    "resume": {"checkpoint": "checkpoint that is resumed", "steps": "optimizer steps to do", "grown_at": "step of the last growth"},
+    "settings": {"checkpoint": "checkpoint that is resumed", "...": "argument -> [value, 'recipe' or 'checkpoint']"},
     "log": {"loss": "training loss since the last log line", "...": "whatever else Trainer and hf-grow log"},
-    "evaluation": {"losses": "loss of each named set, nats per token", "forgetting": "old-domain loss minus that of the baseline (where there is an old set)",
-                   "kl": "KL(source || model), nats per token (where it is asked for)"},
-    "baseline": {"losses": "loss of each set that later ones are compared with", "of": "what they were taken from"},
+    "evaluation": {"losses": "loss of each named set, nats per token", "forgetting": "old-domain loss minus that of the baseline (if there is an old set)",
+                   "kl": "KL(source || model), nats per token (if measured)"},
+    "baseline": {"losses": "loss of each set that later ones are compared with", "of": "model that was measured"},
     "regression": {"set": "named set", "loss": "its loss", "baseline": "the loss it is compared with"},
     "phase": {"train": "parts that train from this step on"},
     "settled": {"lr_factor": "multiple of the schedule's learning rate from this step on"},
     "blended": {"alpha": "share of the new blocks' output: 1 from this step on"},
-    "consolidated": {"steps": "steps since the growth: the model may be grown again from here on"},
+    "consolidated": {"steps": "steps since the growth; from here on the model may be grown again"},
     "transition_shock": {"loss": "loss after the growth", "before": "loss before it", "nats": "difference"},
     "recovered": {"loss": "smoothed loss, back at its level before the growth", "steps": "steps since the growth"},
-    "instability": {"signal": "loss, grad_norm, variance or nonfinite", "value": "what was seen", "score": "how far out, in robust deviations"},
-    "reaction": {"action": "lower_lr, longer_warmup, rollback or none", "lr_factor": "multiple on learning rates from here on (after a rollback it rises again)",
-                 "extra_warmup": "steps added to the warm-up of new parameters", "checkpoint": "where a rollback goes to, or empty",
-                 "skipped": "steps whose batches a rollback passes over"},
+    "instability": {"signal": "loss, grad_norm, variance or nonfinite", "value": "observed value", "score": "robust z-score"},
+    "reaction": {"action": "lower_lr, longer_warmup, rollback or none", "lr_factor": "factor on learning rates from here on (after a rollback it rises again)",
+                 "extra_warmup": "steps added to the warm-up of new parameters", "checkpoint": "checkpoint of a rollback, or empty",
+                 "skipped": "steps whose batches a rollback skips"},
     "contribution": {"set": "named set", "loss": "loss with all blocks", "blocks": "block -> loss without it minus loss"},
     "teacher": {"model": "teacher", "cache": "folder of its logits, or empty", "covered": "mean probability that the cached logits hold"},
-    "overflow": {"reason": "why the result has not the dtype that was meant"},
-    "checkpoint": {"folder": "what was saved"},
+    "overflow": {"reason": "why the result is not saved in the configured dtype"},
+    "checkpoint": {"folder": "name of the checkpoint"},
     "stop": {"reason": "why training ended before its last step"},
-    "end": {"output": "where the model is", "loss": "mean training loss"},
+    "end": {"output": "folder of the model", "loss": "mean training loss"},
 }  # fmt: skip
 """Kind of event -> its keys besides event, step and time."""
 
 
 class EventLog:
-    """Appends events to a file; without a path (a process that does not write) it writes none.
+    """Appends events to a file; without a path (in processes that do not write) it does nothing.
 
-    ``notify`` gets a line for each of the first MAX_NOTIFIED events that people should see at once.
+    ``notify`` receives a line for each of the first MAX_NOTIFIED events that the user should see.
     """
 
     def __init__(self, path: Path | None, notify: Callable[[str], None] = lambda line: None) -> None:
@@ -70,7 +70,7 @@ class EventLog:
 
 
 def format_event(event: str, facts: Mapping[str, Any]) -> str:
-    """What people are shown of an event at once; empty for most."""
+    """The line shown to the user; empty for most events."""
     if event == "instability":
         return f"{facts.get('of', facts['signal'])} {facts['value']:.4g} is unstable"
     if event == "reaction" and facts["action"] != "none":
@@ -84,7 +84,7 @@ def format_event(event: str, facts: Mapping[str, Any]) -> str:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a log; a line torn by a crash is left out."""
+    """The events of a log; an incomplete line (after a crash) is skipped."""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)

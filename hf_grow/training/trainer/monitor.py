@@ -1,7 +1,8 @@
 """Training monitor after a growth: spikes of loss and gradient norm, the loss jump of the growth, and the reactions to them.
 
 A signal is compared with its own recent past by a robust z-score, (x - expected) / (1.4826 MAD): medians, which one earlier spike does not move,
-around the resistant line through the medians of both halves of the past, because a loss that falls fast has no other spread. Plain numbers only: the trainer feeds it one step after another and carries out what it asks for, and its state goes into every checkpoint.
+around the resistant line through the medians of both halves of the past, because otherwise the trend of a falling loss would count as spread. The
+monitor works on plain numbers: the trainer passes it each step, carries out the reactions it returns, and saves its state in every checkpoint.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from hf_grow.training.config.monitor_options import Action, MonitorOptions
 
 FLOOR = 0.01
 """Lower bound of the deviation, as a share of the median: a very steady run must not report every fluctuation as a spike."""
+_DETECTION_KEYS = ("before", "shocked", "recovered", "quiet_until")
+_REACTION_KEYS = ("lr_factor", "dip", "dipped_at", "extra_warmup", "warmup_from", "reactions")
+"""Keys of the state in a checkpoint."""
 
 
 @dataclass
@@ -55,19 +59,19 @@ class Monitor:
 
     def step(self, since: int, loss: float, norm: float | None) -> list[Finding]:
         """Records step number `since` the growth (from 0) and returns the events to log. An `instability` requires a reaction."""
-        found = self._growth(since, loss)
-        unstable = self._unstable(since, loss, norm)
-        if unstable is None:
+        findings = self._check_growth(since, loss)
+        instability = self._check_instability(since, loss, norm)
+        if instability is None:
             self.losses.append(loss)
             if norm is not None:
                 self.norms.append(norm)
-            return found
+            return findings
         self.quiet_until = since + self.options.window // 2
         if math.isfinite(loss):
             self.losses.append(loss)
-        return [*found, unstable]
+        return [*findings, instability]
 
-    def _growth(self, since: int, loss: float) -> list[Finding]:
+    def _check_growth(self, since: int, loss: float) -> list[Finding]:
         if self.before is None or self.recovered:
             return []
         if not self.shocked and since < self.options.window and loss > self.before + self.options.shock:
@@ -79,32 +83,32 @@ class Monitor:
             return [Finding("recovered", {"loss": fmean(recent), "steps": since + 1})]
         return []
 
-    def _unstable(self, since: int, loss: float, norm: float | None) -> Finding | None:
+    def _check_instability(self, since: int, loss: float, norm: float | None) -> Finding | None:
         for signal, value in (("loss", loss), ("grad_norm", norm)):
             if value is not None and not math.isfinite(value):
                 return Finding("instability", {"signal": "nonfinite", "value": value, "score": math.inf, "of": signal})
         if since < self.quiet_until:
             return None
-        enough = self.options.window // 4
+        min_samples = self.options.window // 4
         for signal, value, past in (("loss", loss, self.losses), ("grad_norm", norm, self.norms)):
-            if value is None or len(past) < enough:
+            if value is None or len(past) < min_samples:
                 continue
             score = robust_z(value, past)
             if score > self.options.threshold:
                 return Finding("instability", {"signal": signal, "value": value, "score": score})
         if len(self.losses) == self.options.window:
-            recent, past_ = [*list(self.losses)[-enough + 1 :], loss], list(self.losses)[:-enough]
-            # The trend of a falling loss is no variance.
-            ratio = pvariance(detrended(recent)) / max(pvariance(detrended(past_)), (FLOOR * median(past_)) ** 2)
+            recent, earlier = [*list(self.losses)[-min_samples + 1 :], loss], list(self.losses)[:-min_samples]
+            # The trend of a falling loss does not count as variance.
+            ratio = pvariance(detrended(recent)) / max(pvariance(detrended(earlier)), (FLOOR * median(earlier)) ** 2)
             if ratio > self.options.variance:
                 return Finding("instability", {"signal": "variance", "value": ratio, "score": ratio})
         return None
 
-    def rate(self, since: int) -> float:
+    def lr_factor_at(self, since: int) -> float:
         """The learning-rate factor of step number `since` the growth."""
         steps = self.options.restore_steps
-        done = min(max(since - self.dipped_at, 0) / steps, 1.0) if steps else 0.0
-        return self.lr_factor * (self.dip + (1 - self.dip) * done)
+        recovered = min(max(since - self.dipped_at, 0) / steps, 1.0) if steps else 0.0
+        return self.lr_factor * (self.dip + (1 - self.dip) * recovered)
 
     def react(self, since: int, checkpoint: str | None, back: int = 0) -> Finding:
         """Chooses the reaction to an instability in step number `since` the growth (from 0); the caller performs a rollback, by `back` steps.
@@ -121,39 +125,26 @@ class Monitor:
         if action == "lower_lr":
             self.lr_factor *= self.options.lr_factor
         if action == "rollback":
-            self.dip = self.rate(since) / self.lr_factor * self.options.lr_factor
+            self.dip = self.lr_factor_at(since) / self.lr_factor * self.options.lr_factor
             self.dipped_at = since + 1 - back
         if action == "longer_warmup":
             self.extra_warmup += self.options.extra_warmup
             self.warmup_from = since + 1
-        place = {"checkpoint": checkpoint, "skipped": back} if action == "rollback" else {"checkpoint": "", "skipped": 0}
+        target = {"checkpoint": checkpoint, "skipped": back} if action == "rollback" else {"checkpoint": "", "skipped": 0}
         factor = self.lr_factor * (self.dip if action == "rollback" else 1.0)
-        return Finding("reaction", {"action": action, "lr_factor": factor, "extra_warmup": self.extra_warmup, **place})
+        return Finding("reaction", {"action": action, "lr_factor": factor, "extra_warmup": self.extra_warmup, **target})
 
     def state(self) -> dict[str, Any]:
         """The state as JSON, for a checkpoint. Floats are exact."""
-        return {
-            "before": self.before, "losses": list(self.losses), "norms": list(self.norms), "shocked": self.shocked, "recovered": self.recovered,
-            "quiet_until": self.quiet_until, **self.reacted(),
-        }  # fmt: skip
+        detection = {k: getattr(self, k) for k in _DETECTION_KEYS}
+        return {"losses": list(self.losses), "norms": list(self.norms), **detection, **self.reaction_state()}
 
-    def reacted(self) -> dict[str, Any]:
+    def reaction_state(self) -> dict[str, Any]:
         """The part of the state that a rollback must keep."""
-        return {k: getattr(self, k) for k in ("lr_factor", "dip", "dipped_at", "extra_warmup", "warmup_from", "reactions")}
+        return {k: getattr(self, k) for k in _REACTION_KEYS}
 
     def load(self, state: dict[str, Any]) -> None:
-        for key in (
-            "before",
-            "shocked",
-            "recovered",
-            "quiet_until",
-            "lr_factor",
-            "dip",
-            "dipped_at",
-            "extra_warmup",
-            "warmup_from",
-            "reactions",
-        ):
+        for key in (*_DETECTION_KEYS, *_REACTION_KEYS):
             if key in state:
                 setattr(self, key, state[key])
         self.losses = deque(state.get("losses", ()), maxlen=self.options.window)

@@ -1,4 +1,4 @@
-"""What a checkpoint of a grown model's training holds besides Trainer's files, and how a run is resumed from it."""
+"""Saving and resuming: what a checkpoint of a grown model holds besides Trainer's files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_grow.training.trainer.state import GrowthState, TrainingHooks
 from hf_grow.training.trainer.weights import cast_state_dict, check_weights, load_weights
 
 FSDP_WEIGHTS = "pytorch_model_fsdp.bin"
-"""accelerate's name for the whole weights beside an FSDP run's checkpoint."""
+"""accelerate's file name for the full weights of an FSDP run."""
 
 
 class CheckpointTrainer(DataPositionTrainer):
@@ -45,13 +45,13 @@ class CheckpointTrainer(DataPositionTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self._saved_dtypes and self.args.should_save:
-            whole = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
-            state_dict = cast_state_dict(whole, self._saved_dtypes)
+            full = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
+            state_dict = cast_state_dict(full, self._saved_dtypes)
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that hf-grow never reads
         record = self.hooks.growth_record(self)
         if record is not None:
             write_json(folder / GROWTH, record)
@@ -71,7 +71,7 @@ class CheckpointTrainer(DataPositionTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # a checkpoint that has trainer_state.json, which comes next, has the part of every process
+        self.accelerator.wait_for_everyone()  # trainer_state.json comes next: a checkpoint that has it has the files of every process
 
     def _save_penalty(self, folder: Path) -> None:
         import torch

@@ -1,4 +1,4 @@
-"""What a BaseGrowTrainer is given (GrowthSettings), what changes while it trains (GrowthState), and what it calls back (TrainingHooks)."""
+"""GrowthSettings, GrowthState and TrainingHooks: settings, state and overridable hooks of a BaseGrowTrainer."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class GrowthSettings:
         """Whether the learning rate of new parameters may differ from the schedule's at some step."""
         return bool(self.warmup.lr != 1.0 or self.warmup.steps or self.monitor.on_instability == "longer_warmup")
 
-    def acts_inside_a_step(self) -> bool:
-        """Whether anything needs gradients or weights between backward and step."""
+    def modifies_steps(self) -> bool:
+        """Whether gradients or weights are changed between the backward pass and the end of a step."""
         w = self.warmup
         rows = self.updates is not None and any(not isinstance(m, bool) for m in self.updates.trains.values())
         return bool(self.penalty or self.phases or rows or w.steps or w.lr != 1.0 or self.after_growth.settle_steps)
@@ -60,7 +60,7 @@ class GrowthSettings:
 
 @dataclass
 class GrowthState:
-    """Where a training stands since the last growth; in every checkpoint as growth_state.json."""
+    """State of a training since the last growth; saved in every checkpoint as growth_state.json."""
 
     monitor: Monitor
     grown_at: int = 0
@@ -84,20 +84,20 @@ class GrowthState:
                 "start_losses": self.start_losses, "source_losses": self.source_losses, "monitor": self.monitor.state()}  # fmt: skip
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Takes over what `to_json` gave."""
+        """Restores what `to_json` returned."""
         self.grown_at, self.start_losses = saved["grown_at"], saved["start_losses"]
         self.source_losses = saved.get("source_losses", {})
         self.monitor.load(saved["monitor"])
 
     def begin(self, step: int, log_history: Sequence[Mapping[str, Any]]) -> None:
-        """After a checkpoint without a saved state: it was just grown, or a plain Trainer wrote it."""
+        """Initial state after a checkpoint without one: it was just grown, or written by a plain Trainer."""
         self.grown_at = step
         losses = [entry["loss"] for entry in log_history if "loss" in entry]
         self.monitor.before = losses[-1] if losses else None
 
 
 class TrainingHooks:
-    """What BaseGrowTrainer calls at certain moments; each method may be overridden."""
+    """Called by BaseGrowTrainer; each method may be overridden."""
 
     def before_training(self, trainer: Any, resumed: bool) -> None:
         """Before the first step. ``resumed``: from a checkpoint of the same run."""

@@ -1,13 +1,13 @@
-"""BaseGrowTrainer: transformers' Trainer with penalties, freezing, rates of new parameters, distillation and a monitor.
+"""BaseGrowTrainer: transformers' Trainer with penalties, freezing, learning rates of new parameters, distillation and a monitor.
 
-Where things happen in one optimizer step, and why there:
+The parts of one optimizer step:
 
-    on_step_begin        residual scale of new blocks and the phase: one value for all micro-batches
-    compute_loss         distillation, and the router loss: Trainer sums micro-batches, so it would count once per micro-batch
+    on_step_begin        residual scale of new blocks and phase: the same for all micro-batches
+    compute_loss         distillation and router loss, scaled because Trainer sums the losses of micro-batches
     training_step        after the last backward: + d(penalty)/dp (no second backward), gradients of frozen parameters are dropped
     clipping             by Trainer, with the penalty in the norm
-    on_pre_optimizer_step, on_optimizer_step    rates of new parameters, frozen rows, what the penalty does around a step
-    on_step_end          the monitor sees loss and gradient norm
+    on_pre_optimizer_step, on_optimizer_step    learning rates of new parameters, frozen rows, penalty updates
+    on_step_end          the monitor checks loss and gradient norm
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class BaseGrowTrainer(CheckpointTrainer):
         self.growth_state = GrowthState(Monitor(self.growth.monitor))
         self.hooks = hooks or TrainingHooks()
         super().__init__(*args, **options)
-        if self.is_deepspeed_enabled and self.growth.acts_inside_a_step():
+        if self.is_deepspeed_enabled and self.growth.modifies_steps():
             raise InputError(
-                "Penalties, freezing of rows, phases and rates of new parameters do not work under DeepSpeed, which hides gradients and steps.",
+                "Penalties, freezing of rows, phases and learning rates of new parameters do not work under DeepSpeed, which hides gradients and optimizer steps.",
                 hint="Use FSDP2 or DDP, or train without them.",
             )
         if self.growth.updates:
@@ -72,7 +72,7 @@ class BaseGrowTrainer(CheckpointTrainer):
         if g.updates is not None and g.new_parameters_have_own_lr():
             if self.lr_scheduler is not None:
                 raise InputError(
-                    "A learning rate of new parameters splits parameter groups, which a scheduler that was passed does not know.",
+                    "A learning rate of new parameters splits the parameter groups, which a scheduler passed to the trainer does not support.",
                     hint="Pass optimizers=(optimizer, None) and set lr_scheduler_type, or remove new_lr and the warm-up of new parameters.",
                 )
             g.updates.name_groups(self.model if model is None else model, unwrapped(optimizer))
@@ -96,11 +96,11 @@ class BaseGrowTrainer(CheckpointTrainer):
     ) -> Tensor | tuple[Tensor, Any]:
         g = self.growth
         if g.aux_loss is not None:
-            # Only in training: an evaluation loss with the router loss in it would be no cross-entropy.
+            # Only in training: with the router loss, an evaluation loss would be no cross-entropy.
             inputs = {**inputs, "output_router_logits": bool(model.training)}
         if not model.training or (g.aux_loss is None and g.distiller is None):
-            found: Tensor | tuple[Tensor, Any] = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return found
+            result: Tensor | tuple[Tensor, Any] = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return result
         labels: Any = inputs.get("labels")
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # With a token count the micro-batches are summed and (across processes) their mean is taken of losses scaled by the process count.
@@ -149,14 +149,14 @@ class BaseGrowTrainer(CheckpointTrainer):
 
     def step_skipped(self) -> bool:
         """Whether a GradScaler skipped the last step because a gradient overflowed."""
-        # Not accelerate's step_was_skipped: a fused optimizer is called all the same, and does nothing.
+        # Not accelerate's step_was_skipped: a fused optimizer is called even then, and does nothing.
         return self.loss_scale() < self._scale_before_step
 
     def lr_factors(self) -> LrFactors:
         """Multiples of the schedule's learning rate for the next step."""
         g, m, since = self.growth, self.growth_state.monitor, self.steps_since_growth
         warmup_step = since - m.warmup_from if m.extra_warmup else since
-        return LrFactors(g.after_growth.factor(since) * m.rate(since), g.warmup.lr_factor(warmup_step, m.extra_warmup))
+        return LrFactors(g.after_growth.factor(since) * m.lr_factor_at(since), g.warmup.lr_factor(warmup_step, m.extra_warmup))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         if self.growth.flops_per_token is None:
@@ -185,70 +185,70 @@ class BaseGrowTrainer(CheckpointTrainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None and metric_key_prefix == "eval":
-            self._evaluated(metrics)
+            self._record_evaluation(metrics)
         return metrics
 
-    def _evaluated(self, metrics: dict[str, float]) -> None:
-        g, own, step = self.growth, self.growth_state, int(self.state.global_step)
+    def _record_evaluation(self, metrics: dict[str, float]) -> None:
+        g, growth_state, step = self.growth, self.growth_state, int(self.state.global_step)
         losses = set_losses(metrics)
         for name, loss in losses.items():
-            own.start_losses.setdefault(name, loss)
-        own.last_losses, own.evaluated_at = dict(losses), step
+            growth_state.start_losses.setdefault(name, loss)
+        growth_state.last_losses, growth_state.evaluated_at = dict(losses), step
         facts: dict[str, Any] = {"losses": losses}
         if g.old_set in losses:
-            facts["forgetting"] = losses[g.old_set] - own.baseline(g.old_set)
+            facts["forgetting"] = losses[g.old_set] - growth_state.baseline(g.old_set)
         if (kl := self.hooks.source_kl(self.model)) is not None:
             facts["kl"] = kl
-        more = {f"eval_{k}": v for k, v in facts.items() if k != "losses"}
-        metrics |= more
-        if more:
-            self.log(dict(more))  # for trackers and log_history, like Trainer's own metrics
-        if self.args.metric_for_best_model in more:  # Trainer calls on_evaluate once per set, without these
-            self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, more)
+        extra_metrics = {f"eval_{k}": v for k, v in facts.items() if k != "losses"}
+        metrics |= extra_metrics
+        if extra_metrics:
+            self.log(dict(extra_metrics))  # for trackers and log_history, like Trainer's own metrics
+        if self.args.metric_for_best_model in extra_metrics:  # Trainer calls on_evaluate once per set, without these
+            self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, extra_metrics)
         g.events.write("evaluation", step, **facts)
         self.hooks.after_evaluation(self.state, metrics)
         for name, loss in losses.items():
-            if loss > own.baseline(name) + g.monitor.regression:
-                g.events.write("regression", step, set=name, loss=loss, baseline=own.baseline(name))
+            if loss > growth_state.baseline(name) + g.monitor.regression:
+                g.events.write("regression", step, set=name, loss=loss, baseline=growth_state.baseline(name))
         every = g.monitor.contribution_steps
         due = every and self.steps_since_growth % every < max(1, round(self.state.eval_steps or 1))
-        if due and step and own.contributed_at != step:
+        if due and step and growth_state.contributed_at != step:
             self.contributions()
 
     def contributions(self) -> dict[str, dict[int, float]]:
         """For each named set (its first rows), the loss without each new block minus the loss with all of them."""
         scale = self.growth.residual_scale
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        out: dict[str, dict[int, float]] = {}
+        deltas: dict[str, dict[int, float]] = {}
         if scale is None or not self.eval_dataset:
-            return out
+            return deltas
         self.growth_state.contributed_at = int(self.state.global_step)
         for name, rows in sets.items():
-            few = rows.select(range(min(len(rows), self.growth.monitor.rows))) if hasattr(rows, "select") else rows
-            whole = self._loss_on(few)
-            out[name] = {}
+            subset = rows.select(range(min(len(rows), self.growth.monitor.rows))) if hasattr(rows, "select") else rows
+            full_loss = self._loss_on(subset)
+            deltas[name] = {}
             for block in scale.layers:
                 with scale.without(block):
-                    out[name][block] = self._loss_on(few) - whole
-            self.growth.events.write("contribution", self.state.global_step, set=name, loss=whole, blocks=out[name])
-        return out
+                    deltas[name][block] = self._loss_on(subset) - full_loss
+            self.growth.events.write("contribution", self.state.global_step, set=name, loss=full_loss, blocks=deltas[name])
+        return deltas
 
     def _loss_on(self, rows: Any) -> float:
         """Mean loss, without callbacks or logs of an evaluation."""
-        found = self.evaluation_loop(self.get_eval_dataloader(rows), "", prediction_loss_only=True, metric_key_prefix="part")
-        return float(found.metrics["part_loss"])
+        output = self.evaluation_loop(self.get_eval_dataloader(rows), "", prediction_loss_only=True, metric_key_prefix="part")
+        return float(output.metrics["part_loss"])
 
     # ---- training, monitoring, rollback -------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
-        """As Trainer.train; ``resume_from_checkpoint=True`` takes the newest complete checkpoint, and starts anew where there is none."""
-        own_folder = Path(self.args.output_dir)
+        """As Trainer.train; ``resume_from_checkpoint=True`` takes the newest complete checkpoint, and starts from the beginning if there is none."""
+        output_dir = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_checkpoint(own_folder) or "")
+            resume_from_checkpoint = str(last_checkpoint(output_dir) or "")
             if not resume_from_checkpoint:
-                self.growth.events.notify(f"{own_folder} has no complete checkpoint yet; training starts anew.")
+                self.growth.events.notify(f"{output_dir} has no complete checkpoint yet; training starts from the beginning.")
         checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
-        resumed = checkpoint is not None and Path(checkpoint).resolve().parent == own_folder.resolve()
+        resumed = checkpoint is not None and Path(checkpoint).resolve().parent == output_dir.resolve()
         self.opening_event = "resume" if resumed else "start"
         self.hooks.before_training(self, resumed)
         while True:
@@ -261,16 +261,16 @@ class BaseGrowTrainer(CheckpointTrainer):
                 self._step_loss = None
 
     def monitor_step(self) -> None:
-        """Gives the monitor the last step's loss and gradient norm, and does what it asks for."""
+        """Gives the monitor the last step's loss and gradient norm, and carries out the reaction."""
         import torch
 
         step = self.state.global_step
         assert self._step_loss is not None
         mean = self._step_loss
-        if self.accelerator.num_processes > 1:  # every process must come to the same decision
+        if self.accelerator.num_processes > 1:  # all processes must take the same decision
             mean = self.accelerator.gather(mean.reshape(1)).mean()
         loss, self._step_loss = float(torch.as_tensor(mean)), None
-        norm = None if self.step_skipped() else self._grad_norm  # an overflow that the GradScaler handled is no instability
+        norm = None if self.step_skipped() else self._grad_norm  # an overflow that the GradScaler handles is no instability
         for finding in self.growth_state.monitor.step(self.steps_since_growth - 1, loss, norm):
             self.growth.events.write(finding.event, step, **finding.facts)
             if finding.event == "instability":
@@ -278,17 +278,17 @@ class BaseGrowTrainer(CheckpointTrainer):
                 if finding.facts["signal"] == "nonfinite" and not self.all_finite():
                     last = last_checkpoint(Path(self.args.output_dir))
                     raise ExecutionError(
-                        f"Training diverged: after step {step} weights are not finite.",
+                        f"Training diverged: the weights are not finite after step {step}.",
                         hint="Lower learning_rate (or lambda of the regularizer), or use more warmup_steps. "
-                        + (f"{last.name} is from before." if last is not None else "There is no checkpoint from before."),
+                        + (f"The last checkpoint before it is {last.name}." if last is not None else "There is no earlier checkpoint."),
                     )
 
     def all_finite(self) -> bool:
         """Whether all weights, of all processes, are finite."""
         import torch
 
-        own = [local(getattr(p, "ds_tensor", p).detach()) for p in self.model.parameters()]  # ZeRO-3: ds_tensor is this process's shard
-        finite = torch.stack([torch.isfinite(p).all().to(self.args.device) for p in own])
+        shards = [local(getattr(p, "ds_tensor", p).detach()) for p in self.model.parameters()]  # ZeRO-3: ds_tensor is this process's shard
+        finite = torch.stack([torch.isfinite(p).all().to(self.args.device) for p in shards])
         return bool(self.accelerator.gather(finite.all().reshape(1)).all())
 
     def _react(self) -> None:
@@ -298,17 +298,17 @@ class BaseGrowTrainer(CheckpointTrainer):
         reaction = monitor.react(self.steps_since_growth - 1, None if last is None else str(last), back)
         self.growth.events.write(reaction.event, step, **reaction.facts)
         if reaction.facts["action"] == "rollback" and last is not None:
-            if self.args.should_save:  # a run that is resumed from there must know of the reaction too
+            if self.args.should_save:  # so that a run resumed from there knows the reaction
                 path = last / GROWTH_STATE
                 state = read_json(path)
-                state["monitor"] |= monitor.reacted()
+                state["monitor"] |= monitor.reaction_state()
                 write_json(path, state)
-            self.save_data_position(last)  # after the batches that led here
+            self.save_data_position(last)  # after the batches before the instability
             self.accelerator.wait_for_everyone()
             raise Rollback(str(last))
 
 
 def set_losses(metrics: Mapping[str, float]) -> dict[str, float]:
     """{'eval_old_loss': 3.5} -> {'old': 3.5}; a single set is called eval."""
-    found = {k.removeprefix("eval_").removesuffix("_loss"): v for k, v in metrics.items() if k.startswith("eval_") and k.endswith("_loss")}
-    return {("eval" if k == "loss" else k): v for k, v in found.items()} if "eval_loss" not in metrics else {"eval": metrics["eval_loss"]}
+    losses = {k.removeprefix("eval_").removesuffix("_loss"): v for k, v in metrics.items() if k.startswith("eval_") and k.endswith("_loss")}
+    return {("eval" if k == "loss" else k): v for k, v in losses.items()} if "eval_loss" not in metrics else {"eval": metrics["eval_loss"]}

@@ -1,7 +1,7 @@
-"""The weights of a checkpoint, put into a model that trains: all of them, or one message.
+"""Loads the weights of a checkpoint into a model in training, strictly.
 
-Trainer loads by the names on disk and not strictly, so the fused experts of a mixture would keep the weights that they have, and a checkpoint of
-another model would leave a mixture of both. Here names and shapes are compared first, and transformers' own loading does the renaming.
+Trainer loads by the names on disk and not strictly, so the fused experts of an MoE model would keep their old weights, and a checkpoint of another
+model would be loaded in part. Here names and shapes are compared first, and transformers renames the tensors.
 """
 
 from __future__ import annotations
@@ -30,36 +30,41 @@ def check_weights(model: Any, folder: Path) -> None:
         from peft import get_peft_model_state_dict
         from safetensors import safe_open
 
-        own = {n: tuple(t.shape) for n, t in get_peft_model_state_dict(model).items()}
+        expected = {n: tuple(t.shape) for n, t in get_peft_model_state_dict(model).items()}
         try:
             with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-                held = {n: tuple(file.get_slice(n).get_shape()) for n in list(file.keys())}
-        except Exception as error:  # whatever a damaged file raises
+                saved = {n: tuple(file.get_slice(n).get_shape()) for n in list(file.keys())}
+        except Exception as error:  # a damaged file may raise anything
             raise InputError(f"{folder / ADAPTER_WEIGHTS} cannot be read: {' '.join(str(error).split())[:200]}.") from None
     else:
-        own = {n: tuple(t.shape) for n, t in disk_tensors(meta_model(model.config.to_dict())).items()}
-        held = {n: t.shape for n, t in open_folder(folder).tensors.items() if n in own or n != "lm_head.weight"}  # some store a tied head
-    wrong = sorted(n for n in own.keys() | held.keys() if own.get(n) != held.get(n))
-    if wrong:
-        name = wrong[0]
-        how = "is missing there" if name not in held else "is not in the model" if name not in own else f"is {held[name]}, not {own[name]}"
+        expected = {n: tuple(t.shape) for n, t in disk_tensors(meta_model(model.config.to_dict())).items()}
+        # Some checkpoints store a tied head.
+        saved = {n: t.shape for n, t in open_folder(folder).tensors.items() if n in expected or n != "lm_head.weight"}
+    mismatched = sorted(n for n in expected.keys() | saved.keys() if expected.get(n) != saved.get(n))
+    if mismatched:
+        name = mismatched[0]
+        difference = f"is {saved.get(name)}, not {expected.get(name)}"
+        if name not in saved:
+            difference = "is missing from it"
+        elif name not in expected:
+            difference = "is not in the model"
         raise InputError(
-            f"{folder} is a checkpoint of another model: {name} {how} ({len(wrong)} tensors differ).",
-            hint="Train into an output folder of its own; a checkpoint from before a growth cannot be gone back to.",
+            f"{folder} is a checkpoint of another model: {name} {difference} ({len(mismatched)} tensors differ).",
+            hint="Use a separate output folder; a grown model cannot resume from a checkpoint of the model before the growth.",
         )
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """The weights in `folder` into `model`, whose parameters may be cut into DTensors. Raises InputError if they are not all of its own."""
+    """The weights in `folder` into `model`, whose parameters may be sharded (DTensor). Raises as `check_weights` does."""
     import torch
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.tensor import DTensor
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     check_weights(model, folder)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
     with transformers_errors(f"the weights in {folder}"):
-        state = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype, trust_remote_code=False).state_dict()
+        state = model_class.from_pretrained(folder, dtype=next(model.parameters()).dtype, trust_remote_code=False).state_dict()
     if any(isinstance(p, DTensor) for p in model.parameters()):
         set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=True))
         return

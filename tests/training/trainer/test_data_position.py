@@ -112,7 +112,7 @@ def test_resume_with_other_text_skips_same_number_of_rows(tmp_path: Path, capsys
     other = text(tmp_path, "other", 200, seed=9)
     seen.clear()
     assert main(["train", str(path), "--resume", "--data.train", str(other)]) == 0
-    assert "does not say where this text was left; 40 sequences are read and passed over" in capsys.readouterr().err
+    assert "has no position in this text; skipping the first 40 sequences" in capsys.readouterr().err
     resumed = list(seen)
     seen.clear()
     run(capsys, "train", path, "--data.train", other, "-o", tmp_path / "whole")
@@ -184,15 +184,15 @@ def test_rollback_skips_the_batches_before_the_spike(
 def test_lr_recovers_after_rollback() -> None:
     monitor = Monitor(MonitorOptions(on_instability="rollback", restore_steps=10, lr_factor=0.5))
     assert monitor.react(29, "checkpoint", back=10).facts["lr_factor"] == 0.5
-    assert [monitor.rate(t) for t in (20, 25, 30, 99)] == [0.5, 0.75, 1.0, 1.0]
+    assert [monitor.lr_factor_at(t) for t in (20, 25, 30, 99)] == [0.5, 0.75, 1.0, 1.0]
     assert monitor.react(24, "checkpoint", back=5).facts["lr_factor"] == pytest.approx(0.35)  # from 0.7, in step 24
-    assert monitor.rate(20) == pytest.approx(0.35) and monitor.rate(30) == 1.0
+    assert monitor.lr_factor_at(20) == pytest.approx(0.35) and monitor.lr_factor_at(30) == 1.0
     stays = Monitor(MonitorOptions(on_instability="rollback", restore_steps=0))
     stays.react(3, "checkpoint", back=1)
-    assert stays.rate(1000) == 0.5
+    assert stays.lr_factor_at(1000) == 0.5
     for_good = Monitor(MonitorOptions(on_instability="lower_lr"))
     for_good.react(3, None)
-    assert for_good.rate(1000) == 0.5
+    assert for_good.lr_factor_at(1000) == 0.5
     kept = Monitor(monitor.options)
     kept.load(json.loads(json.dumps(monitor.state())))
-    assert kept.rate(23) == monitor.rate(23)
+    assert kept.lr_factor_at(23) == monitor.lr_factor_at(23)

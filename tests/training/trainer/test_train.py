@@ -744,7 +744,7 @@ def test_diverged_training_fails(tmp_path: Path, capsys: pytest.CaptureFixture[s
     """Weights that are not finite never come back; no model is left that looks like a finished one."""
     path = recipe(tmp_path, grown(tmp_path), learning_rate=1e20, max_steps=30, save_steps=1)
     said = run(capsys, "train", path, status=1)["error"]
-    assert "Training diverged: after step" in said and "Lower learning_rate" in said and "Traceback" not in said
+    assert "Training diverged: the weights are not finite after step" in said and "Lower learning_rate" in said and "Traceback" not in said
     assert re.search(r"^Step \d+: (loss|grad_norm) (nan|inf) is unstable\.$", said, re.MULTILINE), said
     out = tmp_path / "out"
     assert not (out / "config.json").exists()
