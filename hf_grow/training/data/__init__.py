@@ -1,4 +1,4 @@
-"""The texts of a training: opened, tokenised and packed once, and mixed in exact shares."""
+"""Training data: text sources are opened, tokenised, packed (cached) and mixed in exact shares."""
 
 from hf_grow.training.config.data_options import DataOptions, EvalSource, ReplaySource, SelfReplay, TextOptions, TrainSource
 from hf_grow.training.data.assemble import Collator, DataPart, TrainData, build, survey

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.common.extras import require_packages
 from hf_grow.training.config.data_options import DataOptions, EvalSource, TextOptions
-from hf_grow.training.data import cache as caching
 from hf_grow.training.data import packing
+from hf_grow.training.data.cache import default_root, key
 from hf_grow.training.data.mixing import Interleaving, row_indices
 from hf_grow.training.data.packing import IGNORED, DocumentEncoder, PackingStats
 from hf_grow.training.data.sources import Notify, TextSource, find_text
@@ -111,9 +111,9 @@ def build(
     require_packages("datasets")
     builder = _Builder(options, DocumentEncoder(tokenizer, options.bos), cache_root(options, cache), vocab_size, notify)
     new = [find_text(s, notify=notify) for s in options.train]
-    measured = {name: find_text(s, notify=notify) for name, s in options.eval.items()}
+    eval_sources = {name: find_text(s, notify=notify) for name, s in options.eval.items()}
     old = builder.replay(model)
-    sets = {name: builder.eval_set(name, source) for name, source in measured.items()}
+    sets = {name: builder.eval_set(name, source) for name, source in eval_sources.items()}
     train, parts = builder.stream(new, old) if options.streaming else builder.mix(new, old, sequences)
     evals = {name: data for name, (data, _) in sets.items()}
     return TrainData(train, evals, (*parts, *(part for _, part in sets.values())), Collator(tokenizer.eos_token_id), options.seq_length)
@@ -125,7 +125,7 @@ def survey(
     """What `build` would read, for a dry run: opens every source and tokenises its first documents only.
 
     Returns {"use", "label", "bytes", "tokens"} for each. ``tokens`` is estimated from the file sizes; None on the Hub; for a named set at
-    most what is measured on. Self-replay is listed, not sampled. Raises as `build` does.
+    most those of the sequences that are used. Self-replay is listed, not sampled. Raises as `build` does.
     """
     require_packages("datasets")
     encoder = DocumentEncoder(tokenizer, options.bos)
@@ -146,15 +146,15 @@ def survey(
         tokens_per_byte = sum(map(len, ids)) / sum(len(d.text.encode()) for d in batch)
         tokens = source.nbytes and round(tokens_per_byte * source.nbytes)
         if isinstance(text, EvalSource) and text.sequences:
-            most = text.sequences * options.seq_length
-            tokens = min(tokens or most, most)
+            limit = text.sequences * options.seq_length
+            tokens = min(tokens or limit, limit)
         rows.append({"use": use, "label": source.label, "bytes": source.nbytes, "tokens": tokens})
     return rows
 
 
 def cache_root(options: DataOptions, given: Path | None = None) -> Path:
     """The cache folder: `given`, else the options', else the user's."""
-    return given or (Path(options.cache).expanduser() if options.cache else caching.default_root() / "data")
+    return given or (Path(options.cache).expanduser() if options.cache else default_root() / "data")
 
 
 @dataclass(frozen=True)
@@ -197,11 +197,11 @@ class _Builder:
         """All sequences of a named set, or `sequences` of them at even distances."""
         import numpy as np
 
-        most = self.options.eval[name].sequences
+        limit = self.options.eval[name].sequences
         data, stats = self.pack(source, "keep")
         documents: int | None = stats.documents
-        if most is not None and len(data) > most:
-            data, documents = data.select(np.linspace(0, len(data) - 1, most).astype(np.int64)), None
+        if limit is not None and len(data) > limit:
+            data, documents = data.select(np.linspace(0, len(data) - 1, limit).astype(np.int64)), None
         tokens = sum(int((np.asarray(row["input_ids"]) != IGNORED).sum()) for row in data)
         return data, DataPart(f"eval {name}", source.label, None, documents, tokens, len(data))
 
@@ -217,23 +217,25 @@ class _Builder:
 
         options, first_new = self.options, int(old is not None)
         sources = [*([old] if old else []), *new]
-        made = [self.pack(s, options.remainder) for s in sources]
-        sizes = [len(data) for data, _ in made]
+        packed = [self.pack(s, options.remainder) for s in sources]
+        sizes = [len(data) for data, _ in packed]
         shares = self.shares(sizes[first_new:])
         interleaving = Interleaving(shares, options.seed)
         length = sequences or _one_pass(interleaving, sum(sizes[first_new:]), shares[0] if old else Fraction(0))
         assigned, ordinal = interleaving.assign(0, length)
         index = np.empty(len(assigned), np.int64)
         parts = []
-        for number, (source, (_, stats)) in enumerate(zip(sources, made, strict=True)):
-            mine = assigned == number
-            index[mine] = sum(sizes[:number]) + row_indices(ordinal[mine], sizes[number], [options.seed, number], shuffle=options.shuffle)
+        for number, (source, (_, stats)) in enumerate(zip(sources, packed, strict=True)):
+            is_own = assigned == number
+            index[is_own] = sum(sizes[:number]) + row_indices(
+                ordinal[is_own], sizes[number], [options.seed, number], shuffle=options.shuffle
+            )
             use = "train" if number >= first_new else "replay"
-            passes = int(mine.sum()) / sizes[number]
+            passes = int(is_own.sum()) / sizes[number]
             if use == "replay" and passes > 1:
-                self.notify(f"There is little old text: each of its {sizes[number]:,} sequences is used {passes:.1f} times.")
+                self.notify(f"There is little replay text: each of its {sizes[number]:,} sequences is used {passes:.1f} times.")
             parts.append(DataPart(use, source.label, float(shares[number]), stats.documents, stats.tokens, sizes[number], passes))
-        return concatenate_datasets([data for data, _ in made]).select(index), parts
+        return concatenate_datasets([data for data, _ in packed]).select(index), parts
 
     def stream(self, new: Sequence[TextSource], old: TextSource | None) -> tuple[MixedStream, list[DataPart]]:
         from hf_grow.training.data.stream import MixedStream, PackedStream
@@ -245,12 +247,12 @@ class _Builder:
         uses = [*(["replay"] if old else []), *["train"] * len(new)]
         parts = [DataPart(use, s.label, float(share)) for use, s, share in zip(uses, sources, shares, strict=True)]
         read = [[s.identity, float(share)] for s, share in zip(sources, shares, strict=True)]
-        identity = caching.key({"sources": read, "encoding": self.encoder.fingerprint, "seq_length": length, "seed": seed})
+        identity = key({"sources": read, "encoding": self.encoder.fingerprint, "seq_length": length, "seed": seed})
         return MixedStream(streams, Interleaving(shares, seed), identity), parts
 
 
 def _one_pass(interleaving: Interleaving, new: int, old_share: Fraction) -> int:
-    """The number of places until `new` of them have gone to new text."""
+    """The number of places until `new` of them are new text."""
     import numpy as np
 
     places = int(new / (1 - old_share)) + 2

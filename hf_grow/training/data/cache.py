@@ -38,7 +38,7 @@ def get_or_create(folder: Path, create: Callable[[Path], None]) -> bool:
         if folder.is_dir():
             return True
         partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         try:
             partial.mkdir()
             create(partial)

@@ -55,14 +55,14 @@ class DocumentEncoder:
 
     def __call__(self, documents: Sequence[Document | str]) -> list[list[int]]:
         """Token ids of each document; a plain string is a document of frame "document"."""
-        each = [Document(d) if isinstance(d, str) else d for d in documents]
+        items = [Document(d) if isinstance(d, str) else d for d in documents]
         eos = self.tokenizer.eos_token_id
         add_special = self.bos == "tokenizer"
         prefix = [self.tokenizer.bos_token_id] if self.bos == "always" else []
-        framed = iter(self._tokenize([d.text for d in each if d.frame != "verbatim"], add_special))
-        verbatim = iter(self._tokenize([d.text for d in each if d.frame == "verbatim"], False))
+        framed = iter(self._tokenize([d.text for d in items if d.frame != "verbatim"], add_special))
+        verbatim = iter(self._tokenize([d.text for d in items if d.frame == "verbatim"], False))
         encoded = []
-        for document in each:
+        for document in items:
             if document.frame == "verbatim":
                 encoded.append(next(verbatim))
                 continue
@@ -85,10 +85,10 @@ class DocumentEncoder:
         """A hash: encoders with equal fingerprints produce equal ids."""
         t = self.tokenizer
         backend: Any = getattr(t, "backend_tokenizer", None)
-        inside = backend.to_str() if hasattr(backend, "to_str") else json.dumps([type(t).__name__, sorted(t.get_vocab().items())])
+        serialised = backend.to_str() if hasattr(backend, "to_str") else json.dumps([type(t).__name__, sorted(t.get_vocab().items())])
         # A slow tokenizer (sentencepiece) cannot be serialised: its ids for a probe text identify it, with its vocabulary.
         probe = self(["The quick  brown\tfox: 1234567890 + naïve 漢字 <s></s>\n\n    def f(x):\n"])
-        parts = [inside, probe, t.bos_token_id, t.eos_token_id, self.bos]
+        parts = [serialised, probe, t.bos_token_id, t.eos_token_id, self.bos]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -90,7 +90,7 @@ def sample_replay(
     revision: str = "",
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda tokens: None,
-    on_token: Callable[[int, int], None] = lambda token, most: None,
+    on_token: Callable[[int, int], None] = lambda token, max_new_tokens: None,
 ) -> ReplayResult:
     """Samples into the folder `out` until it holds `options.tokens` tokens of text; continues what an earlier run left unfinished.
 

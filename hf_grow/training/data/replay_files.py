@@ -126,10 +126,10 @@ def check_complete(folder: Path) -> None:
 
 def resume_command(record: Mapping[str, Any], folder: Path) -> str:
     """The `hf-grow replay` command that continues a replay folder, with the model and settings of its record."""
-    given = {name: record["settings"].get(name) for name in ReplayOptions.model_fields} | {"tokens": record["tokens"]}
+    options = {name: record["settings"].get(name) for name in ReplayOptions.model_fields} | {"tokens": record["tokens"]}
     words = ["hf-grow", "replay", record["model"] or "MODEL", *(("--revision", record["revision"]) if record.get("revision") else ())]
     words += ["-o", folder]
-    for name, value in given.items():
+    for name, value in options.items():
         if value is not None and value != ReplayOptions.model_fields[name].default:
             words += [f"--{name.replace('_', '-')}", value]
     return shlex.join(map(str, words))

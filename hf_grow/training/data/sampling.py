@@ -46,18 +46,18 @@ def resolve_options(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 class _TokenCallback(LogitsProcessor):  # type: ignore[misc]
     """Reports each token; leaves the logits unchanged. A streamer would copy every token to the CPU."""
 
-    def __init__(self, on_token: Callable[[int, int], None], prefix: int, most: int) -> None:
-        self.on_token, self.prefix, self.most = on_token, prefix, most
+    def __init__(self, on_token: Callable[[int, int], None], prefix: int, max_new_tokens: int) -> None:
+        self.on_token, self.prefix, self.max_new_tokens = on_token, prefix, max_new_tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.on_token(input_ids.shape[1] - self.prefix + 1, self.most)
+        self.on_token(input_ids.shape[1] - self.prefix + 1, self.max_new_tokens)
         return scores
 
 
 class Sampler:
     """Samples texts from one model; equal batch number, size and kind give equal texts.
 
-    ``on_token``: called with (number of the next token, the most that may follow) before each token of a batch.
+    ``on_token``: called with (number of the next token, maximum number of new tokens) before each token of a batch.
     Raises InputError if the options do not fit the model, or the tokenizer does not belong to it.
     """
 
@@ -66,7 +66,7 @@ class Sampler:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         options: ReplayOptions,
-        on_token: Callable[[int, int], None] = lambda token, most: None,
+        on_token: Callable[[int, int], None] = lambda token, max_new_tokens: None,
     ) -> None:
         self.model, self.on_token = model.eval(), on_token
         self.tokenizer = tokenizer
@@ -194,17 +194,17 @@ class Sampler:
                 hint="Use a larger --max-length, or --chat-share 0.",
             )
         messages = self._generate(prefixes, room)
-        asked = [[*before, *m[:-1], *between] for m in messages if self._ended(m)]
-        answers = iter(self._answers(asked) if asked else [])
+        conversations = [[*before, *m[:-1], *between] for m in messages if self._ended(m)]
+        answers = iter(self._answers(conversations) if conversations else [])
         return [self._conversation(before, between, m, next(answers) if self._ended(m) else None) for m in messages]
 
-    def _answers(self, asked: Sequence[list[int]]) -> list[list[int]]:
-        width, room = max(map(len, asked)), self.length - min(map(len, asked))
-        padded = [[min(self.ends, default=0)] * (width - len(a)) + a for a in asked]  # on the left, as generation needs it
-        mask = [[0] * (width - len(a)) + [1] * len(a) for a in asked]
+    def _answers(self, conversations: Sequence[list[int]]) -> list[list[int]]:
+        width, room = max(map(len, conversations)), self.length - min(map(len, conversations))
+        padded = [[min(self.ends, default=0)] * (width - len(a)) + a for a in conversations]  # on the left, as generation needs it
+        mask = [[0] * (width - len(a)) + [1] * len(a) for a in conversations]
         device = self.model.device
         answers = self._generate(torch.tensor(padded, device=device), room, torch.tensor(mask, device=device))
-        return [answer[: self.length - len(a)] for a, answer in zip(asked, answers, strict=True)]
+        return [answer[: self.length - len(a)] for a, answer in zip(conversations, answers, strict=True)]
 
     def _conversation(self, before: list[int], between: list[int], message: list[int], answer: list[int] | None) -> Sample:
         assert self.template is not None

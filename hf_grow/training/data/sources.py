@@ -102,7 +102,7 @@ def _local(label: str, options: TextOptions) -> TextSource:
     if not any(s.st_size for s in stats):
         raise InputError(f"{label} is empty.", hint=f"{len(files)} file{'s' * (len(files) > 1)} of 0 bytes.")
     names = [str(f) for f in files]
-    how = {"text_field": options.text_field, "limit": options.limit}
+    reading = {"text_field": options.text_field, "limit": options.limit}
 
     def read(streaming: bool) -> IterableDataset:
         from datasets import Features, IterableDataset, Value
@@ -111,10 +111,10 @@ def _local(label: str, options: TextOptions) -> TextSource:
         return IterableDataset.from_generator(
             read_documents,
             features=Features({"text": Value("string"), "frame": Value("string")}),
-            gen_kwargs={"files": names if options.limit is None else tuple(names), **how},
+            gen_kwargs={"files": names if options.limit is None else tuple(names), **reading},
         )
 
-    identity = {"files": [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, stats, strict=True)], **how}
+    identity = {"files": [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, stats, strict=True)], **reading}
     return TextSource(label, identity, read, files)
 
 
@@ -182,8 +182,8 @@ def _on_the_hub(ref: str, options: TextOptions, notify: Notify) -> TextSource:
         data = data.filter(_has_text)
         return data.take(options.limit) if options.limit is not None else data
 
-    asked = {k: getattr(options, k) for k in ("name", "split", "files", "text_field", "limit")}
-    return TextSource(ref, {"hub": ref, "commit": commit, **asked}, read)
+    selection = {k: getattr(options, k) for k in ("name", "split", "files", "text_field", "limit")}
+    return TextSource(ref, {"hub": ref, "commit": commit, **selection}, read)
 
 
 def _has_text(row: Mapping[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """Streamed text: tokenised, packed and mixed while training reads it, and resumable at any sequence.
 
-The sequences of a source are those that packing.py makes, in the same order; an exhausted source starts again.
+The sequences of a source are those that packing.py makes, in the same order; an exhausted source is read again.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class PackedStream:
                     before, carry, done = self.documents.state_dict(), rest, 0
             if empty:
                 raise no_text_error(self.label)
-            self.notify(f"{self.label} is exhausted, and starts again.")
+            self.notify(f"{self.label} is exhausted; it is read again from the start.")
             # The remaining tokens go on into the next pass: none are dropped.
             state = {**self._start, "carry": carry.tolist(), "passes": passes + 1}
 

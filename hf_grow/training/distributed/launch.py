@@ -4,10 +4,10 @@
     fsdp2                   parameters, gradients, optimizer state, Fisher and anchor are sharded (DTensor)
     zero1, zero2, zero3     DeepSpeed shards the optimizer state; also gradients; also parameters
 
-DeepSpeed keeps gradients and the optimizer step to itself, so everything that hf-grow does between a backward pass and a step is refused there.
+DeepSpeed gives no access to gradients and the optimizer step, so everything that hf-grow does between a backward pass and a step is refused there.
 
-The environment is read directly: accelerate's PartialState starts a process group, and AcceleratorState knows of FSDP and DeepSpeed only once an
-Accelerator was made, but a recipe is checked before.
+The environment is read directly: accelerate's PartialState starts a process group, and AcceleratorState knows FSDP and DeepSpeed settings only after an
+Accelerator was created, but a recipe is checked before that.
 """
 
 from __future__ import annotations
@@ -79,16 +79,16 @@ def launch_from_file(path: Path, processes: int | None = None) -> Launch:
     """What `accelerate launch --config_file PATH` would start, with ``processes`` as --num_processes. Raises InputError for any other file."""
     data = load_yaml(path)
     kind, count = str(data.get("distributed_type")), processes or data.get("num_processes")
-    known = {"NO": "one", "MULTI_GPU": "ddp", "FSDP": "fsdp", "DEEPSPEED": "zero"}
-    if kind not in known:
+    sharing_of = {"NO": "one", "MULTI_GPU": "ddp", "FSDP": "fsdp", "DEEPSPEED": "zero"}
+    if kind not in sharing_of:
         raise InputError(
-            f"{path}: distributed_type is {data.get('distributed_type')!r}; supported are {', '.join(known)}.", hint=_CONFIG_HINT
+            f"{path}: distributed_type is {data.get('distributed_type')!r}; supported are {', '.join(sharing_of)}.", hint=_CONFIG_HINT
         )
     if kind == "NO":
         return Launch()
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise InputError(f"{path}: num_processes is {count!r}.", hint="Set it in the file, or with --processes.")
-    sharing, full, efficient = known[kind], True, False
+    sharing, full, efficient = sharing_of[kind], True, False
     if sharing == "fsdp":
         section = _section(path, data, "fsdp_config")
         sharing += str(section.get("fsdp_version", 1))

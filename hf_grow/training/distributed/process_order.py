@@ -1,7 +1,7 @@
-"""One process of each machine does first what is needed once (sampled text, tokenised text, teachers' logits); the others wait for a file lock.
+"""Runs shared work (sampling, tokenising, teacher logits) in one process of each machine first, while the others wait for a file lock.
 
-Like accelerate's `local_main_process_first`, but its waiting processes stand in a barrier, and a process group gives up on a barrier after
-`ddp_timeout` (30 minutes by default): sampling 50M tokens takes longer. While a file lock is waited for, no process is in a collective.
+Like accelerate's `local_main_process_first`, in which the other processes wait in a barrier; a barrier times out after `ddp_timeout` (30 minutes by
+default), and sampling 50M tokens takes longer. A process that waits for a file lock is in no collective.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def local_main_process_first(arguments: TrainingArguments, what: str) -> Iterato
         finally:
             lock.release()
         return
-    with lock:  # the system releases the lock of a process that dies
+    with lock:  # the operating system releases the lock of a process that dies
         pass
     if not done.exists():
-        raise ExecutionError(f"The first process of this machine failed at {what}.", hint="Its own message says why.")
+        raise ExecutionError(f"The first process of this machine failed at {what}.", hint="See the error message of that process.")
     yield
