@@ -83,8 +83,8 @@ def recipe(folder: Path, model: Path, **changes: Any) -> Path:
     return path
 
 
-def losses_told(monkeypatch: pytest.MonkeyPatch, name: str, say: Callable[[int, float], float]) -> None:
-    """What evaluations say of a set, by step and loss: which is the best must not hang on how a training goes here."""
+def override_eval_loss(monkeypatch: pytest.MonkeyPatch, name: str, new_loss: Callable[[int, float], float]) -> None:
+    """Replaces the evaluation loss of a named set by a function of step and loss, so that the best step is known."""
     from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
     loop = BaseGrowTrainer.evaluation_loop
@@ -92,7 +92,7 @@ def losses_told(monkeypatch: pytest.MonkeyPatch, name: str, say: Callable[[int, 
     def evaluated(self: BaseGrowTrainer, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         found, key = loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs), f"eval_{name}_loss"
         if metric_key_prefix == f"eval_{name}":
-            found.metrics[key] = say(self.state.global_step, found.metrics[key])
+            found.metrics[key] = new_loss(self.state.global_step, found.metrics[key])
         return found
 
     monkeypatch.setattr(BaseGrowTrainer, "evaluation_loop", evaluated)

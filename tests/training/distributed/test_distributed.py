@@ -33,11 +33,11 @@ WARM = {
     "warmup": {"lr": 2.0, "steps": 3}, "phases": [{"steps": 2, "train": ["new"]}], "freeze": ["norms"],
     "after_growth": {"settle_steps": 1},
 }  # fmt: skip
-# Norms compute in fp32 inside an fp64 model, and half of the rows round otherwise; AdamW must not make steps of that.
-CALM = {"adam_epsilon": 1e-2}
+# Norms compute in fp32 inside an fp64 model, and half of the rows round differently; a large epsilon keeps AdamW from amplifying that.
+LARGE_EPSILON = {"adam_epsilon": 1e-2}
 
 
-def same(one: Path, two: Path, tolerance: float = 1e-6) -> None:
+def assert_same_weights(one: Path, two: Path, tolerance: float = 1e-6) -> None:
     a, b = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
     assert a.keys() == b.keys()
     for name, tensor in a.items():
@@ -48,7 +48,7 @@ def check_ewc(how: str, kind: str, folder: Path, capsys: pytest.CaptureFixture[s
     grown = model(folder, kind)
     settings = {
         "gradient_accumulation_steps": 2,
-        **CALM,
+        **LARGE_EPSILON,
         "regularizer": {**EWC, "fisher": str(folder / "fisher.safetensors")},
         **WARM,
         **changes,
@@ -57,7 +57,7 @@ def check_ewc(how: str, kind: str, folder: Path, capsys: pytest.CaptureFixture[s
     # A relative output: what each process writes lies where it works.
     facts = together(how, path, Path("together"), folders=[folder / "first", folder / "second"])
     result = run(capsys, "train", path)
-    same(folder / "out", folder / "first" / "together", 1e-6)
+    assert_same_weights(folder / "out", folder / "first" / "together", 1e-6)
     assert logged(folder / "out") == pytest.approx(logged(folder / "first" / "together"), abs=1e-6)
     ends = [list(read_events(f / "events.jsonl"))[-1] for f in (folder / "out", folder / "first" / "together")]
     assert ends[0]["loss"] == pytest.approx(ends[1]["loss"], abs=1e-6)
@@ -91,7 +91,7 @@ MORE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 @pytest.mark.parametrize(("kind", "more"), [*(("deeper", m) for m in MORE), ("wider", "ewc"), ("wider", "proximal"), ("experts", "ewc")])
 def test_ewc_and_masks_on_two_processes(how: str, kind: str, more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows of a wider model are masks within sharded tensors; three experts and 61 rows do not divide by two."""
+    """Rows of a wider model are masks within sharded tensors; three experts and 61 rows are not divisible by two."""
     changes = dict(MORE[more])
     if changes.get("regularizer", {}).get("kind") == "ewc":
         changes["regularizer"] = {**changes["regularizer"], "fisher": str(tmp_path / "fisher.safetensors")}
@@ -112,7 +112,7 @@ def test_interrupted_two_process_run_resumes_exactly(how: str, tmp_path: Path) -
     assert not (tmp_path / "cut" / "config.json").exists()
     together(how, path, tmp_path / "cut", "--resume")
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
-    same(tmp_path / "whole", tmp_path / "cut", 0.0)
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut", 0.0)
 
 
 @pytest.mark.slow
@@ -126,21 +126,21 @@ def test_two_process_stream_resumes_at_its_position(dispatched: bool, tmp_path: 
     facts = together("ddp", path, tmp_path / "cut", "--resume")
     assert "skipping the first" not in facts[0]["err"]
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole") and len(set(logged(tmp_path / "cut").values())) == 8
-    same(tmp_path / "whole", tmp_path / "cut", 0.0)
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut", 0.0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_processes_roll_back_together(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A threshold that every wobble crosses: a rollback to the last checkpoint, once, with half the rate from there on."""
+    """A threshold that every fluctuation exceeds: one rollback to the last checkpoint, with half the learning rate from there on."""
     monitor = {"on_instability": "rollback", "threshold": 1e-3, "window": 16, "max_reactions": 1}
-    path = recipe(tmp_path, model(tmp_path), max_steps=10, monitor=monitor, **CALM)
+    path = recipe(tmp_path, model(tmp_path), max_steps=10, monitor=monitor, **LARGE_EPSILON)
     together(how, path, tmp_path / "together")
     run(capsys, "train", path)
     reactions = [[(e["step"], e["action"], e["lr_factor"]) for e in read_events(tmp_path / f / "events.jsonl") if e["event"] == "reaction"]
                  for f in ("out", "together")]  # fmt: skip
     assert reactions[0] == reactions[1] and reactions[0][0][1:] == ("rollback", 0.5)
-    same(tmp_path / "out", tmp_path / "together")
+    assert_same_weights(tmp_path / "out", tmp_path / "together")
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_best_model_on_two_processes(how: str, tmp_path: Path, capsys: pytest.Ca
     path = recipe(tmp_path, model(tmp_path), **settings)
     together(how, path, tmp_path / "together")
     assert run(capsys, "train", path)["stopped"] == "early stopping"
-    same(tmp_path / "out", tmp_path / "together", 1e-4)  # a step at this rate is 0.3
+    assert_same_weights(tmp_path / "out", tmp_path / "together", 1e-4)  # a step at this rate is 0.3
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_streamed_text_in_bf16(how: str, tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.slow
 def test_accelerate_launch_and_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """accelerate launch --config_file, and torchrun, which needs no file."""
-    path = recipe(tmp_path, model(tmp_path), **CALM)
+    path = recipe(tmp_path, model(tmp_path), **LARGE_EPSILON)
     run(capsys, "train", path)
     words = ["-m", "hf_grow", "train", str(path), "--per_device_train_batch_size", "1", "-o"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FILES / "ddp.yaml"), "--num_processes", "2"]
@@ -181,7 +181,7 @@ def test_accelerate_launch_and_torchrun(tmp_path: Path, capsys: pytest.CaptureFi
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert (tmp_path / name / "checkpoint-6" / "rng_state_1.pth").is_file()
-        same(tmp_path / "out", tmp_path / name)
+        assert_same_weights(tmp_path / "out", tmp_path / name)
 
 
 @pytest.mark.slow
@@ -198,7 +198,7 @@ def test_zero3_equals_one_process(half: bool, tmp_path: Path, capsys: pytest.Cap
         one, two = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "together"))
         assert all(two[n].dtype == torch.bfloat16 and torch.allclose(two[n].float(), t, atol=1e-3, rtol=2**-8) for n, t in one.items())
     else:
-        same(tmp_path / "out", tmp_path / "together", 1e-5)
+        assert_same_weights(tmp_path / "out", tmp_path / "together", 1e-5)
     together("deepspeed_zero3", path, tmp_path / "together", "--resume", status=2)
 
 
@@ -220,14 +220,14 @@ def test_unsupported_settings_under_fsdp_and_deepspeed_fail(tmp_path: Path, caps
     grown = model(tmp_path)
     collapsed = {**EWC, "fisher": str(tmp_path / "fisher.safetensors"), "collapsed": True}
     dry = ["--dry-run", "--accelerate"]
-    said = run(capsys, "train", recipe(tmp_path, grown, regularizer=collapsed), *dry, FILES / "fsdp2.yaml", status=2)["error"]
-    assert "regularizer.collapsed: needs whole matrices, and FSDP2, 8 processes shards them" in said
-    said = run(capsys, "train", recipe(tmp_path, grown, lora={}), *dry, FILES / "fsdp2.yaml", status=2)["error"]
-    assert "lora: adapters are not saved completely under FSDP2" in said
+    output = run(capsys, "train", recipe(tmp_path, grown, regularizer=collapsed), *dry, FILES / "fsdp2.yaml", status=2)["error"]
+    assert "regularizer.collapsed: needs whole matrices, and FSDP2, 8 processes shards them" in output
+    output = run(capsys, "train", recipe(tmp_path, grown, lora={}), *dry, FILES / "fsdp2.yaml", status=2)["error"]
+    assert "lora: adapters are not saved completely under FSDP2" in output
     everything = {**WARM, "regularizer": {"kind": "l2sp"}, "monitor": {"on_instability": "lower_lr"}}
-    said = run(capsys, "train", recipe(tmp_path, grown, **everything), *dry, FILES / "deepspeed_zero3.yaml", status=2)["error"]
+    output = run(capsys, "train", recipe(tmp_path, grown, **everything), *dry, FILES / "deepspeed_zero3.yaml", status=2)["error"]
     for key in ("regularizer", "warmup.lr", "warmup.steps", "phases", "after_growth.settle_steps", "monitor.on_instability"):
-        assert f"{key}: does not work under DeepSpeed ZeRO-3" in said
+        assert f"{key}: does not work under DeepSpeed ZeRO-3" in output
     for change, word in (("fsdp_version: 1", "Set fsdp_version: 2"), ("fsdp_state_dict_type: SHARDED_STATE_DICT", "FULL_STATE_DICT"),
                          ("fsdp_cpu_ram_efficient_loading: true", "Set fsdp_cpu_ram_efficient_loading: false")):  # fmt: skip
         key = change.split(":")[0]
@@ -250,19 +250,19 @@ def test_other_commands_reject_several_processes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    said = run(capsys, "fisher", tmp_path, "--text", tmp_path, "-o", tmp_path / "f", status=2)["error"]
-    assert "hf-grow fisher runs in one process, and 4 were started" in said
+    output = run(capsys, "fisher", tmp_path, "--text", tmp_path, "-o", tmp_path / "f", status=2)["error"]
+    assert "hf-grow fisher runs in one process, and 4 were started" in output
 
 
 # ---- files of accelerate, and memory -----------------------------------------------------------------------------------------------------------
 
-TOLD = {"one_gpu": Launch(), "ddp": Launch(8, "ddp"), "fsdp2": Launch(8, "fsdp2"), "deepspeed_zero3": Launch(8, "zero3"),
+LAUNCHES = {"one_gpu": Launch(), "ddp": Launch(8, "ddp"), "fsdp2": Launch(8, "fsdp2"), "deepspeed_zero3": Launch(8, "zero3"),
         "multi_node": Launch(16, "fsdp2")}  # fmt: skip
 
 
 def test_recipe_accelerate_files_are_valid() -> None:
-    assert {p.stem for p in FILES.glob("*.yaml")} == TOLD.keys()
-    for name, launch in TOLD.items():
+    assert {p.stem for p in FILES.glob("*.yaml")} == LAUNCHES.keys()
+    for name, launch in LAUNCHES.items():
         assert launch_from_file(FILES / f"{name}.yaml") == launch
         if name not in ("one_gpu", "multi_node") and not (launch.deepspeed and find_spec("deepspeed") is None):
             assert current_launch({**environment(name, 8), "WORLD_SIZE": "8"}) == launch
@@ -300,7 +300,7 @@ def test_accelerate_file_sections_are_optional(kind: str, tmp_path: Path) -> Non
 
 
 def test_memory_estimate_of_solar_on_eight_gpus(tmp_path: Path) -> None:
-    """The sums of docs/scale.md, written out: 16 bytes a parameter in fp32 under AdamW, 4 more for Fisher and anchor in bf16."""
+    """The sums of docs/scale.md, written out: 16 bytes per parameter in fp32 under AdamW, 4 more for Fisher and anchor in bf16."""
     from hf_grow.model.architecture import Architecture
 
     config = {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 48, "num_attention_heads": 32,
@@ -346,7 +346,7 @@ def test_selection_with_no_rows() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("layers", "length"), [(4, 1024), (4, 4096)])
 def test_fsdp2_memory_estimate_matches_torch_tracker(layers: int, length: int) -> None:
-    """Blocks of SOLAR's size on eight processes that are pretended, without memory for a single number: FSDP2's own tracker adds up."""
+    """Blocks of SOLAR's size on eight fake processes and fake tensors, measured by FSDP2's memory tracker."""
     from hf_grow.model.architecture import Architecture
 
     done = subprocess.run(
@@ -364,7 +364,7 @@ def test_fsdp2_memory_estimate_matches_torch_tracker(layers: int, length: int) -
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "policy"), [("llama", "map"), ("llama-tied", "map"), ("llama", "reset")])
 def test_fsdp2_run_is_grown_and_resumed(case: str, policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """optimizer.bin, by name, grows as optimizer.pt does; either goes on under FSDP2 and in one process, to the same weights."""
+    """optimizer.bin, by name, grows as optimizer.pt does; either is resumed under FSDP2 and in one process, to the same weights."""
     old = tmp_path / "source"
     made = make(BY_NAME[case], num_hidden_layers=2).double()
     made.config.dtype = torch.float64

@@ -1,4 +1,4 @@
-"""What is made once is made while no process waits in a collective: however long it takes, no process group gives up."""
+"""local_main_process_first: no process waits in a collective, so no process group times out."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hf_grow.errors import ExecutionError
 from hf_grow.training.distributed.process_order import local_main_process_first
 
 HANG = 600
-"""Seconds after which something waits that nobody will wake; whatever this machine is busy with."""
+"""Timeout in seconds, long enough for a busy machine."""
 
 
 @dataclass
-class Place:
-    """What is asked of TrainingArguments, for a process that a thread stands for."""
+class FakeArguments:
+    """The fields of TrainingArguments that are used, for a process that a thread stands for."""
 
     local_process_index: int
     world_size: int = 3
@@ -62,19 +62,19 @@ def run(body: Any) -> None:
 
 def test_waiting_processes_are_in_no_collective(collectives: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
-    asked = threading.Semaphore(0)
+    waiting = threading.Semaphore(0)
 
-    class Told(filelock.FileLock):
+    class CountingLock(filelock.FileLock):
         def acquire(self, *positional: Any, **named: Any) -> Any:
-            asked.release()
+            waiting.release()
             return super().acquire(*positional, **named)
 
-    monkeypatch.setattr(filelock, "FileLock", Told)
+    monkeypatch.setattr(filelock, "FileLock", CountingLock)
 
     def process(rank: int) -> None:
-        with local_main_process_first(Place(rank), "the texts"):  # type: ignore[arg-type]
+        with local_main_process_first(FakeArguments(rank), "the texts"):  # type: ignore[arg-type]
             if rank == 0:
-                assert all(asked.acquire(timeout=HANG) for _ in range(3)), "its own, and both others are at the lock"
+                assert all(waiting.acquire(timeout=HANG) for _ in range(3)), "its own, and both others are at the lock"
                 assert order == [] and collectives["inside"] == 0
             order.append(rank)
 
@@ -87,7 +87,7 @@ def test_failure_of_first_process_stops_the_others(collectives: dict[str, int]) 
 
     def process(rank: int) -> None:
         try:
-            with local_main_process_first(Place(rank), "the texts"):  # type: ignore[arg-type]
+            with local_main_process_first(FakeArguments(rank), "the texts"):  # type: ignore[arg-type]
                 assert rank == 0, "the others do not begin"
                 raise ValueError("no room")
         except (ValueError, ExecutionError) as error:
@@ -100,7 +100,7 @@ def test_failure_of_first_process_stops_the_others(collectives: dict[str, int]) 
 
 def test_single_process_uses_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerate.utils, "broadcast_object_list", lambda *a: pytest.fail("a collective"))
-    with local_main_process_first(Place(0, 1), "the texts"):  # type: ignore[arg-type]
+    with local_main_process_first(FakeArguments(0, 1), "the texts"):  # type: ignore[arg-type]
         pass
 
 

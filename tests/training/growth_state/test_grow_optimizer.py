@@ -34,7 +34,7 @@ def moments(model: PreTrainedModel, optimizer: torch.optim.Optimizer, moment: st
     return disk_names(model, found)
 
 
-def loaded(grown: PreTrainedModel, out: Path, **options: Any) -> torch.optim.AdamW:
+def load_grown_optimizer(grown: PreTrainedModel, out: Path, **options: Any) -> torch.optim.AdamW:
     optimizer = adamw(grown, **options)
     optimizer.load_state_dict(torch.load(out / "optimizer.pt", weights_only=True))
     return optimizer
@@ -49,7 +49,7 @@ def test_map_policy_moments_match_grown_parameters(case: Case, growth: str, tmp_
     (tmp_path / "out").mkdir()
     report = grow_trainer_state(tmp_path, tmp_path / "out", plan)
     assert report.step == 3
-    after = loaded(grown, tmp_path / "out")
+    after = load_grown_optimizer(grown, tmp_path / "out")
     for moment, quantity in (("exp_avg", "grad"), ("exp_avg_sq", "grad2")):
         found = moments(grown, after, moment)
         held = moments(model, optimizer, moment)
@@ -73,7 +73,7 @@ def test_grow_optimizer_equals_grow_trainer_state(name: str, growth: str, policy
     plan = api.plan(model, **GROWTHS[growth])
     grown = grow_model(model, plan)
     grow_trainer_state(tmp_path, out(tmp_path), plan, policy)
-    on_disk = loaded(grown, tmp_path / "out")
+    on_disk = load_grown_optimizer(grown, tmp_path / "out")
     for source in (None, model):
         after = grow_optimizer(optimizer, plan, grown, source=source, policy=policy)
         assert type(after) is torch.optim.AdamW and [g["weight_decay"] for g in after.param_groups] == [0.1, 0.0]
@@ -97,7 +97,7 @@ def test_keep_and_zero_keeps_old_entries_and_zeroes_new_ones(tmp_path: Path) -> 
     plan = api.plan(model, "tile", factor=2, symmetry="none")
     grown = grow_model(model, plan)
     grow_trainer_state(tmp_path, out(tmp_path), plan, "keep-and-zero")
-    after = loaded(grown, tmp_path / "out")
+    after = load_grown_optimizer(grown, tmp_path / "out")
     for moment in ("exp_avg", "exp_avg_sq"):
         old, new = moments(model, optimizer, moment), moments(grown, after, moment)
         for name, value in old.items():
@@ -112,7 +112,7 @@ def test_keep_and_zero_maps_second_moment_for_large_beta2(tmp_path: Path) -> Non
     model, _ = trained(BY_NAME["llama"], tmp_path, betas=(0.9, 0.999))
     plan = api.plan(model, "tile", factor=2, symmetry="none")
     grow_trainer_state(tmp_path, out(tmp_path), plan, "keep-and-zero")
-    after = loaded(grow_model(model, plan), tmp_path / "out", betas=(0.9, 0.999))
+    after = load_grown_optimizer(grow_model(model, plan), tmp_path / "out", betas=(0.9, 0.999))
     up = next(
         p
         for n, p in zip(
@@ -131,7 +131,7 @@ def test_keep_and_zero_zeroes_moments_of_repeated_layers(tmp_path: Path) -> None
     plan = api.plan(model, "stack")
     grown = grow_model(model, plan)
     grow_trainer_state(tmp_path, out(tmp_path), plan, "keep-and-zero")
-    new, old = moments(grown, loaded(grown, tmp_path / "out"), "exp_avg"), moments(model, optimizer, "exp_avg")
+    new, old = moments(grown, load_grown_optimizer(grown, tmp_path / "out"), "exp_avg"), moments(model, optimizer, "exp_avg")
     assert torch.equal(new["model.layers.1.mlp.up_proj.weight"], old["model.layers.1.mlp.up_proj.weight"])
     assert not new.get("model.layers.5.mlp.up_proj.weight", torch.zeros(1)).any()
 
@@ -162,7 +162,7 @@ def test_fused_optimizer_with_custom_named_groups(policy: Policy, tmp_path: Path
     plan = api.plan(model, "identity")
     grow_trainer_state(tmp_path, out(tmp_path), plan, policy)
     grown = grow_model(model, plan)
-    after = loaded(grown, tmp_path / "out", groups=grouped(grown), fused=True)
+    after = load_grown_optimizer(grown, tmp_path / "out", groups=grouped(grown), fused=True)
     assert after.param_groups[0]["lr"] == 1e-4
     old, new = moments(model, optimizer, "exp_avg"), moments(grown, after, "exp_avg")
     assert torch.equal(new["model.layers.0.mlp.up_proj.weight"], old["model.layers.0.mlp.up_proj.weight"])
@@ -199,7 +199,7 @@ def test_full_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         grow_trainer_state(tmp_path, folder, plan)
 
 
-class _Evil:
+class _PickledCode:
     def __reduce__(self) -> Any:
         return (print, ("a pickle ran",))
 
@@ -213,7 +213,7 @@ def test_unusable_optimizer_state_fails(case: str, tmp_path: Path) -> None:
 
 
 def test_pickled_code_in_state_is_not_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"state": {0: _Evil()}, "param_groups": []}, tmp_path / "optimizer.pt")
+    torch.save({"state": {0: _PickledCode()}, "param_groups": []}, tmp_path / "optimizer.pt")
     with pytest.raises(SourceError, match="cannot be read"):
         grow_trainer_state(tmp_path, out(tmp_path), api.plan(make(BY_NAME["llama"]), "stack"))
     assert "a pickle ran" not in capsys.readouterr().out

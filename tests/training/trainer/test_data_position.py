@@ -1,4 +1,4 @@
-"""Where in its text a run stands: what a resumed run reads and tokenises, which batches it sees, and what a rollback passes over."""
+"""Data position: what a resumed run reads, tokenises and trains on, and which batches a rollback skips."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hf_grow.training.trainer.monitor import Monitor
 from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
 
-def texts(folder: Path, files: int = 16) -> str:
-    """Several files of documents: which one is read can be told."""
+def write_texts(folder: Path, files: int = 16) -> str:
+    """Writes several files of documents."""
     (folder / "new").mkdir(exist_ok=True)
     for i in range(files):
         text(folder / "new", f"part-{i:02}", 6, seed=i)
@@ -27,8 +27,8 @@ def texts(folder: Path, files: int = 16) -> str:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
-    """The rows of every micro-batch that is trained on, in order."""
+def trained_batches(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
+    """The rows of every trained micro-batch, in order."""
     found: list[list[list[int]]] = []
     step = BaseGrowTrainer.training_step
 
@@ -42,7 +42,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def read_counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Documents that were tokenised for training, and read, by file; 4 at once."""
     counts: dict[str, Any] = {"tokenised": 0, "read": []}
     encode, read = packing.DocumentEncoder.__call__, sources.read_documents
@@ -62,87 +62,91 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return counts
 
 
-def streamed(folder: Path, model: Path, **changes: Any) -> Path:
+def streaming_recipe(folder: Path, model: Path, **changes: Any) -> Path:
     """A recipe that reads about half of the text in ten steps."""
-    data = {"streaming": True, "train": texts(folder), "eval": {}, **changes.pop("data", {})}
+    data = {"streaming": True, "train": write_texts(folder), "eval": {}, **changes.pop("data", {})}
     settings = {"max_steps": 10, "save_steps": 5, "gradient_accumulation_steps": 4, "eval_strategy": None, "eval_steps": None, **changes}
     return recipe(folder, model, data=data, **settings)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_resumed_stream_continues_at_its_position(
-    workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any], counted: dict[str, Any]
+    workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], trained_batches: list[Any], read_counts: dict[str, Any]
 ) -> None:
     """The batches are those of an uninterrupted run; nothing that was trained on is tokenised again but what shares a batch of documents."""
-    path = streamed(tmp_path, grown(tmp_path), dataloader_num_workers=workers)
-    counted["tokenised"] = 0
+    path = streaming_recipe(tmp_path, grown(tmp_path), dataloader_num_workers=workers)
+    read_counts["tokenised"] = 0
     run(capsys, "train", path)
-    whole, losses, all_documents, read = list(seen), logged(tmp_path / "out"), counted["tokenised"], len(counted["read"])
+    whole, losses, all_documents, read = list(trained_batches), logged(tmp_path / "out"), read_counts["tokenised"], len(read_counts["read"])
     assert len(whole) == 40 and len({json.dumps(b) for b in whole}) == 40
     shutil.rmtree(tmp_path / "out" / "checkpoint-10")
-    seen.clear()
-    counted.update(tokenised=0, read=[])
+    trained_batches.clear()
+    read_counts.update(tokenised=0, read=[])
     run(capsys, "train", path, "--resume")
-    assert seen == whole[20:]
+    assert trained_batches == whole[20:]
     assert logged(tmp_path / "out") == losses
-    if workers == 0:  # another process's counts are not seen here
+    if workers == 0:  # counts of a worker process are not seen here
         ends, at = [], 0
         for file in sorted((tmp_path / "new").iterdir()):
             for line in file.read_text().splitlines():
                 at += len(json.loads(line)["text"].split()) + 1
                 ends.append(at)
         done = sum(end <= 20 * 2 * 16 for end in ends)  # documents that were trained on to their end
-        assert done > 12 and 0 < counted["tokenised"] <= all_documents - done + 4
-        assert len(counted["read"]) <= read - 12 and not {"part-00.jsonl", "part-01.jsonl"} & set(counted["read"]), "files before the place"
+        assert done > 12 and 0 < read_counts["tokenised"] <= all_documents - done + 4
+        assert len(read_counts["read"]) <= read - 12 and not {"part-00.jsonl", "part-01.jsonl"} & set(read_counts["read"]), (
+            "files before the position"
+        )
 
 
-def test_resuming_finished_stream_trains_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:
-    path = streamed(tmp_path, grown(tmp_path), max_steps=5)
+def test_resuming_finished_stream_trains_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], trained_batches: list[Any]) -> None:
+    path = streaming_recipe(tmp_path, grown(tmp_path), max_steps=5)
     first = run(capsys, "train", path)
-    seen.clear()
+    trained_batches.clear()
     assert run(capsys, "train", path, "--resume")["steps"] == first["steps"] == 5
-    assert seen == []
+    assert trained_batches == []
 
 
-def test_resume_with_other_text_skips_same_number_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any]) -> None:
-    """As text that is not streamed is: the place is the 41st sequence, whatever stands there."""
-    path = streamed(tmp_path, grown(tmp_path))
+def test_resume_with_other_text_skips_same_number_of_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], trained_batches: list[Any]
+) -> None:
+    """Like text that is not streamed: the position is the 41st sequence."""
+    path = streaming_recipe(tmp_path, grown(tmp_path))
     run(capsys, "train", path)
     shutil.rmtree(tmp_path / "out" / "checkpoint-10")
     other = text(tmp_path, "other", 200, seed=9)
-    seen.clear()
+    trained_batches.clear()
     assert main(["train", str(path), "--resume", "--data.train", str(other)]) == 0
     assert "has no position in this text; skipping the first 40 sequences" in capsys.readouterr().err
-    resumed = list(seen)
-    seen.clear()
+    resumed = list(trained_batches)
+    trained_batches.clear()
     run(capsys, "train", path, "--data.train", other, "-o", tmp_path / "whole")
-    assert resumed == seen[20:]
+    assert resumed == trained_batches[20:]
 
 
 def test_damaged_data_state_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = streamed(tmp_path, grown(tmp_path))
+    path = streaming_recipe(tmp_path, grown(tmp_path))
     run(capsys, "train", path)
     edited(tmp_path / "out" / "checkpoint-10" / "data_state.json", stream={"place": 3})
-    said = run(capsys, "train", path, "--resume", status=2)["error"]
-    assert "data_state.json is damaged" in said and "Traceback" not in said
+    output = run(capsys, "train", path, "--resume", status=2)["error"]
+    assert "data_state.json is damaged" in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_grown_run_continues_at_its_data_position(
-    streaming: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any]
+    streaming: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], trained_batches: list[Any]
 ) -> None:
-    """Also with batches of another size: the place is counted in rows."""
+    """Also with another batch size: the position is counted in rows."""
     data = {"streaming": streaming}
-    path = streamed(tmp_path, source(tmp_path / "model"), data=data)
+    path = streaming_recipe(tmp_path, source(tmp_path / "model"), data=data)
     run(capsys, "train", path)
-    rows = [r for batch in seen for r in batch]
+    rows = [r for batch in trained_batches for r in batch]
     checkpoint = tmp_path / "out" / "checkpoint-5"
     run(capsys, "depth", checkpoint, "--method", "identity", "--layers-to", 4, "--with-optimizer", checkpoint, "-o", tmp_path / "grown")
-    seen.clear()
-    again = streamed(tmp_path, tmp_path / "grown", data=data, resume_from_checkpoint=str(tmp_path / "grown"), max_steps=7,
+    trained_batches.clear()
+    again = streaming_recipe(tmp_path, tmp_path / "grown", data=data, resume_from_checkpoint=str(tmp_path / "grown"), max_steps=7,
                      per_device_train_batch_size=4, output=str(tmp_path / "more"))  # fmt: skip
     run(capsys, "train", again)
-    found = [r for batch in seen for r in batch]
+    found = [r for batch in trained_batches for r in batch]
     assert len(found) == 2 * 4 * 4 and found == rows[40:72]
 
 
@@ -151,33 +155,33 @@ def test_grown_run_continues_at_its_data_position(
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_rollback_skips_the_batches_before_the_spike(
-    streaming: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], seen: list[Any], monkeypatch: pytest.MonkeyPatch
+    streaming: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], trained_batches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Back from step 7 to the checkpoint of step 4: steps 5 to 7 take the rows that 8 to 10 would have had; a resumed run knows of it."""
     settings = {"max_steps": 10, "save_steps": 4, "gradient_accumulation_steps": 1, "monitor": {**ROLLBACK_OPTIONS, "restore_steps": 4},
                 "data": {"streaming": streaming}, "learning_rate": 1e-3}  # fmt: skip
-    path = streamed(tmp_path, grown(tmp_path), **settings)
+    path = streaming_recipe(tmp_path, grown(tmp_path), **settings)
     run(capsys, "train", path, "-o", tmp_path / "calm", "--max_steps", 13)
-    calm = list(seen)
-    seen.clear()
+    uninterrupted = list(trained_batches)
+    trained_batches.clear()
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         with_spike(patch, at=7)
         run(capsys, "train", path)
-    # Without a stream the text is as long as the training: what is missing at its end comes from its beginning.
-    expected = [*calm[:7], *calm[7:13]] if streaming else [*calm[:10], *calm[:3]]
-    assert seen == expected
+    # Without a stream the text is as long as the training: rows missing at its end are taken from its beginning.
+    expected = [*uninterrupted[:7], *uninterrupted[7:13]] if streaming else [*uninterrupted[:10], *uninterrupted[:3]]
+    assert trained_batches == expected
     reaction = next(e for e in read_events(out / "events.jsonl") if e["event"] == "reaction")
     assert (reaction["action"], reaction["lr_factor"], reaction["skipped"]) == ("rollback", 0.5, 3)
     factors = [e.get("lr_factor", 1.0) for e in read_events(out / "events.jsonl") if e["event"] == "log"]
     assert factors == [1.0] * 6 + [0.5, 0.625, 0.75, 0.875, 1.0, 1.0]
     losses = logged(out)
-    # Killed before its next checkpoint, it goes on from the one that it went back to, behind the same batches and at the same rate.
+    # Killed before its next checkpoint, it resumes from the checkpoint of the rollback, after the same batches and at the same learning rate.
     shutil.rmtree(out / "checkpoint-8")
     shutil.rmtree(out / "checkpoint-10")
-    seen.clear()
+    trained_batches.clear()
     run(capsys, "train", path, "--resume")
-    assert seen == expected[7:]
+    assert trained_batches == expected[7:]
     assert logged(out) == losses
 
 

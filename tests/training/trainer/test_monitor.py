@@ -1,4 +1,4 @@
-"""Spikes, shocks and reactions: the watch on plain numbers, and what the trainer makes of it."""
+"""The monitor on plain numbers, and its reactions in the trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trained import ROLLBACK_OPTIONS, grown, logged, losses_told, recipe, run, source, with_spike
+from trained import ROLLBACK_OPTIONS, grown, logged, override_eval_loss, recipe, run, source, with_spike
 
 from hf_grow.training.config.monitor_options import MonitorOptions
 from hf_grow.training.trainer.checkpointing import last_checkpoint
@@ -18,13 +18,13 @@ from hf_grow.training.trainer.events import EVENTS, EventLog, read_events
 from hf_grow.training.trainer.monitor import Finding, Monitor, detrended, robust_z
 
 
-def falling(steps: int, seed: int = 0, noise: float = 0.05) -> list[float]:
-    """A loss as they look."""
+def falling_loss(steps: int, seed: int = 0, noise: float = 0.05) -> list[float]:
+    """An exponentially falling loss with noise."""
     draw = random.Random(seed)
     return [2 + 3 * math.exp(-t / 200) + draw.gauss(0, noise) for t in range(steps)]
 
 
-def watched(losses: list[float], norms: list[float] | None = None, **options: Any) -> tuple[Monitor, list[tuple[int, Finding]]]:
+def run_monitor(losses: list[float], norms: list[float] | None = None, **options: Any) -> tuple[Monitor, list[tuple[int, Finding]]]:
     monitor = Monitor(MonitorOptions(**options))
     found = []
     for t, loss in enumerate(losses):
@@ -36,15 +36,15 @@ def watched(losses: list[float], norms: list[float] | None = None, **options: An
 def test_normal_run_reports_no_instability(seed: int) -> None:
     draw = random.Random(seed)
     norms = [math.exp(draw.gauss(0, 0.3)) for _ in range(1500)]
-    assert watched(falling(1500, seed), norms)[1] == []
+    assert run_monitor(falling_loss(1500, seed), norms)[1] == []
 
 
 @pytest.mark.parametrize(("at", "height"), [(100, 2.0), (700, 1.0)])
 def test_loss_spike_is_reported_once_at_its_step(at: int, height: float) -> None:
-    losses = falling(1000)
+    losses = falling_loss(1000)
     losses[at] += height
     losses[at + 1] += height / 2
-    _, found = watched(losses)
+    _, found = run_monitor(losses)
     assert [(t, f.event, f.facts["signal"]) for t, f in found] == [(at, "instability", "loss")]
     past = np.array(losses[at - 64 : at])
     slope = (np.median(past[32:]) - np.median(past[:32])) / 32
@@ -58,30 +58,30 @@ def test_loss_spike_is_reported_once_at_its_step(at: int, height: float) -> None
 def test_grad_norm_spike_is_reported() -> None:
     norms = [1 + 0.1 * random.Random(t).random() for t in range(200)]
     norms[150] = 40.0
-    _, found = watched(falling(200), norms)
+    _, found = run_monitor(falling_loss(200), norms)
     assert [(t, f.facts["signal"]) for t, f in found] == [(150, "grad_norm")]
 
 
 def test_nonfinite_values_are_an_instability_from_the_first_step() -> None:
     for bad in (math.nan, math.inf):
-        assert [f.facts["signal"] for _, f in watched([bad])[1]] == ["nonfinite"]
-        assert watched([3.0, 3.0], [1.0, bad])[1][0][1].facts["of"] == "grad_norm"
+        assert [f.facts["signal"] for _, f in run_monitor([bad])[1]] == ["nonfinite"]
+        assert run_monitor([3.0, 3.0], [1.0, bad])[1][0][1].facts["of"] == "grad_norm"
 
 
 def test_growing_variance_is_an_instability() -> None:
     losses = [2 + 0.01 * random.Random(t).gauss(0, 1) for t in range(100)]
     losses += [2 + 0.15 * (-1) ** t * min(1, t / 4) for t in range(30)]
-    _, found = watched(losses, threshold=1000.0)
+    _, found = run_monitor(losses, threshold=1000.0)
     assert found and found[0][1].facts["signal"] == "variance"
     assert 100 < found[0][0] < 120
 
 
 def test_transition_shock_and_recovery_after_growth() -> None:
     monitor = Monitor(MonitorOptions(shock=0.5), before=2.0)
-    told = [(t, f.event, f.facts) for t in range(60) for f in monitor.step(t, 2 + 1.2 * math.exp(-t / 8) - 0.01, None)]
-    assert next((t, e) for t, e, _ in told) == (0, "transition_shock")
-    assert told[0][2]["nats"] == pytest.approx(1.19)
-    (at,) = [t for t, e, _ in told if e == "recovered"]
+    events = [(t, f.event, f.facts) for t in range(60) for f in monitor.step(t, 2 + 1.2 * math.exp(-t / 8) - 0.01, None)]
+    assert next((t, e) for t, e, _ in events) == (0, "transition_shock")
+    assert events[0][2]["nats"] == pytest.approx(1.19)
+    (at,) = [t for t, e, _ in events if e == "recovered"]
     curve = [2 + 1.2 * math.exp(-t / 8) - 0.01 for t in range(60)]
     assert sum(curve[at - 7 : at + 1]) / 8 <= 2.0 < sum(curve[at - 8 : at]) / 8
 
@@ -100,7 +100,7 @@ def test_reactions_accumulate_up_to_max_reactions() -> None:
 
 
 def test_monitor_state_round_trips_through_json() -> None:
-    losses = falling(300)
+    losses = falling_loss(300)
     losses[250] += 2
     one = Monitor(MonitorOptions(on_instability="lower_lr"), before=9.0)
     for t in range(200):
@@ -129,20 +129,20 @@ def test_event_log_has_one_line_per_event_and_skips_torn_lines(tmp_path: Path) -
     first, second = read_events(tmp_path / "events.jsonl")
     assert (first["value"], first["score"], second["train"]) == ("nan", "inf", ["new"])
     with pytest.raises(AssertionError):
-        log.write("unheard of", 1)
+        log.write("unknown", 1)
     EventLog(None).write("phase", 1, train=[])
 
 
 def test_important_events_are_notified_up_to_a_limit(tmp_path: Path) -> None:
-    told: list[str] = []
-    log = EventLog(tmp_path / "events.jsonl", told.append)
+    notified: list[str] = []
+    log = EventLog(tmp_path / "events.jsonl", notified.append)
     log.write("log", 1, loss=2.0)
     log.write("reaction", 1, action="none", lr_factor=1.0)
     log.write("reaction", 2, action="lower_lr", lr_factor=0.5)
     for step in range(3, 30):
         log.write("instability", step, signal="loss", value=9.5, score=20.0)
-    assert told[:2] == ["Step 2: lower_lr, learning rates x 0.5.", "Step 3: loss 9.5 is unstable."]
-    assert len(told) == 10 and "events.jsonl" in told[-1]
+    assert notified[:2] == ["Step 2: lower_lr, learning rates x 0.5.", "Step 3: loss 9.5 is unstable."]
+    assert len(notified) == 10 and "events.jsonl" in notified[-1]
     assert len(list(read_events(tmp_path / "events.jsonl"))) == 30
 
 
@@ -208,15 +208,15 @@ def test_lower_lr_and_longer_warmup_apply_from_the_next_step(
 def test_regression_event_against_source_baseline(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the old set is above the source's loss, the log says so."""
-    losses_told(monkeypatch, "old", lambda step, loss: loss + {0: 0.0, 3: 0.5, 6: 0.1}[step])
+    """An old-domain loss above the source's is logged."""
+    override_eval_loss(monkeypatch, "old", lambda step, loss: loss + {0: 0.0, 3: 0.5, 6: 0.1}[step])
     path = recipe(tmp_path, grown(tmp_path), learning_rate=1e-9, monitor={"baseline": "source", "regression": 0.2})
     run(capsys, "train", path)
     losses = {e["step"]: e["losses"]["old"] for e in read_events(tmp_path / "out" / "events.jsonl") if e["event"] == "evaluation"}
-    told = [e for e in read_events(tmp_path / "out" / "events.jsonl") if e["event"] == "regression" and e["set"] == "old"]
-    assert [e["step"] for e in told] == [3]
-    assert told[-1]["loss"] == losses[told[-1]["step"]]
-    assert told[-1]["baseline"] == pytest.approx(losses[0], abs=1e-5)
+    events = [e for e in read_events(tmp_path / "out" / "events.jsonl") if e["event"] == "regression" and e["set"] == "old"]
+    assert [e["step"] for e in events] == [3]
+    assert events[-1]["loss"] == losses[events[-1]["step"]]
+    assert events[-1]["baseline"] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_growing_during_consolidation_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Weights are trained in fp32 and stored as their source is: what is saved, what is measured, what a run is resumed from."""
+"""Training in fp32 and saving in the source's dtype: saved weights, evaluation, resuming."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", ["llama-tied", "mixtral"])
 def test_bf16_model_trains_in_fp32_and_is_saved_in_bf16(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By steps of 1e-4, which bf16 would lose; the result is the trained weights, rounded once, and what is told of it was measured on it."""
+    """With a learning rate of 1e-4, which bf16 would lose; the result is the trained weights, rounded once, and its reported losses are those of the result."""
     model, out = grown(tmp_path, case), tmp_path / "out"
     found = run(capsys, "train", recipe(tmp_path, model, **GENTLE))
     before, trained, after = weights(model), weights(out / "checkpoint-6"), weights(out)
@@ -87,8 +87,8 @@ def test_pure_bf16_training_reports_lost_steps(tmp_path: Path, capsys: pytest.Ca
         flat = p.detach().float().flatten().tolist()
         still = [all(torch.tensor(w + s * 1e-4).bfloat16() == torch.tensor(w).bfloat16() for s in (1, -1)) for w in flat]
         lost, total, names = lost + sum(still), total + len(still), names + [name] * all(still)
-    said = lost_steps(model, 1e-4) or ""
-    assert f"in {lost / total:.0%} of them, and nothing of {len(names)} tensors, such as {names[0]}" in said
+    message = lost_steps(model, 1e-4) or ""
+    assert f"in {lost / total:.0%} of them, and nothing of {len(names)} tensors, such as {names[0]}" in message
     assert lost_steps(model.float(), 1e-4) is None
     run(capsys, "train", recipe(tmp_path, tmp_path / "grown", dtype="bfloat16", **GENTLE), "--json")
     trained = weights(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""A checkpoint taken up again, grown or not: whose weights, moments, settings and schedule a run goes on with, and what it refuses."""
+"""Resuming from a checkpoint, grown or not: weights, moments, settings and schedule, and errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hf_grow.training.trainer.weights import load_weights
 SMALL = {"max_steps": 4, "save_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 2, "weight_decay": 0.01}
 
 
-def small_run(folder: Path, capsys: Any, case: str = "llama", **changes: Any) -> Path:
+def train_source_checkpoint(folder: Path, capsys: Any, case: str = "llama", **changes: Any) -> Path:
     """A checkpoint of a training of the source model, at step 4 of 8."""
     model = source(folder / "model", case)
     path = recipe(folder, model, output=str(folder / "small"), **{**SMALL, "max_steps": 8, **changes})
@@ -43,7 +43,7 @@ def grow(capsys: Any, checkpoint: Path, out: Path, *words: str) -> Path:
     return out
 
 
-def rates(out: Path) -> dict[int, float]:
+def logged_learning_rates(out: Path) -> dict[int, float]:
     return {e["step"]: e["learning_rate"] for e in read_events(out / "events.jsonl") if e["event"] == "log"}
 
 
@@ -51,15 +51,15 @@ def rates(out: Path) -> dict[int, float]:
 
 
 def test_best_checkpoint_of_source_run_is_not_loaded_into_grown_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The small run's best loss is one that nothing can beat; its checkpoint is there, and half of its names are the grown model's."""
-    checkpoint = small_run(tmp_path, capsys)
+    """The source run's best loss cannot be beaten; its checkpoint exists, and half of its tensor names are the grown model's."""
+    checkpoint = train_source_checkpoint(tmp_path, capsys)
     best = {"best_model_checkpoint": str(checkpoint), "best_metric": -1.0, "best_global_step": 4}
     edited(checkpoint / "trainer_state.json", **best, stateful_callbacks={"EarlyStoppingCallback": {"args": {}}, "TrainerControl": {}})
     start = grow(capsys, checkpoint, tmp_path / "grown")
     state = json.loads((start / "trainer_state.json").read_text())
     assert [state[k] for k in best] == [None] * 3
     assert state["stateful_callbacks"] == {"TrainerControl": {}}
-    assert state["global_step"] == 4 and state["log_history"], "the rest goes on"
+    assert state["global_step"] == 4 and state["log_history"], "the rest is kept"
     path = recipe(
         tmp_path, start, resume_from_checkpoint=str(start), load_best_model_at_end=True, **{**SMALL, "max_steps": 8, "eval_steps": 4}
     )
@@ -70,19 +70,19 @@ def test_best_checkpoint_of_source_run_is_not_loaded_into_grown_model(tmp_path: 
 
 
 def test_best_checkpoint_of_another_model_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = small_run(tmp_path, capsys)
+    checkpoint = train_source_checkpoint(tmp_path, capsys)
     start = grow(capsys, checkpoint, tmp_path / "grown")
     edited(start / "trainer_state.json", best_model_checkpoint=str(checkpoint), best_metric=-1.0, best_global_step=4)
     path = recipe(
         tmp_path, start, resume_from_checkpoint=str(start), load_best_model_at_end=True, **{**SMALL, "max_steps": 8, "eval_steps": 4}
     )
-    said = run(capsys, "train", path, status=2)["error"]
-    assert f"{checkpoint} is a checkpoint of another model: model.layers.2." in said and "Traceback" not in said
+    output = run(capsys, "train", path, status=2)["error"]
+    assert f"{checkpoint} is a checkpoint of another model: model.layers.2." in output and "Traceback" not in output
     assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_resume_from_checkpoint_of_another_model_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = small_run(tmp_path, capsys)
+    checkpoint = train_source_checkpoint(tmp_path, capsys)
     path = recipe(tmp_path, grown(tmp_path), resume_from_checkpoint=str(checkpoint), **SMALL)
     assert "is a checkpoint of another model" in run(capsys, "train", path, status=2)["error"]
 
@@ -134,7 +134,7 @@ def group_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def test_recipe_settings_override_checkpoint_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    start = grow(capsys, small_run(tmp_path, capsys, adam_beta2=0.9, adam_epsilon=1e-7), tmp_path / "grown")
+    start = grow(capsys, train_source_checkpoint(tmp_path, capsys, adam_beta2=0.9, adam_epsilon=1e-7), tmp_path / "grown")
     capsys.readouterr()
     own = {
         "learning_rate": 4e-3,
@@ -147,18 +147,18 @@ def test_recipe_settings_override_checkpoint_settings(tmp_path: Path, capsys: py
     }
     path = recipe(tmp_path, start, resume_from_checkpoint=str(start), **{**SMALL, **own})
     assert main(["train", str(path)]) == 0
-    said = capsys.readouterr().err
-    told = "learning_rate 0.004 is the recipe's, weight_decay 0.01 is the checkpoint's, adam_beta1 0.8 is the recipe's, adam_beta2 0.9 is the checkpoint's"
-    assert told in said, said
+    output = capsys.readouterr().err
+    expected_message = "learning_rate 0.004 is the recipe's, weight_decay 0.01 is the checkpoint's, adam_beta1 0.8 is the recipe's, adam_beta2 0.9 is the checkpoint's"
+    assert expected_message in output, output
     out = tmp_path / "out"
-    assert rates(out) == pytest.approx({s: 4e-3 * (1 - (s - 1) / 10) for s in range(5, 11)})
+    assert logged_learning_rates(out) == pytest.approx({s: 4e-3 * (1 - (s - 1) / 10) for s in range(5, 11)})
     group = group_of(out / "checkpoint-5")  # the recipe's save_steps, not the 4 of the checkpoint
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.8, 0.9), 0.01, 1e-7)
     assert [p.name for p in sorted(out.glob("checkpoint-*"))] == ["checkpoint-10", "checkpoint-5"]
     event = next(e for e in read_events(out / "events.jsonl") if e["event"] == "settings")
     assert event["learning_rate"] == [4e-3, "recipe"] and event["adam_epsilon"] == [1e-7, "checkpoint"]
-    # What says the same needs no word, and a run that is only resumed changes nothing.
-    said = run(capsys, "train", path, "--overwrite", "--learning_rate", 1e-3, "--adam_beta1", 0.9, "--weight_decay", 0.01, "--adam_beta2", 0.9,
+    # Equal settings are not reported.
+    output = run(capsys, "train", path, "--overwrite", "--learning_rate", 1e-3, "--adam_beta1", 0.9, "--weight_decay", 0.01, "--adam_beta2", 0.9,
                "--adam_epsilon", 1e-7)  # fmt: skip
     assert "settings" not in {e["event"] for e in read_events(out / "events.jsonl")}
 
@@ -168,18 +168,18 @@ def test_learning_rate_can_be_changed_on_resume(tmp_path: Path, capsys: pytest.C
     run(capsys, "train", path)
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
     run(capsys, "train", path, "--resume", "--learning_rate", 1e-3)
-    assert rates(tmp_path / "out") == {**dict.fromkeys((1, 2, 3), 1e-2), **dict.fromkeys((4, 5, 6), 1e-3)}
+    assert logged_learning_rates(tmp_path / "out") == {**dict.fromkeys((1, 2, 3), 1e-2), **dict.fromkeys((4, 5, 6), 1e-3)}
 
 
 def test_reset_policy_drops_moments_and_keeps_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Step 5 of 8 after a warm-up of 2: no second warm-up, neither here nor in a plain Trainer."""
-    start = grow(capsys, small_run(tmp_path, capsys), tmp_path / "grown", "--optimizer-policy", "reset")
+    start = grow(capsys, train_source_checkpoint(tmp_path, capsys), tmp_path / "grown", "--optimizer-policy", "reset")
     assert read_optimizer(start / POSITIONS)[1] == {}
     run(capsys, "train", recipe(tmp_path, start, resume_from_checkpoint=str(start), **{**SMALL, "max_steps": 8}))
     expected = {s: 1e-3 * (8 - (s - 1)) / 6 for s in range(5, 9)}
-    assert rates(tmp_path / "out") == pytest.approx(expected)
+    assert logged_learning_rates(tmp_path / "out") == pytest.approx(expected)
     after = read_optimizer(tmp_path / "out" / "checkpoint-8" / POSITIONS)[1]
-    assert {int(s["step"]) for s in after.values()} == {4}, "the moments began anew"
+    assert {int(s["step"]) for s in after.values()} == {4}, "the moments started from zero"
     ids = torch.randint(3, 64, (16, 12), generator=torch.Generator().manual_seed(0))
     arguments = TrainingArguments(
         str(tmp_path / "plain"), max_steps=8, per_device_train_batch_size=2, learning_rate=1e-3, lr_scheduler_type="linear", warmup_steps=2,
@@ -192,16 +192,16 @@ def test_reset_policy_drops_moments_and_keeps_schedule(tmp_path: Path, capsys: p
     assert found == pytest.approx(expected)
 
 
-# ---- by name: FSDP, and DeepSpeed, which has nothing that can be read ----------------------------------------------------------------------
+# ---- state by name (FSDP), and DeepSpeed, whose state is not read ----------------------------------------------------------------------
 
 
-def named(model: Any, optimizer: Any, folder: Path) -> None:
+def save_state_by_name(model: Any, optimizer: Any, folder: Path) -> None:
     """optimizer.bin, as accelerate makes it under FSDP2 with FULL_STATE_DICT."""
     torch.save(get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)), folder / NAMES)
     (folder / POSITIONS).unlink()
 
 
-def same_state(one: Any, other: Any) -> None:
+def assert_same_state(one: Any, other: Any) -> None:
     assert one.keys() == other.keys()
     for n, s in one.items():
         assert s.keys() == other[n].keys()
@@ -217,7 +217,7 @@ def test_optimizer_state_by_name_grows_like_state_by_position(case: Any, growth:
     for out in ("by-position", "by-name"):
         (tmp_path / out).mkdir()
         if out == "by-name":
-            named(model, optimizer, tmp_path)
+            save_state_by_name(model, optimizer, tmp_path)
         grow_trainer_state(tmp_path, tmp_path / out, plan, policy)
     larger = grow_model(model, plan)
     names = trainer_param_groups(larger)
@@ -225,9 +225,9 @@ def test_optimizer_state_by_name_grows_like_state_by_position(case: Any, growth:
     expected = by_name(groups, state, names)["state"]
     found_groups, found = read_optimizer(tmp_path / "by-name" / NAMES)
     fresh = found.keys() - expected.keys()
-    assert all(not v.any() for n in fresh for v in found[n].values()), "what begins afresh is what AdamW begins with"
+    assert all(not v.any() for n in fresh for v in found[n].values()), "new state is AdamW's initial state"
     assert bool(fresh) == (growth == "identity" and policy != "reset")
-    same_state(expected, {n: s for n, s in found.items() if n not in fresh})
+    assert_same_state(expected, {n: s for n, s in found.items() if n not in fresh})
     assert [g["params"] for g in found_groups] == names
     after = adamw(larger)
     after.load_state_dict(by_position(found_groups, found, names))
@@ -238,7 +238,7 @@ def test_optimizer_state_by_name_grows_like_state_by_position(case: Any, growth:
 
 def test_one_process_resumes_from_state_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same run from the same state in either form."""
-    checkpoint = small_run(tmp_path, capsys)
+    checkpoint = train_source_checkpoint(tmp_path, capsys)
     start = grow(capsys, checkpoint, tmp_path / "grown")
     path = recipe(tmp_path, start, resume_from_checkpoint=str(start), **{**SMALL, "max_steps": 8})
     run(capsys, "train", path, "-o", tmp_path / "one")
@@ -251,17 +251,17 @@ def test_one_process_resumes_from_state_by_name(tmp_path: Path, capsys: pytest.C
 
 
 def test_optimizer_state_of_other_parameters_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    start = grow(capsys, small_run(tmp_path, capsys), tmp_path / "grown")
+    start = grow(capsys, train_source_checkpoint(tmp_path, capsys), tmp_path / "grown")
     groups, state = read_optimizer(start / POSITIONS)
     torch.save({"state": state, "param_groups": groups[:1]}, start / POSITIONS)
     path = recipe(tmp_path, start, resume_from_checkpoint=str(start), **{**SMALL, "max_steps": 8})
-    said = run(capsys, "train", path, status=2)["error"]
-    assert "is not the state of this optimizer" in said and "--optimizer-policy reset" in said
+    output = run(capsys, "train", path, status=2)["error"]
+    assert "is not the state of this optimizer" in output and "--optimizer-policy reset" in output
 
 
 def test_deepspeed_checkpoint_grows_with_reset_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder as Trainer leaves it under ZeRO: pickles in pieces, the schedule, the state of the run."""
-    checkpoint = small_run(tmp_path, capsys)
+    """A checkpoint as Trainer writes it under ZeRO: sharded pickles, the schedule, the trainer state."""
+    checkpoint = train_source_checkpoint(tmp_path, capsys)
     (checkpoint / POSITIONS).unlink()
     (checkpoint / "global_step4").mkdir()
     (checkpoint / "global_step4" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"a pickle")
@@ -278,12 +278,12 @@ def test_deepspeed_checkpoint_grows_with_reset_policy(tmp_path: Path, capsys: py
         str(checkpoint),
     ]
     assert main(words) == 2
-    said = capsys.readouterr().err
-    assert "DeepSpeed" in said and "--optimizer-policy reset" in said and "zero_to_fp32.py" in said
+    output = capsys.readouterr().err
+    assert "DeepSpeed" in output and "--optimizer-policy reset" in output and "zero_to_fp32.py" in output
     assert not (tmp_path / "grown").exists()
     run(capsys, *words, "--optimizer-policy", "reset")
     run(capsys, "train", recipe(tmp_path, tmp_path / "grown", resume_from_checkpoint=str(tmp_path / "grown"), **{**SMALL, "max_steps": 8}))
-    assert rates(tmp_path / "out") == pytest.approx({s: 1e-3 * (8 - (s - 1)) / 6 for s in range(5, 9)})
+    assert logged_learning_rates(tmp_path / "out") == pytest.approx({s: 1e-3 * (8 - (s - 1)) / 6 for s in range(5, 9)})
     assert len(logged(tmp_path / "out")) == 4
     nothing = tmp_path / "nothing"
     nothing.mkdir()

@@ -1,4 +1,4 @@
-"""`hf-grow train` through the real entry point, on tiny models: what moves, what stays, what is saved, what a resumed run repeats."""
+"""`hf-grow train` on tiny models: what is trained, frozen, saved and resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import yaml
 from models import BY_NAME, make, tokens
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from trained import FAST, grown, logged, losses_told, recipe, run, source, text
+from trained import FAST, grown, logged, override_eval_loss, recipe, run, source, text
 from trainers import Rows, gradients_of_first_step, loss_of, trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,9 +59,9 @@ def test_train_writes_a_plain_transformers_model(tmp_path: Path, capsys: pytest.
     trained, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(loading[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(model).get_vocab()
-    # What the run says of its sets is what the models before and after it say of them.
-    assert found["start"] == losses_by_hand(model, tmp_path)
-    assert found["end"] == losses_by_hand(out, tmp_path)
+    # The reported losses are those of the models before and after.
+    assert found["start"] == expected_losses(model, tmp_path)
+    assert found["end"] == expected_losses(out, tmp_path)
     before = AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert all(not torch.equal(p, before[n]) for n, p in trained.named_parameters())
     assert not list(out.rglob("*.bin")), "no pickle of TrainingArguments"
@@ -155,9 +155,9 @@ def test_dry_run_estimates_memory_and_writes_nothing(tmp_path: Path, capsys: pyt
     assert {g[0]: g[2] for g in found["parameter_groups"]}["new"] == new
     assert found["recipe"]["gradient_accumulation_steps"] == 4
     assert main(["train", str(path), "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert "activations (estimated)" in said and "kind: l2sp" in said
-    assert "│ teachers" not in said, "what takes nothing is left out"
+    output = capsys.readouterr().out
+    assert "activations (estimated)" in output and "kind: l2sp" in output
+    assert "│ teachers" not in output, "items of 0 bytes are omitted"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -202,8 +202,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the process ended in the middle of this step's end."""
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupts training at the end of this step, before its checkpoint."""
     watch = BaseGrowTrainer.monitor_step
 
     def stop(self: BaseGrowTrainer) -> None:
@@ -224,7 +224,7 @@ def test_resumed_run_equals_uninterrupted_run(
     run(capsys, "train", path)
     shutil.move(tmp_path / "out", tmp_path / "whole")
     with monkeypatch.context() as patch:
-        interrupted_at(random.Random(name).randrange(4, 9), patch)
+        interrupt_at(random.Random(name).randrange(4, 9), patch)
         assert main(["train", str(path)]) == 1
     assert not (tmp_path / "out" / "config.json").exists(), "nothing looks like a finished model"
     assert "--resume" in capsys.readouterr().err
@@ -413,7 +413,7 @@ def test_phase_freezes_then_unfreezes(tmp_path: Path) -> None:
     assert torch.allclose((snapshots[4][name] - decayed).abs(), torch.full_like(decayed, lr), rtol=1e-3)
 
 
-def adamw_by_hand(model: Any, new: dict[str, Any], factor: Callable[[int], float], every: Callable[[int], float], steps: int) -> None:
+def reference_adamw(model: Any, new: dict[str, Any], factor: Callable[[int], float], every: Callable[[int], float], steps: int) -> None:
     """AdamW written out, with a learning rate for every entry: the reference for rates inside a tensor."""
     rows, lr, betas, eps, decay = Rows(), FAST["learning_rate"], (0.9, 0.999), 1e-3, 0.1
     decayed = {n for n, p in model.named_parameters() if "norm" not in n and "bias" not in n}
@@ -440,7 +440,7 @@ def test_new_parameter_lr_applies_to_single_rows(name: str, tmp_path: Path) -> N
     warmup, after = Warmup(lr=2.0, steps=4), AfterGrowth(settle_steps=2, settle_lr=0.5, restore_steps=2)
     growth = GrowthSettings(updates=ParamUpdates(dict.fromkeys(new, True), new), warmup=warmup, after_growth=after)
     trainer(model, tmp_path, growth, max_steps=6, max_grad_norm=0.0, adam_beta2=0.999, adam_epsilon=1e-3).train()
-    adamw_by_hand(twin.train(), new, warmup.lr_factor, after.factor, 6)
+    reference_adamw(twin.train(), new, warmup.lr_factor, after.factor, 6)
     for (n, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=2e-5, msg=n)
     assert warmup.lr_factor(0) == 0.5 and warmup.lr_factor(3) == warmup.lr_factor(99) == 2.0
@@ -533,7 +533,7 @@ def test_contributions_equal_losses_without_each_block(tmp_path: Path) -> None:
         assert found[block] == pytest.approx(float(shorter(ids, labels=ids, use_cache=False).loss) - whole, abs=1e-5)
 
 
-def losses_by_hand(model: Path, folder: Path) -> Any:
+def expected_losses(model: Path, folder: Path) -> Any:
     """The saved model's losses on the named sets, without hf-grow's trainer."""
     tokenizer, plain = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     out = {}
@@ -567,7 +567,7 @@ def test_zero_init_and_alpha_zero_make_new_blocks_identity(tmp_path: Path, capsy
     baseline, first = (next(e["losses"] for e in events if e["event"] == kind) for kind in ("baseline", "evaluation"))
     assert first == pytest.approx(baseline, abs=1e-5)
     assert [e.get("alpha", 1.0) for e in events if e["event"] == "log"] == [0, 0.25, 0.5, 0.75, 1, 1]
-    assert found["end"] == losses_by_hand(tmp_path / "out", tmp_path)
+    assert found["end"] == expected_losses(tmp_path / "out", tmp_path)
     run(capsys, "train", recipe(tmp_path, model, monitor={"baseline": "source"}), "--overwrite")
     events = list(read_events(tmp_path / "out" / "events.jsonl"))
     baseline, first = (next(e["losses"] for e in events if e["event"] == kind) for kind in ("baseline", "evaluation"))
@@ -637,7 +637,7 @@ def test_moe_training_logs_expert_load(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_early_stopping_saves_best_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    losses_told(monkeypatch, "new", lambda step, _: {0: 9.0, 2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0}[step])
+    override_eval_loss(monkeypatch, "new", lambda step, _: {0: 9.0, 2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0}[step])
     path = recipe(tmp_path, grown(tmp_path), max_steps=40, eval_steps=2, save_steps=2, early_stopping_patience=2)
     found = run(capsys, "train", path)
     assert found["steps"] == 8
@@ -645,7 +645,7 @@ def test_early_stopping_saves_best_model(tmp_path: Path, capsys: pytest.CaptureF
     end, best, last = (load_file(tmp_path / "out" / f / "model.safetensors") for f in ("", "checkpoint-4", "checkpoint-8"))
     assert all(torch.equal(t, best[n]) for n, t in end.items())
     assert any(not torch.equal(t, last[n]) for n, t in end.items())
-    assert found["end"]["old"] == losses_by_hand(tmp_path / "out", tmp_path)["old"], "the last evaluation is of the best model"
+    assert found["end"]["old"] == expected_losses(tmp_path / "out", tmp_path)["old"], "the last evaluation is of the best model"
 
 
 def test_best_model_with_lora_restores_new_blocks(
@@ -653,7 +653,7 @@ def test_best_model_with_lora_restores_new_blocks(
 ) -> None:
     """Its new blocks train beside the adapters, and must come back with them."""
     model = grown(tmp_path)
-    losses_told(monkeypatch, "old", lambda step, _: {0: 3.0, 2: 3.5, 4: 2.8, 6: 3.1, 8: 3.3, 10: 3.4}[step])
+    override_eval_loss(monkeypatch, "old", lambda step, _: {0: 3.0, 2: 3.5, 4: 2.8, 6: 3.1, 8: 3.3, 10: 3.4}[step])
     path = recipe(tmp_path, model, max_steps=10, eval_steps=2, save_steps=2, learning_rate=0.1, lora={"r": 2},
                   load_best_model_at_end=True, metric_for_best_model="eval_forgetting", greater_is_better=False)  # fmt: skip
     run(capsys, "train", path)
@@ -673,8 +673,8 @@ def test_full_disk_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
 
     path = recipe(tmp_path, grown(tmp_path))
     monkeypatch.setattr(BaseGrowTrainer, "_save_optimizer_and_scheduler", full)
-    said = run(capsys, "train", path, status=1)["error"]
-    assert "disk" in said and "--resume" in said and "Traceback" not in said
+    output = run(capsys, "train", path, status=1)["error"]
+    assert "disk" in output and "--resume" in output and "Traceback" not in output
 
 
 def test_overwrite_and_resume_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -743,15 +743,19 @@ def test_fp16_overflow_is_no_instability(tmp_path: Path) -> None:
 def test_diverged_training_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights that are not finite never come back; no model is left that looks like a finished one."""
     path = recipe(tmp_path, grown(tmp_path), learning_rate=1e20, max_steps=30, save_steps=1)
-    said = run(capsys, "train", path, status=1)["error"]
-    assert "Training diverged: the weights are not finite after step" in said and "Lower learning_rate" in said and "Traceback" not in said
-    assert re.search(r"^Step \d+: (loss|grad_norm) (nan|inf) is unstable\.$", said, re.MULTILINE), said
+    output = run(capsys, "train", path, status=1)["error"]
+    assert (
+        "Training diverged: the weights are not finite after step" in output
+        and "Lower learning_rate" in output
+        and "Traceback" not in output
+    )
+    assert re.search(r"^Step \d+: (loss|grad_norm) (nan|inf) is unstable\.$", output, re.MULTILINE), output
     out = tmp_path / "out"
     assert not (out / "config.json").exists()
     found = list(read_events(out / "events.jsonl"))
     assert found[-1]["event"] == "reaction" and found[-2]["signal"] == "nonfinite" and found[-1]["step"] < 30
     kept = last_checkpoint(out)
-    assert kept is not None and kept.name in said
+    assert kept is not None and kept.name in output
 
 
 def test_si_saves_importances_for_the_next_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
