@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,15 +18,14 @@ from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.options import raise_errors
 from hf_grow.training.config.regularizer_options import PenaltyOptions
-from hf_grow.training.config.train_options import contradictions
+from hf_grow.training.config.train_options import contradictions, default_best_metric, missing_eval_set
 from hf_grow.training.data import TrainData
 from hf_grow.training.data.assemble import DataPart
 from hf_grow.training.data.packing import BATCH, IGNORED, DocumentEncoder, check_token_ids, split_sequences
 from hf_grow.training.distributed.launch import current_launch
 from hf_grow.training.grow_config import GrowConfig
-from hf_grow.training.setup.build import SetupHooks, make_parts, make_settings
+from hf_grow.training.setup.build import SetupHooks, add_early_stopping, make_parts, make_settings, merge_adapters
 from hf_grow.training.setup.launch_checks import launch_mistakes
-from hf_grow.training.setup.model_setup import load_model, weights_dtype
 from hf_grow.training.setup.option_checks import check_options, load_tokenizer, plan_of
 from hf_grow.training.setup.train_setup import TrainSetup
 from hf_grow.training.setup.warnings import warn
@@ -43,11 +43,14 @@ _MODEL_COLUMNS = ("input_ids", "labels", "attention_mask")
 class GrowTrainer(BaseGrowTrainer):
     """Trainer that takes from a model's growth.json (or ``plan``) what is new, and trains it by the settings of a GrowConfig.
 
-    ``model``: checkpoint folder or Hub id, loaded in float32, or a PreTrainedModel; then ``plan`` is the growth that it came from.
+    ``model``: checkpoint folder or Hub id, loaded in ``args.dtype``, or a PreTrainedModel; then ``plan`` is the growth that it came from.
     ``regularizer``: EWC(...), OnlineEWC(...), SI(...) or L2SP(...). ``train_dataset``: rows with input_ids, or a datasets.Dataset with a text
     column, which is tokenised and packed to seq_length. ``eval_dataset``: one, or a dict of named sets; forgetting is measured on ``old``.
-    Everything else is Trainer's. Checkpoints and what `save_model` writes hold growth.json. Raises InputError for what does not fit.
+    Everything else is Trainer's; ``optimizers`` must hold all parameters that train. Checkpoints and what `save_model` writes hold growth.json.
+    With ``args.lora`` they are adapters: `merge_and_unload` first for a whole model. Raises InputError for what does not fit.
     """
+
+    _merged = False
 
     def __init__(
         self,
@@ -63,6 +66,9 @@ class GrowTrainer(BaseGrowTrainer):
         **options: Any,
     ) -> None:
         notify = logging.getLogger("hf_grow").warning
+        if options.get("model_init") is not None:
+            raise InputError("GrowTrainer takes no model_init.", hint="Pass a checkpoint folder, a Hub id, or a model.")
+        args = copy(args)  # what depends on the datasets is filled in below
         setup = _check(model, args, plan, regularizer, processing_class, eval_dataset, notify)
         tokenizer = processing_class or _own_tokenizer(setup, train_dataset, eval_dataset)
         train = prepare_dataset(train_dataset, args, tokenizer, setup.vocabulary, remainder="drop")
@@ -75,11 +81,7 @@ class GrowTrainer(BaseGrowTrainer):
         data = TrainData(train, sets, tuple(_parts(train, sets)), cast("Collator", collator), setup.seq_length)
         if not sets:
             args.eval_on_start = False
-        if isinstance(model, PreTrainedModel):
-            parts = make_parts(setup, lambda: model, notify)
-        else:
-            dtype = weights_dtype("auto", setup.checkpoint)
-            parts = make_parts(setup, lambda: load_model(str(model), None, dtype, None, notify), notify)
+        parts = make_parts(setup, str(model) if isinstance(model, Path) else model, args.revision, notify)
         if args.should_save:
             setup.out.mkdir(parents=True, exist_ok=True)
         super().__init__(
@@ -93,6 +95,23 @@ class GrowTrainer(BaseGrowTrainer):
             hooks=SetupHooks(setup, parts.model, data, notify),
             **options,
         )
+        add_early_stopping(self, setup.options)
+        _check_optimizer(self.model, self.optimizer, self.lr_scheduler)
+
+    def merge_and_unload(self) -> Any:
+        """Merges the adapters of LoRA into the weights and returns the plain model, which `save_model` then writes. Training is over with this."""
+        if not hasattr(self.model, "peft_config"):
+            raise InputError("There are no adapters to merge.", hint="Set lora in GrowConfig, or call save_model at once.")
+        merge_adapters(self)
+        self._merged = True
+        return self.model
+
+    def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
+        if self._merged:
+            raise InputError(
+                "The adapters were merged: this model trains no further.", hint="Save it, and make a new GrowTrainer of the result."
+            )
+        return super().train(resume_from_checkpoint, **options)
 
 
 def _check(
@@ -107,9 +126,15 @@ def _check(
     if isinstance(model, str | Path):
         if plan is not None:
             raise InputError("plan belongs to a model in memory; that of a folder is its growth.json.", hint="Remove plan.")
-        checkpoint = open_source(str(model), weights=False, notify=notify)
+        checkpoint = open_source(str(model), revision=args.revision, weights=False, notify=notify)
         plan = plan_of(checkpoint)
     elif isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
+        loading = [k for k in ("revision", "attn_implementation") if getattr(args, k) is not None] + ["dtype"] * (args.dtype != "auto")
+        if loading:
+            raise InputError(
+                f"{', '.join(loading)}: would have no effect, because the model is in memory already.",
+                hint="Leave them out and set them in from_pretrained, or pass the checkpoint folder or Hub id.",
+            )
         info = describe_model(model)
         record = None if plan is None else plan.to_json()
         checkpoint = Checkpoint(info.ref, info.revision, info.config, {}, {}, growth=record)
@@ -121,6 +146,11 @@ def _check(
     given = _given_arguments(args)
     names = list(eval_dataset) if isinstance(eval_dataset, Mapping) else []
     errors = contradictions(options, given, names)
+    if not eval_dataset:
+        errors += missing_eval_set(options, given, "eval_dataset")
+    elif args.metric_for_best_model is None and _compares_models(args):
+        args.metric_for_best_model = default_best_metric(names) if names else "eval_loss"
+        args.greater_is_better = bool(args.greater_is_better)
     if options.monitor.on_instability == "rollback" and str(getattr(args.train_sampling_strategy, "value", "")) != "sequential":
         errors.append(
             "monitor.on_instability: rollback skips rows in their order. Shuffle the dataset, and set train_sampling_strategy='sequential'."
@@ -128,13 +158,47 @@ def _check(
     check_options(options, checkpoint, plan, processing_class, errors, notify)
     errors += launch_mistakes(current_launch(), options, args, resume=False)
     raise_errors("GrowTrainer", errors)
-    recorded = {**args.settings(), **({} if regularizer is None else {"regularizer": regularizer.non_defaults()}), **_as_json(given)}
+    recorded = {
+        **args.settings(),
+        **({} if args.revision is None else {"revision": args.revision}),
+        **({} if regularizer is None else {"regularizer": regularizer.non_defaults()}),
+        **_as_json(given),
+    }
     setup = TrainSetup(
         options, args, checkpoint, plan, processing_class, Path(args.output_dir), args.seq_length, recorded, given,
         save_tokenizer=processing_class is not None,
     )  # fmt: skip
     warn(setup, notify)
     return setup
+
+
+def _compares_models(args: GrowConfig) -> bool:
+    """Whether metric_for_best_model has a use."""
+    return (
+        bool(args.load_best_model_at_end or args.early_stopping_patience)
+        or args.save_strategy == "best"
+        or "plateau" in args.lr_scheduler_type
+    )
+
+
+def _check_optimizer(model: Any, optimizer: Any, scheduler: Any) -> None:
+    """Raises InputError if an optimizer or scheduler that was passed does not train what the GrowConfig says."""
+    if optimizer is None and scheduler is None:
+        return
+    hint = "Make it of the model that you pass, or pass optimizer_cls_and_kwargs=(torch.optim.AdamW, {'lr': 1e-4}) instead."
+    if optimizer is None or getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise InputError("The scheduler that was passed is of another optimizer.", hint="Pass both: optimizers=(optimizer, scheduler).")
+    names = {id(p): n for n, p in model.named_parameters()}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if foreign := sum(i not in names for i in held):
+        raise InputError(f"The optimizer that was passed holds {foreign} parameters that the model does not have.", hint=hint)
+    lacking = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if lacking:
+        lora = " Adapters are added by GrowTrainer, so no optimizer made before holds them." if hasattr(model, "peft_config") else ""
+        raise InputError(
+            f"The optimizer that was passed lacks {len(lacking)} parameters that train, such as {lacking[0]}.{lora}",
+            hint=hint if lora else "Add them, or say by train and freeze what trains.",
+        )
 
 
 def _given_arguments(args: TrainingArguments) -> dict[str, Any]:

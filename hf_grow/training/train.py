@@ -18,7 +18,7 @@ from hf_grow.convert.metadata import versions
 from hf_grow.errors import OutputError, SourceError
 from hf_grow.training.config.train_config import RecipeData
 from hf_grow.training.dry_run.dry_run import dry_run
-from hf_grow.training.setup.build import RecipeHooks, load_parts, make_recipe_trainer, read_texts
+from hf_grow.training.setup.build import RecipeHooks, make_parts, make_recipe_trainer, merge_adapters, read_texts
 from hf_grow.training.setup.provenance import recorded_settings
 from hf_grow.training.setup.recipe_checks import check_recipe, clear_output
 from hf_grow.training.setup.result_dtype import round_weights
@@ -84,7 +84,8 @@ def train(
         _check_same_run(setup, notify)
         if checkpoint is None:
             notify(f"{out} has no complete checkpoint yet; training starts from the beginning.")
-    parts, data = load_parts(setup, notify), read_texts(setup, notify)
+    parts = make_parts(setup, setup.recipe.model, setup.recipe.revision, notify)
+    data = read_texts(setup, notify)
     with arguments.main_process_first(desc="the output folder"):
         if arguments.should_save:
             if overwrite:
@@ -128,7 +129,7 @@ def _finish(trainer: BaseGrowTrainer, setup: TrainSetup, loss: float, seconds: f
         events.write("stop", step, reason=stopped)
     hooks.after_training = {"flops": trainer.state.total_flos, "train_loss": loss}
     if recipe.lora is not None:
-        hooks.model = trainer.model = trainer.model.merge_and_unload()
+        merge_adapters(trainer)
         _round_result(trainer)
     trainer.save_model(str(out))
     if trainer.growth.penalty is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, ValidationError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -23,8 +23,7 @@ from hf_grow.common.suggest import did_you_mean
 from hf_grow.errors import InputError
 from hf_grow.options import Options, nested_keys, unmet_requirements, validate
 from hf_grow.training.config.data_options import DataOptions
-from hf_grow.training.config.schedules import Positive
-from hf_grow.training.config.train_options import TrainOptions, contradictions
+from hf_grow.training.config.train_options import TrainOptions, contradictions, missing_eval_set
 
 
 class _ModelAndData(Options):
@@ -42,11 +41,6 @@ class _ModelAndData(Options):
 
 class TrainRecipe(TrainOptions, _ModelAndData):
     """hf-grow's keys of a training recipe."""
-
-    early_stopping_patience: Positive | None = None
-    """Stop when metric_for_best_model has not improved for this many evaluations."""
-    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
-    """Minimum change that counts as an improvement."""
 
 
 SET_BY_HF_GROW = {"output_dir": "output", "do_train": "", "do_eval": "", "do_predict": "", "local_rank": "", "remove_unused_columns": "", "train_sampling_strategy": "",
@@ -195,14 +189,8 @@ def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[s
         errors.append(f"dataloader_num_workers: streamed text cannot be read by {workers} workers. Use 1.")
     if recipe.data.streaming and recipe.distill and recipe.distill.top_k is not None:
         errors.append("distill.top_k: does not work with streaming; the teacher reads the text beforehand.")
-    for key, asked in (
-        ("load_best_model_at_end", arguments.get("load_best_model_at_end")),
-        ("save_strategy", arguments.get("save_strategy") == "best"),
-        ("eval_strategy", arguments.get("eval_strategy", "no") != "no"),
-        ("early_stopping_patience", recipe.early_stopping_patience),
-    ):
-        if asked and not recipe.data.eval:
-            errors.append(f"{key}: needs an evaluation set (data.eval).")
+    if not recipe.data.eval:
+        errors += missing_eval_set(recipe, arguments, "data.eval")
     metric = arguments.get("metric_for_best_model")
     names = {f"{name}_loss" for name in recipe.data.eval} | {"forgetting", *(("kl",) if recipe.kl_rows else ())}
     if isinstance(metric, str) and metric.removeprefix("eval_") not in names:

@@ -12,7 +12,7 @@ from hf_grow.training.config.distill_options import DistillOptions
 from hf_grow.training.config.lora_options import LoraOptions
 from hf_grow.training.config.monitor_options import MonitorOptions
 from hf_grow.training.config.regularizer_options import PenaltyOptions
-from hf_grow.training.config.schedules import AfterGrowth, NumberOfSteps, Parts, Phase, Warmup, as_list
+from hf_grow.training.config.schedules import AfterGrowth, NumberOfSteps, Parts, Phase, Positive, Warmup, as_list
 
 
 class MoeOptions(Options):
@@ -57,6 +57,10 @@ class TrainOptions(Options):
     """Dtype of the result. Default: auto, that of `model`; checkpoints to resume from keep the training's."""
     attn_implementation: str | None = None
     """sdpa, eager or flash_attention_2, as in from_pretrained."""
+    early_stopping_patience: Positive | None = None
+    """Stop when metric_for_best_model has not improved for this many evaluations."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """Minimum change that counts as an improvement."""
 
 
 def contradictions(options: TrainOptions, arguments: Mapping[str, Any], eval_sets: Collection[str]) -> list[str]:
@@ -84,3 +88,19 @@ def contradictions(options: TrainOptions, arguments: Mapping[str, Any], eval_set
     if options.lora and (options.train != ["everything"] or options.freeze or options.phases):
         errors.append("lora: determines what trains; remove train, freeze and phases.")
     return errors
+
+
+def default_best_metric(eval_sets: Collection[str]) -> str:
+    """metric_for_best_model where none is given: the loss of `new`, else of the first set."""
+    return f"eval_{'new' if 'new' in eval_sets else next(iter(eval_sets))}_loss"
+
+
+def missing_eval_set(options: TrainOptions, arguments: Mapping[str, Any], where: str) -> list[str]:
+    """What needs an evaluation set, one line each, where there is none. ``where``: the place that names the sets."""
+    asked = {
+        "load_best_model_at_end": arguments.get("load_best_model_at_end"),
+        "save_strategy": arguments.get("save_strategy") == "best",
+        "eval_strategy": arguments.get("eval_strategy", "no") != "no",
+        "early_stopping_patience": options.early_stopping_patience,
+    }
+    return [f"{key}: needs an evaluation set ({where})." for key, value in asked.items() if value]

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from hf_grow.training.config.train_config import STEPS_ONLY, tokens_per_step
 from hf_grow.training.data import Collator, TrainData
-from hf_grow.training.setup.build import load_parts, make_recipe_trainer
+from hf_grow.training.setup.build import make_parts, make_recipe_trainer
 from hf_grow.training.setup.recipe_checks import arguments_for
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
 from hf_grow.training.trainer.progress import Progress
@@ -74,7 +74,7 @@ def time_steps(checked: TrainSetup, notify: Notify, clock: Callable[[], float] =
     notify(f"Timing {TIMED_STEPS} steps of {tokens:,} random tokens, after one warm-up step ...")
     with tempfile.TemporaryDirectory(prefix="hf-grow-") as folder:
         short = _steps_only(checked, Path(folder))
-        parts, data = load_parts(short, notify), _random_rows(short)
+        parts, data = make_parts(short, short.recipe.model, short.recipe.revision, notify), _random_rows(short)
         trainer = make_recipe_trainer(short, parts, data, lambda message: None, lambda line: None)
         timer = StepTimer(clock, arguments.world_size == 1)
         trainer.remove_callback(Progress)

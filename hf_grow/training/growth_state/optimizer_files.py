@@ -14,6 +14,7 @@ from typing import Any
 
 from hf_grow.errors import SourceError
 from hf_grow.model.meta_model import trainer_param_groups
+from hf_grow.training.param_updates.updates import GROUP_KIND
 
 POSITIONS, NAMES = "optimizer.pt", "optimizer.bin"
 SCHEDULER, SCALER, TRAINER_STATE = "scheduler.pt", "scaler.pt", "trainer_state.json"
@@ -83,7 +84,8 @@ def by_position(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any], n
     return {"state": {i: state[n] for i, n in enumerate(flat) if n in state}, "param_groups": numbered}
 
 
-_PARAMETER_KEYS = ("params", "param_names", "name")
+_LABELS = ("param_names", "name", GROUP_KIND)
+_PARAMETER_KEYS = ("params", *_LABELS)
 """Keys of a group that describe its parameters, not their update."""
 
 
@@ -110,7 +112,7 @@ def load_optimizer(path: Path, model: Any, optimizer: Any) -> None:
         saved: dict[str, Any] = (
             {"state": state, "param_groups": groups} if path.name == NAMES else by_name(groups, state, _saved_names(groups, model, own))
         )
-        own_keys = [{k: g[k] for k in ("name", "param_names") if k in g} for g in optimizer.param_groups]
+        own_keys = [{k: g[k] for k in _LABELS if k in g} for g in optimizer.param_groups]
         if not sharded:
             loaded = by_position(saved["param_groups"], saved["state"], own)
             loaded["param_groups"] = [{**g, **keys} for g, keys in zip(loaded["param_groups"], own_keys, strict=True)]

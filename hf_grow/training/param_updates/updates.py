@@ -4,7 +4,7 @@ Adam is blind to the scale of a gradient, so scaling gradients cannot give some 
 (decay included) is linear in the learning rate, so scaling the *update* of some entries, p = p_old + s (p_new - p_old), is exactly a learning
 rate s times as large for them. s = 0 keeps them bit for bit: neither weight decay nor old moments move them.
 
-Parameters that are wholly new lie in parameter groups of their own, named "new" (`name_groups`), whose learning rate is multiplied in each step.
+Parameters that are wholly new lie in parameter groups of their own, of kind "new" (`name_groups`), whose learning rate is multiplied in each step.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module, Parameter
 
+GROUP_KIND = "hf_grow_kind"
+"""Key of a parameter group that `name_groups` made; not `name`, which an optimizer that the user passes may use."""
 NEW, OLD = "new", "old"
-"""Values of `name` in a parameter group."""
+"""Its values."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,14 @@ class ParamUpdates:
                 p.requires_grad_(False)
 
     def name_groups(self, model: Module, optimizer: Any) -> None:
-        """Splits parameter groups into one of old and one of wholly new parameters, each with its `name`."""
-        if any("name" in group for group in optimizer.param_groups):
+        """Splits parameter groups into one of old and one of wholly new parameters, told by GROUP_KIND."""
+        if any(GROUP_KIND in group for group in optimizer.param_groups):
             return
         names = {id(p): n for n, p in model.named_parameters()}
         groups: list[dict[str, Any]] = []
         self._unsplit = []
         for group in optimizer.param_groups:
-            own = {name: {**group, "name": name, "params": []} for name in (OLD, NEW)}
+            own = {kind: {**group, GROUP_KIND: kind, "params": []} for kind in (OLD, NEW)}
             order = []
             for p in group["params"]:
                 name = NEW if self._wholly_new(bare(names[id(p)])) else OLD
@@ -96,12 +98,12 @@ class ParamUpdates:
     def unsplit_groups(self, optimizer: Any, scheduler: Any) -> Iterator[None]:
         """While open, optimizer and scheduler have the groups that `name_groups` split: checkpoints hold Trainer's, which every tool can read."""
         split = list(optimizer.param_groups)
-        if not any("name" in group for group in split):
+        if not any(GROUP_KIND in group for group in split):
             yield
             return
         firsts = [first for first, _ in self._unsplit]
         merged = [{**split[first], "params": [split[g]["params"][at] for g, at in members]} for first, members in self._unsplit]
-        optimizer.param_groups[:] = [{k: v for k, v in group.items() if k != "name"} for group in merged]
+        optimizer.param_groups[:] = [{k: v for k, v in group.items() if k != GROUP_KIND} for group in merged]
         lists = {k: v for k, v in vars(scheduler).items() if isinstance(v, list) and len(v) == len(split)}
         vars(scheduler).update({k: [v[i] for i in firsts] for k, v in lists.items()})
         try:
@@ -164,7 +166,7 @@ class ParamUpdates:
                 self._hold(p, entries.scaled, factors.new)
         self._lr = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * (factors.all * (factors.new if group.get("name") == NEW else 1.0))
+            group["lr"] = group["lr"] * (factors.all * (factors.new if group.get(GROUP_KIND) == NEW else 1.0))
         self.step_lr = {p: g["lr"] for g in optimizer.param_groups for p in g["params"] if p.grad is not None}
 
     def _hold(self, p: Parameter, chosen: Selection, factor: float) -> None:

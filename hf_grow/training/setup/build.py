@@ -34,7 +34,9 @@ from hf_grow.training.trainer.state import GrowthSettings, TrainingHooks
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
+    from hf_grow.training.config.train_options import TrainOptions
     from hf_grow.training.data import TrainData
     from hf_grow.training.param_updates.residual_scale import ResidualScale
     from hf_grow.training.param_updates.updates import ParamUpdates
@@ -67,20 +69,17 @@ def read_texts(setup: TrainSetup, notify: Notify) -> TrainData:
     return data
 
 
-def load_parts(setup: TrainSetup, notify: Notify) -> ModelParts:
-    """Loads a recipe's model, and `make_parts` of it."""
-    options = setup.recipe
-    dtype = weights_dtype(options.dtype, setup.checkpoint)
-    return make_parts(setup, lambda: load_model(options.model, options.revision, dtype, options.attn_implementation, notify), notify)
+def make_parts(setup: TrainSetup, model: str | PreTrainedModel, revision: str | None, notify: Notify) -> ModelParts:
+    """``model``: folder or Hub id (with ``revision``), or a model in memory.
 
-
-def make_parts(setup: TrainSetup, load: Callable[[], Any], notify: Notify) -> ModelParts:
-    """``load``: gives the model with the weights that training starts from, also where a run is resumed: the penalty holds it near those."""
+    Its weights are those that training starts from, also where a run is resumed: the penalty holds it near those.
+    """
     from transformers import set_seed
 
     options, plan = setup.options, setup.plan
     set_seed(setup.arguments.seed)  # adapters are drawn before Trainer does this
-    model = load()
+    if isinstance(model, str):
+        model = load_model(model, revision, weights_dtype(options.dtype, setup.checkpoint), options.attn_implementation, notify)
     # Under ZeRO-3 the model that is loaded is in pieces without a shape.
     planned = plan_updates(meta_model(setup.checkpoint.info.config) if current_launch().sharing == "zero3" else model, plan, options)
     scale = make_residual_scale(model, planned.new_blocks, options)
@@ -205,11 +204,10 @@ def make_recipe_trainer(
     setup: TrainSetup, parts: ModelParts, data: TrainData, notify: Notify, show: Callable[[str], None]
 ) -> BaseGrowTrainer:
     """The trainer of a recipe. ``show`` gets the progress where there is no terminal."""
-    from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+    from transformers import PrinterCallback, ProgressCallback
 
     from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
-    recipe = setup.recipe
     hooks = RecipeHooks(setup, parts.model, data, notify, show)
     trainer = BaseGrowTrainer(
         model=parts.model,
@@ -223,6 +221,18 @@ def make_recipe_trainer(
     for replaced in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(replaced)
     trainer.add_callback(hooks.progress)
-    if recipe.early_stopping_patience:
-        trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience, recipe.early_stopping_threshold))
+    add_early_stopping(trainer, setup.options)
     return trainer
+
+
+def add_early_stopping(trainer: BaseGrowTrainer, options: TrainOptions) -> None:
+    from transformers import EarlyStoppingCallback
+
+    if options.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold))
+
+
+def merge_adapters(trainer: BaseGrowTrainer) -> None:
+    """Makes the trainer's LoRA model the plain model, its adapters merged into the weights."""
+    assert isinstance(trainer.hooks, SetupHooks)
+    trainer.hooks.model = trainer.model = trainer.model.merge_and_unload()

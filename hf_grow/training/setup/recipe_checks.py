@@ -17,6 +17,7 @@ from hf_grow.errors import InputError, OutputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.training.config.data_options import TextOptions
 from hf_grow.training.config.train_config import DEFAULTS, RecipeData, TrainRecipe, collect_mistakes, raise_mistakes
+from hf_grow.training.config.train_options import default_best_metric
 from hf_grow.training.data.sources import find_text
 from hf_grow.training.distributed import launch
 from hf_grow.training.setup.launch_checks import launch_mistakes
@@ -190,8 +191,7 @@ def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> T
     if recipe.early_stopping_patience:
         settings.setdefault("load_best_model_at_end", True)
     if recipe.data.eval and (settings.get("load_best_model_at_end") or settings.get("save_strategy") == "best"):
-        sets = list(recipe.data.eval)
-        settings.setdefault("metric_for_best_model", f"eval_{'new' if 'new' in sets else sets[0]}_loss")
+        settings.setdefault("metric_for_best_model", default_best_metric(recipe.data.eval))
         settings.setdefault("greater_is_better", False)
     try:
         made = TrainingArguments(**settings)

@@ -91,17 +91,21 @@ def test_in_memory_model_with_plan(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "growth.json").read_text())["training"]["steps"] == 6
 
 
+def silent(out: Path, **settings: Any) -> GrowConfig:
+    return config(out, **{"eval_strategy": "no", **settings})
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
-    "part": (lambda f, d: GrowTrainer(f, config(f.parent / "o", train="heads"), train_dataset=d), "there is no part 'heads'"),
+    "part": (lambda f, d: GrowTrainer(f, silent(f.parent / "o", train="heads"), train_dataset=d), "there is no part 'heads'"),
     "arguments": (lambda f, d: GrowTrainer(f, TrainingArguments("o"), train_dataset=d), "needs a GrowConfig"),
-    "no data": (lambda f, d: GrowTrainer(f, config(f.parent / "o", eval_strategy="no")), "train_dataset"),
-    "column": (lambda f, d: GrowTrainer(f, config(f.parent / "o", text_field="body"), train_dataset=d), "column 'body'"),
-    "fisher": (lambda f, d: GrowTrainer(f, config(f.parent / "o"), train_dataset=d, regularizer=EWC("none.safetensors")), "none.safetensors"),
-    "regularizer": (lambda f, d: GrowTrainer(f, config(f.parent / "o"), train_dataset=d, regularizer="ewc"), "EWC"),
+    "no data": (lambda f, d: GrowTrainer(f, silent(f.parent / "o")), "train_dataset"),
+    "column": (lambda f, d: GrowTrainer(f, silent(f.parent / "o", text_field="body"), train_dataset=d), "column 'body'"),
+    "fisher": (lambda f, d: GrowTrainer(f, silent(f.parent / "o"), train_dataset=d, regularizer=EWC("none.safetensors")), "none.safetensors"),
+    "regularizer": (lambda f, d: GrowTrainer(f, silent(f.parent / "o"), train_dataset=d, regularizer="ewc"), "EWC"),
     "twice": (lambda f, d: config(f.parent / "o", new_lr=2, warmup={"lr": 3}), "same setting"),
     "key": (lambda f, d: config(f.parent / "o", monitor={"treshold": 3}), "treshold: unknown key"),
     "transformers": (lambda f, d: config(f.parent / "o", eval_strategy="sometimes"), "sometimes"),
-    "rollback": (lambda f, d: GrowTrainer(f, config(f.parent / "o", monitor={"on_instability": "rollback"}, train_sampling_strategy="random"),
+    "rollback": (lambda f, d: GrowTrainer(f, silent(f.parent / "o", monitor={"on_instability": "rollback"}, train_sampling_strategy="random"),
                                           train_dataset=d), "sequential"),
 }  # fmt: skip
 
