@@ -31,7 +31,7 @@ from hf_grow.training.config.fisher_options import FisherFileOptions, FisherOpti
 from hf_grow.training.config.train_config import collect_mistakes, raise_mistakes
 from hf_grow.training.data.source_model import load_with_tokenizer
 from hf_grow.training.data.sources import find_text
-from hf_grow.training.param_updates.param_provenance import check_fits
+from hf_grow.training.param_updates.param_provenance import check_plan_matches
 from hf_grow.training.regularizers.build import make_penalty
 from hf_grow.training.regularizers.fisher import (
     by_names_on_disk,
@@ -151,7 +151,7 @@ def _map_fisher(checkpoint: Checkpoint, source_file: Path, options: FisherOption
     if checkpoint.growth is None:
         raise InputError(f"{checkpoint.ref} has no growth.json.", hint="--from-growth needs a model that hf-grow made.")
     plan = GrowthPlan.from_json(checkpoint.growth)
-    check_fits(plan, checkpoint)
+    check_plan_matches(plan, checkpoint)
     source = open_importance(source_file)
     check_importance_of_source(source, plan, checkpoint)
     metadata = {

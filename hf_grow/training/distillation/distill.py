@@ -21,19 +21,19 @@ Teacher = Callable[["Tensor"], tuple["Tensor", "Tensor | None"]]
 """Input ids [B, L] -> logits [B, L, V] and None, or logits [B, L, k] and their token ids [B, L, k]."""
 
 
-def check_teacher(name: str, vocabulary: int, own: int, same_tokenizer: bool | None) -> None:
+def check_teacher(name: str, vocabulary: int, student_vocabulary: int, same_tokenizer: bool | None) -> None:
     """Raises InputError unless the logits of a teacher and of the model are of the same tokens.
 
-    ``vocabulary``, ``own``: vocabulary sizes of teacher and model; ``same_tokenizer``: None if unknown.
+    ``vocabulary``, ``student_vocabulary``: sizes; ``same_tokenizer``: None if unknown.
     """
-    if vocabulary != own:
+    if vocabulary != student_vocabulary:
         raise InputError(
-            f"Teacher {name} has a vocabulary of {vocabulary} tokens, the model one of {own}; their logits cannot be compared.",
+            f"Teacher {name} has a vocabulary of {vocabulary} tokens, but the model has {student_vocabulary}.",
             hint="Use a teacher with the same tokenizer, such as the source of the growth.",
         )
     if same_tokenizer is False:
         raise InputError(
-            f"Teacher {name} has another tokenizer: its token ids mean other tokens.", hint="Use a teacher with the same tokenizer."
+            f"Teacher {name} has a different tokenizer, so its token ids differ.", hint="Use a teacher with the same tokenizer."
         )
 
 

@@ -53,16 +53,16 @@ class _SummedKLDivergence(torch.autograd.Function):
                 total += (kl_divergence(student[chunk], teacher[chunk], temperature, ids)[:, None] * weight).sum()
                 if gradient is None:
                     continue
-                slope = (student[chunk].to(dtype) / temperature).softmax(-1)
+                grad_chunk = (student[chunk].to(dtype) / temperature).softmax(-1)
                 p = (teacher[chunk].to(dtype) / temperature).softmax(-1)
-                slope = slope.sub_(p) if ids is None else slope.scatter_add_(-1, ids, -p)
-                gradient[chunk] = slope.mul_(temperature * weight)
+                grad_chunk = grad_chunk.sub_(p) if ids is None else grad_chunk.scatter_add_(-1, ids, -p)
+                gradient[chunk] = grad_chunk.mul_(temperature * weight)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * above.to(gradient.dtype), None, None, None, None
+        return gradient * grad_output.to(gradient.dtype), None, None, None, None

@@ -35,7 +35,7 @@ class LogitCache:
             self.token_ids = np.load(folder / "chosen.npy", mmap_mode="r", allow_pickle=False)
         except (SourceError, OSError, ValueError) as error:
             raise InputError(
-                f"The teacher's logits in {folder} cannot be read: {error}.", hint="Remove the folder; they are computed again."
+                f"The teacher's logits in {folder} cannot be read: {error}.", hint="Delete the folder; the logits are then computed again."
             ) from None
         self.folder = folder
         self.index = {bytes(key): i for i, key in enumerate(keys)}
@@ -48,7 +48,8 @@ class LogitCache:
             rows = [self.index[hash_row(row)] for row in input_ids.cpu().numpy()]
         except KeyError:
             raise ExecutionError(
-                f"{self.folder} has no logits for a training row.", hint="The data changed since they were computed: remove the folder."
+                f"{self.folder} has no logits for a training row.",
+                hint="The data changed since: delete the folder to compute the logits again.",
             ) from None
         logits, token_ids = np.stack([self.logits[r] for r in rows]), np.stack([self.token_ids[r] for r in rows])
         return torch.from_numpy(logits).to(input_ids.device), torch.from_numpy(token_ids).to(input_ids.device, torch.int64)
@@ -95,7 +96,7 @@ def write_logit_cache(
         if {key: cache.meta.get(key) for key in meta} == meta:
             return cache
         raise InputError(
-            f"{folder} holds logits of another teacher, other data or other settings.", hint="Remove it, or set another `distill.cache`."
+            f"{folder} contains logits of another teacher, other data or other settings.", hint="Delete it, or set another `distill.cache`."
         )
     shape = (len(rows), len(rows[0]["input_ids"]), k)
     partial = folder.with_name(folder.name + ".partial")

@@ -42,31 +42,31 @@ def _plain(mask: Tensor) -> Mask:
 
 
 def select(
-    names: Iterable[str], parts: Mapping[str, Mapping[str, Mask]], chosen: Sequence[str], *, but: Sequence[str] = ()
+    names: Iterable[str], parts: Mapping[str, Mapping[str, Mask]], included: Sequence[str], *, excluded: Sequence[str] = ()
 ) -> dict[str, Mask]:
-    """For every parameter, the mask of entries in one of the parts `chosen` and in none of `but`.
+    """For every parameter, the mask of entries in one of the parts `included` and in none of `excluded`.
 
-    ``everything`` is a part too. Raises InputError for a part that there is not, or where nothing is left.
+    ``everything`` is a part too. Raises InputError for an unknown part, or if no entry is left.
     """
-    every = list(names)
-    known = {EVERYTHING: dict.fromkeys(every, True), **parts}
-    unknown = [p for p in (*chosen, *but) if p not in known]
+    all_names = list(names)
+    known = {EVERYTHING: dict.fromkeys(all_names, True), **parts}
+    unknown = [p for p in (*included, *excluded) if p not in known]
     if unknown:
-        raise InputError(f"There is no part {unknown[0]!r} to train or freeze.", hint=f"Parts: {', '.join(known)}.")
-    out: dict[str, Mask] = {}
-    for name in every:
+        raise InputError(f"Unknown part {unknown[0]!r}.", hint=f"Parts: {', '.join(known)}.")
+    masks: dict[str, Mask] = {}
+    for name in all_names:
         mask: Mask = False
-        for part in chosen:
+        for part in included:
             mask = either(mask, known[part].get(name, False))
-        for part in but:
+        for part in excluded:
             mask = both(mask, inverse(known[part].get(name, False)))
-        out[name] = mask
-    if not any(mask is not False for mask in out.values()):
-        left_out = f" without {', '.join(but)}" if but else ""
+        masks[name] = mask
+    if not any(mask is not False for mask in masks.values()):
+        remainder = f" outside {', '.join(excluded)}" if excluded else ""
         raise InputError(
-            f"Nothing would train: this model has no {' or '.join(chosen)}{left_out}.", hint="Was it grown, and by which method?"
+            f"Nothing would train: this model has no {' or '.join(included)}{remainder}.", hint="Was it grown, and by which method?"
         )
-    return out
+    return masks
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def local_mask(mask: Tensor, like: Tensor) -> Tensor:
 class Selection:
     """The masked entries of a tensor, stored as row or column indices where whole rows or columns are masked: smaller than a mask.
 
-    Where it does not, the whole tensor is taken: gathering single entries takes many times as long as copying them all.
+    Elsewhere the whole tensor is taken: gathering single entries takes many times as long as copying them all.
     """
 
     def __init__(self, mask: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Which parameters, and which of their rows, are new in a grown model, according to its growth plan.
 
-New is what reads no source (a router, a pad), what repeats a source that stands first elsewhere (later copies of rows, of heads, of experts,
-of whole layers), and every block that growth added. The rest is inherited. Under AKI rows taken from the layer above are new as well.
+New are entries without a source (routers, padding), later copies of a source entry (rows, heads, experts, whole layers), and every block that growth
+added. The rest is inherited. Under AKI rows taken from the layer above are new as well.
 Masks are by the names in memory: False where all of a parameter is inherited, True where all of it is new, else a bool tensor of its shape.
 """
 
@@ -40,15 +40,15 @@ def load_plan(folder: Path) -> GrowthPlan | None:
     return GrowthPlan.from_json(read_json(path, "")) if path.is_file() else None
 
 
-def check_fits(plan: GrowthPlan, checkpoint: Checkpoint) -> None:
+def check_plan_matches(plan: GrowthPlan, checkpoint: Checkpoint) -> None:
     """Raises InputError if the tensors in growth.json are not those of the checkpoint."""
-    here = {n: tuple(t.shape) for n, t in checkpoint.tensors.items() if n in checkpoint.info.architecture.tensors}
-    there = {n: tuple(plan.targets[n].shape) for n in plan.architecture.tensors}
-    if here != there:
-        odd = sorted(n for n in here.keys() | there.keys() if here.get(n) != there.get(n))
+    stored = {n: tuple(t.shape) for n, t in checkpoint.tensors.items() if n in checkpoint.info.architecture.tensors}
+    planned = {n: tuple(plan.targets[n].shape) for n in plan.architecture.tensors}
+    if stored != planned:
+        differing = sorted(n for n in stored.keys() | planned.keys() if stored.get(n) != planned.get(n))
         raise InputError(
-            f"growth.json is of another model: {len(odd)} tensors differ, such as {odd[0]}.",
-            hint="Remove it to take the model for one that was not grown, or copy the right one.",
+            f"growth.json belongs to another model: {len(differing)} tensors differ, such as {differing[0]}.",
+            hint="Copy the right one, or remove it to train the model as one that was not grown.",
         )
 
 
@@ -59,13 +59,16 @@ def new_masks(model: PreTrainedModel, plan: GrowthPlan | None) -> dict[str, Mask
 
 def new_on_disk(plan: GrowthPlan) -> dict[str, Mask]:
     """The same by names on disk, without a model. Equal layers share their masks: one byte per weight would be 13 GB for 13B."""
-    claims: dict[str, list[Indices]] = {}
-    made: dict[Any, Mask] = {}
-    return {name: _mask(plan, name, claims, made) for name in plan.targets}
+    claimed: dict[str, list[Indices]] = {}
+    cache: dict[Any, Mask] = {}
+    return {name: _mask(plan, name, claimed, cache) for name in plan.targets}
 
 
-def _mask(plan: GrowthPlan, name: str, claims: dict[str, list[Indices]], made: dict[Any, Mask]) -> Mask:
-    """``made``: cache of masks by the vectors they are computed from, which are the same in equal layers."""
+def _mask(plan: GrowthPlan, name: str, claimed: dict[str, list[Indices]], cache: dict[Any, Mask]) -> Mask:
+    """The mask of one tensor.
+
+    ``claimed``: blocks of each source tensor that earlier tensors hold. ``cache``: masks by the vectors they are computed from.
+    """
     import torch
 
     from hf_grow.growth.entry_provenance import trace
@@ -79,18 +82,18 @@ def _mask(plan: GrowthPlan, name: str, claims: dict[str, list[Indices]], made: d
         if origin is not None and _layer(plan, piece.source) not in (-1, *origin.sources):
             continue
         first = piece.first()
-        earlier = claims.setdefault(piece.source, [])
-        overlaps = [tuple(torch.isin(index, taken) for index, taken in zip(piece.index, claim, strict=True)) for claim in earlier]
+        earlier = claimed.setdefault(piece.source, [])
+        overlaps = [tuple(torch.isin(a, b) for a, b in zip(piece.index, block, strict=True)) for block in earlier]
         steps.append((first, [o for o in overlaps if all(bool(v.any()) for v in o)]))
         earlier.append(tuple(index[kept] for index, kept in zip(piece.index, first, strict=True)))
     key = tuple(tuple(v.numpy().tobytes() for v in vectors) for first, overlaps in steps for vectors in (first, *overlaps))
     sizes = tuple(len(overlaps) for _, overlaps in steps)
-    if (sizes, key) not in made:
-        made[sizes, key] = _outside(steps)
-    return made[sizes, key]
+    if (sizes, key) not in cache:
+        cache[sizes, key] = _new_entries(steps)
+    return cache[sizes, key]
 
 
-def _outside(steps: Sequence[tuple[Indices, Sequence[Indices]]]) -> Mask:
+def _new_entries(steps: Sequence[tuple[Indices, Sequence[Indices]]]) -> Mask:
     """Entries outside the first blocks, minus overlaps with them."""
     from hf_grow.growth.entry_provenance import outer
 
@@ -112,22 +115,22 @@ def _layer(plan: GrowthPlan, key: str) -> int:
     return source.architecture.tensors[name].layer
 
 
-class _Shared:
-    """Returns one shared tensor for equal masks; it must not be changed."""
+class _MaskPool:
+    """Returns the same tensor for equal masks; it must not be changed."""
 
     def __init__(self) -> None:
-        self.known: dict[tuple[int, ...], list[Tensor]] = {}
+        self.pool: dict[tuple[int, ...], list[Tensor]] = {}
 
     def __call__(self, mask: Mask) -> Mask:
         import torch
 
         if isinstance(mask, bool):
             return mask
-        alike = self.known.setdefault(tuple(mask.shape), [])
-        for other in alike:
+        candidates = self.pool.setdefault(tuple(mask.shape), [])
+        for other in candidates:
             if torch.equal(mask, other):
                 return other
-        alike.append(mask)
+        candidates.append(mask)
         return mask
 
 
@@ -135,33 +138,33 @@ def _in_memory(model: PreTrainedModel, on_disk: Mapping[str, Mask]) -> dict[str,
     """Masks by names on disk -> by names in memory."""
     import torch
 
-    found: dict[str, list[tuple[str, Mask]]] = {}
-    where = parameter_map(model)
-    for name, place in where.items():
+    by_parameter: dict[str, list[tuple[str, Mask]]] = {}
+    rows = parameter_map(model)
+    for name, row_range in rows.items():
         if name not in on_disk:
-            raise InputError(f"The growth plan knows no tensor {name}.", hint="Is its growth.json that of another model?")
-        found.setdefault(place.parameter, []).append((name, on_disk[name]))
+            raise InputError(f"The growth plan has no tensor {name}.", hint="Check that growth.json belongs to this model.")
+        by_parameter.setdefault(row_range.parameter, []).append((name, on_disk[name]))
     shapes = {bare(n): p.shape for n, p in model.named_parameters()}
-    out: dict[str, Mask] = {}
-    fused = _Shared()
-    for parameter, members in found.items():
+    masks: dict[str, Mask] = {}
+    shared = _MaskPool()
+    for parameter, members in by_parameter.items():
         if len(members) == 1 and not isinstance(members[0][1], bool) and members[0][1].shape == shapes[parameter]:
-            out[parameter] = members[0][1]
+            masks[parameter] = members[0][1]
             continue
         if all(m is members[0][1] and isinstance(m, bool) for _, m in members):
-            out[parameter] = members[0][1]
+            masks[parameter] = members[0][1]
             continue
-        whole = torch.zeros(shapes[parameter], dtype=torch.bool)
+        full = torch.zeros(shapes[parameter], dtype=torch.bool)
         for name, mask in members:
-            part = where[name].of(whole)
+            part = rows[name].of(full)
             if not isinstance(mask, bool) and mask.shape != part.shape:
                 raise InputError(
-                    f"{name} has shape {list(part.shape)} here, {list(mask.shape)} in the growth plan.",
-                    hint="Is its growth.json that of another model?",
+                    f"{name} has shape {list(part.shape)} in the model, but {list(mask.shape)} in the growth plan.",
+                    hint="Check that growth.json belongs to this model.",
                 )
             part.copy_(torch.as_tensor(mask))
-        out[parameter] = fused(whole)
-    return out
+        masks[parameter] = shared(full)
+    return masks
 
 
 def parts(model: PreTrainedModel, plan: GrowthPlan | None) -> dict[str, dict[str, Mask]]:
@@ -171,28 +174,28 @@ def parts(model: PreTrainedModel, plan: GrowthPlan | None) -> dict[str, dict[str
     """
     entries = Architecture(model.config.to_dict()).tensors if plan is None else plan.architecture.tensors
     new: dict[str, Mask] = new_on_disk(plan) if plan is not None else dict.fromkeys(entries, False)
-    opposite = {id(m): inverse(m) for m in new.values()}
-    old = {name: opposite[id(m)] for name, m in new.items()}
+    inverses = {id(m): inverse(m) for m in new.values()}  # shared like the masks
+    old = {name: inverses[id(m)] for name, m in new.items()}
     added = [o.new or o.identity for o in plan.growth.layers] if plan is not None else []
 
-    def chosen(where: Mapping[str, bool], masks: Mapping[str, Mask] | None = None) -> dict[str, Mask]:
-        masked = {n: (True if masks is None else masks[n]) if inside else False for n, inside in where.items()}
+    def part(members: Mapping[str, bool], masks: Mapping[str, Mask] | None = None) -> dict[str, Mask]:
+        masked = {n: (True if masks is None else masks[n]) if member else False for n, member in members.items()}
         return {n: m for n, m in _in_memory(model, masked).items() if m is not False}
 
-    every = dict.fromkeys(entries, True)
+    all_tensors = dict.fromkeys(entries, True)
     expert = {n: e.expert >= 0 for n, e in entries.items()}
     kinds = {n: _kind(e) for n, e in entries.items()}
     tied = "lm_head.weight" not in entries
     return {
-        "new": chosen(every, new),
-        "old": chosen(every, old),
-        "new_layers": chosen({n: e.layer >= 0 and bool(added) and added[e.layer] for n, e in entries.items()}),
-        "routers": chosen({n: k == "router" for n, k in kinds.items()}),
-        "new_experts": chosen(expert, new),
-        "old_experts": chosen(expert, old),
-        "embeddings": chosen({n: k == "embedding" for n, k in kinds.items()}),
-        "norms": chosen({n: k == "norm" for n, k in kinds.items()}),
-        "head": chosen({n: k == "head" or (tied and k == "embedding") for n, k in kinds.items()}),
+        "new": part(all_tensors, new),
+        "old": part(all_tensors, old),
+        "new_layers": part({n: e.layer >= 0 and bool(added) and added[e.layer] for n, e in entries.items()}),
+        "routers": part({n: k == "router" for n, k in kinds.items()}),
+        "new_experts": part(expert, new),
+        "old_experts": part(expert, old),
+        "embeddings": part({n: k == "embedding" for n, k in kinds.items()}),
+        "norms": part({n: k == "norm" for n, k in kinds.items()}),
+        "head": part({n: k == "head" or (tied and k == "embedding") for n, k in kinds.items()}),
     }
 
 

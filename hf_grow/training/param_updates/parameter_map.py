@@ -46,7 +46,7 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameter_map(model: PreTrainedModel) -> dict[str, ParameterRows]:
-    """Name on disk -> its place, for every parameter of `model` (not wrapped; on any device, meta too).
+    """Name on disk -> rows, for every parameter of `model` (not wrapped; on any device, meta too).
 
     Raises ExecutionError if transformers stores a parameter in another way than by rows.
     """
@@ -54,13 +54,13 @@ def parameter_map(model: PreTrainedModel) -> dict[str, ParameterRows]:
 
     from hf_grow.convert.in_memory import disk_names
 
-    found: dict[str, ParameterRows] = {}
+    rows: dict[str, ParameterRows] = {}
     for name, p in model.named_parameters():
         numbered = torch.arange(p.numel()) if p.dim() == 1 else torch.arange(p.numel() // p.shape[-1]).view(*p.shape[:-1], 1)
         for on_disk, numbers in disk_names(model, {name: numbered}).items():
             flat = numbers.reshape(-1)
             start = int(flat[0])
             if not torch.equal(flat, torch.arange(start, start + flat.numel())):
-                raise ExecutionError(f"{on_disk} is stored in an order that this version of hf-grow does not know.")
-            found[on_disk] = ParameterRows(bare(name), start, start + flat.numel())
-    return found
+                raise ExecutionError(f"{on_disk} does not hold consecutive rows of {name}; hf-grow does not support this layout.")
+            rows[on_disk] = ParameterRows(bare(name), start, start + flat.numel())
+    return rows

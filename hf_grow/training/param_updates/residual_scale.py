@@ -25,7 +25,7 @@ class ResidualScale:
         self.layers = {i: layers[i] for i in blocks}
         self.alpha = 1.0
         self._hooks: list[Any] = []
-        self._shares: list[Tensor] = []
+        self._scales: list[Tensor] = []
 
     def set(self, alpha: float) -> None:
         """A new alpha for all of them, from the next forward pass on."""
@@ -33,8 +33,8 @@ class ResidualScale:
         if alpha == 1.0:
             self._remove()
         elif self._hooks:
-            for share in self._shares:
-                share.fill_(alpha)
+            for scale in self._scales:
+                scale.fill_(alpha)
         else:
             self._hooks = [self._hook(layer, alpha) for layer in self.layers.values()]
 
@@ -42,29 +42,29 @@ class ResidualScale:
         import torch
 
         # A tensor, not a number: a compiled forward would be compiled again for every number.
-        share = torch.tensor(alpha, device=next(layer.parameters()).device)
-        self._shares.append(share)
+        scale = torch.tensor(alpha, device=next(layer.parameters()).device)
+        self._scales.append(scale)
 
         def blend(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            came = args[0] if args else kwargs["hidden_states"]
-            went = output[0] if isinstance(output, tuple) else output
-            mixed = came + (went - came) * share.to(went.dtype)
-            return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+            block_input = args[0] if args else kwargs["hidden_states"]
+            block_output = output[0] if isinstance(output, tuple) else output
+            blended = block_input + (block_output - block_input) * scale.to(block_output.dtype)
+            return (blended, *output[1:]) if isinstance(output, tuple) else blended
 
         return layer.register_forward_hook(blend, with_kwargs=True)
 
     def _remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._shares = [], []
+        self._hooks, self._scales = [], []
 
     @contextmanager
     def without(self, block: int) -> Iterator[None]:
         """The model without what one block adds, for as long as the context is open."""
-        share_count = len(self._shares)
+        scale_count = len(self._scales)
         hook = self._hook(self.layers[block], 0.0)
         try:
             yield
         finally:
             hook.remove()
-            del self._shares[share_count:]
+            del self._scales[scale_count:]

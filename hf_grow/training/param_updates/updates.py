@@ -36,13 +36,13 @@ class LrFactors:
 
 
 @dataclass(frozen=True)
-class _Entries:
-    """What happens to one parameter in one phase, with its masks as a step needs them."""
+class _Selections:
+    """The entries of one parameter that a step of one phase restores, masks or scales."""
 
     frozen: bool
-    """None of it trains."""
+    """No entry trains."""
     kept: Selection | None
-    """Entries that stay as they are."""
+    """Entries that do not train in this phase."""
     untrained: Selection | None
     """Entries that train in no phase: they get no gradient either."""
     scaled: Selection | None
@@ -59,7 +59,7 @@ class ParamUpdates:
     def __init__(self, trains: Mapping[str, Mask], new: Mapping[str, Mask], phases: Sequence[Mapping[str, Mask]] = ()) -> None:
         self.trains, self.new = dict(trains), dict(new)
         self.phases = [{n: both(self.trains[n], phase[n]) for n in self.trains} for phase in phases]
-        self._entries: dict[tuple[str, int | None], _Entries] = {}
+        self._cache: dict[tuple[str, int | None], _Selections] = {}
         self._held: list[tuple[Tensor, Selection, Tensor, float]] = []
         self._lr: list[float] | None = None
         self._unsplit: list[tuple[int, list[tuple[int, int]]]] = []
@@ -117,75 +117,75 @@ class ParamUpdates:
         trains, new = self.trains.get(name, True), self.new.get(name, False)
         return both(new, trains) is not False and either(inverse(trains), new) is True
 
-    def _of(self, name: str, p: Parameter, phase: int | None) -> _Entries:
-        """Made once for each phase: masks of a large model are not worked through at every step."""
+    def _selections(self, name: str, p: Parameter, phase: int | None) -> _Selections:
+        """Computed once for each phase."""
         key = (name, phase)
-        if key not in self._entries:
-            now = (self.trains if phase is None else self.phases[phase]).get(name, True)
+        if key not in self._cache:
+            trains_now = (self.trains if phase is None else self.phases[phase]).get(name, True)
             new = self.new.get(name, False)
 
-            def entries(mask: Mask) -> Selection | None:
+            def selection(mask: Mask) -> Selection | None:
                 return None if isinstance(mask, bool) else Selection(local_mask(mask, p.data))
 
-            self._entries[key] = _Entries(
-                frozen=now is False,
-                kept=entries(inverse(now)),
-                untrained=entries(inverse(self.trains.get(name, True))),
-                scaled=None if self._wholly_new(name) else entries(both(new, now)),
+            self._cache[key] = _Selections(
+                frozen=trains_now is False,
+                kept=selection(inverse(trains_now)),
+                untrained=selection(inverse(self.trains.get(name, True))),
+                scaled=None if self._wholly_new(name) else selection(both(new, trains_now)),
             )
-        return self._entries[key]
+        return self._cache[key]
 
     def mask_gradients(self, model: Module, phase: int | None) -> None:
-        """Drops the gradients of what does not train in this phase: it neither moves nor counts when the norm is clipped.
+        """Drops the gradients of parameters that do not train in this phase, so that they do not count in gradient clipping.
 
-        A tensor that is frozen in part for good loses those entries. In a mere phase it keeps them for its moments: a zero second moment beside an
-        old step count would make its first updates several times too large.
+        Of a parameter that is partly frozen throughout, those entries are zeroed. Entries frozen in this phase only keep their gradients for Adam's
+        moments: a zero second moment with a large step count would make the first updates several times too large.
         """
         import torch
 
         for name, p in parameters(model).items():
             if p.grad is None:
                 continue
-            entries = self._of(name, p, phase)
-            if entries.frozen:
+            selections = self._selections(name, p, phase)
+            if selections.frozen:
                 p.grad = None
-            elif entries.untrained is not None:
+            elif selections.untrained is not None:
                 gradient = local(p.grad)
-                entries.untrained.put(gradient, torch.zeros_like(entries.untrained.take(gradient)))
+                selections.untrained.put(gradient, torch.zeros_like(selections.untrained.take(gradient)))
 
     def before_step(self, model: Module, optimizer: Any, phase: int | None, factors: LrFactors) -> None:
         """Multiplies learning rates, and copies the entries whose update will be scaled or undone."""
-        assert not self._held and self._lr is None, "two steps at once"
+        assert not self._held and self._lr is None, "before_step was called twice without after_step"
         for name, p in parameters(model).items():
             if p.grad is None:
                 continue
-            entries = self._of(name, p, phase)
-            if entries.kept is not None:
-                self._hold(p, entries.kept, 0.0)
-            if entries.scaled is not None and factors.new != 1.0:
-                self._hold(p, entries.scaled, factors.new)
+            selections = self._selections(name, p, phase)
+            if selections.kept is not None:
+                self._hold(p, selections.kept, 0.0)
+            if selections.scaled is not None and factors.new != 1.0:
+                self._hold(p, selections.scaled, factors.new)
         self._lr = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * (factors.all * (factors.new if group.get(GROUP_KIND) == NEW else 1.0))
         self.step_lr = {p: g["lr"] for g in optimizer.param_groups for p in g["params"] if p.grad is not None}
 
-    def _hold(self, p: Parameter, chosen: Selection, factor: float) -> None:
+    def _hold(self, p: Parameter, selection: Selection, factor: float) -> None:
         values = local(p.data)
-        self._held.append((values, chosen, chosen.take(values), factor))
+        self._held.append((values, selection, selection.take(values), factor))
 
     def after_step(self, optimizer: Any) -> None:
         """Restores learning rates, and scales or undoes the updates of the entries that were copied."""
         for group, lr in zip(optimizer.param_groups, self._lr or (), strict=True):
             group["lr"] = lr
         self._lr = None
-        for values, chosen, old, factor in self._held:
-            now = values if chosen.dim < 0 else chosen.take(values)
-            chosen.put(values, old.lerp_(now, factor) if factor else old)
+        for values, selection, old, factor in self._held:
+            updated = values if selection.dim < 0 else selection.take(values)
+            selection.put(values, old.lerp_(updated, factor) if factor else old)
         self._held.clear()
         self.step_lr = {}
 
     def describe(self, model: Module) -> list[tuple[str, int, int]]:
-        """(kind, tensors, parameters) of old, new, partly new and frozen parameters, for people."""
+        """(kind, tensors, parameters) of old, new, partly new and frozen parameters, for display."""
         counts: dict[str, list[int]] = {}
         for name, p in parameters(model).items():
             trains, new = self.trains.get(name, True), self.new.get(name, False)
@@ -194,10 +194,10 @@ class ParamUpdates:
                 kind = f"{kind}, frozen"
             elif trains is not True:
                 kind = f"{kind}, partly frozen"
-            entry = counts.setdefault(kind, [0, 0])
-            entry[0] += 1
-            entry[1] += p.numel()
-        return [(kind, *found) for kind, found in counts.items()]  # type: ignore[misc]
+            count = counts.setdefault(kind, [0, 0])
+            count[0] += 1
+            count[1] += p.numel()
+        return [(kind, *count) for kind, count in counts.items()]  # type: ignore[misc]
 
     def copied_values(self, model: Module, *, new_lr: bool) -> int:
         """Values that one step copies at most: frozen rows, and (`new_lr`) new rows of old parameters while they have a rate of their own."""

@@ -78,33 +78,35 @@ class Adapter:
 
 def read_adapter(folder: Path) -> Adapter:
     """The adapter in ``folder``. Raises SourceError if there is none, if it is damaged, or if it needs what cannot be merged."""
-    data = read_json(folder / ADAPTER, f"{folder} holds no adapter: {ADAPTER} is missing.")
+    data = read_json(folder / ADAPTER, f"{folder} is not an adapter: {ADAPTER} is missing.")
     if data.get("peft_type") != "LORA":
-        raise SourceError(f"{folder} holds no LoRA adapter.", hint="hf-grow merges LoRA only.")
+        raise SourceError(f"{folder} is not a LoRA adapter.", hint="hf-grow merges LoRA only.")
     known = {k: v for k, v in data.items() if k in AdapterConfig.model_fields and v is not None}
-    start = data.get("init_lora_weights")
-    asked = [
+    initialization = data.get("init_lora_weights")
+    unsupported = [
         k
         for k, v in data.items()
         if k not in AdapterConfig.model_fields and k not in IGNORED and k != "init_lora_weights" and _has_effect(v)
     ]
-    if asked:
+    if unsupported:
         raise SourceError(
-            f"{folder / ADAPTER} sets {', '.join(sorted(asked)[:6])}, which hf-grow does not merge.",
+            f"{folder / ADAPTER} sets {', '.join(sorted(unsupported)[:6])}, which hf-grow cannot merge.",
             hint="Merge it with peft, if you trust it.",
         )
-    if start is not None and not any(start is s or (isinstance(s, str) and start == s) for s in PLAIN_INITIALIZATIONS):
+    if initialization is not None and not any(
+        initialization is p or (isinstance(p, str) and initialization == p) for p in PLAIN_INITIALIZATIONS
+    ):
         raise SourceError(
-            f"{folder / ADAPTER} has init_lora_weights {start!r}, which changes the base model as well.",
+            f"{folder / ADAPTER} has init_lora_weights {initialization!r}, which changes the base model too.",
             hint="Save it again with save_pretrained(DIR, path_initial_model_for_weight_conversion=...), which makes it plain LoRA.",
         )
     try:
         config = parse(AdapterConfig, known, where=str(folder / ADAPTER))
     except InputError as error:
         raise SourceError(error.message, hint=error.hint) from None
-    odd = [p for p in (*config.rank_pattern, *config.alpha_pattern, *(config.modules_to_save or ())) if not _PLAIN.fullmatch(p)]
-    if odd:
-        raise SourceError(f"{folder / ADAPTER} names the modules {odd[0][:80]!r}; only plain names can be merged here.")
+    patterns = [p for p in (*config.rank_pattern, *config.alpha_pattern, *(config.modules_to_save or ())) if not _PLAIN.fullmatch(p)]
+    if patterns:
+        raise SourceError(f"{folder / ADAPTER} has the module pattern {patterns[0][:80]!r}; only plain names are supported.")
     return Adapter(folder, config, _updated_modules(folder, config), replicated_layers(config.layer_replication))
 
 
@@ -116,18 +118,18 @@ def _has_effect(value: Any) -> bool:
 def _updated_modules(folder: Path, config: AdapterConfig) -> tuple[str, ...]:
     """The modules with weights. Raises SourceError if a rank differs from the config's, by which peft allocates memory."""
     if not (folder / WEIGHTS).is_file():
-        raise SourceError(f"{folder} has no {WEIGHTS}.", hint="Pickled adapters are not loaded; save it again with peft.")
-    found: dict[str, int] = {}
+        raise SourceError(f"{folder} has no {WEIGHTS}.", hint="Pickled adapters are not loaded: save it again with peft.")
+    ranks: dict[str, int] = {}
     for name, stored in read_file_header(folder / WEIGHTS)[0].items():
         if (match := _UPDATE.fullmatch(name)) and stored.shape:
-            found[match[1]] = stored.shape[0]
-    if not found:
-        raise SourceError(f"{folder / WEIGHTS} holds no LoRA weights.")
-    for module, rank in found.items():
-        wanted = next((r for p, r in config.rank_pattern.items() if _rank_pattern_matches(p, module)), config.r)
-        if rank != wanted:
-            raise SourceError(f"{folder / WEIGHTS} updates {module} with rank {rank}, but {ADAPTER} says {wanted}.")
-    return tuple(found)
+            ranks[match[1]] = stored.shape[0]
+    if not ranks:
+        raise SourceError(f"{folder / WEIGHTS} contains no LoRA weights.")
+    for module, rank in ranks.items():
+        expected = next((r for p, r in config.rank_pattern.items() if _rank_pattern_matches(p, module)), config.r)
+        if rank != expected:
+            raise SourceError(f"{folder / WEIGHTS} has rank {rank} for {module}, but {ADAPTER} has {expected}.")
+    return tuple(ranks)
 
 
 def _rank_pattern_matches(pattern: str, module: str) -> bool:
@@ -139,14 +141,14 @@ def replicated_layers(pairs: Any) -> tuple[int, ...] | None:
     """The layers of `layer_replication` ([[0, 3], [1, 4]], ends excluded); None for None. Raises SourceError for another value."""
     if pairs is None:
         return None
-    whole = isinstance(pairs, list) and all(
+    valid = isinstance(pairs, list) and all(
         isinstance(p, list)
         and len(p) == 2
         and all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 100_000 for i in p)
         and p[0] < p[1]
         for p in pairs
     )
-    if not whole or not pairs:
+    if not valid or not pairs:
         raise SourceError(f"layer_replication {str(pairs)[:80]} is not a list of [start, end] pairs.")
     if sum(stop - start for start, stop in pairs) > 100_000:
         raise SourceError("layer_replication makes more than 100,000 layers.")

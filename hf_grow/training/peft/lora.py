@@ -33,19 +33,19 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, new: Mapping[str, Mas
     from peft import LoraConfig, get_peft_model
     from torch.nn import Linear
 
-    full = {n for n, mask in new.items() if mask is True} if options.new_in_full else set()
-    wanted = options.target_modules
+    fully_trained = {n for n, mask in new.items() if mask is True} if options.new_in_full else set()
+    requested = options.target_modules
     targets = [
         n
         for n, module in model.named_modules()
         if isinstance(module, Linear)
         and ".layers." in f".{n}"
-        and f"{n}.weight" not in full
-        and (wanted is None or n.rpartition(".")[2] in wanted)
+        and f"{n}.weight" not in fully_trained
+        and (requested is None or n.rpartition(".")[2] in requested)
     ]
     if not targets:
-        named = "" if wanted is None else f" named {', '.join(wanted)}"
-        raise InputError(f"This model has no old linear layer{named} for LoRA.", hint="Remove `lora`.")
+        named = "" if requested is None else f" named {', '.join(requested)}"
+        raise InputError(f"LoRA: the model has no inherited linear layer{named}.", hint="Remove `lora`.")
     config = LoraConfig(
         r=options.r, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules="|".join(map(re.escape, targets)),
         bias="none", task_type="CAUSAL_LM",
@@ -53,7 +53,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, new: Mapping[str, Mas
     with silence_warnings():
         wrapped = get_peft_model(model, config)
     for name, p in wrapped.named_parameters():
-        if name.removeprefix("base_model.model.") in full:
+        if name.removeprefix("base_model.model.") in fully_trained:
             p.requires_grad_(True)
     return wrapped
 
@@ -82,23 +82,23 @@ def save_fully_trained(model: Any, folder: Path) -> None:
 
 def load_fully_trained(model: Any, folder: Path) -> None:
     """Loads FULLY_TRAINED_FILE of a run that is resumed. Raises SourceError if it is missing, damaged, or of other parameters."""
-    own = fully_trained_parameters(model)
-    if own:
+    params = fully_trained_parameters(model)
+    if params:
         path = folder / FULLY_TRAINED_FILE
-        saved = read_fully_trained(path)
-        if saved.keys() != own.keys():
-            raise SourceError(f"{path} holds other parameters than those that this run trains fully.")
-        _copy(saved, own, path)
+        saved = _read(path)
+        if saved.keys() != params.keys():
+            raise SourceError(f"The parameters in {path} are not those that this run trains fully.")
+        _copy(saved, params, path)
 
 
 def load_fully_trained_if_present(model: Any, folder: Path) -> None:
     """Loads FULLY_TRAINED_FILE beside an adapter, if it is there. Raises SourceError if it is damaged or of another model."""
     path = folder / FULLY_TRAINED_FILE
     if path.is_file():
-        _copy(read_fully_trained(path), dict(model.named_parameters()), path)
+        _copy(_read(path), dict(model.named_parameters()), path)
 
 
-def read_fully_trained(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -114,5 +114,5 @@ def _copy(saved: Mapping[str, Any], params: Mapping[str, Any], path: Path) -> No
     with torch.no_grad():
         for name, value in saved.items():
             if name not in params or params[name].shape != value.shape:
-                raise SourceError(f"{path} holds {name}, which this model does not have.")
+                raise SourceError(f"{path}: the model has no parameter {name} of this shape.")
             params[name].copy_(value)

@@ -55,12 +55,12 @@ def merge_adapter(
     PartialFolder.check(out, resume=False, overwrite=overwrite, resumable=False)
     ref = base or opened.config.base_model_name_or_path
     if not ref:
-        raise InputError(f"{adapter} does not name its base model.", hint="Name it with --base.")
+        raise InputError(f"{adapter} does not name its base model.", hint="Add --base MODEL.")
     source = open_source(ref, revision=revision, weights=True, notify=notify)
     check_source(source.info)
     arch = source.info.architecture
     if opened.layers and max(opened.layers) >= arch.layers:
-        raise SourceError(f"layer_replication names layer {max(opened.layers)}; {ref} has {arch.layers} layers.")
+        raise SourceError(f"layer_replication uses layer {max(opened.layers)}, but {ref} has {arch.layers} layers.")
     plan = None
     if opened.layers is not None:
         method = METHODS["layers"]
@@ -100,7 +100,7 @@ def _merged_model(base: Path, plan: GrowthPlan | None, adapter: Adapter, dtype: 
         with silence_warnings():
             wrapped = PeftModel.from_pretrained(model, adapter.folder, config=LoraConfig(**adapter.lora_config_arguments()))
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise SourceError(f"The adapter {adapter.folder} does not fit {base}: {' '.join(str(error).split())[:200]}") from None
+        raise SourceError(f"The adapter {adapter.folder} does not match {base}: {' '.join(str(error).split())[:200]}") from None
     load_fully_trained_if_present(wrapped, adapter.folder)
     merged: PreTrainedModel = wrapped.merge_and_unload()
     return merged

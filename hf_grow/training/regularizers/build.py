@@ -85,8 +85,8 @@ def penalty_bytes(options: PenaltyOptions, model: PreTrainedModel, plan: GrowthP
         return 2 * width * sum(math.prod(t.shape) for t in plan.source.tensors.values())
     if options.kind == "l2sp" and options.over == "all":
         return width * count
-    follows_path = options.kind == "si" and (not options.fisher or options.consolidate_every is not None)
-    return (2 * width + (16 if follows_path else 0)) * count
+    tracks_path = options.kind == "si" and (not options.fisher or options.consolidate_every is not None)
+    return (2 * width + (16 if tracks_path else 0)) * count
 
 
 def _shapes_on_disk(model: PreTrainedModel, rows: Mapping[str, ParameterRows]) -> dict[str, tuple[int, ...]]:
@@ -123,7 +123,7 @@ def _free_masks(options: PenaltyOptions, model: PreTrainedModel, plan: GrowthPla
     if options.over == "all":
         return {}
     if plan is None:
-        raise InputError("over: inherited needs growth.json, which the model does not have.", hint="Use over: all.")
+        raise InputError("over: inherited needs growth.json, and the model has none.", hint="Use over: all.")
     return new_masks(model, plan)
 
 
@@ -142,7 +142,7 @@ def _source_coordinate_penalty(
     options: PenaltyOptions, model: PreTrainedModel, plan: GrowthPlan | None, rows: Mapping[str, ParameterRows], fisher: ImportanceFile
 ) -> Penalty:
     if plan is None:
-        raise InputError("collapsed needs growth.json, which the model does not have.", hint="Remove collapsed.")
+        raise InputError("collapsed needs growth.json, and the model has none.", hint="Remove collapsed.")
     params = parameters(model)
     weights = {n: r.of(full_tensor(params[r.parameter].detach())) for n, r in rows.items()}
     penalty = SourceCoordinatePenalty(options.lambda_, plan, weights, rows, fisher, storage=STORAGE_DTYPES[options.storage])

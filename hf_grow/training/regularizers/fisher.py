@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 DOCUMENTS_PER_BATCH = 64
 """Documents tokenised at once."""
 MAX_OVERSAMPLING = 16
-"""Up to this many times the wanted sequences are read, so that the choice is not all from the first document."""
+"""Up to this many times the wanted sequences are read, so that the chosen ones are not all from the first document."""
 _NOT_FINITE_HINT = "Compute with --dtype float32, and check the model's weights with hf-grow verify."
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 FORMAT = "hf-grow importance 1"
 SAMPLES_PER_TENSOR = 16
 STORAGE = {"fp32": "F32", "bf16": "BF16"}
+_WRITE_ONE = "Write one: hf-grow fisher MODEL --text OLD_DATA -o FILE."
+_WRITE_AGAIN = "Write the file again with hf-grow fisher."
 
 
 def sample_positions(count: int) -> Tensor:
@@ -66,7 +68,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 def checkpoint_fingerprint(checkpoint: Checkpoint) -> str:
-    """The same of a checkpoint on this machine, read value by value without loading a model."""
+    """`model_fingerprint` of a checkpoint on this machine, read value by value without loading a model."""
     samples: dict[str, Tensor] = {}
     for name in checkpoint.info.architecture.tensors:
         stored = checkpoint.tensors[name]
@@ -90,14 +92,14 @@ class ImportanceFile:
         """A tensor by its name on disk, in its stored dtype. Raises InputError for values that are negative or not finite."""
         tensor: Tensor = self._file.get_tensor(name)
         if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
-            raise InputError(f"{self.path}: {name} holds values that are negative or not finite.", hint="Make the file again.")
+            raise InputError(f"{self.path}: {name} contains values that are negative or not finite.", hint=_WRITE_AGAIN)
         return tensor
 
 
 def open_importance(path: Path) -> ImportanceFile:
-    """Raises InputError for a file that is missing, damaged, or no importance file."""
+    """Raises InputError for a file that is missing, damaged, or not an importance file."""
     if not path.is_file():
-        raise InputError(f"There is no file {path}.", hint="Make one: hf-grow fisher MODEL --text OLD_DATA -o fisher.safetensors")
+        raise InputError(f"{path} does not exist.", hint=_WRITE_ONE)
     open_regular(path, error=InputError).close()  # safetensors reports a file without read permission as missing
     try:
         file: Any = safe_open(path, framework="pt")
@@ -106,19 +108,19 @@ def open_importance(path: Path) -> ImportanceFile:
         shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
         dtypes = {s.get_dtype() for s in slices.values()}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}", hint="Make the file again.") from None
+        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}", hint=_WRITE_AGAIN) from None
     if metadata.get("format") != FORMAT or "sample" not in metadata:
-        raise InputError(f"{path} is not an importance file.", hint="Make one: hf-grow fisher MODEL --text OLD_DATA -o FILE.")
+        raise InputError(f"{path} is not an importance file.", hint=_WRITE_ONE)
     if not dtypes <= {"F32", "BF16"}:
-        others = ", ".join(sorted(dtypes - {"F32", "BF16"}))
-        raise InputError(f"{path} holds {others}; importances must be F32 or BF16 (squares overflow F16).")
+        others = " and ".join(sorted(dtypes - {"F32", "BF16"}))
+        raise InputError(f"{path} has dtype {others}; importances must be F32 or BF16 (squares overflow F16).")
     return ImportanceFile(path, metadata, shapes, file)
 
 
 def check_same_model(
     file: ImportanceFile, shapes: Mapping[str, tuple[int, ...]], fingerprint: str | None, *, computed: bool = False
 ) -> None:
-    """Raises InputError if the file is of another model.
+    """Raises InputError if the file belongs to another model.
 
     Args:
         file: the importance file.
@@ -127,17 +129,15 @@ def check_same_model(
         computed: the fingerprint is of weights that were computed, so that rounding moves values: 99.9 % must agree to within 2^-6.
     """
     model = file.metadata.get("model", "another model")
-    hint = "Use the Fisher of the model that is trained; for a grown one: hf-grow fisher GROWN --from-growth SOURCE_FISHER."
-    if odd := sorted(shapes.keys() ^ file.shapes.keys()):
-        raise InputError(f"{file.path} is of another model ({model}): {len(odd)} tensors are in one only, such as {odd[0]}.", hint=hint)
+    hint = "Use the Fisher of the model that is trained; after growth: hf-grow fisher GROWN --from-growth SOURCE_FISHER."
+    wrong_model = f"{file.path} belongs to another model ({model})"
+    if differing := sorted(shapes.keys() ^ file.shapes.keys()):
+        raise InputError(f"{wrong_model}: {len(differing)} tensors are in only one of the two, such as {differing[0]}.", hint=hint)
     for name, shape in shapes.items():
         if file.shapes[name] != tuple(shape):
-            raise InputError(
-                f"{file.path} is of another model ({model}): {name} has shape {list(file.shapes[name])} there, {list(shape)} here.",
-                hint=hint,
-            )
+            raise InputError(f"{wrong_model}: {name} has shape {list(file.shapes[name])} instead of {list(shape)}.", hint=hint)
     if fingerprint is not None and not _same_samples(file.metadata["sample"], fingerprint, computed):
-        raise InputError(f"{file.path} is of another model ({model}): the shapes agree, the weights do not.", hint=hint)
+        raise InputError(f"{wrong_model}: the shapes agree, but the weights differ.", hint=hint)
 
 
 def _same_samples(one: str, other: str, computed: bool) -> bool:

@@ -33,26 +33,26 @@ def grow_importance(plan: GrowthPlan, read: Callable[[str], Tensor]) -> Iterator
     evaluator = Evaluator(plan, InMemoryTensors({}))
     pieces = {name: _live_pieces(plan, name) for name in plan.targets}
     by_source: dict[str, list[tuple[str, Piece]]] = {}
-    for name, of_target in pieces.items():
-        for piece in of_target:
+    for name, target_pieces in pieces.items():
+        for piece in target_pieces:
             by_source.setdefault(piece.source, []).append((name, piece))
     incomplete: dict[str, _WeightedMean] = {}
-    for source, held in by_source.items():
+    for source, holders in by_source.items():
         shape = plan.source.by_key[source].shape
         if source in plan.source.tensors:
             squares = torch.zeros(shape, dtype=torch.float64)
-            for _, piece in held:
+            for _, piece in holders:
                 squares += scatter_add(_squared_coefficients(piece, evaluator), piece.index, tuple(shape))
-            importance = (read(source).double() / squares).nan_to_num(0.0, 0.0, 0.0)  # 0 / 0: held nowhere
+            importance = (read(source).double() / squares).nan_to_num(0.0, 0.0, 0.0)  # 0 / 0: no target entry holds it
         else:
             importance = torch.zeros(shape)  # weights of further donors have no penalty
-        for name, piece in held:
+        for name, piece in holders:
             mean = incomplete.setdefault(name, _WeightedMean(len(pieces[name])))
             mean.add(importance, piece, evaluator)
             if mean.missing == 0:
                 yield name, incomplete.pop(name).result()
-    for name, of_target in pieces.items():
-        if not of_target:
+    for name, target_pieces in pieces.items():
+        if not target_pieces:
             yield name, torch.zeros(plan.targets[name].shape, dtype=torch.float64)
 
 
@@ -91,7 +91,7 @@ class _WeightedMean:
 
 
 def check_importance_of_source(file: ImportanceFile, plan: GrowthPlan, grown: Checkpoint) -> None:
-    """Raises InputError if ``file`` is not of the source that ``grown`` was grown from.
+    """Raises InputError if ``file`` does not belong to the source that ``grown`` was grown from.
 
     The source need not be there: its sampled values are looked up where growth put them, in tensors without symmetry breaking.
     """
@@ -101,7 +101,7 @@ def check_importance_of_source(file: ImportanceFile, plan: GrowthPlan, grown: Ch
     saved = iter(decode_samples(file.metadata["sample"]).tolist())
     samples = {n: [next(saved) for _ in p] for n, p in positions.items()}
     stored = StoredTensors(grown)
-    expected, found = [], []
+    expected, actual = [], []
     for name in plan.targets:
         pieces = trace(plan, name)
         if len(pieces) != 1 or pieces[0].vary or pieces[0].source not in positions:
@@ -116,11 +116,11 @@ def check_importance_of_source(file: ImportanceFile, plan: GrowthPlan, grown: Ch
             row = stored.rows(name, int(target[0] or 0), int(target[0] or 0) + 1)[0].double()
             gain = piece.scale * math.prod(float(g[t]) for g, t in zip(piece.gain, target, strict=True) if t is not None)
             expected.append(value)
-            found.append(float(row if row.dim() == 0 else row[int(target[1] or 0)]) / gain)
-    wrong = ~close_samples(torch.tensor(expected), torch.tensor(found))
+            actual.append(float(row if row.dim() == 0 else row[int(target[1] or 0)]) / gain)
+    wrong = ~close_samples(torch.tensor(expected), torch.tensor(actual))
     if not expected or int(wrong.sum()) > len(expected) / 1000:
         raise InputError(
-            f"{file.path} is not of the model that {grown.ref} was grown from ({plan.source.ref}): the weights differ.",
+            f"{file.path} does not belong to {plan.source.ref}, from which {grown.ref} was grown: the weights differ.",
             hint="Use the Fisher of the source.",
         )
 

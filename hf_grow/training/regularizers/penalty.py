@@ -77,7 +77,7 @@ class Penalty(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises InputError for the state of another penalty."""
         if state.get("name") != self.name:
-            raise InputError(f"The checkpoint was saved with penalty {state.get('name')!r}, the recipe asks for {self.name!r}.")
+            raise InputError(f"The checkpoint was saved with penalty {state.get('name')!r}, but the recipe has {self.name!r}.")
 
 
 def chunks(tensors: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
@@ -98,7 +98,7 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
 def check_supported(params: Mapping[str, nn.Parameter]) -> None:
     """Raises InputError for parameters whose gradients cannot be changed."""
     if any(hasattr(p, "ds_id") for p in params.values()):
-        raise InputError("Penalties do not work under DeepSpeed, which keeps gradients to itself.", hint="Use FSDP2 or DDP.")
+        raise InputError("Penalties are not supported with DeepSpeed, which does not expose gradients.", hint="Use FSDP2 or DDP.")
 
 
 @dataclass
@@ -109,7 +109,7 @@ class HeldParameter:
     importance: Tensor | float
     anchor: Tensor
 
-    def local(self, *more: Tensor) -> Iterator[tuple[Any, ...]]:
+    def local_chunks(self, *more: Tensor) -> Iterator[tuple[Any, ...]]:
         """(parameter, anchor, importance, *more) in chunks of this process's shard."""
         importance = local(self.importance) if isinstance(self.importance, Tensor) else self.importance
         return chunks((local(self.parameter), local(self.anchor), importance, *(local(t) for t in more)))
@@ -129,7 +129,7 @@ class AnchoredPenalty(Penalty):
         super().load_state_dict(state)
         if state["anchors"] != self.state_dict()["anchors"]:
             raise InputError(
-                "The run to resume was anchored to other weights.",
+                "The penalty of the checkpoint is anchored to other weights.",
                 hint="Make the penalty from the model that the run started from, before the checkpoint is loaded.",
             )
 
@@ -169,7 +169,7 @@ class QuadraticPenalty(AnchoredPenalty):
         if unknown:
             raise InputError(
                 f"The penalty has no anchor for {unknown[0]} ({len(unknown)} such parameters).",
-                hint="Adapters and other new modules have no old weights; train them without a penalty.",
+                hint="Adapters and other new modules have no old weights: train them without a penalty.",
             )
         check_supported(params)
         self.held = {n: self._hold(n, params[n]) for n in self.anchors if n in params}
@@ -192,7 +192,7 @@ class QuadraticPenalty(AnchoredPenalty):
                 continue
             if h.parameter.grad is None:
                 h.parameter.grad = torch.zeros_like(h.parameter)
-            for p, anchor, f, grad in h.local(h.parameter.grad):
+            for p, anchor, f, grad in h.local_chunks(h.parameter.grad):
                 difference = _difference(p, anchor)
                 if isinstance(f, float):
                     grad.add_(difference, alpha=weight * f)
@@ -213,7 +213,7 @@ class QuadraticPenalty(AnchoredPenalty):
             rate = lr if isinstance(lr, int | float) else lr.get(h.parameter, 0.0)
             if not h.parameter.requires_grad or not rate:
                 continue
-            for p, anchor, f in h.local():
+            for p, anchor, f in h.local_chunks():
                 difference = _difference(p, anchor)
                 if isinstance(f, float):
                     t = rate * self.strength * f
@@ -230,7 +230,7 @@ class QuadraticPenalty(AnchoredPenalty):
         for h in self.held.values():
             p = local(h.parameter)
             total = torch.zeros((), dtype=torch.float64 if p.dtype == torch.float64 else torch.float32, device=p.device)
-            for w, anchor, f in h.local():
+            for w, anchor, f in h.local_chunks():
                 difference = _difference(w, anchor)
                 total += (difference * difference * f).sum()
             terms.append(sum_over_shards(total, h.parameter))

@@ -22,11 +22,11 @@ from hf_grow.training.param_updates.parameter_map import ParameterRows, paramete
 from hf_grow.training.regularizers.importance_file import ImportanceFile
 from hf_grow.training.regularizers.penalty import AnchoredPenalty, at_least_fp32
 
-_MAP_INSTEAD = "map the Fisher instead (hf-grow fisher GROWN --from-growth SOURCE_FISHER -o FILE), and remove collapsed."
+_MAP_INSTEAD = "Map the Fisher instead (hf-grow fisher GROWN --from-growth SOURCE_FISHER -o FILE), and remove collapsed."
 
 
 @dataclass
-class _Part:
+class _Holder:
     """A target tensor that holds (part of) a source tensor."""
 
     name: str
@@ -41,9 +41,9 @@ class _Part:
         return self._scaled(gather(gradient, self.piece.index))
 
     def _scaled(self, tensor: Tensor) -> Tensor:
-        for dim, back in enumerate(self.piece.back):
-            if bool((back != 1).any()):
-                tensor = tensor * back.to(tensor).view([-1 if d == dim else 1 for d in range(tensor.dim())])
+        for dim, gain in enumerate(self.piece.back):
+            if bool((gain != 1).any()):
+                tensor = tensor * gain.to(tensor).view([-1 if d == dim else 1 for d in range(tensor.dim())])
         factor = self.piece.scale * self.piece.share
         return tensor if factor == 1 else tensor * factor
 
@@ -86,7 +86,7 @@ class SourceCoordinatePenalty(AnchoredPenalty):
     def attach(self, model: nn.Module) -> None:
         self.parameters = parameters(model)
         if any(hasattr(p, "placements") or hasattr(p, "ds_id") for p in self.parameters.values()):
-            raise InputError("The collapsed penalty needs unsharded parameters.", hint=_MAP_INSTEAD.capitalize())
+            raise InputError("collapsed: sharded parameters are not supported.", hint=_MAP_INSTEAD)
         for n, parts in self.parts.items():
             device = self.parameters[self.rows[parts[0].name].parameter].device
             self.anchors[n] = self.anchors[n].to(device)
@@ -123,29 +123,29 @@ class SourceCoordinatePenalty(AnchoredPenalty):
         return 2 * self.storage.itemsize * sum(a.numel() for a in self.anchors.values())
 
 
-def _parts(plan: GrowthPlan) -> dict[str, list[_Part]]:
+def _parts(plan: GrowthPlan) -> dict[str, list[_Holder]]:
     """For every source tensor, the target tensors that hold it and pass gradients back; identity blocks do not."""
-    parts: dict[str, list[_Part]] = {}
+    parts: dict[str, list[_Holder]] = {}
     for name in plan.targets:
         layer = plan.architecture.tensors[name].layer
         if layer >= 0 and plan.growth.layers[layer].identity:
             continue
         for piece in trace(plan, name):
             if any(bool(b.any()) for b in piece.back):
-                parts.setdefault(piece.source, []).append(_Part(name, piece))
+                parts.setdefault(piece.source, []).append(_Holder(name, piece))
     return parts
 
 
-def _check_inverse(plan: GrowthPlan, parts: Mapping[str, list[_Part]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_inverse(plan: GrowthPlan, parts: Mapping[str, list[_Holder]], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises InputError unless every source tensor lies in one target tensor and B^T A = I on it."""
     evaluator = Evaluator(plan, InMemoryTensors({}))
-    hint = f"The collapsed penalty is for lossless width growth; {_MAP_INSTEAD}"
+    hint = f"collapsed is for lossless width growth. {_MAP_INSTEAD}"
     for source, shape in shapes.items():
         if source not in parts:
-            raise InputError(f"collapsed: the grown model holds nothing of {source}.", hint=hint)
+            raise InputError(f"collapsed: no tensor of the grown model holds {source}.", hint=hint)
         total = torch.zeros(shape, dtype=torch.float64)
         for part in parts[source]:
             product = part.piece.coefficients(evaluator) * part.piece.gradient_coefficients()
             total += scatter_add(product, part.piece.index, tuple(shape))
         if len({p.name for p in parts[source]}) > 1 or not torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-5):
-            raise InputError(f"collapsed: {source} cannot be read back from a model grown by {plan.growth.method}.", hint=hint)
+            raise InputError(f"collapsed: {source} cannot be recovered from a model grown by {plan.growth.method}.", hint=hint)

@@ -74,7 +74,7 @@ def plan_updates(model: PreTrainedModel, plan: GrowthPlan | None, options: Train
     new = param_provenance.new_masks(model, plan)
     wanted = {p for p in (*options.train, *options.freeze, *(q for phase in options.phases for q in phase.train)) if p != EVERYTHING}
     parts = param_provenance.parts(model, plan) if wanted else {}
-    trains = select(names, parts, options.train, but=options.freeze)
+    trains = select(names, parts, options.train, excluded=options.freeze)
     phases = [select(names, parts, phase.train) for phase in options.phases]
     blocks = tuple(i for i, o in enumerate(plan.growth.layers) if o.new or o.identity) if plan is not None else ()
     return ModelUpdates(ParamUpdates(trains, new, phases), new, blocks)

@@ -44,7 +44,7 @@ def plan_of(checkpoint: Checkpoint) -> GrowthPlan | None:
     if checkpoint.growth is None:
         return None
     plan = GrowthPlan.from_json(checkpoint.growth)
-    param_provenance.check_fits(plan, checkpoint)
+    param_provenance.check_plan_matches(plan, checkpoint)
     return plan
 
 

@@ -49,7 +49,7 @@ def test_all_mistakes_of_all_kinds_are_told_at_once(tmp_path: Path, capsys: pyte
         "warmup.alpha_step: unknown key. Did you mean alpha_steps? Known: alpha_start, alpha_steps", "warmup.steps: should be a valid integer",
         "train: there is no part 'wings'", "tokenizer: has 65 tokens, but the model's vocabulary has 64", "regularizer.lambda: '10' is a string",
         "output_dir: is set by hf-grow; use output", "monitor.on_instability: should be", "data.train.0: ", "data.eval.old: ",
-        "data.seq_lenght: unknown key. Did you mean seq_length?", f"regularizer.fisher: {fisher} is of another model", "output: ",
+        "data.seq_lenght: unknown key. Did you mean seq_length?", f"regularizer.fisher: {fisher} belongs to another model", "output: ",
     ):  # fmt: skip
         assert any(t.strip().startswith(line) for t in told), (line, said)
     assert f"has {len(told) - 1} mistakes" in told[0]
@@ -196,7 +196,7 @@ def test_a_growth_json_of_another_model_or_of_none(tmp_path: Path, capsys: pytes
         assert words in run(capsys, "train", recipe(tmp_path, model), status=2)["error"]
     (tmp_path / "source" / "growth.json").write_text(record)
     said = run(capsys, "train", recipe(tmp_path, tmp_path / "source", train="new_layers"), status=2)["error"]
-    assert "growth.json is of another model" in said and "layers.2" in said
+    assert "growth.json belongs to another model" in said and "layers.2" in said
     assert not (tmp_path / "out").exists()
 
 

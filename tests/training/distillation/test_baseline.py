@@ -36,7 +36,7 @@ def source_loss(folder: Path) -> float:
     return sum(pairs) / 2
 
 
-def test_after_a_growth_that_changed_the_function_the_source_is_the_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lossy_growth_uses_source_as_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, grown(tmp_path, method="stack"))
     found = run(capsys, "train", path)
     out = tmp_path / "out"
@@ -64,7 +64,7 @@ def test_after_a_growth_that_changed_the_function_the_source_is_the_measure(tmp_
     assert again["source"] == found["source"] and len(events_of(out, "baseline")) == 1
 
 
-def test_a_source_that_cannot_be_had_is_told_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unavailable_source_is_reported_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path, method="stack")
     shutil.move(tmp_path / "source", tmp_path / "elsewhere")
     from hf_grow.cli import main
@@ -86,14 +86,14 @@ def test_a_source_that_cannot_be_had_is_told_and_recorded(tmp_path: Path, capsys
     assert "monitor:" in run(capsys, "train", path, "--overwrite", status=2)["error"]
 
 
-def test_after_a_lossless_growth_the_start_is_the_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lossless_growth_uses_start_as_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run(capsys, "train", recipe(tmp_path, grown(tmp_path)))
     assert found["source"] == {} and not events_of(tmp_path / "out", "baseline")
     assert found["forgetting"] == pytest.approx(found["end"]["old"] - found["start"]["old"], abs=1e-9)
     assert "nats per token of old text" in render_card(tmp_path / "out") or "it forgot nothing." in render_card(tmp_path / "out")
 
 
-def test_records_tell_the_tokens_that_were_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluated_tokens_are_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text(tmp_path, "old", 40)
     run(capsys, "train", recipe(tmp_path, grown(tmp_path)))
     parts = {p["use"]: p for p in json.loads((tmp_path / "out" / "growth.json").read_text())["training"]["data"]}
@@ -106,7 +106,7 @@ def test_records_tell_the_tokens_that_were_evaluated(tmp_path: Path, capsys: pyt
     assert parts["train"]["tokens"] > 64
 
 
-def test_forgetting_and_kl_reach_the_log_and_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forgetting_and_kl_are_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from models import BY_NAME, make
     from transformers import TrainerCallback
 
@@ -129,7 +129,7 @@ def test_forgetting_and_kl_reach_the_log_and_trackers(tmp_path: Path, monkeypatc
     assert steps == [1, 2]
 
 
-def test_early_stopping_hears_of_forgetting(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_stopping_on_forgetting(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The old set's loss is made to rise at every evaluation."""
     times = [0]
 
@@ -147,7 +147,7 @@ def test_early_stopping_hears_of_forgetting(tmp_path: Path, capsys: pytest.Captu
 # ---- refusals ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_several_gpus_without_a_launcher_are_refused(
+def test_several_gpus_without_launcher_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = grown(tmp_path)
@@ -163,14 +163,12 @@ def test_several_gpus_without_a_launcher_are_refused(
         run(capsys, "train", path, "--use_cpu", "true", "--max_steps", 1)
 
 
-def test_distillation_beside_liger_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_distillation_with_liger_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = run(capsys, "train", recipe(tmp_path, grown(tmp_path), distill={}, use_liger_kernel=True), status=2)["error"]
     assert "distill: needs the logits, and use_liger_kernel" in said
 
 
-def test_a_kernel_that_is_not_installed_is_one_message(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_kernel_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)
     said = run(capsys, "train", recipe(tmp_path, grown(tmp_path), use_liger_kernel=True), status=2)["error"]
     assert "liger-kernel is not installed" in said and "Traceback" not in said

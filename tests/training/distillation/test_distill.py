@@ -33,7 +33,7 @@ def ids_of(some: list[dict[str, Any]]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_divergence_is_the_sum_written_out(temperature: float) -> None:
+def test_kl_divergence_equals_explicit_sum(temperature: float) -> None:
     draw = np.random.default_rng(0)
     z, y = draw.normal(0, 3, (2, 3, 7)), draw.normal(0, 3, (2, 3, 7))
     expected = np.zeros((2, 3))
@@ -49,7 +49,7 @@ def test_divergence_is_the_sum_written_out(temperature: float) -> None:
 
 @pytest.mark.parametrize("top_k", [None, 5])
 @pytest.mark.parametrize("positions", [1, 3, 100])
-def test_chunks_give_the_plain_formula_and_its_gradient(top_k: int | None, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_kl_equals_plain_formula(top_k: int | None, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp64, to the last digits, whatever the size of the chunks; nothing reaches positions that do not count."""
     monkeypatch.setattr(chunked, "CHUNK", 31 * positions)
     draw = torch.Generator().manual_seed(0)
@@ -71,7 +71,7 @@ def test_chunks_give_the_plain_formula_and_its_gradient(top_k: int | None, posit
         torch.testing.assert_close(summed_kl_divergence(student, teacher, 2.5, counted, chosen), plain.detach(), rtol=1e-13, atol=0)
 
 
-def test_no_wide_copy_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_kl_makes_no_fp32_copy_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside what is given, one tensor in the student's dtype, and chunks."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,7 +97,7 @@ def test_no_wide_copy_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @torch.no_grad()
-def test_the_loss_in_closed_form() -> None:
+def test_distillation_loss_equals_closed_form() -> None:
     """Two teachers of weights 1 and 3, a label that does not count, and a given number of tokens."""
     model, one, two = (make(BY_NAME["llama"], seed=s, num_hidden_layers=2) for s in range(3))
     ids = ids_of(rows(2, 6))
@@ -123,7 +123,7 @@ def test_the_loss_in_closed_form() -> None:
     ) == pytest.approx(total / 18, rel=1e-5)
 
 
-def test_gradients_of_the_whole_loss_with_accumulation(tmp_path: Path) -> None:
+def test_distillation_gradients_with_accumulation(tmp_path: Path) -> None:
     """(1 - alpha) CE + alpha KL over eight rows, differentiated at once, is what four pieces add up to; a mixture's router loss is apart."""
     for case in ("llama", "mixtral"):
         model, teacher, twin = (make(BY_NAME[case], seed=s, num_hidden_layers=2) for s in (0, 1, 0))
@@ -151,7 +151,7 @@ def test_gradients_of_the_whole_loss_with_accumulation(tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("top_k", "dtype", "tolerance"), [(64, "float32", 1e-6), (500, "float32", 1e-6), (64, "float16", 5e-3)])
-def test_a_full_cache_is_the_teacher(top_k: int, dtype: str, tolerance: float, tmp_path: Path) -> None:
+def test_full_logit_cache_equals_teacher(top_k: int, dtype: str, tolerance: float, tmp_path: Path) -> None:
     model, teacher = (make(BY_NAME["llama"], seed=s, num_hidden_layers=2) for s in range(2))
     some = rows()
     cache = write_logit_cache(teacher, some, tmp_path / "cache", top_k=top_k, dtype=dtype, identity="t")
@@ -164,7 +164,7 @@ def test_a_full_cache_is_the_teacher(top_k: int, dtype: str, tolerance: float, t
 
 
 @torch.no_grad()
-def test_a_small_cache_keeps_the_largest_and_says_how_much_they_cover(tmp_path: Path) -> None:
+def test_top_k_cache_reports_covered_probability(tmp_path: Path) -> None:
     model, teacher = (make(BY_NAME["llama"], seed=s, num_hidden_layers=2) for s in range(2))
     some = rows()
     cache = write_logit_cache(teacher, some, tmp_path / "cache", top_k=5, dtype="float32", identity="t", batch=5)
@@ -180,7 +180,7 @@ def test_a_small_cache_keeps_the_largest_and_says_how_much_they_cover(tmp_path: 
     assert {f.suffix for f in (tmp_path / "cache").iterdir()} == {".npy", ".json"}
 
 
-def test_a_cache_is_taken_again_only_where_it_fits(tmp_path: Path) -> None:
+def test_logit_cache_is_reused_only_if_it_matches(tmp_path: Path) -> None:
     teacher = make(BY_NAME["llama"], num_hidden_layers=2)
     folder = tmp_path / "cache"
     write_logit_cache(teacher, rows(), folder, top_k=4, dtype="float16", identity="t")
@@ -199,7 +199,7 @@ def test_a_cache_is_taken_again_only_where_it_fits(tmp_path: Path) -> None:
         LogitCache(folder)
 
 
-def test_no_pickle_is_read_from_a_cache(tmp_path: Path) -> None:
+def test_logit_cache_rejects_pickles(tmp_path: Path) -> None:
     teacher = make(BY_NAME["llama"], num_hidden_layers=2)
     write_logit_cache(teacher, rows(), tmp_path / "cache", top_k=4, dtype="float16", identity="t")
     np.save(tmp_path / "cache" / "keys.npy", np.array([{"an": "object"}], dtype=object), allow_pickle=True)
@@ -207,7 +207,7 @@ def test_no_pickle_is_read_from_a_cache(tmp_path: Path) -> None:
         LogitCache(tmp_path / "cache")
 
 
-def test_training_with_the_source_as_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_with_source_as_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In memory and from a full cache alike. With nothing but the source to follow, a model that begins as the source stays it."""
     model = grown(tmp_path)
     losses = {}
@@ -227,7 +227,7 @@ def test_training_with_the_source_as_teacher(tmp_path: Path, capsys: pytest.Capt
     assert next(e for e in events if e["event"] == "teacher")["covered"] == pytest.approx(1, abs=1e-4)
 
 
-def test_teachers_that_cannot_teach(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_teachers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path)
     other = save(make(BY_NAME["llama"], vocab_size=80, num_hidden_layers=2), tmp_path / "other")
     swapped = source(tmp_path / "swapped")
@@ -235,7 +235,7 @@ def test_teachers_that_cannot_teach(tmp_path: Path, capsys: pytest.CaptureFixtur
     teachers = [{"model": str(other)}, {"model": str(swapped)}, {"model": str(tmp_path / "nowhere")}]
     said = run(capsys, "train", recipe(tmp_path, model, distill={"teachers": teachers}), status=2)["error"]
     assert "vocabulary of 80 tokens, the model one of 64" in said
-    assert "its token ids mean other tokens" in said
+    assert "so its token ids differ" in said
     assert "nowhere" in said
     assert "3 mistakes" in said
     (model / "growth.json").unlink()
@@ -247,7 +247,7 @@ def test_teachers_that_cannot_teach(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_a_resumed_run_takes_the_cache_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resumed_run_reuses_logit_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, grown(tmp_path), distill={"top_k": 8})
     run(capsys, "train", path)
     folder = tmp_path / "out" / "teacher-logits" / "teacher-0"

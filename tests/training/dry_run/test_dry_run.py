@@ -18,9 +18,7 @@ FACTS = {
 }  # fmt: skip
 
 
-def test_the_summary_comes_first_and_tells_only_what_differs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_summary_shows_non_default_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = recipe(tmp_path, grown(tmp_path), learning_rate=1e-4, weight_decay=0.0, seed=42, regularizer={"kind": "none"})
     assert main(["train", str(path), "--dry-run", "-o", "elsewhere", "--max_steps", "3"]) == 0
@@ -34,13 +32,13 @@ def test_the_summary_comes_first_and_tells_only_what_differs(
     assert not {"learning_rate", "seed", "regularizer", "model", "output", "lora", "monitor"} & set(shown)
 
 
-def test_too_little_memory_is_said_in_capitals() -> None:
+def test_too_little_memory_is_shown_in_capitals() -> None:
     assert "MORE THAN IS FREE" in summary(FACTS)[-1]
     assert "MORE" not in summary(FACTS | {"free_memory": {"device": "cpu", "bytes": 4_000_000_000}})[-1]
     assert "is unknown" in summary(FACTS | {"free_memory": {"device": "cpu", "bytes": None}})[-1]
 
 
-def test_something_is_said_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+def test_message_before_heavy_imports(tmp_path: Path) -> None:
     """However slow the machine: the first words come before torch and transformers, which take seconds."""
     (tmp_path / "recipe.yaml").write_text("model: ./nowhere\ndata: {train: nowhere.txt}\n")
     code = (

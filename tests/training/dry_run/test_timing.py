@@ -49,7 +49,7 @@ def everything(folder: Path) -> set[Path]:
     return {p for p in folder.rglob("*") if "source" not in p.parts}
 
 
-def test_the_median_of_the_steps_after_the_first_is_told(
+def test_step_time_is_median_without_first_step(
     steps: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -67,7 +67,7 @@ def test_the_median_of_the_steps_after_the_first_is_told(
     assert "time" not in run(capsys, "train", path, "--dry-run")
 
 
-def test_for_people_the_time_stands_behind_the_steps(steps: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_output_shows_time_after_steps(steps: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, grown(tmp_path), max_steps=4000)
     assert main(["train", str(path), "--dry-run", "--time"]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -77,7 +77,7 @@ def test_for_people_the_time_stands_behind_the_steps(steps: list[Any], tmp_path:
     )
 
 
-def test_a_slow_step_is_not_repeated_for_long(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_steps_end_the_timing(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock_says(monkeypatch, [1.0, 70.0, 80.0, 1.0])
     found = run(capsys, "train", recipe(tmp_path, grown(tmp_path)), "--dry-run", "--time")
     assert found["time"]["timed_steps"] == [70.0, 80.0]
@@ -96,7 +96,7 @@ def test_a_slow_step_is_not_repeated_for_long(tmp_path: Path, capsys: pytest.Cap
     ],
     ids=["l2sp", "si", "teacher", "cache", "lora", "experts", "source"],
 )  # fmt: skip
-def test_the_steps_are_those_of_the_recipe(
+def test_timed_steps_use_the_recipe(
     case: str,
     method: str,
     more: dict[str, Any],
@@ -134,7 +134,7 @@ def test_the_steps_are_those_of_the_recipe(
     assert everything(tmp_path) == before
 
 
-def test_texts_need_not_be_there(steps: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_timing_without_texts(steps: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path)
     path = recipe(tmp_path, model, max_steps=None, data={"train": str(tmp_path / "nowhere.txt")})
     assert "nowhere.txt" in run(capsys, "train", path, "--dry-run", status=2)["error"]
@@ -145,7 +145,7 @@ def test_texts_need_not_be_there(steps: list[Any], tmp_path: Path, capsys: pytes
     assert len(steps) == len(DURATIONS)
 
 
-def test_what_does_not_fit_the_memory_is_one_message(
+def test_timing_without_enough_memory_is_one_message(
     steps: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = recipe(tmp_path, source(tmp_path / "model"))
@@ -171,12 +171,12 @@ def test_what_does_not_fit_the_memory_is_one_message(
         assert words in said and "per_device_train_batch_size" in said and "Traceback" not in said
 
 
-def test_a_clock_may_stand_still() -> None:
+def test_zero_step_time() -> None:
     zero = step_time.StepTimes((0.0,) * 3, 64).to_json(10, [])
     assert zero["tokens_a_second"] is None and zero["seconds"] == 0.0
 
 
-def test_time_is_of_a_dry_run_of_these_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_time_requires_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, tmp_path / "grown")
     assert "time: requires dry_run" in run(capsys, "train", path, "--time", status=2)["error"]
     said = run(capsys, "train", path, "--dry-run", "--time", "--processes", 2, status=2)["error"]

@@ -47,7 +47,7 @@ EVEN: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", EVEN)
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3"])
-def test_rows_and_columns_are_new_where_their_values_are(name: str, way: str) -> None:
+def test_new_masks_match_values_of_grown_weights(name: str, way: str) -> None:
     model = make(BY_NAME[name], dtype=torch.float64, num_hidden_layers=1)
     options = dict(EVEN[way])
     plan = plan_of(model, options.pop("method"), symmetry="none", **options)
@@ -63,7 +63,7 @@ def test_rows_and_columns_are_new_where_their_values_are(name: str, way: str) ->
     assert some
 
 
-def test_aki_adds_rows_from_the_layer_above_and_they_are_new() -> None:
+def test_aki_rows_from_layer_above_are_new() -> None:
     model = make(BY_NAME["llama"], dtype=torch.float64, num_hidden_layers=2)
     plan = plan_of(model, "aki", factor=2)
     masks, before = new_on_disk(plan), on_disk(model)
@@ -75,7 +75,7 @@ def test_aki_adds_rows_from_the_layer_above_and_they_are_new() -> None:
 @pytest.mark.parametrize(
     ("method", "options"), [("identity", {"at": "0,2"}), ("stack", {}), ("dus", {"drop": 1}), ("interleave", {"layers_to": 6})]
 )
-def test_blocks_that_growth_added_are_new_and_no_other(method: str, options: dict[str, Any]) -> None:
+def test_only_added_blocks_are_new(method: str, options: dict[str, Any]) -> None:
     model = make(BY_NAME["mixtral"])
     plan = plan_of(model, method, **options)
     added = [i for i, o in enumerate(plan.growth.layers) if o.new]
@@ -88,7 +88,7 @@ def test_blocks_that_growth_added_are_new_and_no_other(method: str, options: dic
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_layers_that_are_alike_share_their_masks(name: str) -> None:
+def test_equal_layers_share_masks(name: str) -> None:
     """Memory must not grow with depth: a byte for each weight of a large model would be as much as a smaller model."""
 
     def held(layers: int) -> int:
@@ -101,7 +101,7 @@ def test_layers_that_are_alike_share_their_masks(name: str) -> None:
     assert 0 < held(2) == held(5)
 
 
-def test_width_with_new_blocks_has_masks_in_old_blocks_only() -> None:
+def test_width_and_depth_masks() -> None:
     model = make(BY_NAME["llama"])
     plan = plan_of(model, "tile", deeper="after", factor=2)
     masks = new_masks(grow_model(model, plan), plan)
@@ -110,7 +110,7 @@ def test_width_with_new_blocks_has_masks_in_old_blocks_only() -> None:
         assert mask is True if layer.identity else isinstance(mask, Tensor) and mask.float().mean() == 0.75
 
 
-def test_a_mixture_made_of_a_dense_model_keeps_one_expert_and_gets_a_router() -> None:
+def test_upcycling_masks() -> None:
     model = make(BY_NAME["llama"], num_hidden_layers=2)
     plan = api.plan(model, "experts", experts=4)
     grown = grow_model(model, plan)
@@ -125,7 +125,7 @@ def test_a_mixture_made_of_a_dense_model_keeps_one_expert_and_gets_a_router() ->
     assert "model.layers.0.self_attn.q_proj.weight" not in named["new"] and named["old"]["model.layers.0.self_attn.q_proj.weight"] is True
 
 
-def test_redrawn_units_are_new_and_the_units_kept_in_the_first_expert_are_not() -> None:
+def test_redrawn_expert_units_are_new() -> None:
     model = make(BY_NAME["llama"], dtype=torch.float64, num_hidden_layers=2)
     plan = api.plan(model, "experts", experts=3, init="drop", drop=0.4)
     before, after, masks = on_disk(model), on_disk(grow_model(model, plan)), new_on_disk(plan)
@@ -136,7 +136,7 @@ def test_redrawn_units_are_new_and_the_units_kept_in_the_first_expert_are_not() 
         assert torch.equal(torch.as_tensor(masks[name]).expand(redrawn.shape), redrawn)
 
 
-def test_experts_added_to_a_mixture_are_new_and_so_are_their_router_rows() -> None:
+def test_added_experts_and_router_rows_are_new() -> None:
     model = make(BY_NAME["qwen3_moe-mixed"])
     plan = api.plan(model, "experts", experts=6)
     grown = grow_model(model, plan)
@@ -147,7 +147,7 @@ def test_experts_added_to_a_mixture_are_new_and_so_are_their_router_rows() -> No
     assert masks["model.layers.0.mlp.up_proj.weight"] is False
 
 
-def test_shards_of_one_ffn_are_each_old_once() -> None:
+def test_ffn_shards_are_inherited_once() -> None:
     model = make(BY_NAME["llama"], num_hidden_layers=1)
     plan = api.plan(model, "experts", experts=4, init="fine-grained", shards=2)
     masks = new_on_disk(plan)
@@ -159,7 +159,7 @@ def test_shards_of_one_ffn_are_each_old_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "mixtral", "qwen2"])
-def test_the_parts_of_a_model_that_was_not_grown(name: str) -> None:
+def test_parts_without_growth(name: str) -> None:
     model = make(BY_NAME[name])
     named = parts(model, None)
     assert set(named) == set(PARTS)
@@ -171,7 +171,7 @@ def test_the_parts_of_a_model_that_was_not_grown(name: str) -> None:
     assert bool(named["routers"]) == bool(named["old_experts"]) == (name == "mixtral")
 
 
-def test_names_under_wrappers_are_bare() -> None:
+def test_wrapper_prefixes_are_removed() -> None:
     model = make(BY_NAME["llama"], num_hidden_layers=1)
     wrapped = torch.nn.Module()
     wrapped.module = torch.compile(model, disable=True)
@@ -179,7 +179,7 @@ def test_names_under_wrappers_are_bare() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2_moe", "mixtral", "qwen3_moe-mixed"])
-def test_places_are_where_transformers_reads_every_tensor(name: str) -> None:
+def test_parameter_map_matches_transformers(name: str) -> None:
     model = make(BY_NAME[name])
     found, memory, disk = parameter_map(model), parameters(model), on_disk(model)
     assert found.keys() == disk.keys()
@@ -188,7 +188,7 @@ def test_places_are_where_transformers_reads_every_tensor(name: str) -> None:
     assert disk_names(model, {}) == {}
 
 
-def test_the_plan_is_read_from_the_folder_and_a_foreign_one_is_refused(tmp_path: Path) -> None:
+def test_load_plan_and_plan_of_another_model(tmp_path: Path) -> None:
     model = make(BY_NAME["llama"], num_hidden_layers=2)
     assert load_plan(tmp_path) is None
     plan = plan_of(model, "tile", factor=2)
@@ -197,7 +197,7 @@ def test_the_plan_is_read_from_the_folder_and_a_foreign_one_is_refused(tmp_path:
     assert isinstance(loaded, GrowthPlan) and loaded.targets == plan.targets
     with pytest.raises(InputError, match="has shape"):
         new_masks(model, loaded)
-    with pytest.raises(InputError, match="knows no tensor"):
+    with pytest.raises(InputError, match="has no tensor"):
         new_masks(make(BY_NAME["qwen2"]), loaded)
     (tmp_path / "growth.json").write_text("{}")
     with pytest.raises(SourceError, match="format"):

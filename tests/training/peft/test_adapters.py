@@ -46,9 +46,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("pairs", [[[0, 3], [1, 4]], [[0, 2], [0, 2], [3, 4]], None])
-def test_the_merged_checkpoint_computes_what_peft_does(
-    pairs: list[list[int]] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_merged_checkpoint_equals_peft(pairs: list[list[int]] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = save(make(BY_NAME["llama"]), tmp_path / "base")
     from trained import tokenizer
 
@@ -77,7 +75,7 @@ def test_the_merged_checkpoint_computes_what_peft_does(
         assert not (tmp_path / "out" / "growth.json").exists()
 
 
-def test_bf16_and_the_base_that_the_adapter_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_in_bf16_with_base_from_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = save(make(BY_NAME["mistral"], dtype=torch.bfloat16, num_hidden_layers=3), tmp_path / "base")
     there = logits(adapter(base, tmp_path / "adapter", pairs=[[0, 2], [1, 3]]))
     run(capsys, "merge", tmp_path / "adapter", "-o", tmp_path / "out")
@@ -86,7 +84,7 @@ def test_bf16_and_the_base_that_the_adapter_names(tmp_path: Path, capsys: pytest
     assert (logits(merged) - there).abs().max() < 0.05 * there.abs().max()
 
 
-def test_merging_refuses_what_it_cannot_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = save(make(BY_NAME["llama"]), tmp_path / "base")
     adapter(base, tmp_path / "adapter", pairs=[[0, 3], [1, 4]])
 
@@ -99,13 +97,13 @@ def test_merging_refuses_what_it_cannot_merge(tmp_path: Path, capsys: pytest.Cap
         path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
         return tmp_path / name
 
-    assert "holds no adapter" in said(base)
+    assert "is not an adapter" in said(base)
     assert "no LoRA adapter" in said(changed("prefix", peft_type="PREFIX_TUNING"))
     assert "layer 7" in said(changed("far", layer_replication=[[0, 8]]))
     assert "not a list of" in said(changed("odd", layer_replication=[[3, 1]]))
     assert "--base" in said(changed("nameless", base_model_name_or_path=None))
     small = save(make(BY_NAME["llama"], hidden_size=24, num_attention_heads=6), tmp_path / "small")
-    assert "does not fit" in said(tmp_path / "adapter", "--base", small)
+    assert "does not match" in said(tmp_path / "adapter", "--base", small)
     pickled = changed("pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     assert "Pickled" in said(pickled)
@@ -128,23 +126,23 @@ pathlib.Path({mark!r}).write_text("ran")
 """
 ASKS = {
     "a module to import": ({"megatron_config": {"tensor_model_parallel_size": 1}, "megatron_core": "hostile_module"}, "megatron_config"),
-    "one to import automatically": (
+    "a library to import": (
         {"auto_mapping": {"base_model_class": "X", "parent_library": "hostile_module"}, "corda_config": {"x": 1}},
         "corda_config",
     ),
-    "a key of another kind": ({"use_qalora": True, "target_parameters": ["mlp.experts"]}, "target_parameters, use_qalora"),
-    "a start that changes the base": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
-    "a rank without end": ({"r": 2**40}, "with rank 4"),
+    "unsupported keys": ({"use_qalora": True, "target_parameters": ["mlp.experts"]}, "target_parameters, use_qalora"),
+    "an initialization that changes the base": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
+    "a rank unlike the weights": ({"r": 2**40}, "has rank 4 for"),
     "a rank of another type": ({"r": "4", "lora_alpha": [1], "rank_pattern": {"q_proj": -1}}, "3 mistakes"),
     "an expression": ({"alpha_pattern": {"(a+)+$": 4}}, "only plain names"),
-    "layers without end": ({"layer_replication": [[0, 99_999]] * 50}, "more than 100,000"),
-    "odd layers": ({"layer_replication": [[False, True]]}, "not a list of"),
-    "a name that is none": ({"base_model_name_or_path": {"a": 1}}, "base_model_name_or_path"),
+    "too many layers": ({"layer_replication": [[0, 99_999]] * 50}, "more than 100,000"),
+    "booleans as layers": ({"layer_replication": [[False, True]]}, "not a list of"),
+    "a base name of another type": ({"base_model_name_or_path": {"a": 1}}, "base_model_name_or_path"),
 }
 
 
 @pytest.mark.parametrize("case", ASKS)
-def test_an_adapter_asks_for_nothing_that_is_not_in_our_schema(
+def test_adapter_config_is_validated(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = save(make(BY_NAME["llama"]), tmp_path / "base")
@@ -159,9 +157,7 @@ def test_an_adapter_asks_for_nothing_that_is_not_in_our_schema(
     assert not (tmp_path / "out").exists()
 
 
-def test_module_names_of_an_adapter_are_imported_by_nobody(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapter_config_imports_no_module(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that do nothing by themselves may stand there, as peft writes them; and no expression of the file is run on names of modules."""
     base = save(make(BY_NAME["llama"]), tmp_path / "base")
     there = logits(
@@ -182,7 +178,7 @@ def test_module_names_of_an_adapter_are_imported_by_nobody(
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")), there, atol=1e-5)
 
 
-def test_new_blocks_train_in_full_and_the_rest_by_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lora_trains_new_blocks_fully(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path)
     run(capsys, "train", recipe(tmp_path, model, lora={"r": 2, "target_modules": ["q_proj", "up_proj"]}))
     start, end = (load_file(p / "model.safetensors") for p in (model, tmp_path / "out"))
@@ -202,7 +198,7 @@ def test_new_blocks_train_in_full_and_the_rest_by_lora(tmp_path: Path, capsys: p
     assert {"adapter_model.safetensors", "trained_in_full.safetensors", "optimizer.pt"} <= held
 
 
-def test_a_checkpoint_with_adapters_merges_like_the_end_of_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merged_lora_checkpoint_equals_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path)
     run(capsys, "train", recipe(tmp_path, model, lora={}))
     run(capsys, "merge", tmp_path / "out" / "checkpoint-6", "-o", tmp_path / "merged", "--base", model)
@@ -211,7 +207,7 @@ def test_a_checkpoint_with_adapters_merges_like_the_end_of_its_run(tmp_path: Pat
     assert all(torch.allclose(one[n], other[n], atol=1e-5) for n in one)
 
 
-def test_lora_where_nothing_is_new_or_nothing_is_old(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lora_without_new_or_old_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = source(tmp_path / "plain")
     found = run(capsys, "train", recipe(tmp_path, plain, lora={}), "--dry-run")
     kinds = {k: n for k, _, n in found["parameter_groups"]}

@@ -87,7 +87,7 @@ def by_definition(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
-def test_drawn_labels_lead_to_the_definition(name: str, exact: bool) -> None:
+def test_true_fisher_equals_its_definition(name: str, exact: bool) -> None:
     model = small(name, num_hidden_layers=1, vocab_size=7)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.2)  # no token is so rare that it is never drawn, and would matter
@@ -101,7 +101,7 @@ def test_drawn_labels_lead_to_the_definition(name: str, exact: bool) -> None:
             assert torch.nn.functional.cosine_similarity(found[n].flatten(), f.flatten(), dim=0) > 0.97, n
 
 
-def test_one_scale_for_every_batch_size() -> None:
+def test_fisher_does_not_depend_on_batch_size() -> None:
     """Token-normalised: without N the sums would differ sixteenfold."""
     model = small()
     ids = rows(model, 128, 8)
@@ -109,7 +109,7 @@ def test_one_scale_for_every_batch_size() -> None:
     assert max(sums) / min(sums) < 1.15
 
 
-def test_empirical_is_the_squared_gradient_of_each_sequence() -> None:
+def test_empirical_fisher_squares_gradients_per_sequence() -> None:
     model = small("mixtral")
     ids = rows(model, 5, 9)
     found, tokens = estimate_fisher(model, ids, options(kind="empirical", batch=4))
@@ -125,7 +125,7 @@ def test_empirical_is_the_squared_gradient_of_each_sequence() -> None:
         torch.testing.assert_close(found[n], right, rtol=1e-4, atol=1e-8)
 
 
-def test_the_same_seed_gives_the_same_numbers_and_the_model_is_left_alone() -> None:
+def test_estimate_is_reproducible_and_leaves_model_unchanged() -> None:
     model = small("mixtral").train()
     model.model.embed_tokens.weight.requires_grad_(False)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -136,7 +136,7 @@ def test_the_same_seed_gives_the_same_numbers_and_the_model_is_left_alone() -> N
     assert all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_squares_are_added_up_in_fp32_under_bf16() -> None:
+def test_bf16_squares_are_summed_in_fp32() -> None:
     model = small(dtype=torch.bfloat16)
     found, _ = estimate_fisher(model, rows(model, 8), options())
     wide, _ = estimate_fisher(small(dtype=torch.bfloat16).float(), rows(model, 8), options())
@@ -144,7 +144,7 @@ def test_squares_are_added_up_in_fp32_under_bf16() -> None:
     assert float(sum(f.sum() for f in found.values()) / sum(f.sum() for f in wide.values())) == pytest.approx(1, rel=0.3)
 
 
-def test_weights_that_are_broken_are_told(recwarn: Any) -> None:
+def test_non_finite_weights_are_reported(recwarn: Any) -> None:
     model = small()
     with torch.no_grad():
         model.lm_head.weight[0, 0] = 1e30
@@ -178,7 +178,7 @@ GROWTHS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("growth", GROWTHS)
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral", "qwen3"])
-def test_any_move_of_the_source_costs_on_the_grown_model_what_it_cost_before(name: str, growth: str) -> None:
+def test_grown_importance_keeps_the_penalty(name: str, growth: str) -> None:
     model = make(BY_NAME[name], dtype=torch.float64)
     given = dict(GROWTHS[growth])
     if name == "qwen3" and growth == "experts":
@@ -198,7 +198,7 @@ def test_any_move_of_the_source_costs_on_the_grown_model_what_it_cost_before(nam
     assert sum(float((mapped[n] * (end[n] - start[n]) ** 2).sum()) for n in mapped) == pytest.approx(cost, rel=1e-10)
 
 
-def test_even_copies_map_by_columns_over_rows() -> None:
+def test_grown_importance_of_even_copies() -> None:
     """F' = F * c_in / c_out, c the copies of a column and of a row; identity blocks hold nothing."""
     model = make(BY_NAME["llama"], dtype=torch.float64)
     plan = plan_of(model, "tile", deeper="after", factor=2, symmetry="none")
@@ -213,7 +213,7 @@ def test_even_copies_map_by_columns_over_rows() -> None:
         torch.testing.assert_close(mapped[n], torch.full_like(mapped[n], value))
 
 
-def test_averaged_layers_are_held_between_what_each_would_ask() -> None:
+def test_grown_importance_of_averaged_layers_is_between_theirs() -> None:
     model = make(BY_NAME["llama"], dtype=torch.float64, num_hidden_layers=8)
     plan = plan_of(model, "dus", drop=2, seam_average=1)
     fisher = {n: torch.full_like(t, 1.0 + float(n.split(".")[2]) if "layers" in n else 1.0) for n, t in on_disk(model).items()}
@@ -226,7 +226,7 @@ def test_averaged_layers_are_held_between_what_each_would_ask() -> None:
 # ---- files ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_importance_file_is_written_atomically(tmp_path: Path) -> None:
     def broken() -> Any:
         yield "a", torch.ones(2)
         yield "b", torch.tensor([1.0, math.nan])
@@ -276,7 +276,7 @@ def fisher(*words: Any) -> int:
     return main(["fisher", *map(str, words), *small])
 
 
-def test_the_command_writes_what_the_penalty_reads(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fisher_command_writes_file_for_penalty(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, out = text(tmp_path / "old.txt", 0), tmp_path / "fisher.safetensors"
     assert fisher(folder, "--text", old, "-o", out, "--json", "--batch", "8") == 0
     told = json.loads(capsys.readouterr().out)
@@ -296,7 +296,7 @@ def test_the_command_writes_what_the_penalty_reads(folder: Path, tmp_path: Path,
     assert open_importance(out).read("lm_head.weight").dtype == torch.bfloat16
 
 
-def test_merging_is_online_ewc(folder: Path, tmp_path: Path) -> None:
+def test_merge_equals_online_ewc(folder: Path, tmp_path: Path) -> None:
     paths = [tmp_path / f"{n}.safetensors" for n in ("one", "two", "both")]
     texts = [text(tmp_path / f"{n}.txt", i) for i, n in enumerate(("a", "b"))]
     assert fisher(folder, "--text", texts[0], "-o", paths[0]) == 0
@@ -308,7 +308,7 @@ def test_merging_is_online_ewc(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [["width", "--factor", "2"], ["depth", "--method", "identity"]])
-def test_a_source_s_fisher_goes_through_growth_json(flags: list[str], folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_fisher_from_growth(flags: list[str], folder: Path, tmp_path: Path, capsys: Any) -> None:
     source = random_importance(small(), tmp_path / "f.safetensors", kind="true", tokens=7)
     grown = tmp_path / "grown"
     assert main([flags[0], str(folder), *flags[1:], "-o", str(grown)]) == 0
@@ -333,7 +333,7 @@ def test_a_source_s_fisher_goes_through_growth_json(flags: list[str], folder: Pa
     assert "no growth.json" in capsys.readouterr().err
 
 
-def test_the_utility_of_experts_is_what_their_tensors_add_up_to(tmp_path: Path, capsys: Any) -> None:
+def test_expert_utility_is_sum_over_expert_tensors(tmp_path: Path, capsys: Any) -> None:
     folder = saved(make(BY_NAME["qwen3_moe-mixed"]), tmp_path / "moe")
     out, table = tmp_path / "f.safetensors", tmp_path / "utility.json"
     assert fisher(folder, "--text", text(tmp_path / "t.txt", 0), "-o", out, "--utility", table) == 0
@@ -349,7 +349,7 @@ def test_the_utility_of_experts_is_what_their_tensors_add_up_to(tmp_path: Path, 
     assert main(words) == 0, capsys.readouterr().err
 
 
-def test_a_dry_run_says_what_it_takes_and_writes_nothing(folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_fisher_dry_run_writes_nothing(folder: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "f.safetensors"
     assert fisher(folder, "--text", text(tmp_path / "t.txt", 0), "-o", out, "--dry-run", "--json") == 0
     told = json.loads(capsys.readouterr().out)
@@ -373,14 +373,14 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(folder: Path, tmp_path:
         (["--text", "MISSING/nothing.txt"], "nothing.txt"),
         (["--text", "EMPTY"], "empty.txt"),
         (["--text", "TEXT", "--utility", "u.json"], "has no experts"),
-        (["--text", "TEXT", "--merge", "no.safetensors"], "There is no file"),
-        (["--text", "TEXT", "--merge", "OTHER"], "is of another model"),
+        (["--text", "TEXT", "--merge", "no.safetensors"], "does not exist"),
+        (["--text", "TEXT", "--merge", "OTHER"], "belongs to another model"),
         (["--text", "gone.txt", "--calibrate", "0.1", "--on", "away.txt", "--merge", "no.safetensors", "--dry-run"], "has 3 mistakes"),
         (["--text", "TEXT", "--utility", "FOLDER"], "is a folder"),
         (["--text", "TEXT", "--device", "cuda"], "cannot be moved to cuda"),
     ],
 )
-def test_what_cannot_be_used_is_told(words: list[str], message: str, folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_fisher_input_errors(words: list[str], message: str, folder: Path, tmp_path: Path, capsys: Any) -> None:
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     (tmp_path / "empty.txt").write_text(" ")
@@ -392,7 +392,7 @@ def test_what_cannot_be_used_is_told(words: list[str], message: str, folder: Pat
     assert not (tmp_path / "f.safetensors").exists()
 
 
-def test_an_accelerator_out_of_memory_is_one_message(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_one_message(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
@@ -405,7 +405,7 @@ def test_an_accelerator_out_of_memory_is_one_message(folder: Path, tmp_path: Pat
 # ---- calibration --------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_calibration_finds_the_smallest_lambda_tried_that_keeps_the_old_loss(tmp_path: Path) -> None:
+def test_calibration_finds_smallest_tolerated_lambda(tmp_path: Path) -> None:
     model = small()
     data = rows(model, 60, 12) % 32
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -455,7 +455,7 @@ def training(folder: Path, **more: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder / "trainer"), **{**settings, **more})
 
 
-def test_a_trial_is_a_run_of_the_trainer(tmp_path: Path) -> None:
+def test_trial_equals_a_trainer_run(tmp_path: Path) -> None:
     """The losses after Trainer's own run, with its decay, schedule, clipping and micro-batches, over as many steps."""
     from transformers import Trainer
 
@@ -475,7 +475,7 @@ def test_a_trial_is_a_run_of_the_trainer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["loss", "proximal"])
-def test_a_trial_that_diverges_is_not_enough(form: str, tmp_path: Path) -> None:
+def test_diverging_trial_is_not_tolerated(form: str, tmp_path: Path) -> None:
     """A lambda far too large for the learning rate ends in weights that are not finite, or in a held model; both are an answer."""
     model = small()
     data = rows(model, 24, 12)
@@ -491,7 +491,7 @@ def test_a_trial_that_diverges_is_not_enough(form: str, tmp_path: Path) -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_the_schedule_of_a_long_training_is_compressed(tmp_path: Path) -> None:
+def test_trial_schedule_is_compressed(tmp_path: Path) -> None:
     """Warm-up keeps its share: 100 of 1000 steps are 2 of 20."""
     from transformers import get_scheduler
 
@@ -505,7 +505,7 @@ def test_the_schedule_of_a_long_training_is_compressed(tmp_path: Path) -> None:
     assert seen == pytest.approx([0, 0.5, *(1 - i / 18 for i in range(18))])
 
 
-def test_calibration_takes_the_recipe_that_lambda_is_for(folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_calibration_uses_recipe(folder: Path, tmp_path: Path, capsys: Any) -> None:
     old, new = text(tmp_path / "old.txt", 0), text(tmp_path / "new.txt", 1)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -544,7 +544,7 @@ def test_calibration_takes_the_recipe_that_lambda_is_for(folder: Path, tmp_path:
     assert "looks for the lambda of ewc or l2sp, not of si" in capsys.readouterr().err
 
 
-def test_the_command_calibrates_on_text_it_did_not_use(folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_calibration_evaluates_on_held_out_text(folder: Path, tmp_path: Path, capsys: Any) -> None:
     old, new = text(tmp_path / "old.txt", 0), text(tmp_path / "new.txt", 1)
     words = ["--calibrate", "50", "--on", new, "--calibrate-steps", "5", "--calibrate-lr", "0.003"]
     assert fisher(folder, "--text", old, "-o", tmp_path / "f.safetensors", *words, "--json") == 0

@@ -25,7 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp, made before"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_do_what_one_does(kind: str, how: str, tmp_path: Path) -> None:
+def test_two_processes_equal_one(kind: str, how: str, tmp_path: Path) -> None:
     model = make(BY_NAME["llama"], num_hidden_layers=2)
     options: dict[str, Any] = {"lambda": 3.0, **KINDS[kind]}
     if kind in ("ewc", "proximal"):

@@ -51,7 +51,7 @@ def ewc(model: PreTrainedModel, tmp_path: Path, **given: Any) -> tuple[Penalty, 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gradient_and_value_are_those_of_the_closed_form(name: str, tmp_path: Path) -> None:
+def test_gradient_and_value_equal_closed_form(name: str, tmp_path: Path) -> None:
     model = make(BY_NAME[name], dtype=torch.float64)
     penalty, fisher = ewc(model, tmp_path)
     anchor = shaken(model)
@@ -65,7 +65,7 @@ def test_gradient_and_value_are_those_of_the_closed_form(name: str, tmp_path: Pa
     assert penalty.value() == pytest.approx(plain_penalty(LAMBDA, fisher, now, anchor), rel=1e-6)
 
 
-def test_the_gradient_is_that_of_the_term_in_a_loss(tmp_path: Path) -> None:
+def test_gradient_equals_that_of_loss_term(tmp_path: Path) -> None:
     model = small("llama-tied")
     penalty, _ = ewc(model, tmp_path)
     assert isinstance(penalty, QuadraticPenalty)
@@ -79,7 +79,7 @@ def test_the_gradient_is_that_of_the_term_in_a_loss(tmp_path: Path) -> None:
     assert penalty.value() == pytest.approx(float(term.detach()), rel=1e-5)
 
 
-def test_nothing_happens_at_the_anchor(tmp_path: Path) -> None:
+def test_gradient_is_zero_at_anchor(tmp_path: Path) -> None:
     model = small()
     penalty, _ = ewc(model, tmp_path)
     backward(model)
@@ -91,7 +91,7 @@ def test_nothing_happens_at_the_anchor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["loss", "proximal"])
 @pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_changes_nothing(form: str, accumulation: int, tmp_path: Path) -> None:
+def test_penalty_with_gradient_accumulation(form: str, accumulation: int, tmp_path: Path) -> None:
     rows = torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(2))
     after = []
     for parts in (1, accumulation):
@@ -112,7 +112,7 @@ def test_accumulation_changes_nothing(form: str, accumulation: int, tmp_path: Pa
     assert after[0][1] == pytest.approx(after[1][1], rel=1e-3) and after[0][1] > 0
 
 
-def test_a_scaled_loss_gets_a_scaled_penalty(tmp_path: Path) -> None:
+def test_gradient_is_scaled_with_loss_scale(tmp_path: Path) -> None:
     model = small()
     penalty, fisher = ewc(model, tmp_path)
     anchor = shaken(model)
@@ -122,7 +122,7 @@ def test_a_scaled_loss_gets_a_scaled_penalty(tmp_path: Path) -> None:
         torch.testing.assert_close(found[n], 1024 * LAMBDA * fisher[n] * (now[n] - anchor[n]))
 
 
-def test_frozen_parameters_are_left_alone_and_come_back_when_they_thaw(tmp_path: Path) -> None:
+def test_frozen_parameters_have_no_penalty_until_unfrozen(tmp_path: Path) -> None:
     model = small()
     penalty, _ = ewc(model, tmp_path)
     shaken(model)
@@ -135,7 +135,7 @@ def test_frozen_parameters_are_left_alone_and_come_back_when_they_thaw(tmp_path:
     assert model.model.embed_tokens.weight.grad is not None
 
 
-def test_the_proximal_step_solves_its_problem(tmp_path: Path) -> None:
+def test_proximal_step_minimizes_its_objective(tmp_path: Path) -> None:
     """x = argmin 1/2 |x - w|^2 + lr * penalty(x): its gradient there is zero, and x is what the formula says."""
     model = small("mixtral")
     penalty, fisher = ewc(model, tmp_path, form="proximal")
@@ -152,7 +152,7 @@ def test_the_proximal_step_solves_its_problem(tmp_path: Path) -> None:
     assert (on_disk(model)["model.embed_tokens.weight"] - before["model.embed_tokens.weight"]).abs().max() > 1e-3
 
 
-def test_the_proximal_step_takes_a_rate_for_each_parameter(tmp_path: Path) -> None:
+def test_proximal_step_with_learning_rate_per_parameter(tmp_path: Path) -> None:
     model = small()
     penalty, fisher = ewc(model, tmp_path, form="proximal")
     anchor, first = shaken(model), model.model.embed_tokens.weight
@@ -169,7 +169,7 @@ def test_the_proximal_step_takes_a_rate_for_each_parameter(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_storage_and_weights_in_any_dtype(storage: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_storage_and_weight_dtypes(storage: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = small(dtype=torch.bfloat16).to(dtype)  # a bf16 checkpoint, loaded as either
     fisher = random_importance(model, tmp_path / "f.safetensors", storage=storage)
     penalty = make_penalty(options(fisher=str(tmp_path / "f.safetensors"), storage=storage), model)
@@ -188,7 +188,7 @@ def test_storage_and_weights_in_any_dtype(storage: str, dtype: torch.dtype, tmp_
 
 
 @pytest.mark.parametrize("kind", ["ewc", "si", "l2sp", "collapsed"])
-def test_memory_is_known_before_anything_is_held(kind: str, tmp_path: Path) -> None:
+def test_penalty_bytes_equals_nbytes(kind: str, tmp_path: Path) -> None:
     source = small()
     plan = plan_of(source, "tile", factor=2)
     model = grow_model(source, plan)
@@ -209,11 +209,11 @@ def test_memory_is_known_before_anything_is_held(kind: str, tmp_path: Path) -> N
 # ---- the other kinds --------------------------------------------------------------------------------------------------------------------
 
 
-def test_none_is_none() -> None:
+def test_kind_none_has_no_penalty() -> None:
     assert make_penalty(PenaltyOptions(), small()) is None
 
 
-def test_online_ewc_counts_older_tasks_less(tmp_path: Path) -> None:
+def test_online_ewc_decays_older_tasks(tmp_path: Path) -> None:
     model = small("mixtral")
     files = [tmp_path / f"{i}.safetensors" for i in range(3)]
     values = [random_importance(model, f, seed=i) for i, f in enumerate(files)]
@@ -228,7 +228,7 @@ def test_online_ewc_counts_older_tasks_less(tmp_path: Path) -> None:
         torch.testing.assert_close(found[n], LAMBDA * f * (now[n] - anchor[n]))
 
 
-def test_l2sp_holds_all_weights_alike_with_the_mean_of_a_fisher_if_there_is_one(tmp_path: Path) -> None:
+def test_l2sp_uses_mean_of_fisher(tmp_path: Path) -> None:
     model = small("mixtral")
     fisher = random_importance(model, tmp_path / "f.safetensors")
     mean = torch.cat([f.flatten() for f in fisher.values()]).mean()
@@ -245,7 +245,7 @@ def test_l2sp_holds_all_weights_alike_with_the_mean_of_a_fisher_if_there_is_one(
 
 
 @pytest.mark.parametrize("kind", ["ewc", "l2sp"])
-def test_what_is_new_may_be_left_free(kind: str, tmp_path: Path) -> None:
+def test_over_inherited_leaves_new_weights_free(kind: str, tmp_path: Path) -> None:
     source = small()
     plan = plan_of(source, "tile", deeper="after", factor=2)
     model = grow_model(source, plan)
@@ -265,7 +265,7 @@ def test_what_is_new_may_be_left_free(kind: str, tmp_path: Path) -> None:
 # ---- synaptic intelligence ----------------------------------------------------------------------------------------------------------------
 
 
-def test_si_follows_the_path_of_the_task_loss_alone() -> None:
+def test_si_path_uses_task_gradient_only() -> None:
     """Against a slow loop that keeps everything, under a penalty that pulls, clipping, and accumulation."""
     model = small(dtype=torch.float64)
     penalty = make_penalty(options("si", xi=0.01, consolidate_every=3), model)
@@ -312,7 +312,7 @@ class _Bowl(torch.nn.Module):
         return 0.5 * (self.h * self.w**2).sum()
 
 
-def test_si_finds_the_curvature_of_a_quadratic_loss_and_omega_adds_up_to_what_was_gained() -> None:
+def test_si_importance_of_quadratic_loss() -> None:
     bowl = _Bowl()
     penalty = SynapticIntelligence(1.0, {"w": bowl.w.detach().clone()}, None, xi=1e-9, storage=torch.float64)
     penalty.attach(bowl)
@@ -333,7 +333,7 @@ def test_si_finds_the_curvature_of_a_quadratic_loss_and_omega_adds_up_to_what_wa
     assert f[3] == 0  # it never moved
 
 
-def test_si_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_si_resume(tmp_path: Path) -> None:
     def run(model: PreTrainedModel, penalty: Penalty, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
             optimizer.zero_grad()
@@ -365,7 +365,7 @@ def test_si_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
-def test_what_si_found_is_the_importance_of_a_later_run(name: str, tmp_path: Path) -> None:
+def test_si_importance_file_is_read_by_later_run(name: str, tmp_path: Path) -> None:
     model = small(name)
     penalty = make_penalty(options("si", xi=0.01), model)
     assert isinstance(penalty, SynapticIntelligence)
@@ -386,11 +386,11 @@ def test_what_si_found_is_the_importance_of_a_later_run(name: str, tmp_path: Pat
     assert all(torch.equal(f, penalty.importances()[n]) for n, f in later.importances().items())
     shaken(model)
     assert later.value() > 0
-    with pytest.raises(InputError, match="the weights do not"):
+    with pytest.raises(InputError, match="the weights differ"):
         make_penalty(options("si", fisher=str(tmp_path / "importance.safetensors")), small(name))
 
 
-def test_a_skipped_step_leaves_no_trace_in_the_path() -> None:
+def test_si_ignores_skipped_steps() -> None:
     model = small()
     penalty = make_penalty(options("si"), model)
     assert isinstance(penalty, SynapticIntelligence)
@@ -406,7 +406,7 @@ def test_a_skipped_step_leaves_no_trace_in_the_path() -> None:
 # ---- resuming, wrapping ------------------------------------------------------------------------------------------------------------------
 
 
-def test_attached_again_it_keeps_its_anchor(tmp_path: Path) -> None:
+def test_second_attach_keeps_anchor(tmp_path: Path) -> None:
     model = small()
     penalty, _ = ewc(model, tmp_path)
     shaken(model)
@@ -415,7 +415,7 @@ def test_attached_again_it_keeps_its_anchor(tmp_path: Path) -> None:
     assert penalty.value() == value > 0
 
 
-def test_a_checkpoint_of_another_penalty_or_other_weights_is_refused(tmp_path: Path) -> None:
+def test_state_of_another_penalty_or_anchor_is_refused(tmp_path: Path) -> None:
     model = small()
     penalty, _ = ewc(model, tmp_path)
     state = penalty.state_dict()
@@ -462,7 +462,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WIDTHS)
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "mixtral"])
-def test_collapsed_coordinates_against_dense_matrices(name: str, way: str, tmp_path: Path) -> None:
+def test_collapsed_penalty_equals_dense_matrices(name: str, way: str, tmp_path: Path) -> None:
     source = small(name, dtype=torch.float64)
     given = dict(WIDTHS[way])
     plan = plan_of(source, given.pop("method", "tile"), **given)
@@ -493,7 +493,7 @@ def test_collapsed_coordinates_against_dense_matrices(name: str, way: str, tmp_p
         torch.testing.assert_close(found, torch.zeros_like(found) if right is None else right, rtol=1e-5, atol=1e-5, msg=n)
 
 
-def test_collapsed_coordinates_are_refused_where_they_do_not_exist(tmp_path: Path) -> None:
+def test_collapsed_is_refused_without_inverse(tmp_path: Path) -> None:
     source = small()
     random_importance(source, tmp_path / "f.safetensors")
     chosen = options(fisher=str(tmp_path / "f.safetensors"), collapsed=True)
@@ -505,7 +505,7 @@ def test_collapsed_coordinates_are_refused_where_they_do_not_exist(tmp_path: Pat
         make_penalty(chosen, source, None)
     plan = plan_of(source, "tile", factor=2)
     random_importance(small(seed=3), tmp_path / "f.safetensors")
-    with pytest.raises(InputError, match="the weights do not"):
+    with pytest.raises(InputError, match="the weights differ"):
         make_penalty(chosen, grow_model(source, plan), plan)
 
 
@@ -525,36 +525,36 @@ def test_collapsed_coordinates_are_refused_where_they_do_not_exist(tmp_path: Pat
         ({"kind": "si", "xi": 0.0}, "greater than 0"),
     ],
 )  # fmt: skip
-def test_options_that_cannot_be_are_refused(given: dict[str, Any], words: str) -> None:
+def test_invalid_options_are_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         parse(PenaltyOptions, given, where="penalty")
 
 
-def test_a_fisher_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_fisher_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
     random_importance(small(), path)
     chosen = options(fisher=str(path))
     assert make_penalty(chosen, small()) is not None
     for other, words in (
-        (small(num_hidden_layers=3), "9 tensors are in one only"),
+        (small(num_hidden_layers=3), "9 tensors are in only one"),
         (small(intermediate_size=44), "has shape"),
-        (small(seed=1), "the weights do not"),
+        (small(seed=1), "the weights differ"),
     ):
         with pytest.raises(InputError, match=words):
             make_penalty(chosen, other)
     tuned = small()
     with torch.no_grad():
         tuned.model.layers[1].mlp.up_proj.weight.mul_(1.01)  # a fine-tuned sibling
-    with pytest.raises(InputError, match="the weights do not"):
+    with pytest.raises(InputError, match="the weights differ"):
         make_penalty(chosen, tuned)
 
 
-def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+def test_invalid_importance_files_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     model, path = small(), tmp_path / "f.safetensors"
     chosen = options(fisher=str(path))
-    with pytest.raises(InputError, match="There is no file"):
+    with pytest.raises(InputError, match="does not exist"):
         make_penalty(chosen, model)
     path.write_bytes(b"garbage")
     with pytest.raises(InputError, match="cannot be read"):
@@ -575,7 +575,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         penalty.attach(model)
 
 
-def test_new_modules_cannot_be_held(tmp_path: Path) -> None:
+def test_new_modules_have_no_anchor(tmp_path: Path) -> None:
     model = small()
     penalty, _ = ewc(model, tmp_path)
     model.adapter = torch.nn.Linear(2, 2)
@@ -584,14 +584,14 @@ def test_new_modules_cannot_be_held(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_what_penalties_cost_runs(tmp_path: Path) -> None:
+def test_ewc_overhead_benchmark_runs(tmp_path: Path) -> None:
     script = Path(__file__).parents[3] / "benchmarks" / "ewc_overhead.py"
     subprocess.run([sys.executable, script, "--size", "tiny", "--rounds", "1", "--batch", "2", "--out", tmp_path / "r.md"], check=True)
     text = (tmp_path / "r.md").read_text()
     assert all(f"| {arm} |" in text for arm in ("none", "EWC", "EWC, proximal step", "L2-SP", "SI, following the path"))
 
 
-def test_tokens_reach_every_expert_of_the_test_models() -> None:
+def test_test_models_route_tokens_to_every_expert() -> None:
     """Gradients of zero would make some of the tests above say nothing."""
     model = small("mixtral")
     backward(model, tokens(model, 40))

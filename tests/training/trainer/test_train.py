@@ -336,7 +336,7 @@ def test_frozen_weights_are_unchanged_bit_for_bit(name: str, train: list[str], f
     model, plan = grown_model(name)
     parts = param_provenance.parts(model, plan)
     names = [n for n, _ in model.named_parameters()]
-    trains = select(names, parts, train, but=freeze)
+    trains = select(names, parts, train, excluded=freeze)
     before = weights(model)
     growth = GrowthSettings(
         updates=ParamUpdates(trains, param_provenance.new_masks(model, plan)), aux_loss=0.01 if name == "experts" else None
