@@ -234,7 +234,7 @@ def test_invalid_teachers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     tokenizer(WORDS[::-1]).save_pretrained(swapped)
     teachers = [{"model": str(other)}, {"model": str(swapped)}, {"model": str(tmp_path / "nowhere")}]
     said = run(capsys, "train", recipe(tmp_path, model, distill={"teachers": teachers}), status=2)["error"]
-    assert "vocabulary of 80 tokens, the model one of 64" in said
+    assert "vocabulary of 80 tokens, but the model has 64" in said
     assert "so its token ids differ" in said
     assert "nowhere" in said
     assert "3 mistakes" in said

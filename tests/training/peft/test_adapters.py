@@ -98,7 +98,7 @@ def test_merge_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         return tmp_path / name
 
     assert "is not an adapter" in said(base)
-    assert "no LoRA adapter" in said(changed("prefix", peft_type="PREFIX_TUNING"))
+    assert "not a LoRA adapter" in said(changed("prefix", peft_type="PREFIX_TUNING"))
     assert "layer 7" in said(changed("far", layer_replication=[[0, 8]]))
     assert "not a list of" in said(changed("odd", layer_replication=[[3, 1]]))
     assert "--base" in said(changed("nameless", base_model_name_or_path=None))
