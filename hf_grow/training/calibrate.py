@@ -40,15 +40,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
 MAX_LAMBDA = 1e6
-REFINEMENTS = 3
-"""Bisections after the first lambda that is enough."""
+BISECTIONS = 3
+"""Bisections after the first lambda whose rise is tolerated."""
 MAX_EVAL_ROWS = 32
 """Sequences of old, and of new text, to evaluate on."""
 MIN_ROWS = 8
 
 
 @dataclass(frozen=True)
-class Trials:
+class TrialSettings:
     """The training that lambda is for, as short trainings of ``arguments.max_steps`` steps."""
 
     arguments: TrainingArguments
@@ -68,7 +68,7 @@ class Trials:
         }  # fmt: skip
 
 
-def plan_trials(files: FisherFileOptions, options: FisherOptions, out: Path, notify: Notify) -> Trials:
+def plan_trials(files: FisherFileOptions, options: FisherOptions, out: Path, notify: Notify) -> TrialSettings:
     """The short trainings of --calibrate: of --recipe, else of a recipe's defaults, with the Fisher in ``out``.
 
     Raises InputError for a recipe with mistakes, or whose penalty has no lambda that can be calibrated.
@@ -83,17 +83,15 @@ def plan_trials(files: FisherFileOptions, options: FisherOptions, out: Path, not
     assert data.recipe is not None
     penalty = data.recipe.regularizer if files.recipe is not None else PenaltyOptions()
     if penalty.collapsed or penalty.kind in ("si", "online-ewc"):
-        raise InputError(
-            f"{files.recipe}: --calibrate looks for the lambda of ewc or l2sp, not of {'collapsed' if penalty.collapsed else penalty.kind}."
-        )
+        raise InputError(f"{files.recipe}: --calibrate supports ewc and l2sp, not {'collapsed' if penalty.collapsed else penalty.kind}.")
     penalty = penalty.model_copy(update={"kind": "ewc" if penalty.kind == "none" else penalty.kind, "fisher": (out,)})
     recipe = data.recipe.model_copy(update={"regularizer": penalty})
     if recipe.train != ["everything"] or recipe.freeze or recipe.phases or recipe.lora or recipe.distill:
-        notify("Calibration trains all weights on the text alone: train, freeze, phases, lora and distill of the recipe are not used.")
+        notify("Calibration trains all weights on the text alone; train, freeze, phases, lora and distill of the recipe are ignored.")
     given = {**data.arguments, **STEPS_ONLY, **({"use_cpu": True} if files.device == "cpu" else {})}
     arguments = arguments_for(recipe, given, out)
     raise_mistakes(data.where, launch_mistakes(current_launch(), recipe, arguments, resume=False))
-    return Trials(shortened(arguments, files.calibrate_steps), penalty, recipe.data.seq_length)
+    return TrialSettings(shortened(arguments, files.calibrate_steps), penalty, recipe.data.seq_length)
 
 
 def shortened(arguments: TrainingArguments, steps: int) -> TrainingArguments:
@@ -106,7 +104,7 @@ def shortened(arguments: TrainingArguments, steps: int) -> TrainingArguments:
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialResult:
     """The result of one short training; losses in nats per token."""
 
     strength: float
@@ -121,7 +119,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Calibration:
-    trials: tuple[Trial, ...]
+    trials: tuple[TrialResult, ...]
     """In the order in which they were run; the first is without a penalty."""
     chosen: float
     """The smallest lambda tried whose rise is tolerated."""
@@ -152,28 +150,28 @@ def calibrate(
 
     ``old``, ``new``: token ids to evaluate on, int64 [sequences, length]; ``train``: to train on, in this order, repeated if they are too few.
     ``tolerated``: rise of the loss on ``old``, nats per token. ``progress`` is called with the tokens of each step.
-    Raises InputError if no lambda up to MAX_LAMBDA is enough.
+    Raises InputError if the rise is not tolerated with any lambda up to MAX_LAMBDA.
     """
     runner = _TrialRunner(model, penalty, arguments, old=old, train=train, new=new, progress=progress)
     trials = [runner.run(0.0)]
 
-    def enough(strength: float) -> bool:
+    def is_tolerated(strength: float) -> bool:
         trials.append(runner.run(strength))
         return trials[-1].rise <= tolerated  # false for a loss that is not finite
 
     upper = 0.0
     if not trials[0].rise <= tolerated:
         lower, upper = 0.1, 1.0
-        while not enough(upper):
+        while not is_tolerated(upper):
             lower, upper = upper, 10 * upper
             if upper > MAX_LAMBDA:
                 raise InputError(
                     f"With lambda {lower:g} the old loss still rises by {trials[-1].rise:.3f} nats per token, more than {tolerated:g}.",
                     hint="Mix in old text (replay), lower the learning rate, or estimate the Fisher on more text.",
                 )
-        for _ in range(REFINEMENTS):
+        for _ in range(BISECTIONS):
             middle = math.sqrt(lower * upper)
-            lower, upper = (lower, middle) if enough(middle) else (middle, upper)
+            lower, upper = (lower, middle) if is_tolerated(middle) else (middle, upper)
     return Calibration(tuple(trials), upper, runner.start["old"], runner.start["new"])
 
 
@@ -194,7 +192,7 @@ class _TrialRunner:
         self.start: dict[str, float] = {}
         """Losses before any training, by set."""
 
-    def run(self, strength: float) -> Trial:
+    def run(self, strength: float) -> TrialResult:
         self.penalty.strength = strength
         training = self.model.training
         with tempfile.TemporaryDirectory(prefix="hf-grow-") as folder:
@@ -209,15 +207,15 @@ class _TrialRunner:
             for name, p in self.model.named_parameters():
                 p.copy_(self.weights[name])
         self.model.train(training)
-        return Trial(strength, losses["old"], losses["new"], losses["old"] - self.start["old"], forecast)
+        return TrialResult(strength, losses["old"], losses["new"], losses["old"] - self.start["old"], forecast)
 
     def _trainer(self) -> BaseGrowTrainer:
         trainer = BaseGrowTrainer(
             model=self.model, args=self.arguments, train_dataset=self.train, eval_dataset=self.evals, data_collator=Collator(0),
             growth=GrowthSettings(penalty=self.penalty), callbacks=[_TokenCounter(self.progress, self.train, self.arguments.max_steps)],
         )  # fmt: skip
-        for printing in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(printing)
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
         return trainer
 
     def _train(self, trainer: BaseGrowTrainer) -> dict[str, float]:

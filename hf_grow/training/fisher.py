@@ -25,7 +25,7 @@ from hf_grow.model import flops
 from hf_grow.model.meta_model import meta_model
 from hf_grow.model.param_count import count_parameters
 from hf_grow.options import unmet_requirements
-from hf_grow.training.calibrate import MAX_EVAL_ROWS, MIN_ROWS, Trials, calibrate, plan_trials
+from hf_grow.training.calibrate import MAX_EVAL_ROWS, MIN_ROWS, TrialSettings, calibrate, plan_trials
 from hf_grow.training.config.data_options import TextOptions
 from hf_grow.training.config.fisher_options import FisherFileOptions, FisherOptions
 from hf_grow.training.config.train_config import collect_mistakes, raise_mistakes
@@ -97,14 +97,14 @@ def _check_options(files: FisherFileOptions, options: FisherOptions, out: Path, 
     """Raises InputError with all options that exclude each other, missing inputs and existing outputs."""
     mistakes = []
     if (files.text is None) == (files.from_growth is None):
-        mistakes.append("give one of --text (old data) and --from-growth (the source's Fisher).")
+        mistakes.append("give either --text (old data) or --from-growth (the source's Fisher).")
     if files.from_growth is not None:
         mistakes += [f"--{n} needs --text." for n in ("merge", "utility", "calibrate") if getattr(files, n) is not None]
     if (files.calibrate is None) != (files.on is None):
-        mistakes.append("--calibrate NATS and --on NEW_DATA go together.")
+        mistakes.append("--calibrate NATS and --on NEW_DATA require each other.")
     if files.calibrate is not None and files.device not in (None, "cpu", "cuda", "cuda:0"):
         mistakes.append(
-            f"--calibrate trains on the first GPU, as hf-grow train does, not on {files.device}. Choose it by CUDA_VISIBLE_DEVICES."
+            f"--calibrate trains on the first GPU, as hf-grow train does, not on {files.device}. Choose the GPU with CUDA_VISIBLE_DEVICES."
         )
     mistakes += unmet_requirements(files, options)
     for key, path in (("output", out), ("utility", files.utility)):
@@ -122,11 +122,11 @@ def _check_options(files: FisherFileOptions, options: FisherOptions, out: Path, 
 def _check_writable(path: Path, files: FisherFileOptions) -> None:
     """Raises OutputError if ``path`` is a folder, exists and must not be replaced, or has no parent folder."""
     if path.is_dir():
-        raise OutputError(f"{path} is a folder.", hint="Name a file.")
+        raise OutputError(f"{path} is a folder.", hint="Give a file name.")
     if path.exists() and not files.overwrite and not files.dry_run:
         raise OutputError(f"{path} exists.", hint="Give another name, or --overwrite.")
     if not path.parent.is_dir():
-        raise OutputError(f"There is no folder {path.parent}.")
+        raise OutputError(f"The folder {path.parent} does not exist.")
 
 
 def _file_bytes(checkpoint: Checkpoint, options: FisherOptions) -> int:
@@ -149,7 +149,7 @@ def _dry_run(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) ->
 
 def _map_fisher(checkpoint: Checkpoint, source_file: Path, options: FisherOptions, out: Path) -> dict[str, Any]:
     if checkpoint.growth is None:
-        raise InputError(f"{checkpoint.ref} has no growth.json.", hint="--from-growth needs a model that hf-grow made.")
+        raise InputError(f"{checkpoint.ref} has no growth.json.", hint="--from-growth needs a model grown by hf-grow.")
     plan = GrowthPlan.from_json(checkpoint.growth)
     check_plan_matches(plan, checkpoint)
     source = open_importance(source_file)
@@ -169,7 +169,7 @@ def _estimate(
     files: FisherFileOptions,
     options: FisherOptions,
     out: Path,
-    trials: Trials | None,
+    trials: TrialSettings | None,
     notify: Notify,
     progress_bar: ProgressBar,
 ) -> dict[str, Any]:
@@ -183,21 +183,21 @@ def _estimate(
     model, tokenizer = load_with_tokenizer(checkpoint, _compute_dtype(options, files.device), files.device)
     length = min(options.seq_length, model.config.max_position_embeddings)
     assert files.text is not None
-    read = partial(sample_sequences, model=model, tokenizer=tokenizer, length=length, seed=options.seed)
-    wanted = -(-options.tokens // length)
-    rows = read([files.text], count=wanted + (MAX_EVAL_ROWS if trials is not None else 0))
+    sample = partial(sample_sequences, model=model, tokenizer=tokenizer, length=length, seed=options.seed)
+    rows_needed = -(-options.tokens // length)
+    rows = sample([files.text], count=rows_needed + (MAX_EVAL_ROWS if trials is not None else 0))
     heldout = new = None
     if trials is not None and files.on is not None:
-        new = read([files.on], count=files.calibrate_steps * trials.batch + MAX_EVAL_ROWS)
-        for label, found in ((files.text, rows), (files.on, new)):
-            if len(found) < MIN_ROWS:
+        new = sample([files.on], count=files.calibrate_steps * trials.batch + MAX_EVAL_ROWS)
+        for label, sequences in ((files.text, rows), (files.on, new)):
+            if len(sequences) < MIN_ROWS:
                 raise InputError(
-                    f"{label} has {len(found)} sequences of {length} tokens; --calibrate needs {MIN_ROWS}.",
+                    f"{label} has {len(sequences)} sequences of {length} tokens; --calibrate needs {MIN_ROWS}.",
                     hint="Use a smaller --seq-length.",
                 )
         split = len(rows) - min(MAX_EVAL_ROWS, len(rows) // 2)
         rows, heldout = rows[:split], rows[split:]
-    if len(rows) < wanted:
+    if len(rows) < rows_needed:
         notify(f"{files.text} has {rows.numel():,} tokens, fewer than the {options.tokens:,} of --tokens.")
     with progress_bar("Fisher", rows.numel()) as progress:
         fisher, tokens = estimate_fisher(model, rows, options, progress=progress)
@@ -221,7 +221,7 @@ def _estimate(
         facts["utility"] = str(files.utility)
     if trials is not None and new is not None and heldout is not None and files.calibrate is not None:
         del fisher, tensors
-        notify(f"The Fisher is in {out}; lambda is calibrated next.")
+        notify(f"Wrote the Fisher to {out}; calibrating lambda.")
         plan = None if checkpoint.growth is None else GrowthPlan.from_json(checkpoint.growth)
         penalty = make_penalty(trials.penalty, model.float(), plan)
         assert isinstance(penalty, QuadraticPenalty)

@@ -76,8 +76,8 @@ class GrowTrainer(BaseGrowTrainer):
             raise InputError("GrowTrainer needs a train_dataset.", hint="To evaluate a model only, use transformers' Trainer.")
         named = eval_dataset if isinstance(eval_dataset, Mapping) else {} if eval_dataset is None else {"eval": eval_dataset}
         sets = {str(n): prepare_dataset(d, args, tokenizer, setup.vocabulary, remainder="keep") for n, d in named.items()}
-        setup = _with_length(setup, train)
-        collator = data_collator or PaddingCollator(_filler(tokenizer))
+        setup = _with_seq_length(setup, train)
+        collator = data_collator or PaddingCollator(_pad_token_id(tokenizer))
         data = TrainData(train, sets, tuple(_parts(train, sets)), cast("Collator", collator), setup.seq_length)
         if not sets:
             args.eval_on_start = False
@@ -101,7 +101,7 @@ class GrowTrainer(BaseGrowTrainer):
     def merge_and_unload(self) -> Any:
         """Merges the adapters of LoRA into the weights and returns the plain model, which `save_model` then writes. Training is over with this."""
         if not hasattr(self.model, "peft_config"):
-            raise InputError("There are no adapters to merge.", hint="Set lora in GrowConfig, or call save_model at once.")
+            raise InputError("There are no adapters to merge.", hint="Set lora in GrowConfig, or call save_model directly.")
         merge_adapters(self)
         self._merged = True
         return self.model
@@ -109,7 +109,8 @@ class GrowTrainer(BaseGrowTrainer):
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
         if self._merged:
             raise InputError(
-                "The adapters were merged: this model trains no further.", hint="Save it, and make a new GrowTrainer of the result."
+                "The adapters are merged; this model cannot be trained further.",
+                hint="Save it, and create a new GrowTrainer from the result.",
             )
         return super().train(resume_from_checkpoint, **options)
 
@@ -119,13 +120,13 @@ def _check(
 ) -> TrainSetup:
     if not isinstance(args, GrowConfig):
         raise InputError(
-            f"args is {type(args).__name__}, and GrowTrainer needs a GrowConfig.", hint="GrowConfig takes every argument of it."
+            f"args is {type(args).__name__}; GrowTrainer needs a GrowConfig.", hint="GrowConfig accepts all of TrainingArguments."
         )
     if regularizer is not None and not isinstance(regularizer, PenaltyOptions):
         raise InputError(f"regularizer is {type(regularizer).__name__}.", hint="Pass EWC(...), OnlineEWC(...), SI(...) or L2SP(...).")
     if isinstance(model, str | Path):
         if plan is not None:
-            raise InputError("plan belongs to a model in memory; that of a folder is its growth.json.", hint="Remove plan.")
+            raise InputError("plan is for a model in memory; a folder has its plan in growth.json.", hint="Remove plan.")
         checkpoint = open_source(str(model), revision=args.revision, weights=False, notify=notify)
         plan = plan_of(checkpoint)
     elif isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
@@ -153,7 +154,7 @@ def _check(
         args.greater_is_better = bool(args.greater_is_better)
     if options.monitor.on_instability == "rollback" and str(getattr(args.train_sampling_strategy, "value", "")) != "sequential":
         errors.append(
-            "monitor.on_instability: rollback skips rows in their order. Shuffle the dataset, and set train_sampling_strategy='sequential'."
+            "monitor.on_instability: rollback needs a fixed row order. Shuffle the dataset beforehand, and set train_sampling_strategy='sequential'."
         )
     check_options(options, checkpoint, plan, processing_class, errors, notify)
     errors += launch_mistakes(current_launch(), options, args, resume=False)
@@ -187,7 +188,9 @@ def _check_optimizer(model: Any, optimizer: Any, scheduler: Any) -> None:
         return
     hint = "Make it of the model that you pass, or pass optimizer_cls_and_kwargs=(torch.optim.AdamW, {'lr': 1e-4}) instead."
     if optimizer is None or getattr(scheduler, "optimizer", optimizer) is not optimizer:
-        raise InputError("The scheduler that was passed is of another optimizer.", hint="Pass both: optimizers=(optimizer, scheduler).")
+        raise InputError(
+            "The scheduler that was passed belongs to another optimizer.", hint="Pass both: optimizers=(optimizer, scheduler)."
+        )
     names = {id(p): n for n, p in model.named_parameters()}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if foreign := sum(i not in names for i in held):
@@ -197,7 +200,7 @@ def _check_optimizer(model: Any, optimizer: Any, scheduler: Any) -> None:
         lora = " Adapters are added by GrowTrainer, so no optimizer made before holds them." if hasattr(model, "peft_config") else ""
         raise InputError(
             f"The optimizer that was passed lacks {len(lacking)} parameters that train, such as {lacking[0]}.{lora}",
-            hint=hint if lora else "Add them, or say by train and freeze what trains.",
+            hint=hint if lora else "Add them, or set train and freeze to match.",
         )
 
 
@@ -235,7 +238,7 @@ def prepare_dataset(dataset: Any, args: GrowConfig, tokenizer: Any, vocabulary: 
         return dataset.select_columns([c for c in _MODEL_COLUMNS if c in columns])
     if args.text_field not in columns:
         raise InputError(
-            f"The dataset has neither input_ids nor a column {args.text_field!r}: {', '.join(columns)}.",
+            f"The dataset has neither input_ids nor a column {args.text_field!r}; its columns are {', '.join(columns)}.",
             hint="Set text_field in GrowConfig.",
         )
     encoder = DocumentEncoder(tokenizer, "tokenizer")
@@ -253,11 +256,11 @@ def prepare_dataset(dataset: Any, args: GrowConfig, tokenizer: Any, vocabulary: 
 
     packed = list(rows())
     if not packed:
-        raise InputError(f"The dataset fills no sequence of {args.seq_length} tokens.", hint="Use more text, or a smaller seq_length.")
+        raise InputError(f"The dataset has fewer than {args.seq_length} tokens.", hint="Use more text, or a smaller seq_length.")
     return type(dataset).from_list(packed)
 
 
-def _with_length(setup: TrainSetup, train: Any) -> TrainSetup:
+def _with_seq_length(setup: TrainSetup, train: Any) -> TrainSetup:
     """With the length of the first row, where rows can be read without an order."""
     from dataclasses import replace
 
@@ -265,7 +268,7 @@ def _with_length(setup: TrainSetup, train: Any) -> TrainSetup:
     return setup if not isinstance(row, Mapping) or "input_ids" not in row else replace(setup, seq_length=len(row["input_ids"]))
 
 
-def _filler(tokenizer: Any) -> int:
+def _pad_token_id(tokenizer: Any) -> int:
     return next((i for i in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)) if i is not None), 0)
 
 
@@ -280,7 +283,7 @@ def _parts(train: Any, sets: Mapping[str, Any]) -> Iterator[DataPart]:
 class PaddingCollator:
     """Rows to a batch: input_ids and labels, int64 [rows, longest row]; labels are -100 where a row is padded or its attention mask is 0."""
 
-    filler: int
+    pad_token_id: int
     """Token id for padding."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -289,8 +292,8 @@ class PaddingCollator:
 
         ids = [torch.as_tensor(row["input_ids"]).long() for row in rows]
         labels = [torch.as_tensor(row.get("labels", row["input_ids"])).long() for row in rows]
-        batch = {"input_ids": pad_sequence(ids, True, self.filler), "labels": pad_sequence(labels, True, IGNORED)}
-        batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == IGNORED, self.filler)
+        batch = {"input_ids": pad_sequence(ids, True, self.pad_token_id), "labels": pad_sequence(labels, True, IGNORED)}
+        batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == IGNORED, self.pad_token_id)
         if "attention_mask" in rows[0]:
             mask = pad_sequence([torch.as_tensor(row["attention_mask"]).long() for row in rows], True, 0)
             batch |= {"attention_mask": mask, "labels": batch["labels"].masked_fill(mask == 0, IGNORED)}

@@ -76,7 +76,7 @@ def train(
     should know, ``show`` the progress where there is no terminal.
     """
     require_packages("accelerate", "datasets")
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     setup = check_recipe(read, output=output, resume=resume, overwrite=overwrite, notify=notify)
     out, arguments = setup.out, setup.arguments
     checkpoint = last_checkpoint(out) if resume else None
@@ -95,7 +95,7 @@ def train(
             (out / EVENTS_FILE).touch()
     trainer = make_recipe_trainer(setup, parts, data, notify, show)
     trained = trainer.train(resume_from_checkpoint=str(checkpoint or arguments.resume_from_checkpoint or "") or None)
-    return _finish(trainer, setup, float(trained.training_loss), time.perf_counter() - began)
+    return _finish(trainer, setup, float(trained.training_loss), time.perf_counter() - start_time)
 
 
 def _check_same_run(setup: TrainSetup, notify: Notify) -> None:
@@ -104,14 +104,14 @@ def _check_same_run(setup: TrainSetup, notify: Notify) -> None:
         before = read_json(setup.out / RECORD)["recipe"]
     except (SourceError, KeyError):
         return
-    now = recorded_settings(setup.given)
-    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    current = recorded_settings(setup.given)
+    changed = sorted(k for k in before.keys() | current.keys() if before.get(k) != current.get(k))
     if "model" in changed:
         raise OutputError(
-            f"{setup.out} is the training of {before.get('model')}, not of {setup.recipe.model}.", hint="Choose another folder with -o."
+            f"{setup.out} contains a training of {before.get('model')}, not of {setup.recipe.model}.", hint="Choose another folder with -o."
         )
     if changed:
-        notify(f"Settings that differ from when this training began: {', '.join(changed)}.")
+        notify(f"Settings changed since this training began: {', '.join(changed)}.")
 
 
 def _finish(trainer: BaseGrowTrainer, setup: TrainSetup, loss: float, seconds: float) -> TrainResult:

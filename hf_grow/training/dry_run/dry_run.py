@@ -52,41 +52,41 @@ def dry_run(
     """
     require_packages("accelerate", "datasets")
     started = started or current_launch()
-    checked = check_recipe(read, output=output, resume=resume, overwrite=overwrite, notify=notify, started=started, texts=not timed)
-    recipe, arguments, info = checked.recipe, checked.arguments, checked.checkpoint.info
+    setup = check_recipe(read, output=output, resume=resume, overwrite=overwrite, notify=notify, started=started, texts=not timed)
+    recipe, arguments, info = setup.recipe, setup.arguments, setup.checkpoint.info
     length = recipe.data.seq_length
-    texts = _survey_texts(checked, notify, required=not timed)
+    texts = _survey_texts(setup, notify, required=not timed)
     model = meta_model(info.config)
-    planned = plan_updates(model, checked.plan, recipe)
+    planned = plan_updates(model, setup.plan, recipe)
     make_residual_scale(model, planned.new_blocks, recipe)
     groups = [list(g) for g in planned.updates.describe(model)]
     trainable = sum(p.numel() for n, p in model.named_parameters() if planned.updates.trains[n] is not False)
     parameters = sum(p.numel() for p in model.parameters())
-    width = {"float64": 8, "float32": 4}.get(weights_dtype(recipe.dtype, checked.checkpoint), 2)
+    width = {"float64": 8, "float32": 4}.get(weights_dtype(recipe.dtype, setup.checkpoint), 2)
     planned.updates.freeze(model)
-    trained: Any = model
+    trained_model: Any = model
     if recipe.lora is not None:
-        trained, updates = with_lora(model, planned.new, recipe.lora)
-        groups = [list(g) for g in updates.describe(trained)]
-        trainable = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-        parameters = sum(p.numel() for p in trained.parameters())
-    teachers, logits = _teacher_memory(checked)
-    warming = recipe.warmup.lr != 1.0 or recipe.warmup.steps > 0
-    copies = width * planned.updates.copied_values(model, new_lr=warming) if recipe.lora is None else 0
+        trained_model, updates = with_lora(model, planned.new, recipe.lora)
+        groups = [list(g) for g in updates.describe(trained_model)]
+        trainable = sum(p.numel() for p in trained_model.parameters() if p.requires_grad)
+        parameters = sum(p.numel() for p in trained_model.parameters())
+    teachers, logits = _teacher_memory(setup)
+    has_warmup = recipe.warmup.lr != 1.0 or recipe.warmup.steps > 0
+    copies = width * planned.updates.copied_values(model, new_lr=has_warmup) if recipe.lora is None else 0
     memory = estimate_memory(
         info.architecture, arguments, parameters=parameters, trainable=trainable, width=width, length=length,
-        penalty=penalty_bytes(recipe.regularizer, meta_model(info.config), checked.plan), rows=copies, teachers=teachers,
+        penalty=penalty_bytes(recipe.regularizer, meta_model(info.config), setup.plan), rows=copies, teachers=teachers,
         distillation=logits, launch=started,
     )  # fmt: skip
     step = tokens_per_step(arguments, length, started.processes)
-    known = [t["tokens"] for t in texts if t["use"] == "train"]
-    epoch = sum(known) if known and all(known) else None
+    counts = [t["tokens"] for t in texts if t["use"] == "train"]
+    epoch = sum(counts) if counts and all(counts) else None
     tokens = step * arguments.max_steps if arguments.max_steps > 0 else epoch and round(epoch * arguments.num_train_epochs)
     facts = {
-        "output": str(checked.out),
-        "model": checked.checkpoint.ref,
-        "recipe": resolved_recipe(checked),
-        "differs": non_default_settings(checked),
+        "output": str(setup.out),
+        "model": setup.checkpoint.ref,
+        "recipe": resolved_recipe(setup),
+        "differs": non_default_settings(setup),
         "parameters": [trainable, parameters],
         "free_memory": device_free_memory(arguments),
         "texts": texts,
@@ -97,67 +97,68 @@ def dry_run(
         "tokens_a_step": step,
         "tokens": tokens,
         "steps": arguments.max_steps if arguments.max_steps > 0 else tokens and max(1, tokens // step),
-        "flops": tokens and tokens * flops.training_flops(trained, length) + _forward_only_flops(checked, texts, tokens, epoch or tokens),
+        "flops": tokens
+        and tokens * flops.training_flops(trained_model, length) + _forward_only_flops(setup, texts, tokens, epoch or tokens),
     }
     if timed:
-        facts["time"] = _time_steps(checked, facts, notify)
+        facts["time"] = _time_steps(setup, facts, notify)
     return facts
 
 
-def _survey_texts(checked: TrainSetup, notify: Notify, *, required: bool) -> list[dict[str, Any]]:
+def _survey_texts(setup: TrainSetup, notify: Notify, *, required: bool) -> list[dict[str, Any]]:
     try:
-        return survey(checked.recipe.data, checked.tokenizer, notify=notify, vocab_size=checked.vocabulary)
+        return survey(setup.recipe.data, setup.tokenizer, notify=notify, vocab_size=setup.vocabulary)
     except GrowError as error:
         if required:
             raise
-        notify(f"The size of the texts is unknown: {error}")
+        notify(f"The texts cannot be read, so their size is unknown: {error}")
         return []
 
 
-def _time_steps(checked: TrainSetup, facts: Mapping[str, Any], notify: Notify) -> dict[str, Any]:
-    needs, free = facts["memory"]["total"], facts["free_memory"]
-    if free["device"] == "cpu" and needs > free["bytes"]:  # the kernel would kill the process; accelerators raise an error
+def _time_steps(setup: TrainSetup, facts: Mapping[str, Any], notify: Notify) -> dict[str, Any]:
+    needed, free = facts["memory"]["total"], facts["free_memory"]
+    if free["device"] == "cpu" and needed > free["bytes"]:  # the kernel would kill the process; accelerators raise an error
         raise ExecutionError(
-            f"A step needs about {format_bytes(needs)} of memory, and {format_bytes(free['bytes'])} are free: no step is timed.",
+            f"A step needs about {format_bytes(needed)} of memory, but only {format_bytes(free['bytes'])} are free; steps cannot be timed.",
             hint=OUT_OF_MEMORY_HINT,
         )
     from hf_grow.training.dry_run.step_time import not_timed, time_steps
 
-    return time_steps(checked, notify).to_json(facts["steps"], not_timed(checked))
+    return time_steps(setup, notify).to_json(facts["steps"], not_timed(setup))
 
 
-def _teacher_memory(checked: TrainSetup) -> tuple[int, int]:
+def _teacher_memory(setup: TrainSetup) -> tuple[int, int]:
     """Bytes of teachers in memory, and of the logits that distillation holds for a micro-batch."""
-    options, arguments = checked.recipe.distill, checked.arguments
+    options, arguments = setup.recipe.distill, setup.arguments
     if options is None:
         return 0, 0
     teachers = [
-        open_source(ref, revision=revision, weights=False) for ref, revision in (resolve_teacher(t, checked.plan) for t in options.teachers)
+        open_source(ref, revision=revision, weights=False) for ref, revision in (resolve_teacher(t, setup.plan) for t in options.teachers)
     ]
     widths = {"float32": 4, "bfloat16": 2, "float16": 2}
     teacher_width = widths.get(options.dtype) or max(DTYPE_BYTES[t.dtype] for c in teachers for t in c.info.tensors.values())
     # Autocast returns logits in fp32.
-    student_width = 4 if arguments.bf16 or arguments.fp16 else widths.get(weights_dtype(checked.recipe.dtype, checked.checkpoint), 8)
-    tokens = arguments.per_device_train_batch_size * checked.recipe.data.seq_length
-    logits = distillation_bytes(options, checked.vocabulary, tokens, teacher_width, student_width)
+    student_width = 4 if arguments.bf16 or arguments.fp16 else widths.get(weights_dtype(setup.recipe.dtype, setup.checkpoint), 8)
+    tokens = arguments.per_device_train_batch_size * setup.recipe.data.seq_length
+    logits = distillation_bytes(options, setup.vocabulary, tokens, teacher_width, student_width)
     return (0 if options.top_k is not None else sum(t.info.nbytes for c in teachers for t in c.tensors.values())), logits
 
 
-def _forward_only_flops(checked: TrainSetup, texts: Sequence[Mapping[str, Any]], tokens: int, epoch: int) -> float:
+def _forward_only_flops(setup: TrainSetup, texts: Sequence[Mapping[str, Any]], tokens: int, epoch: int) -> float:
     """FLOPs of forward passes of other models: teachers (each row once if their logits are cached), and the source as a baseline.
 
     ``tokens``: tokens trained on; ``epoch``: tokens of one pass over the texts.
     """
-    recipe, total = checked.recipe, 0.0
+    recipe, total = setup.recipe, 0.0
     length = recipe.data.seq_length
 
     def per_token(teacher: Teacher) -> float:
-        ref, revision = resolve_teacher(teacher, checked.plan)
+        ref, revision = resolve_teacher(teacher, setup.plan)
         return flops.forward_flops(open_source(ref, revision=revision, weights=False).info.config, length)
 
     if recipe.distill is not None:
-        read = tokens if recipe.distill.top_k is None else min(tokens, epoch)
-        total += read * sum(per_token(t) for t in recipe.distill.teachers)
+        teacher_tokens = tokens if recipe.distill.top_k is None else min(tokens, epoch)
+        total += teacher_tokens * sum(per_token(t) for t in recipe.distill.teachers)
     evaluated = recipe.kl_rows * length
     if recipe.monitor.baseline == "source":
         evaluated += sum(t["tokens"] or 0 for t in texts if t["use"].startswith("eval "))
@@ -173,18 +174,18 @@ def device_free_memory(arguments: TrainingArguments) -> dict[str, Any]:
     return {"device": "cpu" if arguments.device.type == "cpu" else str(arguments.device), "bytes": available_memory()}
 
 
-def non_default_settings(checked: TrainSetup) -> dict[str, Any]:
+def non_default_settings(setup: TrainSetup) -> dict[str, Any]:
     """Settings that differ from their defaults, as JSON data, without model and output."""
-    own = checked.recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    defaults = {**{f.name: f.default for f in fields(type(checked.arguments))}, **DEFAULTS}
-    given = {k: v for k, v in checked.given_arguments.items() if defaults.get(k) != v}
+    own = setup.recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    defaults = {**{f.name: f.default for f in fields(type(setup.arguments))}, **DEFAULTS}
+    given = {k: v for k, v in setup.given_arguments.items() if defaults.get(k) != v}
     return {k: v for k, v in {**own, **given}.items() if k not in ("model", "output")}
 
 
-def resolved_recipe(checked: TrainSetup) -> dict[str, Any]:
+def resolved_recipe(setup: TrainSetup) -> dict[str, Any]:
     """The recipe with all defaults, as JSON data; of TrainingArguments, those that were given and _SHOWN_ARGUMENTS."""
-    shown = {k: v for k, v in checked.arguments.to_dict().items() if k in checked.given_arguments or k in _SHOWN_ARGUMENTS}
-    return {**checked.recipe.model_dump(mode="json", by_alias=True), **shown}
+    shown = {k: v for k, v in setup.arguments.to_dict().items() if k in setup.given_arguments or k in _SHOWN_ARGUMENTS}
+    return {**setup.recipe.model_dump(mode="json", by_alias=True), **shown}
 
 
 _SHOWN_ARGUMENTS = (

@@ -63,17 +63,17 @@ class StepTimer(TrainerCallback):  # type: ignore[misc]
             torch.accelerator.synchronize()
         self.step_ends.append(self.clock())
         # Several processes would decide by different clocks, and then wait for each other forever.
-        late = self.single_process and len(self.step_ends) > 1 and self.step_ends[-1] - self.step_ends[0] > MAX_SECONDS
-        control.should_training_stop = len(self.step_ends) > TIMED_STEPS or late
+        timed_out = self.single_process and len(self.step_ends) > 1 and self.step_ends[-1] - self.step_ends[0] > MAX_SECONDS
+        control.should_training_stop = len(self.step_ends) > TIMED_STEPS or timed_out
 
 
-def time_steps(checked: TrainSetup, notify: Notify, clock: Callable[[], float] = time.perf_counter) -> StepTimes:
+def time_steps(setup: TrainSetup, notify: Notify, clock: Callable[[], float] = time.perf_counter) -> StepTimes:
     """Loads the model and trains for a few steps; nothing is kept. Raises what a training raises."""
-    arguments, length = checked.arguments, checked.recipe.data.seq_length
+    arguments, length = setup.arguments, setup.recipe.data.seq_length
     tokens = tokens_per_step(arguments, length, arguments.world_size)
     notify(f"Timing {TIMED_STEPS} steps of {tokens:,} random tokens, after one warm-up step ...")
     with tempfile.TemporaryDirectory(prefix="hf-grow-") as folder:
-        short = _steps_only(checked, Path(folder))
+        short = _steps_only(setup, Path(folder))
         parts, data = make_parts(short, short.recipe.model, short.recipe.revision, notify), _random_rows(short)
         trainer = make_recipe_trainer(short, parts, data, lambda message: None, lambda line: None)
         timer = StepTimer(clock, arguments.world_size == 1)
@@ -86,34 +86,34 @@ def time_steps(checked: TrainSetup, notify: Notify, clock: Callable[[], float] =
     return StepTimes(tuple(b - a for a, b in zip(timer.step_ends, timer.step_ends[1:], strict=False)), tokens)
 
 
-def _steps_only(checked: TrainSetup, folder: Path) -> TrainSetup:
+def _steps_only(setup: TrainSetup, folder: Path) -> TrainSetup:
     """The same training in another folder, without evaluations, checkpoints and reports."""
-    recipe = checked.recipe
+    recipe = setup.recipe
     changes: dict[str, Any] = {"data": recipe.data.model_copy(update={"eval": {}}), "kl_rows": 0, "early_stopping_patience": None}
     if recipe.distill is not None:
         changes["distill"] = recipe.distill.model_copy(update={"cache": None})
     recipe = recipe.model_copy(update=changes)
-    steps = checked.arguments.max_steps
-    given = {**checked.given_arguments, **STEPS_ONLY, "max_steps": steps if steps > 0 else 1000}
-    return replace(checked, options=recipe, arguments=arguments_for(recipe, given, folder), out=folder)
+    steps = setup.arguments.max_steps
+    given = {**setup.given_arguments, **STEPS_ONLY, "max_steps": steps if steps > 0 else 1000}
+    return replace(setup, options=recipe, arguments=arguments_for(recipe, given, folder), out=folder)
 
 
-def _random_rows(checked: TrainSetup) -> TrainData:
+def _random_rows(setup: TrainSetup) -> TrainData:
     """The rows of one micro-batch, of random token ids."""
-    rows, length = checked.arguments.per_device_train_batch_size, checked.recipe.data.seq_length
-    ids = np.random.default_rng(checked.arguments.seed).integers(checked.vocabulary, size=(rows, length))
+    rows, length = setup.arguments.per_device_train_batch_size, setup.recipe.data.seq_length
+    ids = np.random.default_rng(setup.arguments.seed).integers(setup.vocabulary, size=(rows, length))
     train: Any = [{"input_ids": row} for row in ids]
     return TrainData(train, {}, (), Collator(0), length)
 
 
-def not_timed(checked: TrainSetup) -> list[str]:
-    """What a training does besides its steps, for people."""
-    recipe = checked.recipe
-    done = {
+def not_timed(setup: TrainSetup) -> list[str]:
+    """What a training does besides its steps, for display."""
+    recipe = setup.recipe
+    activities = {
         "reading the texts": True,
         "sampling from the source": recipe.data.replay is not None and recipe.data.replay.self is not None,
         "computing the teachers' logits": recipe.distill is not None and recipe.distill.top_k is not None,
         "evaluations": bool(recipe.data.eval),
-        "checkpoints": checked.arguments.save_strategy.value != "no",
+        "checkpoints": setup.arguments.save_strategy.value != "no",
     }
-    return [what for what, asked in done.items() if asked]
+    return [name for name, enabled in activities.items() if enabled]

@@ -140,7 +140,7 @@ def test_timing_without_texts(steps: list[Any], tmp_path: Path, capsys: pytest.C
     assert "nowhere.txt" in run(capsys, "train", path, "--dry-run", status=2)["error"]
     assert main(["train", str(path), "--dry-run", "--time"]) == 0
     said = capsys.readouterr()
-    assert "The size of the texts is unknown" in said.out + said.err
+    assert "their size is unknown" in said.out + said.err
     assert "3 s per step, 11 tokens/s (median of 5); the number of steps is unknown" in said.out
     assert len(steps) == len(DURATIONS)
 
@@ -152,7 +152,7 @@ def test_timing_without_enough_memory_is_one_message(
     with monkeypatch.context() as patched:
         patched.setattr(dry_run, "device_free_memory", lambda arguments: {"device": "cpu", "bytes": 1000})
         said = run(capsys, "train", path, "--dry-run", "--time", status=1)["error"]
-        assert "no step is timed" in said and "per_device_train_batch_size" in said and steps == []
+        assert "steps cannot be timed" in said and "per_device_train_batch_size" in said and steps == []
     for full, words in (
         (torch.OutOfMemoryError("full"), "The accelerator is out of memory"),
         (

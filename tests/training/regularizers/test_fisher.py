@@ -367,7 +367,7 @@ def test_fisher_dry_run_writes_nothing(folder: Path, tmp_path: Path, capsys: Any
         (["--text", "a", "--from-growth", "b"], "one of --text"),
         (["--from-growth", "b", "--merge", "c", "--utility", "u.json", "--calibrate", "1"], "has 6 mistakes"),
         (["--text", "a", "--decay", "0.5"], "decay: requires merge"),
-        (["--text", "a", "--calibrate", "0.1"], "go together"),
+        (["--text", "a", "--calibrate", "0.1"], "require each other"),
         (["--text", "a", "--storage", "fp16"], "'fp32' or 'bf16'"),
         (["--text", "a", "--dtype", "float16"], "should be 'auto', 'float32', 'bfloat16' or 'float64'"),
         (["--text", "MISSING/nothing.txt"], "nothing.txt"),
@@ -541,7 +541,7 @@ def test_calibration_uses_recipe(folder: Path, tmp_path: Path, capsys: Any) -> N
     assert "calibrate_lr: cannot be combined with recipe" in capsys.readouterr().err
     recipe.write_text("model: m\ndata: {train: new.txt}\nregularizer: {kind: si}\n")
     assert of_recipe("g") == 2
-    assert "looks for the lambda of ewc or l2sp, not of si" in capsys.readouterr().err
+    assert "supports ewc and l2sp, not si" in capsys.readouterr().err
 
 
 def test_calibration_evaluates_on_held_out_text(folder: Path, tmp_path: Path, capsys: Any) -> None:

@@ -689,7 +689,7 @@ def test_overwrite_and_resume_checks(tmp_path: Path, capsys: pytest.CaptureFixtu
     (other / "thesis.txt").write_text("years of work")
     assert "was not written by hf-grow train" in run(capsys, "train", path, "-o", other, "--overwrite", status=2)["error"]
     assert (other / "thesis.txt").exists()
-    assert "is the training of" in run(capsys, "train", path, "--resume", "--model", source(tmp_path / "another"), status=2)["error"]
+    assert "contains a training of" in run(capsys, "train", path, "--resume", "--model", source(tmp_path / "another"), status=2)["error"]
 
 
 def test_bf16_with_activation_checkpointing_and_streaming(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
