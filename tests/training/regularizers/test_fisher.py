@@ -363,8 +363,8 @@ def test_fisher_dry_run_writes_nothing(folder: Path, tmp_path: Path, capsys: Any
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "one of --text"),
-        (["--text", "a", "--from-growth", "b"], "one of --text"),
+        ([], "either --text"),
+        (["--text", "a", "--from-growth", "b"], "either --text"),
         (["--from-growth", "b", "--merge", "c", "--utility", "u.json", "--calibrate", "1"], "has 6 mistakes"),
         (["--text", "a", "--decay", "0.5"], "decay: requires merge"),
         (["--text", "a", "--calibrate", "0.1"], "require each other"),
