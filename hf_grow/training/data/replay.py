@@ -174,7 +174,7 @@ def _sample(
 
 
 def _next_batch_size(sampler: Sampler, counts: Mapping[str, Any], wanted: int) -> int:
-    """A whole batch, or as many texts as will probably be enough. Depends on the record only, like everything that decides the texts."""
+    """A full batch, or the estimated number of texts that is still needed. Computed from the record alone, so that a resumed run gets the same texts."""
     per_text: float = counts["tokens"] / counts["sampled_texts"] if counts["tokens"] else sampler.length
     needed: int = math.ceil((wanted - counts["tokens"]) / per_text)
     return min(sampler.batch_size, max(1, needed))

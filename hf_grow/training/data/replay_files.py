@@ -17,7 +17,7 @@ TEXTS_FILE = "texts.jsonl"
 RECORD_FILE = "replay.json"
 FORMAT_VERSION = 2
 FRAMES = ("document", "cut", "verbatim")
-"""document: a whole text; cut: one that reached the maximum length before its end; verbatim: a conversation with the tokens of its template."""
+"""document: a complete text; cut: one that reached the maximum length before its end; verbatim: a conversation with the tokens of its template."""
 
 
 class Document(NamedTuple):
@@ -25,7 +25,7 @@ class Document(NamedTuple):
 
     text: str
     frame: str = "document"
-    """One of FRAMES. document: begins as the tokenizer (or `bos`) says, ends with EOS; cut: no EOS; verbatim: nothing is added."""
+    """One of FRAMES. document: starts as the tokenizer (or `bos`) defines, ends with EOS; cut: no EOS; verbatim: nothing is added."""
 
 
 def is_texts_file(path: Path) -> bool:

@@ -33,17 +33,13 @@ class Sample:
     generated: str | None = None
     """Of a conversation: what the model generated, without the template."""
 
-    @property
-    def filtered_text(self) -> str:
-        return self.text if self.generated is None else self.generated
-
 
 def drop_reason(sample: Sample, options: ReplayOptions, special: Collection[int], surprise_stats: tuple[float, float] | None) -> str | None:
     """Which filter drops a sample ('short', 'broken', 'repetition', 'compression' or 'surprise'), or None.
 
     ``special``: ids that the n-grams leave out. ``surprise_stats``: median and spread of nats per token, see `Sampler.surprise`.
     """
-    text = sample.filtered_text
+    text = sample.text if sample.generated is None else sample.generated
     if sample.tokens < max(1, options.min_tokens):
         return "short"
     if text.count("\ufffd") > _MAX_REPLACEMENT_CHARS * len(text):

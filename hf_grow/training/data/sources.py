@@ -28,7 +28,7 @@ Notify = Callable[[str], None]
 _METADATA_FILES = {
     RECORD_FILE, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "growth.json", "config.json",
 }  # fmt: skip
-"""JSON files that often lie beside data, and hold no documents."""
+"""Common JSON metadata files in data folders, which hold no documents."""
 _README = re.compile(r"(readme|licen[cs]e|changelog|copying|notice)\b", re.IGNORECASE)
 _FORMATS_HINT = f"Supported: {', '.join(FORMATS)}, all but .parquet also compressed (.gz, .bz2, .xz)."
 

@@ -67,7 +67,7 @@ class PackedStream:
             if empty:
                 raise no_text_error(self.label)
             self.notify(f"{self.label} is exhausted; it is read again from the start.")
-            # The remaining tokens go on into the next pass: none are dropped.
+            # The remaining tokens are carried into the next pass: none are dropped.
             state = {**self._start, "carry": carry.tolist(), "passes": passes + 1}
 
 

@@ -4,7 +4,7 @@
     fsdp2                   parameters, gradients, optimizer state, Fisher and anchor are sharded (DTensor)
     zero1, zero2, zero3     DeepSpeed shards the optimizer state; also gradients; also parameters
 
-DeepSpeed gives no access to gradients and the optimizer step, so everything that hf-grow does between a backward pass and a step is refused there.
+DeepSpeed gives no access to gradients and the optimizer step, so settings that act between a backward pass and a step raise an error under it.
 
 The environment is read directly: accelerate's PartialState starts a process group, and AcceleratorState knows FSDP and DeepSpeed settings only after an
 Accelerator was created, but a recipe is checked before that.

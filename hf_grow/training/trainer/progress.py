@@ -26,7 +26,7 @@ def _format_pairs(facts: dict[str, str]) -> str:
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """Shows progress. `tokens_per_step`: over all processes; `show`: prints a line where there is no terminal."""
+    """Shows progress. `tokens_per_step`: over all processes; `show`: prints a line if there is no terminal."""
 
     def __init__(self, tokens_per_step: int, show: Callable[[str], None]) -> None:
         self.tokens_per_step, self.show = tokens_per_step, show

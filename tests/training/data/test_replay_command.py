@@ -38,9 +38,9 @@ def test_replay_command_equals_sample_replay(saved: Path, model, tokenizer, tmp_
     assert record["model"] == str(saved) and result["tokens_per_second"] > 0
     assert record["counts"]["texts"] == len(sampled_texts(tmp_path / "out"))
     assert main(command(saved, tmp_path / "out")) == 0
-    said = capsys.readouterr().out
-    assert "kept" in said and f"cut        {record['counts']['cut']} texts, at 24 tokens" in said
-    assert "chats" not in said, "there are none"
+    output = capsys.readouterr().out
+    assert "kept" in output and f"cut        {record['counts']['cut']} texts, at 24 tokens" in output
+    assert "chats" not in output, "there are none"
 
 
 def test_progress_lines_without_terminal(
