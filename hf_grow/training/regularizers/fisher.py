@@ -79,7 +79,7 @@ def estimate_fisher(
     training, required = model.training, {n: p.requires_grad for n, p in model.named_parameters()}
     model.eval().requires_grad_(True)
     generator = torch.Generator(model.device).manual_seed(options.seed)
-    squares = {n: torch.zeros(p.shape, dtype=_accumulation_dtype(p), device=p.device) for n, p in model.named_parameters()}
+    squares = {n: torch.zeros(p.shape, dtype=accumulation_dtype(p), device=p.device) for n, p in model.named_parameters()}
     size = 1 if options.exact or options.kind == "empirical" else options.batch
     total = 0
     try:
@@ -127,7 +127,8 @@ def _sample_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack(labels)
 
 
-def _accumulation_dtype(p: Tensor) -> torch.dtype:
+def accumulation_dtype(p: Tensor) -> torch.dtype:
+    """Sums of many small terms are not kept in 16 bits."""
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 

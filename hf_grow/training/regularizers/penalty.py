@@ -95,12 +95,6 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor if tensor.element_size() >= 4 else tensor.float()
 
 
-def check_supported(params: Mapping[str, nn.Parameter]) -> None:
-    """Raises InputError for parameters whose gradients cannot be changed."""
-    if any(hasattr(p, "ds_id") for p in params.values()):
-        raise InputError("Penalties are not supported with DeepSpeed, which does not expose gradients.", hint="Use FSDP2 or DDP.")
-
-
 @dataclass
 class HeldParameter:
     """One parameter, its importance (a tensor, or one number) and its anchor."""
@@ -171,7 +165,8 @@ class QuadraticPenalty(AnchoredPenalty):
                 f"The penalty has no anchor for {unknown[0]} ({len(unknown)} such parameters).",
                 hint="Adapters and other new modules have no old weights: train them without a penalty.",
             )
-        check_supported(params)
+        if any(hasattr(p, "ds_id") for p in params.values()):
+            raise InputError("Penalties are not supported with DeepSpeed, which does not expose gradients.", hint="Use FSDP2 or DDP.")
         self.held = {n: self._hold(n, params[n]) for n in self.anchors if n in params}
 
     def _hold(self, name: str, p: nn.Parameter) -> HeldParameter:

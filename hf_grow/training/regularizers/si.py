@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_grow.training.param_updates.masks import local
-from hf_grow.training.regularizers.fisher import by_names_on_disk
+from hf_grow.training.regularizers.fisher import accumulation_dtype, by_names_on_disk
 from hf_grow.training.regularizers.importance_file import model_fingerprint, write_importance
 from hf_grow.training.regularizers.penalty import LearningRate, Penalty, QuadraticPenalty, chunks
 from hf_grow.training.regularizers.sharding import full_tensor, shard_like
@@ -65,7 +65,7 @@ class SynapticIntelligence(QuadraticPenalty):
         if self.collect:
             self.path = {
                 n: {
-                    "omega": torch.zeros_like(h.parameter, dtype=_accumulation_dtype(h.parameter)).detach(),
+                    "omega": torch.zeros_like(h.parameter, dtype=accumulation_dtype(h.parameter)).detach(),
                     "start": h.parameter.detach().clone(),
                     "gradient": torch.zeros_like(h.parameter).detach(),
                     "before": h.parameter.detach().clone(),
@@ -161,8 +161,3 @@ class SynapticIntelligence(QuadraticPenalty):
                 *((self.path[n][k], state["path"][n][k]) for k in _SAVED_TENSORS),
             ):
                 local(own).copy_(local(shard_like(saved, h.parameter)))
-
-
-def _accumulation_dtype(p: Tensor) -> torch.dtype:
-    """Sums of many small terms are not kept in 16 bits."""
-    return p.dtype if p.element_size() >= 4 else torch.float32
