@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hf_grow.api.planning import plan_for
-from hf_grow.errors import InputError
 from hf_grow.growth.growth import Method
 from hf_grow.growth.plan import GrowthPlan, check_source
 from hf_grow.growth.source_info import SourceInfo
 from hf_grow.methods import METHODS
-from hf_grow.model.param_count import TOLERANCE, count_parameters, extrapolation_warnings, format_count
+from hf_grow.model.param_count import TOLERANCE, check_larger, count_parameters, extrapolation_warnings, format_count
 from hf_grow.options import Options
 
 
@@ -58,18 +57,13 @@ class SizeOption:
 
 
 def size_options(info: SourceInfo, target: TargetSize) -> list[SizeOption]:
-    """An option for each method that grows this source, nearest to the target first. Raises SourceError, and InputError for a target that is not
+    """An option for each method that grows this source, nearest to the target first. Raises SourceError, and PlanError for a target that is not
     larger than the source."""
     check_source(info)
-    now = count_parameters(info.architecture).total
-    if target.total <= now or format_count(target.total) == format_count(now):
-        raise InputError(
-            f"{info.ref} already has {format_count(now)} parameters ({now:,}); {format_count(target.total)} is not larger.",
-            hint="Give a larger --to.",
-        )
-    found = []
+    check_larger(count_parameters(info.architecture).total, target.total)
+    out = []
     for method in METHODS.values():
         options = method.for_size(info.architecture, *((target.total, target.active) if method.kind == "experts" else (target.total,)))
         if options is not None:
-            found.append(SizeOption(method, options, plan_for(info, method, options), target))
-    return sorted(found, key=lambda option: option.deviation)
+            out.append(SizeOption(method, options, plan_for(info, method, options), target))
+    return sorted(out, key=lambda option: option.deviation)

@@ -16,11 +16,11 @@ from rich.text import Text
 
 from hf_grow.checkpoint.writer import Progress
 from hf_grow.common.progress_bars import TokenProgress, progress_bar, token_progress
-from hf_grow.common.units import format_bytes
 from hf_grow.errors import printable
 from hf_grow.methods import starting_loss as starting
 from hf_grow.model.param_count import count_parameters, format_count
 from hf_grow.publish.layer_map import layer_ranges
+from hf_grow.publish.size_table import size_rows
 
 if TYPE_CHECKING:
     from hf_grow.growth.growth import CandidateTable
@@ -85,13 +85,8 @@ def show_plan(plan: GrowthPlan) -> None:
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("layers", str(a.layers), str(b.layers))
     table.add_row("parameters", format_count(old.total), format_count(new.total))
-    if a.is_moe or b.is_moe:
-        table.add_row("active parameters", format_count(old.active), format_count(new.active))
-    table.add_row("weights on disk", format_bytes(plan.source.nbytes), format_bytes(plan.nbytes))
-    if more := len(plan.source.donors):
-        table.add_row(f"weights of {more} further source{'s' * (more > 1)}", format_bytes(plan.source_nbytes - plan.source.nbytes), "")
-    table.add_row("forward FLOPs per token", format_count(old.flops), format_count(new.flops))
-    table.add_row("KV cache per token (16 bit)", f"{old.kv_values / 512:.0f} KiB", f"{new.kv_values / 512:.0f} KiB")
+    for row in size_rows(plan):
+        table.add_row(*row)
     console.print(table)
     console.print(f"layers     {layer_ranges(plan.growth.layers)}", markup=False)
     copies = len(plan.copies())

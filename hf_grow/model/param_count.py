@@ -71,14 +71,19 @@ def block_parameters(arch: Architecture) -> list[int]:
     return counts
 
 
-def check_target(now: int, target: int, nearest: int, *, hint: str = "Give a larger --to.") -> None:
-    """Raises PlanError if `target` parameters are not more than the source's (`now`), or if `nearest`, the closest size that a method reaches, is
-    more than 5 % off or no closer than the source: 142M is no answer to 135M for a source of 134.5M.
-    """
+def check_larger(now: int, target: int, *, hint: str = "Give a larger --to.") -> None:
+    """Raises PlanError if `target` parameters are not more than the source's (`now`), also as they are printed."""
     if target <= now or format_count(target) == format_count(now):
         raise PlanError(
             f"The source already has {format_count(now)} parameters ({now:,}); {format_count(target)} is not larger.", hint=hint
         )
+
+
+def check_target(now: int, target: int, nearest: int, *, hint: str = "Give a larger --to.") -> None:
+    """`check_larger`; and raises PlanError if `nearest`, the closest size that a method reaches, is more than 5 % off or no closer than the source:
+    142M is no answer to 135M for a source of 134.5M.
+    """
+    check_larger(now, target, hint=hint)
     if abs(nearest - target) > TOLERANCE * target:
         raise PlanError(
             f"{format_count(target)} parameters cannot be reached within {TOLERANCE:.0%}: the source has {format_count(now)}, "

@@ -20,6 +20,7 @@ from hf_grow.publish.inherited import Inherited
 from hf_grow.publish.layer_map import DESCRIPTIONS, index_ranges, layer_map, layer_ranges
 from hf_grow.publish.lineage import lineage
 from hf_grow.publish.names import is_hub_id, public_ref
+from hf_grow.publish.size_table import size_rows
 from hf_grow.publish.training_section import reproduce_trainings, training_facts
 
 MOST_LISTED = 20
@@ -61,9 +62,9 @@ def _growth(plan: GrowthPlan, record: Mapping[str, Any]) -> dict[str, Any]:
         "donors": [{"label": label, **_source(info)} for label, info in list(plan.source.donors.items())[:MOST_LISTED]],
         "donor_count": len(plan.source.donors),
         "donors_on_hub": any(info.revision for info in plan.source.donors.values()),
-        "donors_nbytes": plan.source_nbytes - plan.source.nbytes,
-        "old": _model(plan.source.architecture, old, plan.source.nbytes),
-        "new": _model(plan.architecture, new, plan.nbytes),
+        "old": _model(plan.source.architecture, old),
+        "new": _model(plan.architecture, new),
+        "size_rows": size_rows(plan),
         "layer_kinds": [DESCRIPTIONS[kind] for kind in described.kinds],
         "layer_ranges": layer_ranges(layers),
         "identity_layers": _shortened_ranges([i for i, origin in enumerate(layers) if origin.identity]),
@@ -81,8 +82,8 @@ def _source(source: SourceInfo) -> dict[str, Any]:
     return {"ref": public_ref(source.ref, source.revision), "revision": source.revision, "on_hub": on_hub}
 
 
-def _model(arch: Architecture, size: ModelSize, nbytes: int) -> dict[str, Any]:
-    """The shape and the cost of a model."""
+def _model(arch: Architecture, size: ModelSize) -> dict[str, Any]:
+    """The shape and the parameters of a model."""
     axes = ("hidden", "inter", "expert_inter", "kv", "head_dim", "experts")
     return {
         "architecture": arch.family.architecture,
@@ -93,9 +94,6 @@ def _model(arch: Architecture, size: ModelSize, nbytes: int) -> dict[str, Any]:
         "top_k": arch.top_k,
         "parameters": size.total,
         "active": size.active,
-        "flops": size.flops,
-        "kv_bytes": 2 * size.kv_values,
-        "nbytes": nbytes,
     }
 
 
