@@ -6,6 +6,7 @@ them are reported at once.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -129,9 +130,21 @@ def part(options: Options, model: type[M]) -> M:
 
 
 def raise_errors(where: str, errors: Sequence[str]) -> None:
-    """Raises InputError with all errors, one per line, if there are any."""
-    if errors:
+    """Raises InputError with all errors, one per line and each once, if there are any."""
+    if errors := list(dict.fromkeys(errors)):
         raise InputError(f"{where} has {len(errors)} mistake{'s' * (len(errors) > 1)}:\n" + "\n".join(f"  {line}" for line in errors))
+
+
+def find_yaml(text: str, bundled: Mapping[str, Path], kind: str) -> Path:
+    """The YAML file that ``text`` names: a path, else the name of a bundled file. ``kind``: what it is, for the message. Raises InputError."""
+    path = Path(text)
+    if path.is_file() or path.suffix or os.sep in text:
+        return path  # if it is missing, the error comes from reading it
+    if text not in bundled:
+        raise InputError(
+            f"There is no {kind} {text!r}.{did_you_mean(text, bundled)}", hint=f"Give a YAML file, or one of: {', '.join(bundled)}."
+        )
+    return bundled[text]
 
 
 def unmet_requirements(*options: BaseModel) -> list[str]:

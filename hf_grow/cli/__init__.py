@@ -70,9 +70,9 @@ def _run_reporting_errors(arguments: list[str]) -> int:
             return error.exit_code
         return _report(error, arguments)
     except KeyboardInterrupt:
-        again = " Repeat the command with --resume to continue." if RESUMABLE & set(arguments[:1]) else ""
+        hint = " Repeat the command with --resume to continue." if RESUMABLE & set(arguments[:1]) else ""
         print(file=sys.stderr)
-        return _report(GrowError(f"interrupted.{again}"), arguments)
+        return _report(GrowError(f"interrupted.{hint}"), arguments)
     except BrokenPipeError:
         _discard_stdout()
         return 1

@@ -29,7 +29,7 @@ def add_json(parser: argparse._ActionsContainer) -> None:
 
 
 @contextmanager
-def explain_out_of_memory(hint: str) -> Iterator[None]:
+def out_of_memory_errors(hint: str) -> Iterator[None]:
     """Turns an out-of-memory error of the accelerator or the machine into an ExecutionError with this hint."""
     import torch
 

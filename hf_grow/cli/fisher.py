@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from hf_grow.cli import flags, render
-from hf_grow.cli.commands import add_json, add_source, explain_out_of_memory, print_json
+from hf_grow.cli.commands import add_json, add_source, out_of_memory_errors, print_json
 from hf_grow.common.units import format_bytes
 from hf_grow.model.param_count import format_count
 from hf_grow.options import parse
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = parse(FisherOptions, flags.given(arguments, FisherOptions), **checked_together)
     from hf_grow.training.fisher import write_fisher
 
-    with explain_out_of_memory(
+    with out_of_memory_errors(
         "Use a smaller --batch or --seq-length, or --device cpu. --dry-run estimates the memory without activations."
     ):
         facts = write_fisher(

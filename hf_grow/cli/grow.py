@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,10 @@ from hf_grow.cli.allocator import keep_freed_memory
 from hf_grow.cli.commands import add_json, add_source, print_json, show_next
 from hf_grow.cli.parsing import one_of
 from hf_grow.cli.push import publishing_bar, pushed_facts, show_pushed
-from hf_grow.common.suggest import did_you_mean
 from hf_grow.common.units import format_bytes
-from hf_grow.errors import InputError
 from hf_grow.growth.growth import Method
 from hf_grow.methods import METHODS
-from hf_grow.options import Options, combined, load_yaml, parse, part, raise_errors, unmet_requirements
+from hf_grow.options import Options, combined, find_yaml, load_yaml, parse, part, raise_errors, unmet_requirements
 
 if TYPE_CHECKING:
     from hf_grow.checkpoint.writer import Result
@@ -91,20 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     return carry_out(arguments.source, arguments.revision, method, options, as_json=arguments.json)
 
 
-def find_recipe(text: str) -> Path:
-    """A file, or a name of RECIPES (a file of that name in the current folder takes precedence). Raises InputError."""
-    path = Path(text)
-    if path.is_file() or path.suffix or os.sep in text:
-        return path  # if it is missing, the error comes from reading it
-    if text not in RECIPES:
-        raise InputError(
-            f"There is no recipe {text!r}.{did_you_mean(text, RECIPES)}", hint=f"Give a YAML file, or one of: {', '.join(RECIPES)}."
-        )
-    return RECIPES[text]
-
-
 def run_recipe(arguments: argparse.Namespace) -> int:
-    data = load_yaml(find_recipe(arguments.recipe))
+    data = load_yaml(find_yaml(arguments.recipe, RECIPES, "recipe"))
     if arguments.source:
         data = {**data, "source": arguments.source, "revision": None}
     method = find_method(str(data.get("method") or ("pipeline" if "steps" in data else "dus")))
@@ -186,10 +171,10 @@ def _facts(job: GrowthJob, result: Result | None) -> dict[str, Any]:
 def _show_download(job: GrowthJob) -> None:
     if job.cache:
         schedule = job.cache.schedule
-        twice = schedule.fetched - schedule.once
-        again = f" ({format_bytes(twice)} of them a second time)" if twice else ""
+        refetched = schedule.fetched - schedule.once
+        repeated = f" ({format_bytes(refetched)} of them a second time)" if refetched else ""
         most = format_bytes(job.cache.peak_bytes(WORKERS))
-        render.console.print(f"fetching   {format_bytes(schedule.fetched)} by byte ranges{again}; at most {most} on the disk at a time")
+        render.console.print(f"fetching   {format_bytes(schedule.fetched)} by byte ranges{repeated}; at most {most} on the disk at a time")
 
 
 def _show_dry_run(job: GrowthJob) -> None:

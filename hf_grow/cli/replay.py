@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hf_grow.checkpoint.source import open_source
 from hf_grow.cli import flags, render
-from hf_grow.cli.commands import add_json, add_source, explain_out_of_memory, print_json
+from hf_grow.cli.commands import add_json, add_source, out_of_memory_errors, print_json
 from hf_grow.common.extras import require_packages
 from hf_grow.common.units import format_duration
 from hf_grow.options import Options, parse
@@ -39,23 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     options = parse(ReplayOptions, flags.given(arguments, ReplayOptions), where="The command line", strict=False)
-    how = parse(ReplayRunOptions, flags.given(arguments, ReplayRunOptions), where="The command line", strict=False)
+    run_options = parse(ReplayRunOptions, flags.given(arguments, ReplayRunOptions), where="The command line", strict=False)
     if options.prompts is not None:
         require_packages("datasets")
-    out = Path(how.output).expanduser()
-    if not how.dry_run:
-        check_output(out, overwrite=how.overwrite)
+    out = Path(run_options.output).expanduser()
+    if not run_options.dry_run:
+        check_output(out, overwrite=run_options.overwrite)
     checkpoint = open_source(arguments.source, revision=arguments.revision, weights=True, notify=render.note)
     from hf_grow.training.data.source_model import load_with_tokenizer
 
-    model, tokenizer = load_with_tokenizer(checkpoint, options.dtype, how.device)
-    if how.dry_run:
-        return _show_estimate(estimate_sampling(model, tokenizer, options), options, how, as_json=arguments.json)
-    memory_errors = explain_out_of_memory("Use a smaller --batch-size, or --device cpu.")
+    model, tokenizer = load_with_tokenizer(checkpoint, options.dtype, run_options.device)
+    if run_options.dry_run:
+        return _show_estimate(estimate_sampling(model, tokenizer, options), options, run_options, as_json=arguments.json)
+    memory_errors = out_of_memory_errors("Use a smaller --batch-size, or --device cpu.")
     with memory_errors, render.tokens_bar("sampling", options.tokens, quiet=arguments.json) as progress:
         try:
             replay = sample_replay(
-                model, tokenizer, out, options, ref=checkpoint.ref, revision=checkpoint.revision or "", overwrite=how.overwrite, progress=progress,
+                model, tokenizer, out, options, ref=checkpoint.ref, revision=checkpoint.revision or "", overwrite=run_options.overwrite, progress=progress,
                 on_token=progress.within,
             )  # fmt: skip
         except KeyboardInterrupt:
@@ -68,9 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _show_estimate(estimate: SamplingEstimate, options: ReplayOptions, how: ReplayRunOptions, *, as_json: bool) -> int:
+def _show_estimate(estimate: SamplingEstimate, options: ReplayOptions, run_options: ReplayRunOptions, *, as_json: bool) -> int:
     if as_json:
-        print_json({"output": how.output, "dry_run": True, "tokens": options.tokens, **estimate.to_json()})
+        print_json({"output": run_options.output, "dry_run": True, "tokens": options.tokens, **estimate.to_json()})
         return 0
     render.console.print(
         f"speed      {estimate.tokens_per_second:,.0f} tokens/s sampled, of which {estimate.kept:.0%} pass the filters", markup=False

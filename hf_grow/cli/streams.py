@@ -9,25 +9,25 @@ from contextlib import contextmanager, suppress
 
 
 @contextmanager
-def only_json_on_stdout(asked: bool) -> Iterator[None]:
+def only_json_on_stdout(enabled: bool) -> Iterator[None]:
     """Redirects file descriptor 1 to standard error, except for sys.stdout itself: native code such as tokenizers prints there."""
-    own = sys.stdout
+    stdout = sys.stdout
     try:
-        kept = os.dup(1) if asked and own is not None and own.fileno() == 1 else -1
+        saved = os.dup(1) if enabled and stdout is not None and stdout.fileno() == 1 else -1
     except (OSError, ValueError):  # not a file, or closed
-        kept = -1
-    if kept < 0:
+        saved = -1
+    if saved < 0:
         yield
         return
-    with os.fdopen(os.dup(kept), "w", encoding=own.encoding, errors="backslashreplace") as alone:
+    with os.fdopen(os.dup(saved), "w", encoding=stdout.encoding, errors="backslashreplace") as json_stdout:
         with suppress(OSError):  # no standard error
             os.dup2(2, 1)
-        sys.stdout = alone
+        sys.stdout = json_stdout
         try:
             yield
         finally:
-            sys.stdout = own
-            os.dup2(kept, 1)
-            os.close(kept)
+            sys.stdout = stdout
+            os.dup2(saved, 1)
+            os.close(saved)
             with suppress(OSError):  # reported already
-                alone.close()
+                json_stdout.close()

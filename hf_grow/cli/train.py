@@ -13,13 +13,13 @@ from pydantic import Field
 
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.cli import flags, render
-from hf_grow.cli.commands import add_json, explain_out_of_memory, print_json, show_next
-from hf_grow.common import yaml_io as yaml_text
+from hf_grow.cli.commands import add_json, out_of_memory_errors, print_json, show_next
+from hf_grow.common import yaml_io
 from hf_grow.common.units import format_bytes, format_duration
 from hf_grow.errors import ExecutionError
 from hf_grow.model.param_count import format_count
-from hf_grow.options import Excludes, Options, Requires, parse
-from hf_grow.training.config.recipe_files import RECIPES, find_recipe, load_recipe, parse_overrides
+from hf_grow.options import Excludes, Options, Requires, find_yaml, parse
+from hf_grow.training.config.recipe_files import RECIPES, load_recipe, parse_overrides
 from hf_grow.training.distributed.launch import is_main_process
 
 if TYPE_CHECKING:
@@ -70,20 +70,22 @@ def _epilog() -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    path = find_recipe(arguments.recipe)
+    path = find_yaml(arguments.recipe, RECIPES, "training recipe")
     if is_main_process() and not arguments.json:
         render.note(f"Reading {path} ...")  # what comes next imports torch and transformers, which takes seconds
     from hf_grow.common.safe_files import replace_nonfinite
     from hf_grow.training.train import dry_run, train
 
-    how = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False)
+    run_options = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False)
     _silence_transformers()
-    read = load_recipe(path, parse_overrides(arguments.overrides))
-    settings: dict[str, Any] = {"output": how.output, "resume": how.resume, "overwrite": how.overwrite}
+    recipe = load_recipe(path, parse_overrides(arguments.overrides))
+    settings: dict[str, Any] = {"output": run_options.output, "resume": run_options.resume, "overwrite": run_options.overwrite}
     first = is_main_process()
-    if how.dry_run:
-        with explain_full_memory_or_disk():
-            facts = dry_run(read, notify=render.note if first else _silent, started=_launch(how), timed=how.time, **settings)
+    if run_options.dry_run:
+        with training_resource_errors():
+            facts = dry_run(
+                recipe, notify=render.note if first else _ignore, started=_launch(run_options), timed=run_options.time, **settings
+            )
         if not first:
             pass
         elif arguments.json:
@@ -91,8 +93,10 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             _show_plan(facts)
         return 0
-    with explain_full_memory_or_disk():
-        result = train(read, notify=render.note if first else _silent, show=_silent if arguments.json or not first else _line, **settings)
+    with training_resource_errors():
+        result = train(
+            recipe, notify=render.note if first else _ignore, show=_ignore if arguments.json or not first else _print_line, **settings
+        )
     if not first:
         return 0
     if arguments.json:
@@ -102,25 +106,25 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _launch(how: RunOptions) -> Launch | None:
+def _launch(options: RunOptions) -> Launch | None:
     """The processes that a dry run plans for; None for those of this launch."""
     from hf_grow.training.distributed.launch import Launch, launch_from_file
 
-    if how.accelerate is not None:
-        return launch_from_file(how.accelerate, how.processes)
-    return None if how.processes is None else Launch(how.processes, "ddp" if how.processes > 1 else "one")
+    if options.accelerate is not None:
+        return launch_from_file(options.accelerate, options.processes)
+    return None if options.processes is None else Launch(options.processes, "ddp" if options.processes > 1 else "one")
 
 
 @contextmanager
-def explain_full_memory_or_disk() -> Iterator[None]:
-    """Turns a full memory or disk while training into one message with the next step."""
+def training_resource_errors() -> Iterator[None]:
+    """Turns a full memory or disk while training into an ExecutionError with the next step."""
     from safetensors import SafetensorError
 
     from hf_grow.training.dry_run.dry_run import OUT_OF_MEMORY_HINT
 
     resume = "Then resume from the last checkpoint with --resume."
     try:
-        with explain_out_of_memory(OUT_OF_MEMORY_HINT):
+        with out_of_memory_errors(OUT_OF_MEMORY_HINT):
             yield
     except (OSError, RuntimeError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
@@ -133,11 +137,11 @@ def explain_full_memory_or_disk() -> Iterator[None]:
         ) from None
 
 
-def _silent(message: str) -> None:
+def _ignore(message: str) -> None:
     pass
 
 
-def _line(text: str) -> None:
+def _print_line(text: str) -> None:
     render.console.print(text, markup=False)
 
 
@@ -157,7 +161,7 @@ def _show_plan(facts: dict[str, Any]) -> None:
         out.print(line, markup=False)
     if facts["differs"]:
         out.print("not the defaults:")
-        out.print("\n".join(f"  {line}" for line in yaml_text.dumps(facts["differs"]).splitlines()), markup=False)
+        out.print("\n".join(f"  {line}" for line in yaml_io.dumps(facts["differs"]).splitlines()), markup=False)
     groups = Table(title="parameters", title_justify="left", title_style="bold")
     for column in ("", "tensors", "parameters"):
         groups.add_column(column, justify="left" if not column else "right")
@@ -191,13 +195,13 @@ def summary(facts: dict[str, Any]) -> list[str]:
     if facts.get("time"):
         lines.append(f"{'time':<12} {_time(facts['time'])}")
     needs, free = facts["memory"]["total"], facts["free_memory"]
-    there = (
+    free_text = (
         f"{format_bytes(free['bytes'])} free on {free['device']}"
         if free["bytes"] is not None
         else f"free memory of {free['device']} is unknown"
     )
     tight = "; MORE THAN IS FREE" if free["bytes"] is not None and needs > free["bytes"] else ""
-    lines.append(f"{'memory':<12} about {format_bytes(needs)} {'per process' if facts['processes'] > 1 else 'needed'}; {there}{tight}")
+    lines.append(f"{'memory':<12} about {format_bytes(needs)} {'per process' if facts['processes'] > 1 else 'needed'}; {free_text}{tight}")
     return lines
 
 
@@ -225,9 +229,9 @@ def _show_result(result: TrainResult) -> None:
     out = render.console
     for name, loss in result.end.items():
         start, source = result.start.get(name), result.source.get(name)
-        beside = "" if source is None else f"; {loss - source:+.4f} over the source"
+        over_source = "" if source is None else f"; {loss - source:+.4f} over the source"
         out.print(
-            f"{name:<12} loss {loss:.4f}" + ("" if start is None else f" ({loss - start:+.4f} since the start{beside})"), markup=False
+            f"{name:<12} loss {loss:.4f}" + ("" if start is None else f" ({loss - start:+.4f} since the start{over_source})"), markup=False
         )
     why = f", ended by {result.stopped}" if result.stopped else ""
     out.print(

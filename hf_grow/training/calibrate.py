@@ -23,10 +23,11 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from hf_grow.common.extras import require_packages
 from hf_grow.errors import ExecutionError, InputError
+from hf_grow.options import find_yaml, raise_errors
 from hf_grow.training.config.fisher_options import FisherFileOptions, FisherOptions
-from hf_grow.training.config.recipe_files import find_recipe, load_recipe
+from hf_grow.training.config.recipe_files import RECIPES, load_recipe
 from hf_grow.training.config.regularizer_options import PenaltyOptions
-from hf_grow.training.config.train_config import STEPS_ONLY, raise_mistakes, read_recipe
+from hf_grow.training.config.train_config import STEPS_ONLY, read_recipe
 from hf_grow.training.data import Collator
 from hf_grow.training.distributed.launch import current_launch
 from hf_grow.training.regularizers.penalty import QuadraticPenalty
@@ -78,8 +79,8 @@ def plan_trials(files: FisherFileOptions, options: FisherOptions, out: Path, not
         "model": "", "data": {"train": "new"}, "regularizer": {"kind": "l2sp"}, "learning_rate": files.calibrate_lr or 1e-4,
         "per_device_train_batch_size": options.batch, "max_steps": files.calibrate_steps,
     }  # fmt: skip
-    data = load_recipe(find_recipe(files.recipe), {}) if files.recipe is not None else read_recipe(default)
-    raise_mistakes(data.where, data.mistakes)
+    data = load_recipe(find_yaml(files.recipe, RECIPES, "training recipe"), {}) if files.recipe is not None else read_recipe(default)
+    raise_errors(data.where, data.mistakes)
     assert data.recipe is not None
     penalty = data.recipe.regularizer if files.recipe is not None else PenaltyOptions()
     if penalty.collapsed or penalty.kind in ("si", "online-ewc"):
@@ -90,7 +91,7 @@ def plan_trials(files: FisherFileOptions, options: FisherOptions, out: Path, not
         notify("Calibration trains all weights on the text alone; train, freeze, phases, lora and distill of the recipe are ignored.")
     given = {**data.arguments, **STEPS_ONLY, **({"use_cpu": True} if files.device == "cpu" else {})}
     arguments = arguments_for(recipe, given, out)
-    raise_mistakes(data.where, launch_mistakes(current_launch(), recipe, arguments, resume=False))
+    raise_errors(data.where, launch_mistakes(current_launch(), recipe, arguments, resume=False))
     return TrialSettings(shortened(arguments, files.calibrate_steps), penalty, recipe.data.seq_length)
 
 

@@ -24,11 +24,11 @@ from hf_grow.growth.plan import GrowthPlan, check_source
 from hf_grow.model import flops
 from hf_grow.model.meta_model import meta_model
 from hf_grow.model.param_count import count_parameters
-from hf_grow.options import unmet_requirements
+from hf_grow.options import raise_errors, unmet_requirements
 from hf_grow.training.calibrate import MAX_EVAL_ROWS, MIN_ROWS, TrialSettings, calibrate, plan_trials
 from hf_grow.training.config.data_options import TextOptions
 from hf_grow.training.config.fisher_options import FisherFileOptions, FisherOptions
-from hf_grow.training.config.train_config import collect_mistakes, raise_mistakes
+from hf_grow.training.config.train_config import collect_mistakes
 from hf_grow.training.data.source_model import load_with_tokenizer
 from hf_grow.training.data.sources import find_text
 from hf_grow.training.param_updates.param_provenance import check_plan_matches
@@ -116,7 +116,7 @@ def _check_options(files: FisherFileOptions, options: FisherOptions, out: Path, 
     for key, file in (("merge", files.merge), ("from-growth", files.from_growth)):
         if file is not None:
             collect_mistakes(mistakes, f"--{key}", partial(open_importance, file))
-    raise_mistakes("The command line", mistakes)
+    raise_errors("The command line", mistakes)
 
 
 def _check_writable(path: Path, files: FisherFileOptions) -> None:

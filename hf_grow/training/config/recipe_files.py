@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_grow.common import yaml_io
-from hf_grow.common.suggest import did_you_mean
 from hf_grow.errors import InputError
 from hf_grow.options import load_yaml
 from hf_grow.training.config.train_config import RecipeData, read_recipe
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "_recipes" / "train").glob("*.yaml"))}
 """The bundled training recipes (recipes/train/ in the repository)."""
-
-
-def find_recipe(text: str) -> Path:
-    """A YAML file, or the bare name of one of RECIPES; a file of that name goes first. Raises InputError."""
-    path = Path(text)
-    if path.is_file() or path.suffix or os.sep in text:
-        return path
-    if text not in RECIPES:
-        raise InputError(
-            f"There is no training recipe {text!r}.{did_you_mean(text, RECIPES)}",
-            hint=f"Give a YAML file, or one of: {', '.join(RECIPES)}.",
-        )
-    return RECIPES[text]
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:

@@ -198,13 +198,6 @@ def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[s
     return errors
 
 
-def raise_mistakes(where: str, errors: list[str] | tuple[str, ...]) -> None:
-    """Raises InputError with all mistakes, one per line, if there are any."""
-    if errors:
-        lines = "\n".join(f"  {line}" for line in dict.fromkeys(errors))
-        raise InputError(f"{where} has {len(set(errors))} mistake{'s' * (len(set(errors)) > 1)}:\n{lines}")
-
-
 def collect_mistakes(errors: list[str], key: str, work: Callable[[], Any]) -> Any:
     """Returns ``work()``; an InputError is added to ``errors`` under ``key`` instead, and None returned."""
     try:

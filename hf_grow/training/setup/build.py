@@ -90,8 +90,8 @@ def make_parts(setup: TrainSetup, model: str | PreTrainedModel, revision: str | 
     if options.lora is not None:
         wrapped, updates = with_lora(model, planned.new, options.lora)
         parts = replace(parts, model=wrapped, updates=updates)
-    if lost := result_dtype.lost_steps(parts.model, setup.arguments.learning_rate):
-        notify(lost)
+    if warning := result_dtype.rounding_warning(parts.model, setup.arguments.learning_rate):
+        notify(warning)
     return parts
 
 

@@ -52,16 +52,16 @@ def load_model(ref: str, revision: str | None, dtype: str, attention: str | None
     """The model of a checkpoint, its weights downloaded if need be. Raises SourceError for what cannot be loaded whole."""
     from transformers import AutoModelForCausalLM
 
-    held = open_source(ref, revision=revision, weights=True, notify=notify)
-    assert held.folder is not None
+    checkpoint = open_source(ref, revision=revision, weights=True, notify=notify)
+    assert checkpoint.folder is not None
     options = {} if attention is None else {"attn_implementation": attention}
     with transformers_errors(f"the model of {ref}"):
-        model, found = AutoModelForCausalLM.from_pretrained(
-            held.folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
         )
-    missing = sorted(found["missing_keys"])
+    missing = sorted(loading_info["missing_keys"])
     if missing:
-        raise SourceError(f"The weights of {ref} lack {missing[0]} ({len(missing)} tensors); they would be random.")
+        raise SourceError(f"The weights of {ref} lack {len(missing)} tensors, such as {missing[0]}, which would be initialized at random.")
     loaded: PreTrainedModel = model
     untie_config(loaded)
     reset_output_flags(loaded.config)
@@ -84,11 +84,11 @@ def zero_new_blocks(model: PreTrainedModel, plan: GrowthPlan) -> None:
     """Sets to zero what new blocks write to the residual stream, so that they start as identity blocks."""
     import torch
 
-    where, held = parameter_map(model), dict(model.named_parameters())
+    rows, parameters = parameter_map(model), dict(model.named_parameters())
     with torch.no_grad():
         for name, entry in plan.architecture.tensors.items():
             if entry.writes_residual and plan.growth.layers[entry.layer].new:
-                where[name].of(held[where[name].parameter]).zero_()
+                rows[name].of(parameters[rows[name].parameter]).zero_()
 
 
 def make_residual_scale(model: Any, new_blocks: Sequence[int], options: TrainOptions) -> ResidualScale | None:

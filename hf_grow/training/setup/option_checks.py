@@ -67,10 +67,10 @@ def _check_regularizer(options: TrainOptions, checkpoint: Checkpoint, plan: Grow
     for i, path in enumerate(penalty.fisher):
         newest = i == len(penalty.fisher) - 1 and not penalty.collapsed and checkpoint.folder is not None
         identity = checkpoint_fingerprint(checkpoint) if newest else None
-        collect_mistakes(errors, "regularizer.fisher", partial(_fisher, path, shapes, identity))
+        collect_mistakes(errors, "regularizer.fisher", partial(_check_fisher, path, shapes, identity))
 
 
-def _fisher(path: Path, shapes: Mapping[str, tuple[int, ...]], identity: str | None) -> None:
+def _check_fisher(path: Path, shapes: Mapping[str, tuple[int, ...]], identity: str | None) -> None:
     check_same_model(open_importance(path), shapes, identity)
 
 
@@ -91,11 +91,11 @@ def _check_teachers(
 
 def _check_one_teacher(teacher: Teacher, checkpoint: Checkpoint, plan: GrowthPlan | None, tokenizer: Any, notify: Notify) -> None:
     ref, revision = resolve_teacher(teacher, plan)
-    held = open_source(ref, revision=revision, weights=False, notify=notify)
+    source = open_source(ref, revision=revision, weights=False, notify=notify)
     same: bool | None = None
-    if tokenizer is not None and held.folder is not None and any((held.folder / n).is_file() for n in TOKENIZER_FILES):
-        same = load_tokenizer(str(held.folder), None).get_vocab() == tokenizer.get_vocab()
-    check_teacher(ref, held.info.architecture.size("vocab"), checkpoint.info.architecture.size("vocab"), same)
+    if tokenizer is not None and source.folder is not None and any((source.folder / n).is_file() for n in TOKENIZER_FILES):
+        same = load_tokenizer(str(source.folder), None).get_vocab() == tokenizer.get_vocab()
+    check_teacher(ref, source.info.architecture.size("vocab"), checkpoint.info.architecture.size("vocab"), same)
 
 
 def resolve_teacher(teacher: Teacher, plan: GrowthPlan | None) -> tuple[str, str | None]:

@@ -15,8 +15,9 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError, OutputError
 from hf_grow.growth.plan import GrowthPlan
+from hf_grow.options import raise_errors
 from hf_grow.training.config.data_options import TextOptions
-from hf_grow.training.config.train_config import DEFAULTS, RecipeData, TrainRecipe, collect_mistakes, raise_mistakes
+from hf_grow.training.config.train_config import DEFAULTS, RecipeData, TrainRecipe, collect_mistakes
 from hf_grow.training.config.train_options import default_best_metric
 from hf_grow.training.data.sources import find_text
 from hf_grow.training.distributed import launch
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def check_recipe(
-    read: RecipeData,
+    recipe_data: RecipeData,
     *,
     output: str | None,
     resume: bool,
@@ -44,9 +45,9 @@ def check_recipe(
 
     ``started``: the processes; default: those of the launcher. ``texts``: whether the text files are checked.
     """
-    errors = list(read.mistakes)
+    errors = list(recipe_data.mistakes)
     started = started or launch.current_launch()
-    recipe, name = read.recipe, read.given.get("model")
+    recipe, name = recipe_data.recipe, recipe_data.given.get("model")
     checkpoint: Checkpoint | None = None
     plan: GrowthPlan | None = None
     tokenizer = None
@@ -60,39 +61,41 @@ def check_recipe(
         plan = collect_mistakes(errors, "model", lambda: plan_of(opened)) if checkpoint is not None else None
     if recipe is not None:
         if checkpoint is not None:
-            tokenizer = _tokenizer(recipe, checkpoint, errors)
-            _positions(recipe, checkpoint, errors)
+            tokenizer = _check_tokenizer(recipe, checkpoint, errors)
+            _check_positions(recipe, checkpoint, errors)
         if texts:
-            _data(recipe, errors, notify)
+            _check_data(recipe, errors, notify)
         check_options(recipe, checkpoint, plan, tokenizer, errors, notify)
     out = Path(output or (recipe.output if recipe else None) or default_output(str(name)))
     collect_mistakes(errors, "output", lambda: check_output(out, resume=resume, overwrite=overwrite))
     arguments = None
     if recipe is not None:
         usable = recipe
-        arguments = collect_mistakes(errors, "arguments", lambda: arguments_for(usable, read.arguments, out))
+        arguments = collect_mistakes(errors, "arguments", lambda: arguments_for(usable, recipe_data.arguments, out))
         if arguments is not None:
-            errors += launch_mistakes(started, recipe, arguments, resume=resume or bool(read.arguments.get("resume_from_checkpoint")))
-        _resumable(read.arguments.get("resume_from_checkpoint"), errors)
-    raise_mistakes(read.where, errors)
+            errors += launch_mistakes(
+                started, recipe, arguments, resume=resume or bool(recipe_data.arguments.get("resume_from_checkpoint"))
+            )
+        _check_resume(recipe_data.arguments.get("resume_from_checkpoint"), errors)
+    raise_errors(recipe_data.where, errors)
     assert recipe is not None and checkpoint is not None and arguments is not None
     setup = TrainSetup(
-        recipe, arguments, checkpoint, plan, tokenizer, out, recipe.data.seq_length, read.given, read.arguments,
+        recipe, arguments, checkpoint, plan, tokenizer, out, recipe.data.seq_length, recipe_data.given, recipe_data.arguments,
         save_tokenizer=checkpoint.folder is None or recipe.tokenizer is not None,
     )  # fmt: skip
     warn_recipe(setup, notify)
     return setup
 
 
-def _positions(recipe: TrainRecipe, checkpoint: Checkpoint, errors: list[str]) -> None:
-    most = checkpoint.config.get("max_position_embeddings")
-    if isinstance(most, int) and recipe.data.seq_length > most and not any(line.startswith("data") for line in errors):
+def _check_positions(recipe: TrainRecipe, checkpoint: Checkpoint, errors: list[str]) -> None:
+    max_positions = checkpoint.config.get("max_position_embeddings")
+    if isinstance(max_positions, int) and recipe.data.seq_length > max_positions and not any(line.startswith("data") for line in errors):
         errors.append(
-            f"data.seq_length: {recipe.data.seq_length} is more than the {most} positions of the model (max_position_embeddings)."
+            f"data.seq_length: {recipe.data.seq_length} is more than the {max_positions} positions of the model (max_position_embeddings)."
         )
 
 
-def _resumable(folder: Any, errors: list[str]) -> None:
+def _check_resume(folder: Any, errors: list[str]) -> None:
     """Checks the Trainer checkpoint (grown or not) that this run resumes from."""
     if isinstance(folder, str) and not (Path(folder) / "trainer_state.json").is_file():
         errors.append(f"resume_from_checkpoint: {folder} is not a Trainer checkpoint (it has no trainer_state.json).")
@@ -128,11 +131,11 @@ def clear_output(out: Path) -> None:
         shutil.rmtree(out)
 
 
-def _tokenizer(recipe: TrainRecipe, checkpoint: Checkpoint, errors: list[str]) -> Any:
+def _check_tokenizer(recipe: TrainRecipe, checkpoint: Checkpoint, errors: list[str]) -> Any:
     vocabulary = checkpoint.info.architecture.size("vocab")
-    own_there = checkpoint.folder is None or any((checkpoint.folder / n).is_file() for n in TOKENIZER_FILES)
+    has_tokenizer = checkpoint.folder is None or any((checkpoint.folder / n).is_file() for n in TOKENIZER_FILES)
     own = None
-    if recipe.tokenizer is None or own_there:
+    if recipe.tokenizer is None or has_tokenizer:
         place = str(checkpoint.folder or checkpoint.ref)
         own = collect_mistakes(
             errors if recipe.tokenizer is None else [],
@@ -155,7 +158,7 @@ def _tokenizer(recipe: TrainRecipe, checkpoint: Checkpoint, errors: list[str]) -
     return tokenizer
 
 
-def _data(recipe: TrainRecipe, errors: list[str], notify: Notify) -> None:
+def _check_data(recipe: TrainRecipe, errors: list[str], notify: Notify) -> None:
     data = recipe.data
     sources: list[tuple[str, TextOptions]] = [(f"data.train.{i}", s) for i, s in enumerate(data.train)]
     sources += [(f"data.eval.{n}", s) for n, s in data.eval.items()]
@@ -172,10 +175,10 @@ def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> T
     from transformers.utils import is_liger_kernel_available
 
     # Weight decay pulls weights to zero while a penalty holds them in place; a penalty also limits their growth, as decay does.
-    held = {"weight_decay": 0.0} if recipe.regularizer.kind != "none" else {}
+    penalty_defaults = {"weight_decay": 0.0} if recipe.regularizer.kind != "none" else {}
     settings = {
         **DEFAULTS,
-        **held,
+        **penalty_defaults,
         **given,
         "output_dir": str(out),
         "remove_unused_columns": False,
@@ -194,23 +197,23 @@ def arguments_for(recipe: TrainRecipe, given: Mapping[str, Any], out: Path) -> T
         settings.setdefault("metric_for_best_model", default_best_metric(recipe.data.eval))
         settings.setdefault("greater_is_better", False)
     try:
-        made = TrainingArguments(**settings)
+        arguments = TrainingArguments(**settings)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise InputError(" ".join(str(error).split())) from None
     try:
-        Trainer.get_optimizer_cls_and_kwargs(made)
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
     except (ValueError, ImportError) as error:  # only missing packages count; other errors ask for the model, which is loaded later
         if "install" in str(error):
             raise InputError(f"optim {settings.get('optim', 'default')}: {' '.join(str(error).split())}") from None
-    if made.use_liger_kernel and not is_liger_kernel_available():
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise InputError(
             "use_liger_kernel: liger-kernel is not installed.", hint="Run pip install liger-kernel, or remove use_liger_kernel."
         )
-    if "dataloader_pin_memory" not in given and made.device.type in ("cpu", "mps"):
-        made.dataloader_pin_memory = False  # unsupported there: torch would warn at every evaluation
-    missing = sorted(set(made.report_to) - set(get_available_reporting_integrations()))
+    if "dataloader_pin_memory" not in given and arguments.device.type in ("cpu", "mps"):
+        arguments.dataloader_pin_memory = False  # unsupported there: torch would warn at every evaluation
+    missing = sorted(set(arguments.report_to) - set(get_available_reporting_integrations()))
     if missing:
         raise InputError(
             f"report_to names {', '.join(missing)}, which is not installed or unknown.", hint="Install it, or set report_to: none."
         )
-    return made
+    return arguments

@@ -32,19 +32,19 @@ def result_dtypes(checkpoint: Checkpoint, wanted: str, model: Module) -> dict[st
     trained = {n: p.dtype for n, p in parameters(model).items()}
     if wanted != "auto":
         return dict.fromkeys(trained, getattr(torch, wanted))
-    found: dict[str, torch.dtype] = {}
+    stored: dict[str, torch.dtype] = {}
     for name, place in parameter_map(meta_model(checkpoint.info.config)).items():
         if name in checkpoint.tensors:
-            found.setdefault(place.parameter, torch_dtype(checkpoint.tensors[name].info.dtype))
-    return {n: min(found.get(n, own), own, key=lambda d: d.itemsize) for n, own in trained.items()}
+            stored.setdefault(place.parameter, torch_dtype(checkpoint.tensors[name].info.dtype))
+    return {n: min(stored.get(n, own), own, key=lambda d: d.itemsize) for n, own in trained.items()}
 
 
 def overflows_anywhere(trainer: BaseGrowTrainer, model: Module, dtypes: Mapping[str, torch.dtype]) -> bool:
     """Whether a finite weight, on any process, overflows its dtype. Collective: every process must call it."""
     with torch.no_grad():
-        held = [(local(p.data), dtypes[n]) for n, p in parameters(model).items() if dtypes.get(n, p.dtype) == torch.float16]
-        own = any(bool((torch.isfinite(w) & ~torch.isfinite(w.to(d))).any()) for w, d in held)
-    return bool(trainer.accelerator.gather(torch.tensor([own], device=trainer.args.device)).any())
+        float16_weights = [(local(p.data), dtypes[n]) for n, p in parameters(model).items() if dtypes.get(n, p.dtype) == torch.float16]
+        overflows = any(bool((torch.isfinite(w) & ~torch.isfinite(w.to(d))).any()) for w, d in float16_weights)
+    return bool(trainer.accelerator.gather(torch.tensor([overflows], device=trainer.args.device)).any())
 
 
 def round_weights(model: Module, dtypes: Mapping[str, torch.dtype]) -> bool:
@@ -67,7 +67,7 @@ def main_dtype(folder: Path) -> str:
     return str(torch_dtype(sizes.most_common(1)[0][0])).removeprefix("torch.")
 
 
-def lost_steps(model: Module, rate: float) -> str | None:
+def rounding_warning(model: Module, rate: float) -> str | None:
     """A warning about updates that a step of the size of the learning rate loses to rounding; None if all trained parameters have more than 16 bits."""
     lost = whole = total = 0
     example, dtype = "", None
@@ -76,8 +76,8 @@ def lost_steps(model: Module, rate: float) -> str | None:
             if not p.requires_grad or p.dtype.itemsize > 2:
                 continue
             values = local(p.data)
-            still = (values.float() + rate).to(p.dtype).eq(values) & (values.float() - rate).to(p.dtype).eq(values)
-            count = int(still.sum())
+            unchanged = (values.float() + rate).to(p.dtype).eq(values) & (values.float() - rate).to(p.dtype).eq(values)
+            count = int(unchanged.sum())
             lost, total, dtype = lost + count, total + values.numel(), p.dtype
             if values.numel() and count == values.numel():
                 whole, example = whole + 1, example or name

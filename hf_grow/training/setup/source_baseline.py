@@ -64,10 +64,10 @@ def _check_source(setup: TrainSetup, ref: str, revision: str | None) -> None:
     assert setup.plan is not None
     if current_launch().deepspeed:
         raise SourceError("DeepSpeed shards every model that is loaded.")
-    held = open_source(ref, revision=revision, weights=False)
-    if dict(held.info.by_key) != dict(setup.plan.source.by_key):
+    source = open_source(ref, revision=revision, weights=False)
+    if dict(source.info.by_key) != dict(setup.plan.source.by_key):
         raise SourceError(f"{ref} is not the checkpoint that was grown.")
-    check_teacher(ref, held.info.architecture.size("vocab"), setup.vocabulary, None)
+    check_teacher(ref, source.info.architecture.size("vocab"), setup.vocabulary, None)
 
 
 def mean_losses(model: PreTrainedModel, sets: Mapping[str, Any], collate: Any, batch: int) -> dict[str, float]:
@@ -107,9 +107,9 @@ class SourceKL:
         was_training = model.training
         model.eval()
         total, count = 0.0, 0
-        for ids, held in zip(self.inputs, self.source_log_probs, strict=True):
+        for ids, log_probs in zip(self.inputs, self.source_log_probs, strict=True):
             own = self._log_probs(model, ids)
-            source = held.to(own.device)
+            source = log_probs.to(own.device)
             total += float((source.exp() * (source - own)).sum())
             count += ids.numel()
         model.train(was_training)

@@ -51,8 +51,8 @@ def _logit_cache(setup: TrainSetup, options: DistillOptions, teacher: Teacher, d
             hint="Remove top_k.",
         )
     ref, revision = resolve_teacher(teacher, setup.plan)
-    held = open_source(ref, revision=revision, weights=False)
-    identity = f"{ref}@{revision or ''} {sorted((f, str(sorted(facts.items()))) for f, facts in held.files.items())}"
+    source = open_source(ref, revision=revision, weights=False)
+    identity = f"{ref}@{revision or ''} {sorted((f, str(sorted(facts.items()))) for f, facts in source.files.items())}"
     if not folder.is_dir():
         notify(f"{ref} is run on the training text; its {options.top_k} largest logits per position are written to {folder}.")
     model = load_model(ref, revision, options.dtype, setup.options.attn_implementation, notify)

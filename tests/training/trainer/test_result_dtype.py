@@ -14,7 +14,7 @@ from trained import recipe, run, tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_grow import api
-from hf_grow.training.setup.result_dtype import lost_steps
+from hf_grow.training.setup.result_dtype import rounding_warning
 from hf_grow.training.trainer.events import read_events
 from hf_grow.training.trainer.weights import cast_state_dict
 
@@ -87,9 +87,9 @@ def test_pure_bf16_training_reports_lost_steps(tmp_path: Path, capsys: pytest.Ca
         flat = p.detach().float().flatten().tolist()
         still = [all(torch.tensor(w + s * 1e-4).bfloat16() == torch.tensor(w).bfloat16() for s in (1, -1)) for w in flat]
         lost, total, names = lost + sum(still), total + len(still), names + [name] * all(still)
-    message = lost_steps(model, 1e-4) or ""
+    message = rounding_warning(model, 1e-4) or ""
     assert f"in {lost / total:.0%} of them, and nothing of {len(names)} tensors, such as {names[0]}" in message
-    assert lost_steps(model.float(), 1e-4) is None
+    assert rounding_warning(model.float(), 1e-4) is None
     run(capsys, "train", recipe(tmp_path, tmp_path / "grown", dtype="bfloat16", **GENTLE), "--json")
     trained = weights(tmp_path / "out")
     assert torch.equal(trained["model.norm.weight"], weights(tmp_path / "grown")["model.norm.weight"])
