@@ -22,4 +22,4 @@ def size_rows(plan: GrowthPlan) -> list[tuple[str, str, str]]:
 
 
 def _kibibytes(nbytes: int) -> str:
-    return f"{nbytes / 1024:.2f}".rstrip("0").rstrip(".") + " KiB"
+    return f"{nbytes / 1024:.3f}".rstrip("0").rstrip(".") + " KiB"

@@ -59,7 +59,7 @@ class PenaltyOptions(Options):
         if self.collapsed and self.kind != "ewc":
             mistakes.append(f"collapsed belongs to kind ewc, not {self.kind}")
         if self.collapsed and (self.form != "loss" or self.over != "all"):
-            mistakes.append("collapsed has form loss and holds all inherited coordinates; remove form and over")
+            mistakes.append("collapsed works only with form loss and over all; remove form and over")
         if self.decay != 1.0 and self.kind != "online-ewc":
             mistakes.append(f"decay belongs to kind online-ewc, not {self.kind}")
         if self.consolidate_every is not None and self.kind != "si":

@@ -1,6 +1,6 @@
 """The training recipe: hf-grow's sections and, at the top level beside them, any argument of transformers' TrainingArguments.
 
-Types and keys are validated strictly here, and all mistakes are reported at once; files, tokenizer and Fisher are checked in `training/setup/checks.py`.
+Types and keys are validated strictly here, and all mistakes are reported at once; files, tokenizer and Fisher are checked in `training/setup/recipe_checks.py`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, ValidationError
 
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
-
 from hf_grow.common.suggest import did_you_mean
 from hf_grow.errors import InputError
 from hf_grow.options import Options, nested_keys, unmet_requirements, validate
 from hf_grow.training.config.data_options import DataOptions
 from hf_grow.training.config.train_options import TrainOptions, contradictions, missing_eval_set
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 class _ModelAndData(Options):
@@ -88,7 +87,7 @@ def _in_range(low: float, below: float = math.inf, *, open: bool = False) -> Aft
 
 def _valid_max_steps(value: int) -> int:
     if value < 1 and value != -1:
-        raise ValueError(f"{value} is not a number of steps. Remove it (or -1) to train for num_train_epochs.")
+        raise ValueError(f"{value} is not a number of steps. Remove max_steps to train for num_train_epochs.")
     return value
 
 
