@@ -90,11 +90,11 @@ def _read_error(error: BaseException, ref: str, revision: str | None) -> SourceE
         if get_token():
             return SourceError(
                 f"{ref} is gated, and your account has no access to it.",
-                hint=f"Request access or accept the licence on {gate}, then run this again. `hf auth whoami` names the account.",
+                hint=f"Request access or accept the license on {gate}, then run this again. `hf auth whoami` names the account.",
             )
         return SourceError(
-            f"{ref} is gated: only accounts that accepted its licence may read it.",
-            hint=f"Accept the licence on {gate}, then log in with `hf auth login` (or set HF_TOKEN).",
+            f"{ref} is gated: only accounts that accepted its license may read it.",
+            hint=f"Accept the license on {gate}, then log in with `hf auth login` (or set HF_TOKEN).",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return SourceError(

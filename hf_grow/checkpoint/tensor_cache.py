@@ -6,7 +6,7 @@ Which tensors are kept between two uses is decided from the plan, before the fir
 Integrity: ranges are requested from one commit. The length of the range, the size of the file and its SHA-256 as reported by the Hub must
 equal the listed ones, and the ETag must be the same in all responses. The SHA-256 cannot be computed, since the complete file is never
 downloaded: only `verify` against the downloaded source detects a server that sends other bytes under the same headers. A tensor that is
-downloaded twice must be equal both times, and files that are downloaded whole (config, index, tokenizer, licences) must have the listed hash.
+downloaded twice must be equal both times, and files that are downloaded whole (config, index, tokenizer, licenses) must have the listed hash.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def execute(
 
     Args:
         shards: the layout to write, from `layout(plan.targets)`.
-        companions: folder of the tokenizer, code and licence files to copy; default: that of the checkpoint.
+        companions: folder of the tokenizer, code and license files to copy; default: that of the checkpoint.
         resume: continue an interrupted run, whose files are in `out`.partial.
         overwrite: replace an existing `out`, once the new one is complete.
         memory_budget: bytes for evaluating tensors that are not copies.

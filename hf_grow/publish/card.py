@@ -50,7 +50,7 @@ class CardOptions(Options):
     name: str | None = None
     """Name of the model, such as OWNER/NAME. Default: the folder's name."""
     license: str | None = None
-    """Licence, as the Hub calls it (apache-2.0). Default: that of the source's card; left out where that says none."""
+    """License, as the Hub calls it (apache-2.0). Default: that of the source's card; left out where that says none."""
     base_model: str | None = None
     """Hub id of the source, where it was grown from a local folder; its card is read there too."""
     offline: bool = False
@@ -64,10 +64,10 @@ class Card:
     text: str
     """README.md, metadata included."""
     files: Mapping[str, str]
-    """Name -> text of the files that go with it: the layer map, and NOTICE if the licence requires it."""
+    """Name -> text of the files that go with it: the layer map, and NOTICE if the license requires it."""
     metadata: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
-    """Notes for the publisher, such as unmet terms of the licence."""
+    """Notes for the publisher, such as unmet terms of the license."""
 
 
 def render_card(folder: Path, options: CardOptions | None = None) -> str:
@@ -106,7 +106,7 @@ def make_card(folder: Path, options: CardOptions | None = None) -> Card:
 
 
 def license_warnings(plan: GrowthPlan, name: str) -> list[str]:
-    """Warnings, before the growth, about a model name that the licence does not allow. Raises InputError for an invalid name."""
+    """Warnings, before the growth, about a model name that the license does not allow. Raises InputError for an invalid name."""
     _check_options(CardOptions(name=name), name)
     return _name_notes(inherit(plan, license=None, base_model=None, offline=False), name)
 
@@ -151,9 +151,9 @@ def template() -> str:
 
 def _check_options(options: CardOptions, name: str) -> None:
     if options.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", options.license):
-        raise InputError(f"{options.license!r} is not a licence identifier.", hint="Use one of the Hub's, such as apache-2.0 or llama3.1.")
+        raise InputError(f"{options.license!r} is not a license identifier.", hint="Use one of the Hub's, such as apache-2.0 or llama3.1.")
     if options.license == "other":
-        raise InputError("--license other names no licence.", hint="Remove it, and name the licence in the card by hand.")
+        raise InputError("--license other names no license.", hint="Remove it, and name the license in the card by hand.")
     if options.base_model is not None and not is_hub_id(options.base_model):
         raise InputError(f"{options.base_model!r} is not a Hub id.", hint="A Hub id reads OWNER/NAME.")
     if options.name is not None and not is_hub_id(name if "/" in name else f"owner/{name}"):
@@ -193,7 +193,7 @@ def _metadata(plan: GrowthPlan, record: Mapping[str, Any], inherited: Inherited,
 
 
 def _notice(inherited: Inherited, folder: Path) -> str:
-    """Text of the NOTICE file that the licence requires, if the folder has none."""
+    """Text of the NOTICE file that the license requires, if the folder has none."""
     notice = inherited.known.notice if inherited.known else ""
     return f"{notice}\n" if notice and not _has_file(folder, "notice") else ""
 

@@ -48,7 +48,7 @@ def card_facts(plan: GrowthPlan, record: Mapping[str, Any], inherited: Inherited
         "verification": eval_section.verification_facts(verification, plan),
         "verified_before": eval_section.verification_facts(before, plan) if isinstance(before, Mapping) else None,
         "reproduce": _reproduce(plan, record, re.sub(r"[^\w.-]", "_", name.rsplit("/", 1)[-1])),
-        "licence": _licence(inherited, name),
+        "license_terms": _license_terms(inherited, name),
     }
 
 
@@ -122,7 +122,7 @@ def _is_random(expr: Expr) -> bool:
     return isinstance(expr, Noise) or any(map(_is_random, expr.children()))
 
 
-def _licence(inherited: Inherited, name: str) -> dict[str, Any]:
+def _license_terms(inherited: Inherited, name: str) -> dict[str, Any]:
     known = inherited.known
     return {
         "title": known.title if known else inherited.license_name or inherited.license,

@@ -1,4 +1,4 @@
-"""Metadata that a grown model inherits from its sources: base models, licence, languages, datasets."""
+"""Metadata that a grown model inherits from its sources: base models, license, languages, datasets."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Inherited:
     language: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
     known: License | None = None
-    """Terms of the licence, if it is in the table."""
+    """Terms of the license, if it is in the table."""
     origin: str = ""
-    """Where the licence comes from, as a phrase for the card."""
+    """Where the license comes from, as a phrase for the card."""
     notes: tuple[str, ...] = ()
 
 
@@ -55,42 +55,42 @@ def inherit(plan: GrowthPlan, *, license: str | None, base_model: str | None, of
 
 
 def _with_license(inherited: Inherited, chosen: str | None, cards: list[tuple[str, SourceCard]]) -> Inherited:
-    named = {f"{c.license}\0{c.license_name}": c for _, c in cards if c.licence}
-    unknown = [f"{name}: {c.problem or 'its card names no licence'}" for name, c in cards if not c.licence]
-    licence, name, link, origin = "", "", "", ""
+    named = {f"{c.license}\0{c.license_name}": c for _, c in cards if c.license_label}
+    unknown = [f"{name}: {c.problem or 'its card names no license'}" for name, c in cards if not c.license_label]
+    identifier, name, link, origin = "", "", "", ""
     notes: list[str] = []
     if chosen:
-        licence, origin = chosen, "as the publisher says"
-        others = sorted({c.licence for c in named.values()} - {chosen})
+        identifier, origin = chosen, "as the publisher says"
+        others = sorted({c.license_label for c in named.values()} - {chosen})
         if others:
             origin += f"; the card of the source says {', '.join(others)}"
             notes.append(f"--license {chosen} is not what the card of the source says: {', '.join(others)}.")
     elif len(named) == 1 and not unknown:
         card = next(iter(named.values()))
-        licence, name, link = card.license, card.license_name, card.license_link
+        identifier, name, link = card.license, card.license_name, card.license_link
         origin = "as on the card of " + ", ".join(dict.fromkeys(c.ref if is_hub_id(c.ref) else source for source, c in cards))
     elif len(named) > 1:
-        listed = "; ".join(f"{source}: {c.licence}" for source, c in cards if c.licence)
-        origin = f"the sources have different licences ({listed}); ask their owners which applies to a model made of them"
-        notes.append("The sources have different licences, so the card names none: " + listed + ". Set it with `hf-grow card --license`.")
+        listed = "; ".join(f"{source}: {c.license_label}" for source, c in cards if c.license_label)
+        origin = f"the sources have different licenses ({listed}); ask their owners which applies to a model made of them"
+        notes.append("The sources have different licenses, so the card names none: " + listed + ". Set it with `hf-grow card --license`.")
     else:
         origin = f"unknown: ask the owner of the source ({'; '.join(unknown)})"
-        notes.append(f"The licence is unknown, so the card names none ({'; '.join(unknown)}). Set it with `hf-grow card --license`.")
-    known = licenses.find(licence, name)
-    return replace(inherited, license=licence, license_name=name, license_link=link, known=known, origin=origin, notes=tuple(notes))
+        notes.append(f"The license is unknown, so the card names none ({'; '.join(unknown)}). Set it with `hf-grow card --license`.")
+    known = licenses.find(identifier, name)
+    return replace(inherited, license=identifier, license_name=name, license_link=link, known=known, origin=origin, notes=tuple(notes))
 
 
 def _card(source: SourceInfo, base_model: str | None, offline: bool) -> SourceCard:
-    """The card of a source; where it names no licence, that of the nearest ancestor on the Hub."""
+    """The card of a source; where it names no license, that of the nearest ancestor on the Hub."""
     first = read_card(source.ref, source.revision, source.config, offline=offline)
-    if first.licence:
+    if first.license_label:
         return first
     if base_model and not source.revision:
         other = latest_card(base_model, offline=offline)
-        return other if other.licence else first
+        return other if other.license_label else first
     for ref, revision in hub_ancestors(source.history):
         older = read_card(ref, revision, None, offline=offline)
-        if older.licence:
+        if older.license_label:
             return older
     return first
 

@@ -1,6 +1,6 @@
-"""Terms for redistribution in the licences of well-known checkpoints. Data, not legal advice.
+"""Terms for redistribution in the licenses of well-known checkpoints. Data, not legal advice.
 
-The quoted words are prescribed by the licence itself; the docstrings name its sections.
+The quoted words are prescribed by the license itself; the docstrings name its sections.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class License:
     notice: str = ""
     """The line that a text file NOTICE must hold."""
     copy: bool = False
-    """Whether a copy of the licence goes with the weights."""
+    """Whether a copy of the license goes with the weights."""
     limits: str = ""
     """What it does not allow, in a few words."""
 
 
 def _llama(version: str, *, product: str = "Llama", title: str = "", built_with: str = "", name_start: str = "") -> License:
-    """Section 1.b of the community licences: (i) copy, display and name, (iii) notice; section 2: 700 million monthly users."""
+    """Section 1.b of the community licenses: (i) copy, display and name, (iii) notice; section 2: 700 million monthly users."""
     title = title or f"{product} {version} Community License"
     return License(
         title=title,
@@ -34,7 +34,7 @@ def _llama(version: str, *, product: str = "Llama", title: str = "", built_with:
         name_start=name_start,
         notice=f"{product} {version} is licensed under the {title}, Copyright © Meta Platforms, Inc. All Rights Reserved.",
         copy=True,
-        limits="acceptable use policy; a licence of its own above 700 million monthly users",
+        limits="acceptable use policy; a license of its own above 700 million monthly users",
     )
 
 
@@ -59,7 +59,7 @@ def _mistral(name: str) -> License:
     )
 
 
-_100_MILLION_USERS = "a licence of its own above 100 million monthly users"
+_100_MILLION_USERS = "a license of its own above 100 million monthly users"
 
 # By the identifier in a card's `license`, or its `license_name` where that says `other`.
 LICENSES: dict[str, License] = {
@@ -77,7 +77,7 @@ LICENSES: dict[str, License] = {
     "mrl": _mistral("Research License"),
     "mnpl": _mistral("Non-Production License"),
     "cc-by-nc-4.0": License("Creative Commons Attribution Non Commercial 4.0", limits="no commercial use"),
-    "cc-by-sa-4.0": License("Creative Commons Attribution Share Alike 4.0", limits="derived works under the same licence only"),
+    "cc-by-sa-4.0": License("Creative Commons Attribution Share Alike 4.0", limits="derived works under the same license only"),
     "cc-by-nd-4.0": License("Creative Commons Attribution No Derivatives 4.0", limits="derived works may not be shared"),
 }
 
@@ -88,10 +88,10 @@ def find(license: str, license_name: str) -> License | None:
     return LICENSES.get(key.lower().removesuffix("-license"))
 
 
-def name_fits(licence: License, name: str) -> bool:
-    """Whether a model's name begins as the licence requires: Llama-3-Small does for 'Llama 3'."""
+def name_fits(terms: License, name: str) -> bool:
+    """Whether a model's name begins as the license requires: Llama-3-Small does for 'Llama 3'."""
 
     def letters(text: str) -> str:
         return "".join(c for c in text.lower() if c.isalnum())
 
-    return letters(name.rsplit("/", 1)[-1]).startswith(letters(licence.name_start))
+    return letters(name.rsplit("/", 1)[-1]).startswith(letters(terms.name_start))

@@ -1,4 +1,4 @@
-"""Escaping of untrusted text for Markdown: names, reasons and licences come from files that anyone may have written.
+"""Escaping of untrusted text for Markdown: names, reasons and licenses come from files that anyone may have written.
 
 These are the functions that the card's templates call. Whatever the text holds, it stays one line of text: no heading, link, image, HTML or formula.
 """

@@ -1,4 +1,4 @@
-"""The model card of a source checkpoint: licence, languages and datasets that a grown model inherits.
+"""The model card of a source checkpoint: license, languages and datasets that a grown model inherits.
 
 Read from README.md of a local source, if the folder still holds the same config.json; else from the Hub at the recorded commit, through the cache.
 Only values of the expected form in its metadata count: the file may be anything.
@@ -19,7 +19,7 @@ from hf_grow.publish.names import is_hub_id
 
 README = "README.md"
 MAX_METADATA = 256_000
-"""Characters. Metadata with the text of a licence or many evaluations reach about 50,000."""
+"""Characters. Metadata with the text of a license or many evaluations reach about 50,000."""
 MOST = 200
 """Languages or datasets inherited at most."""
 
@@ -49,7 +49,7 @@ class SourceCard:
     problem: str = ""
 
     @property
-    def licence(self) -> str:
+    def license_label(self) -> str:
         return self.license_name if self.license == "other" and self.license_name else self.license
 
 
@@ -134,7 +134,7 @@ def parse_card(ref: str, revision: str, text: str) -> SourceCard:
     return SourceCard(
         ref,
         revision,
-        problem=f"the source's card names several licences: {', '.join(licenses)}" if len(licenses) > 1 else "",
+        problem=f"the source's card names several licenses: {', '.join(licenses)}" if len(licenses) > 1 else "",
         license=licenses[0] if len(licenses) == 1 else "",
         license_name=next(iter(_matching(data.get("license_name"), _LICENSE_NAME)), ""),
         license_link=_absolute(links[0], ref, revision) if links else "",

@@ -81,7 +81,7 @@ def test_the_kept_examples_are_what_the_code_renders(name: str, tmp_path: Path) 
     assert rendered == {p.name: p.read_text() for p in (cards.ROOT / name).iterdir()}, "see model_cards/README.md"
 
 
-SECTIONS = ["What was done", "Guarantee and verification", "Continue training", "Reproduce", "Licence", "Limits"]
+SECTIONS = ["What was done", "Guarantee and verification", "Continue training", "Reproduce", "License", "Limits"]
 
 
 @pytest.mark.parametrize("name", cards.NAMES)
@@ -214,19 +214,19 @@ def test_several_sources_are_a_merge_of_all_of_them(tmp_path: Path, cache: Path)
     assert "with 2 more checkpoints" in card.files["layer-map.svg"]
 
 
-def test_sources_of_different_licences_give_none(tmp_path: Path, cache: Path) -> None:
+def test_sources_of_different_licenses_give_none(tmp_path: Path, cache: Path) -> None:
     cached(cache, "org/coder", "---\nlicense: mit\n---\n")
     card = make_card(others(tmp_path, code=("org/coder", cards.COMMIT)))
     assert "license" not in card.metadata
-    assert "different licences (example-org/tiny-mistral: apache-2.0; org/coder: mit)" in card.text
+    assert "different licenses (example-org/tiny-mistral: apache-2.0; org/coder: mit)" in card.text
     assert any("--license" in note for note in card.notes)
     assert make_card(others(tmp_path, code=("org/coder", cards.COMMIT)), CardOptions(license="mit")).metadata["license"] == "mit"
 
 
-# Licences
+# Licenses
 
 
-def test_the_licence_is_that_of_the_recorded_commit(tmp_path: Path, hub: hub_server.HubServer) -> None:
+def test_the_license_is_that_of_the_recorded_commit(tmp_path: Path, hub: hub_server.HubServer) -> None:
     source = save(make(BY_NAME["mistral"]), tmp_path / "repo")
     (source / "README.md").write_text(CARD)
     hub.add("org/tiny", source)
@@ -248,7 +248,7 @@ def test_the_licence_is_that_of_the_recorded_commit(tmp_path: Path, hub: hub_ser
     assert len(hub.log) == asked
 
 
-def test_an_unreachable_hub_leaves_the_licence_out(tmp_path: Path, hub: hub_server.HubServer) -> None:
+def test_an_unreachable_hub_leaves_the_license_out(tmp_path: Path, hub: hub_server.HubServer) -> None:
     hub.faults.append(hub_server.Fault(path="/api/models/org/gone", status=500))
     folder = grown(tmp_path, source__ref="org/gone")
     card = make_card(folder)
@@ -271,7 +271,7 @@ def local(tmp_path: Path, text: str = CARD) -> tuple[Path, Path]:
     return source, tmp_path / "big"
 
 
-def test_a_local_source_gives_its_licence_while_it_is_the_source(tmp_path: Path) -> None:
+def test_a_local_source_gives_its_license_while_it_is_the_source(tmp_path: Path) -> None:
     source, folder = local(tmp_path)
     card = make_card(folder)
     assert card.metadata["license"] == "apache-2.0"
@@ -290,7 +290,7 @@ def test_a_local_source_gives_its_licence_while_it_is_the_source(tmp_path: Path)
 
 
 def test_a_chain_of_local_growths_reaches_the_hub(tmp_path: Path) -> None:
-    """The licence and the base model of the nearest ancestor that is on the Hub."""
+    """The license and the base model of the nearest ancestor that is on the Hub."""
     step = {"source": {"ref": "example-org/Llama-tiny", "revision": cards.COMMIT}, "method": "tile", "options": {}, "layers": [4, 4],
             "guarantee": {"kind": "lossless", "because": ""}}  # fmt: skip
     folder = grown(tmp_path, source__ref="./between", source__revision="", source__history=[step])
@@ -301,7 +301,7 @@ def test_a_chain_of_local_growths_reaches_the_hub(tmp_path: Path) -> None:
     assert "`-- between, grown by tile, layers 4 -> 4, lossless\n    `-- example-org/Llama-tiny (0123456789ab)" in card.text
 
 
-def test_a_licence_of_the_publishers_own_is_told_from_that_of_the_source(tmp_path: Path) -> None:
+def test_a_license_of_the_publishers_own_is_told_from_that_of_the_source(tmp_path: Path) -> None:
     card = make_card(grown(tmp_path), CardOptions(license="mit"))
     assert card.metadata["license"] == "mit"
     assert "as the publisher says; the card of the source says apache-2.0" in card.text
@@ -322,15 +322,15 @@ def test_another_name_and_link_come_along(tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("licence", "words", "start"),
+    ("license", "words", "start"),
     [
         ("llama3", "Built with Meta Llama 3", "Llama 3"),
         ("llama3.1", "Built with Llama", "Llama"),
         ("llama3.3", "Built with Llama", "Llama"),
     ],
 )
-def test_the_naming_duty_of_llama(licence: str, words: str, start: str, tmp_path: Path, cache: Path) -> None:
-    cached(cache, "example-org/tiny-mistral", f"---\nlicense: {licence}\n---\n")
+def test_the_naming_duty_of_llama(license: str, words: str, start: str, tmp_path: Path, cache: Path) -> None:
+    cached(cache, "example-org/tiny-mistral", f"---\nlicense: {license}\n---\n")
     folder = grown(tmp_path)
     card = make_card(folder)
     body = card.text.split("---\n", 2)[2]
@@ -348,7 +348,7 @@ def test_the_naming_duty_of_llama(licence: str, words: str, start: str, tmp_path
     assert "does not begin" not in named.text
 
 
-def test_what_begins_as_the_licence_wants() -> None:
+def test_what_begins_as_the_license_wants() -> None:
     llama3 = licenses.LICENSES["llama3"]
     fits = {n: licenses.name_fits(llama3, n) for n in ("org/Llama-3-X", "llama3-x", "Llama 3", "Llama-2-x", "My-Llama-3", "Llama")}
     assert [n for n, good in fits.items() if good] == ["org/Llama-3-X", "llama3-x", "Llama 3"]
@@ -439,7 +439,7 @@ BOMB = "a: &a {x: 1}\n" + "\n".join(f"b{i}: &b{i} {{<<: [*{p}, *{p}]}}" for i, p
     ],
     ids=["empty", "none", "no end", "list", "broken", "tabs", "deep", "huge", "object", "blank"],
 )  # fmt: skip
-def test_a_broken_source_card_is_an_unknown_licence(text: str, tmp_path: Path, cache: Path) -> None:
+def test_a_broken_source_card_is_an_unknown_license(text: str, tmp_path: Path, cache: Path) -> None:
     cached(cache, "example-org/tiny-mistral", text)
     card = make_card(grown(tmp_path))
     assert "license" not in card.metadata
@@ -477,11 +477,11 @@ base_model: ["../x", "ok/model"]
     assert card.base_model == "ok/model"
 
 
-def test_several_licences_are_none(tmp_path: Path, cache: Path) -> None:
+def test_several_licenses_are_none(tmp_path: Path, cache: Path) -> None:
     cached(cache, "example-org/tiny-mistral", "---\nlicense: [mit, apache-2.0]\n---\n")
     card = make_card(grown(tmp_path))
     assert "license" not in card.metadata
-    assert any("several licences: mit, apache-2.0" in note for note in card.notes)
+    assert any("several licenses: mit, apache-2.0" in note for note in card.notes)
 
 
 EVIL = "x](javascript:alert(1)) <script>alert(1)</script> <img src=//evil.example/p.png> ![p](http://evil.example/q.png)\n# heading\n| cell | `tick` $$x$$ www.evil.example"
@@ -551,7 +551,7 @@ def test_names_and_reasons_stay_text(revision: str, training: Any, tmp_path: Pat
     evil = folder.rename(tmp_path / "evil <script>`$$")
     card = make_card(evil)
     html = check_harmless(ModelCard(card.text).text)
-    titles = ["What was done", "Guarantee and verification", "Evaluation", "Continue training", "Reproduce", "Licence", "Limits"]
+    titles = ["What was done", "Guarantee and verification", "Evaluation", "Continue training", "Reproduce", "License", "Limits"]
     titles[1:1] = ["Training after it was grown"] if training else []
     assert re.findall(r"<h2>(.*?)</h2>", html) == titles
     assert set(card.metadata["tags"]) == {"hf-grow", "model-growth"}
@@ -695,8 +695,8 @@ def test_the_command_writes_refuses_and_tells(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("options", "expected_text"),
     [
-        ({"license": "MIT or so"}, "not a licence identifier"),
-        ({"license": "other"}, "names no licence"),
+        ({"license": "MIT or so"}, "not a license identifier"),
+        ({"license": "other"}, "names no license"),
         ({"base_model": "tiny"}, "not a Hub id"),
         ({"base_model": "org/another"}, "the source is example-org/tiny-mistral"),
         ({"name": "a/b/c"}, "not a valid model name"),

@@ -70,7 +70,7 @@ def test_a_name_that_the_hub_takes_has_a_card(open_hub: HubServer, grown: Path, 
     assert "README.md" in open_hub.repos[f"someone/{name}"].commits[open_hub.repos[f"someone/{name}"].refs["main"]]
 
 
-def test_what_the_licence_wants_of_the_name_is_told_before_anything_is_sent(
+def test_what_the_license_wants_of_the_name_is_told_before_anything_is_sent(
     open_hub: HubServer, grown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "small" / "README.md").write_text("---\nlicense: llama3.1\n---\n")

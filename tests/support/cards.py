@@ -115,7 +115,7 @@ def render(example: str, work: Path) -> dict[str, str]:
     measured = json.loads(MEASURED.read_text())
     training = {"training": measured["training"]} if example == TRAINED else {}
     folder = folder_of(plan_of(method), work / name, measured.get(example), **training)
-    (folder / "LICENSE").write_text("the licence of the source")
+    (folder / "LICENSE").write_text("the license of the source")
     card = make_card(folder, CardOptions(name=f"example-org/{name}", offline=True))
     return {"README.md": card.text, **card.files}
 

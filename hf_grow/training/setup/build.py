@@ -176,7 +176,7 @@ class SetupHooks(TrainingHooks):
 
 
 def copy_companions(setup: TrainSetup, folder: Path) -> None:
-    """Tokenizer, generation config and licence, byte for byte; another tokenizer than the model's own is saved anew."""
+    """Tokenizer, generation config and license, byte for byte; another tokenizer than the model's own is saved anew."""
     source = setup.checkpoint.folder
     if source is not None:
         for relative in companions(source):
