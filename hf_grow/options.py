@@ -135,15 +135,13 @@ def raise_errors(where: str, errors: Sequence[str]) -> None:
         raise InputError(f"{where} has {len(errors)} mistake{'s' * (len(errors) > 1)}:\n" + "\n".join(f"  {line}" for line in errors))
 
 
-def find_yaml(text: str, bundled: Mapping[str, Path], kind: str) -> Path:
-    """The YAML file that ``text`` names: a path, else the name of a bundled file. ``kind``: what it is, for the message. Raises InputError."""
+def find_yaml(text: str, bundled: Mapping[str, Path], missing: str) -> Path:
+    """The YAML file that ``text`` names: a path, else the name of a bundled file. ``missing``: begins the message of the InputError if there is none."""
     path = Path(text)
     if path.is_file() or path.suffix or os.sep in text:
         return path  # if it is missing, the error comes from reading it
     if text not in bundled:
-        raise InputError(
-            f"There is no {kind} {text!r}.{did_you_mean(text, bundled)}", hint=f"Give a YAML file, or one of: {', '.join(bundled)}."
-        )
+        raise InputError(f"{missing} {text!r}.{did_you_mean(text, bundled)}", hint=f"Give a YAML file, or one of: {', '.join(bundled)}.")
     return bundled[text]
 
 

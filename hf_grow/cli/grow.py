@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def run_recipe(arguments: argparse.Namespace) -> int:
-    data = load_yaml(find_yaml(arguments.recipe, RECIPES, "recipe"))
+    data = load_yaml(find_yaml(arguments.recipe, RECIPES, "There is no recipe"))
     if arguments.source:
         data = {**data, "source": arguments.source, "revision": None}
     method = find_method(str(data.get("method") or ("pipeline" if "steps" in data else "dus")))

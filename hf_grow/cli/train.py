@@ -70,7 +70,7 @@ def _epilog() -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    path = find_yaml(arguments.recipe, RECIPES, "training recipe")
+    path = find_yaml(arguments.recipe, RECIPES, "There is no training recipe")
     if is_main_process() and not arguments.json:
         render.note(f"Reading {path} ...")  # what comes next imports torch and transformers, which takes seconds
     from hf_grow.common.safe_files import replace_nonfinite

@@ -79,7 +79,11 @@ def plan_trials(files: FisherFileOptions, options: FisherOptions, out: Path, not
         "model": "", "data": {"train": "new"}, "regularizer": {"kind": "l2sp"}, "learning_rate": files.calibrate_lr or 1e-4,
         "per_device_train_batch_size": options.batch, "max_steps": files.calibrate_steps,
     }  # fmt: skip
-    data = load_recipe(find_yaml(files.recipe, RECIPES, "training recipe"), {}) if files.recipe is not None else read_recipe(default)
+    data = (
+        load_recipe(find_yaml(files.recipe, RECIPES, "There is no training recipe"), {})
+        if files.recipe is not None
+        else read_recipe(default)
+    )
     raise_errors(data.where, data.mistakes)
     assert data.recipe is not None
     penalty = data.recipe.regularizer if files.recipe is not None else PenaltyOptions()
