@@ -78,6 +78,9 @@ class GrowConfig(TrainingArguments):  # type: ignore[misc]
     )
     early_stopping_threshold: float = field(default=0.0, metadata={"help": "Minimum change that counts as an improvement."})
     seq_length: int = field(default=1024, metadata={"help": "Tokens per sequence, for a dataset with a text column."})
+    intra_document_masking: bool = field(
+        default=False, metadata={"help": "Attention within documents only, for a dataset with a text column."}
+    )
     text_field: str = field(default="text", metadata={"help": "Column that holds the text, for a dataset without input_ids."})
 
     def __post_init__(self) -> None:

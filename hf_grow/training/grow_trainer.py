@@ -21,6 +21,7 @@ from hf_grow.training.config.regularizer_options import PenaltyOptions
 from hf_grow.training.config.train_options import contradictions, default_best_metric, missing_eval_set
 from hf_grow.training.data import TrainData
 from hf_grow.training.data.assemble import DataPart
+from hf_grow.training.data.document_masking import LENGTHS, position_ids, split_lengths, with_documents
 from hf_grow.training.data.packing import BATCH, IGNORED, DocumentEncoder, check_token_ids, split_sequences
 from hf_grow.training.distributed.launch import current_launch
 from hf_grow.training.grow_config import GrowConfig
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from hf_grow.training.data import Collator
 
-_MODEL_COLUMNS = ("input_ids", "labels", "attention_mask")
+_MODEL_COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", LENGTHS)
 
 
 class GrowTrainer(BaseGrowTrainer):
@@ -235,6 +236,11 @@ def prepare_dataset(dataset: Any, args: GrowConfig, tokenizer: Any, vocabulary: 
     if dataset is None or columns is None:
         return dataset
     if "input_ids" in columns:
+        if "attention_mask" in columns and {"position_ids", LENGTHS} & set(columns):
+            raise InputError(
+                "The dataset has an attention_mask beside the positions of packed documents, and attention would cross them.",
+                hint="Remove attention_mask: padding needs none at the end of a row (give it no labels).",
+            )
         return dataset.select_columns([c for c in _MODEL_COLUMNS if c in columns])
     if args.text_field not in columns:
         raise InputError(
@@ -246,13 +252,20 @@ def prepare_dataset(dataset: Any, args: GrowConfig, tokenizer: Any, vocabulary: 
     def rows() -> Iterator[dict[str, Any]]:
         import numpy as np
 
-        carry = np.empty(0, np.int32)
+        carry, carried = np.empty(0, np.int32), list[int]()
+
+        def row(sequence: Any, lengths: list[int]) -> dict[str, Any]:
+            return {"input_ids": sequence, **({LENGTHS: lengths} if args.intra_document_masking else {})}
+
         for batch in dataset.iter(batch_size=BATCH):
-            sequences, carry = split_sequences(carry, encoder(batch[args.text_field]), args.seq_length)
+            encoded = encoder(batch[args.text_field])
+            sequences, carry = split_sequences(carry, encoded, args.seq_length)
+            lengths, carried = split_lengths(carried, map(len, encoded), args.seq_length)
             check_token_ids(int(max(sequences.max(initial=0), carry.max(initial=0))), vocabulary, "The dataset")
-            yield from ({"input_ids": sequence} for sequence in sequences)
+            yield from map(row, sequences, lengths)
         if len(carry) and remainder == "keep":
-            yield {"input_ids": np.concatenate([carry, np.full(args.seq_length - len(carry), IGNORED, np.int32)])}
+            padding = args.seq_length - len(carry)
+            yield row(np.concatenate([carry, np.full(padding, IGNORED, np.int32)]), [*carried, padding])
 
     packed = list(rows())
     if not packed:
@@ -281,7 +294,10 @@ def _parts(train: Any, sets: Mapping[str, Any]) -> Iterator[DataPart]:
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Rows to a batch: input_ids and labels, int64 [rows, longest row]; labels are -100 where a row is padded or its attention mask is 0."""
+    """Rows to a batch: input_ids and labels, int64 [rows, longest row]; labels are -100 where a row is padded or its attention mask is 0.
+
+    Rows with `position_ids` or `seq_lengths` are packed documents: see `document_masking`.
+    """
 
     pad_token_id: int
     """Token id for padding."""
@@ -297,4 +313,4 @@ class PaddingCollator:
         if "attention_mask" in rows[0]:
             mask = pad_sequence([torch.as_tensor(row["attention_mask"]).long() for row in rows], True, 0)
             batch |= {"attention_mask": mask, "labels": batch["labels"].masked_fill(mask == 0, IGNORED)}
-        return batch
+        return with_documents(batch, position_ids(rows))

@@ -106,6 +106,8 @@ class DataOptions(Options):
     """Read and tokenise during training: nothing is cached, and max_steps must be set."""
     seed: int = Field(default=0, ge=0)
     """Random seed of the order."""
+    intra_document_masking: bool = False
+    """Attention within documents only, positions counted from the start of each, and no label at its first token."""
     num_proc: int | None = Field(default=None, gt=0)
     """Number of processes that tokenise. Default: 1; a fast tokenizer uses several threads."""
     cache: str | None = None

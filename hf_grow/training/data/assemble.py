@@ -13,6 +13,7 @@ from hf_grow.common.extras import require_packages
 from hf_grow.training.config.data_options import DataOptions, EvalSource, TextOptions
 from hf_grow.training.data import packing
 from hf_grow.training.data.cache import default_root, key
+from hf_grow.training.data.document_masking import position_ids, with_documents
 from hf_grow.training.data.mixing import Interleaving, row_indices
 from hf_grow.training.data.packing import IGNORED, DocumentEncoder, PackingStats
 from hf_grow.training.data.sources import Notify, TextSource, find_text
@@ -48,7 +49,10 @@ class DataPart:
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns rows of equal length into a batch: input_ids and labels, int64 [rows, seq_length]; labels are -100 at padding."""
+    """Turns rows of equal length into a batch: input_ids and labels, int64 [rows, seq_length]; labels are -100 at padding.
+
+    Rows that hold the lengths of their documents also give position_ids, and no label at the first tokens of documents.
+    """
 
     filler: int
     """Token id that pads input_ids."""
@@ -58,7 +62,8 @@ class Collator:
         import torch
 
         labels = torch.from_numpy(np.asarray([row["input_ids"] for row in rows], dtype=np.int64))
-        return {"input_ids": labels.masked_fill(labels == IGNORED, self.filler), "labels": labels}
+        batch = {"input_ids": labels.masked_fill(labels == IGNORED, self.filler), "labels": labels}
+        return with_documents(batch, position_ids(rows))
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,8 @@ class _Builder:
                 self.notify(f"Tokenising {source.label}: {tokens / 1e6:.1f}M tokens so far.")
 
         return packing.pack(
-            source, self.encoder, seq_length=self.options.seq_length, remainder=remainder, root=self.root, num_proc=self.options.num_proc,
+            source, self.encoder, seq_length=self.options.seq_length, remainder=remainder, root=self.root,
+            intra_document_masking=self.options.intra_document_masking, num_proc=self.options.num_proc,
             vocab_size=self.vocab_size, notify=self.notify, progress=report,
         )  # fmt: skip
 
@@ -243,11 +249,14 @@ class _Builder:
         length, seed = self.options.seq_length, self.options.seed
         shares = self.shares([1] * len(new))
         sources = [*([old] if old else []), *new]
-        streams = [PackedStream(s, self.encoder, seq_length=length, vocab_size=self.vocab_size, notify=self.notify) for s in sources]
+        masking = {"intra_document_masking": True} if self.options.intra_document_masking else {}
+        streams = [
+            PackedStream(s, self.encoder, seq_length=length, vocab_size=self.vocab_size, notify=self.notify, **masking) for s in sources
+        ]
         uses = [*(["replay"] if old else []), *["train"] * len(new)]
         parts = [DataPart(use, s.label, float(share)) for use, s, share in zip(uses, sources, shares, strict=True)]
         read = [[s.identity, float(share)] for s, share in zip(sources, shares, strict=True)]
-        identity = key({"sources": read, "encoding": self.encoder.fingerprint, "seq_length": length, "seed": seed})
+        identity = key({"sources": read, "encoding": self.encoder.fingerprint, "seq_length": length, "seed": seed, **masking})
         return MixedStream(streams, Interleaving(shares, seed), identity), parts
 
 

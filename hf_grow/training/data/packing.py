@@ -1,8 +1,8 @@
 """Tokenises documents and packs them into sequences of equal length.
 
 Every document ends with EOS; all are concatenated, and the token stream is split every `seq_length` tokens. The result does not depend on
-batch size or number of processes. There is no attention mask between the documents of a sequence, as in the pretraining of GPT-3
-(arXiv 2005.14165, section B).
+batch size or number of processes. Tokens attend to all earlier ones of their sequence, of whatever document, as in the pretraining of GPT-3
+(arXiv 2005.14165, section B); where they must not, rows also hold the lengths of their documents (`document_masking`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_grow.common.safe_files import read_json, to_json
 from hf_grow.errors import InputError
 from hf_grow.training.data import cache
+from hf_grow.training.data.document_masking import LENGTHS, split_lengths
 from hf_grow.training.data.replay_files import Document
 from hf_grow.training.data.sources import Notify, TextSource, explain_read_errors
 
@@ -141,6 +142,7 @@ def pack(
     seq_length: int,
     remainder: str,
     root: Path,
+    intra_document_masking: bool = False,
     num_proc: int | None = None,
     vocab_size: int | None = None,
     notify: Notify = lambda message: None,
@@ -148,7 +150,8 @@ def pack(
 ) -> tuple[Dataset, PackingStats]:
     """All sequences of a source as rows {"input_ids": int32 [seq_length]}, from the cache under `root` or tokenised now.
 
-    ``remainder``: "drop" or "keep" the last, partial sequence (padded with IGNORED). ``progress`` receives the tokens so far.
+    ``remainder``: "drop" or "keep" the last, partial sequence (padded with IGNORED). ``intra_document_masking``: rows also hold `seq_lengths`.
+    ``progress`` receives the tokens so far.
     Raises InputError if the text cannot be read, is empty or fills no sequence, OutputError if the cache cannot be written.
     """
     from datasets import Dataset
@@ -159,12 +162,15 @@ def pack(
         "encoding": encoder.fingerprint,
         "seq_length": seq_length,
         "remainder": remainder,
+        **({"intra_document_masking": True} if intra_document_masking else {}),
     }
     folder = root / "packed" / cache.key(parts)
 
     def make(partial: Path) -> None:
         notify(f"Tokenising {source.label}.")
-        stats = _write(partial / "blocks.arrow", source, encoder, seq_length, remainder, num_proc, vocab_size, progress)
+        stats = _write(
+            partial / "blocks.arrow", source, encoder, seq_length, remainder, intra_document_masking, num_proc, vocab_size, progress
+        )
         (partial / "facts.json").write_text(to_json({**asdict(stats), "made_of": parts}), encoding="utf-8")
 
     cache.get_or_create(folder, make)
@@ -186,6 +192,7 @@ def _write(
     encoder: DocumentEncoder,
     length: int,
     remainder: str,
+    with_lengths: bool,
     num_proc: int | None,
     vocab_size: int | None,
     progress: Callable[[int], None],
@@ -194,16 +201,18 @@ def _write(
     import pyarrow as pa
 
     row_type = pa.list_(pa.int32(), length)
-    schema = pa.schema({"input_ids": row_type})
+    schema = pa.schema({"input_ids": row_type, **({LENGTHS: pa.list_(pa.int32())} if with_lengths else {})})
     carry = np.empty(0, np.int32)
+    carried: list[int] = []  # lengths of the documents in `carry`
     documents = tokens = highest = 0
     with ExitStack() as stack:
         writer = stack.enter_context(pa.ipc.new_stream(str(path), schema))
 
-        def write(blocks: NDArray[np.int32]) -> None:
+        def write(blocks: NDArray[np.int32], lengths: list[list[int]]) -> None:
             if len(blocks):
-                column = pa.FixedSizeListArray.from_arrays(pa.array(blocks.reshape(-1)), type=row_type)
-                writer.write_batch(pa.RecordBatch.from_arrays([column], schema=schema))
+                columns = [pa.FixedSizeListArray.from_arrays(pa.array(blocks.reshape(-1)), type=row_type)]
+                columns += [pa.array(lengths, pa.list_(pa.int32()))] if with_lengths else []
+                writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
 
         stack.enter_context(explain_read_errors(source.label))
         texts = batches(source.documents(streaming=False))
@@ -214,13 +223,15 @@ def _write(
             tokens += len(ids) - len(carry)
             highest = max(highest, int(ids.max(initial=0)))
             check_token_ids(highest, vocab_size, source.label)
-            write(blocks)
+            lengths, carried = split_lengths(carried, map(len, encoded), length)
+            write(blocks, lengths)
             carry = rest.copy()
             progress(tokens)
         if not documents:
             raise no_text_error(source.label)
         if len(carry) and remainder == "keep":
-            write(np.concatenate([carry, np.full(length - len(carry), IGNORED, np.int32)])[None])
+            padding = length - len(carry)
+            write(np.concatenate([carry, np.full(padding, IGNORED, np.int32)])[None], [[*carried, padding]])
     return PackingStats(documents, tokens, highest)
 
 

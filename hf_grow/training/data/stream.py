@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from hf_grow.errors import InputError
+from hf_grow.training.data.document_masking import LENGTHS, split_lengths
 from hf_grow.training.data.mixing import Interleaving
 from hf_grow.training.data.packing import DocumentEncoder, batches, check_token_ids, no_text_error, split_sequences
 from hf_grow.training.data.sources import Notify, TextSource, explain_read_errors
@@ -28,16 +29,28 @@ class PackedStream:
 
     The state holds the position of the documents before the current batch, the tokens left over from them, and the number of the next
     sequence in the batch, so that a resumed run tokenises no document again that was trained on in full, except those of that batch.
+
+    Rows are {"input_ids": [seq_length]}; with ``intra_document_masking`` they also hold the lengths of their documents.
     """
 
-    def __init__(self, source: TextSource, encoder: DocumentEncoder, *, seq_length: int, vocab_size: int | None, notify: Notify) -> None:
+    def __init__(
+        self,
+        source: TextSource,
+        encoder: DocumentEncoder,
+        *,
+        seq_length: int,
+        vocab_size: int | None,
+        notify: Notify,
+        intra_document_masking: bool = False,
+    ) -> None:
         self.documents = source.documents()
         self.label = source.label
         self.encoder = encoder
         self.seq_length = seq_length
         self.vocab_size = vocab_size
         self.notify = notify
-        self._start = self._state = {"documents": self.documents.state_dict(), "carry": [], "done": 0, "passes": 0}
+        self.intra_document_masking = intra_document_masking
+        self._start = self._state = {"documents": self.documents.state_dict(), **self._carried([], []), "done": 0, "passes": 0}
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._state)
@@ -48,31 +61,37 @@ class PackedStream:
     def rewind(self) -> None:
         self._state = self._start
 
-    def __iter__(self) -> Iterator[np.ndarray[Any, np.dtype[np.int32]]]:
+    def _carried(self, carry: list[int], lengths: list[int]) -> dict[str, list[int]]:
+        return {"carry": carry, **({LENGTHS: lengths} if self.intra_document_masking else {})}
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
         state = self._state
         for passes in count(state["passes"]):
             self.documents.load_state_dict(state["documents"])
-            carry = np.asarray(state["carry"], np.int32)
+            carry, carried = np.asarray(state["carry"], np.int32), state.get(LENGTHS, [])
             done, before = state["done"], state["documents"]
             empty = before == self._start["documents"]
             with explain_read_errors(self.label):
                 for texts in batches(self.documents, BATCH):
                     empty = False
-                    blocks, rest = split_sequences(carry, self.encoder(texts), self.seq_length)
+                    encoded = self.encoder(texts)
+                    blocks, rest = split_sequences(carry, encoded, self.seq_length)
+                    lengths, left = split_lengths(carried, map(len, encoded), self.seq_length)
                     check_token_ids(int(max(blocks.max(initial=0), rest.max(initial=0))), self.vocab_size, self.label)
                     for number in range(done, len(blocks)):
-                        self._state = {"documents": before, "carry": carry.tolist(), "done": number + 1, "passes": passes}
-                        yield blocks[number]
-                    before, carry, done = self.documents.state_dict(), rest, 0
+                        self._state = {"documents": before, **self._carried(carry.tolist(), carried), "done": number + 1, "passes": passes}
+                        row = {"input_ids": blocks[number].tolist()}
+                        yield row | {LENGTHS: lengths[number]} if self.intra_document_masking else row
+                    before, carry, carried, done = self.documents.state_dict(), rest, left, 0
             if empty:
                 raise no_text_error(self.label)
             self.notify(f"{self.label} is exhausted; it is read again from the start.")
             # The remaining tokens are carried into the next pass: none are dropped.
-            state = {**self._start, "carry": carry.tolist(), "passes": passes + 1}
+            state = {**self._start, **self._carried(carry.tolist(), carried), "passes": passes + 1}
 
 
 class MixedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """Infinite rows {"input_ids": [seq_length]} from several streams, in the order of an Interleaving.
+    """Infinite rows from several streams, in the order of an Interleaving.
 
     At most one DataLoader worker may read it: several would split the text among them, and lose its order.
     """
@@ -116,9 +135,8 @@ class MixedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         for start in count(self._place, _PLACES):
             assigned, _ = self.interleaving.assign(start, start + _PLACES)
             for place, source in enumerate(assigned.tolist(), start):
-                block = next(iterators[source])
+                row = next(iterators[source])
                 self._place = place + 1
                 if place < skip:
                     continue
-                row = {"input_ids": block.tolist()}
                 yield row | {"state": self.state_dict()} if self.include_state else row

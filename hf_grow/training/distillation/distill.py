@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.errors import InputError
 from hf_grow.training.config.distill_options import DistillOptions
+from hf_grow.training.data.document_masking import forward_arguments
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-Teacher = Callable[["Tensor"], tuple["Tensor", "Tensor | None"]]
-"""Input ids [B, L] -> logits [B, L, V] and None, or logits [B, L, k] and their token ids [B, L, k]."""
+Teacher = Callable[["Tensor", "Tensor | None"], tuple["Tensor", "Tensor | None"]]
+"""Input ids [B, L] and their positions (None: attention is over the whole row) -> logits [B, L, V] and None, or logits [B, L, k] and their token
+ids [B, L, k]."""
 
 
 def check_teacher(name: str, vocabulary: int, student_vocabulary: int, same_tokenizer: bool | None) -> None:
@@ -45,13 +47,21 @@ class Distiller:
         self.alpha, self.temperature = options.alpha, options.temperature
         self.teachers = [(t.weight / total, teacher) for t, teacher in zip(options.teachers, teachers, strict=True)]
 
-    def loss(self, logits: Tensor, input_ids: Tensor, labels: Tensor, tokens: Tensor | int | float | None) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,
+        input_ids: Tensor,
+        labels: Tensor,
+        tokens: Tensor | int | float | None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """T^2 sum_i w_i KL_i over the positions with a label, a scalar.
 
         Args:
             logits: the student's [B, L, V].
             input_ids, labels: [B, L]; -100 is no label.
             tokens: divisor; None takes the number of labels in this batch.
+            position_ids: [B, L], from 0 in every document, where attention stays within documents.
         """
         import torch
 
@@ -61,7 +71,7 @@ class Distiller:
         mask[:, :-1] = labels[:, 1:] != -100
         total: Any = 0
         for weight, teacher in self.teachers:
-            teacher_logits, token_ids = teacher(input_ids)
+            teacher_logits, token_ids = teacher(input_ids, position_ids)
             total = total + weight * summed_kl_divergence(logits, teacher_logits, self.temperature, mask, token_ids)
             del teacher_logits, token_ids  # freed before the next teacher's
         loss: Tensor = total / (mask.sum() if tokens is None else tokens)
@@ -74,10 +84,10 @@ def teacher_from_model(model: PreTrainedModel) -> Teacher:
 
     model.eval().requires_grad_(False)
 
-    def teacher(input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def teacher(input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if model.device != input_ids.device:
             model.to(input_ids.device)
         with torch.no_grad():
-            return model(input_ids=input_ids, use_cache=False).logits, None
+            return model(**{"input_ids": input_ids, "use_cache": False, **forward_arguments(model.config, position_ids)}).logits, None
 
     return teacher

@@ -16,6 +16,7 @@ import numpy as np
 
 from hf_grow.common.safe_files import read_json, to_json
 from hf_grow.errors import ExecutionError, InputError, SourceError
+from hf_grow.training.data.document_masking import forward_arguments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,12 +41,14 @@ class LogitCache:
         self.folder = folder
         self.index = {bytes(key): i for i, key in enumerate(keys)}
 
-    def __call__(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits and token ids [B, L, k] of rows [B, L]. Raises ExecutionError for a row that is not in the cache."""
         import torch
 
         try:
-            rows = [self.index[hash_row(row)] for row in input_ids.cpu().numpy()]
+            rows = [
+                self.index[key] for key in hash_rows(input_ids.cpu().numpy(), None if position_ids is None else position_ids.cpu().numpy())
+            ]
         except KeyError:
             raise ExecutionError(
                 f"{self.folder} has no logits for a training row.",
@@ -55,8 +58,10 @@ class LogitCache:
         return torch.from_numpy(logits).to(input_ids.device), torch.from_numpy(token_ids).to(input_ids.device, torch.int64)
 
 
-def hash_row(row: np.ndarray[Any, Any]) -> bytes:
-    return hashlib.blake2b(row.astype("<i8").tobytes(), digest_size=16).digest()
+def hash_rows(input_ids: np.ndarray[Any, Any], position_ids: np.ndarray[Any, Any] | None) -> list[bytes]:
+    """A key for each row: of its token ids, and of their positions where attention stays within documents."""
+    rows = input_ids if position_ids is None else np.concatenate([input_ids, position_ids], axis=1)
+    return [hashlib.blake2b(row.astype("<i8").tobytes(), digest_size=16).digest() for row in rows]
 
 
 def write_logit_cache(
@@ -74,7 +79,7 @@ def write_logit_cache(
 
     Args:
         model: the teacher.
-        rows: {"input_ids": [length]}, all of one length.
+        rows: {"input_ids": [length]}, all of one length; also "position_ids" where attention stays within documents.
         folder: appears when it is complete.
         top_k: logits per position.
         dtype: of the stored logits, float16 or float32.
@@ -88,8 +93,10 @@ def write_logit_cache(
 
     k = min(top_k, model.config.vocab_size)
     data_hash = hashlib.blake2b(digest_size=16)
-    for ids in _batches(rows, 256):
+    for ids, positions in _batches(rows, 256):
         data_hash.update(ids.astype("<i8").tobytes())
+        if positions is not None:
+            data_hash.update(positions.astype("<i8").tobytes())
     meta = {"format": _FORMAT, "teacher": identity, "rows": len(rows), "top_k": k, "dtype": dtype, "data": data_hash.hexdigest()}
     if folder.exists():
         cache = LogitCache(folder)
@@ -106,14 +113,15 @@ def write_logit_cache(
     ids_file = np.lib.format.open_memmap(partial / "chosen.npy", mode="w+", dtype=np.dtype(np.int32), shape=shape)
     keys, covered, done = [], 0.0, 0
     model.eval()
-    for ids in _batches(rows, batch):
+    for ids, positions in _batches(rows, batch):
+        documents = forward_arguments(model.config, None if positions is None else torch.from_numpy(positions).to(model.device))
         with torch.no_grad():
-            logits = model(input_ids=torch.from_numpy(ids).to(model.device), use_cache=False).logits.float()
+            logits = model(**{"input_ids": torch.from_numpy(ids).to(model.device), "use_cache": False, **documents}).logits.float()
         top = logits.topk(k, dim=-1)
         covered += float((top.values.logsumexp(-1) - logits.logsumexp(-1)).exp().mean(-1).sum())
         logits_file[done : done + len(ids)] = (top.values - top.values[..., :1]).cpu().numpy()
         ids_file[done : done + len(ids)] = top.indices.cpu().numpy()
-        keys += [hash_row(row) for row in ids]
+        keys += hash_rows(ids, positions)
         done += len(ids)
         progress(len(ids))
     logits_file.flush()
@@ -124,7 +132,9 @@ def write_logit_cache(
     return LogitCache(folder)
 
 
-def _batches(rows: Sequence[Mapping[str, Any]], size: int) -> Iterable[np.ndarray[Any, Any]]:
-    """Token ids of up to ``size`` rows at a time: int64 [n, length]."""
+def _batches(rows: Sequence[Mapping[str, Any]], size: int) -> Iterable[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]]:
+    """Token ids of up to ``size`` rows at a time, int64 [n, length], and their positions if the rows have them."""
     for start in range(0, len(rows), size):
-        yield np.stack([np.asarray(rows[i]["input_ids"], dtype=np.int64) for i in range(start, min(start + size, len(rows)))])
+        some = [rows[i] for i in range(start, min(start + size, len(rows)))]
+        ids, positions = ([np.asarray(r[k], dtype=np.int64) for r in some if k in r] for k in ("input_ids", "position_ids"))
+        yield np.stack(ids), np.stack(positions) if positions else None

@@ -19,6 +19,7 @@ from hf_grow.options import raise_errors
 from hf_grow.training.config.data_options import TextOptions
 from hf_grow.training.config.train_config import DEFAULTS, RecipeData, TrainRecipe, collect_mistakes
 from hf_grow.training.config.train_options import default_best_metric
+from hf_grow.training.data.document_masking import check_attention
 from hf_grow.training.data.sources import find_text
 from hf_grow.training.distributed import launch
 from hf_grow.training.setup.launch_checks import launch_mistakes
@@ -65,6 +66,8 @@ def check_recipe(
             _check_positions(recipe, checkpoint, errors)
         if texts:
             _check_data(recipe, errors, notify)
+        if recipe.data.intra_document_masking:
+            collect_mistakes(errors, "attn_implementation", partial(check_attention, recipe.attn_implementation))
         check_options(recipe, checkpoint, plan, tokenizer, errors, notify)
     out = Path(output or (recipe.output if recipe else None) or default_output(str(name)))
     collect_mistakes(errors, "output", lambda: check_output(out, resume=resume, overwrite=overwrite))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import GrowError, SourceError
 from hf_grow.training.config.distill_options import Teacher
+from hf_grow.training.data.document_masking import forward_arguments
 from hf_grow.training.distillation.distill import check_teacher
 from hf_grow.training.distributed.launch import current_launch
 from hf_grow.training.setup.model_setup import load_model
@@ -79,9 +80,9 @@ def mean_losses(model: PreTrainedModel, sets: Mapping[str, Any], collate: Any, b
     for name, rows in sets.items():
         total, count = 0.0, 0
         for start in range(0, len(rows), batch):
-            inputs = collate([rows[i] for i in range(start, min(start + batch, len(rows)))])
+            inputs = {k: v.to(model.device) for k, v in collate([rows[i] for i in range(start, min(start + batch, len(rows)))]).items()}
             with torch.no_grad():
-                output = model(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False)
+                output = model(**{**inputs, "use_cache": False, **forward_arguments(model.config, inputs.get("position_ids"))})
             total += float(output.loss) * len(inputs["input_ids"])
             count += len(inputs["input_ids"])
         out[name] = total / count
@@ -92,25 +93,26 @@ class SourceKL:
     """KL(source || model) in nats per token: summed over the vocabulary, averaged over all positions of some rows."""
 
     def __init__(self, source: PreTrainedModel, rows: Sequence[Mapping[str, Any]], collate: Any) -> None:
-        self.inputs = [collate([row])["input_ids"] for row in rows]
-        self.source_log_probs = [self._log_probs(source, ids).cpu() for ids in self.inputs]
+        self.inputs = [{k: v for k, v in collate([row]).items() if k in ("input_ids", "position_ids")} for row in rows]
+        self.source_log_probs = [self._log_probs(source, inputs).cpu() for inputs in self.inputs]
 
     @staticmethod
-    def _log_probs(model: Any, ids: Tensor) -> Tensor:
+    def _log_probs(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         import torch
 
+        own = {k: v.to(model.device) for k, v in inputs.items()}
         with torch.no_grad():
-            log_probs: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits.float().log_softmax(-1)
-        return log_probs
+            logits: Tensor = model(**{**own, "use_cache": False, **forward_arguments(model.config, own.get("position_ids"))}).logits
+        return logits.float().log_softmax(-1)
 
     def __call__(self, model: Any) -> float:
         was_training = model.training
         model.eval()
         total, count = 0.0, 0
-        for ids, log_probs in zip(self.inputs, self.source_log_probs, strict=True):
-            own = self._log_probs(model, ids)
+        for inputs, log_probs in zip(self.inputs, self.source_log_probs, strict=True):
+            own = self._log_probs(model, inputs)
             source = log_probs.to(own.device)
             total += float((source.exp() * (source - own)).sum())
-            count += ids.numel()
+            count += inputs["input_ids"].numel()
         model.train(was_training)
         return total / count

@@ -63,7 +63,7 @@ def _logit_cache(setup: TrainSetup, options: DistillOptions, teacher: Teacher, d
 
 @dataclass(frozen=True)
 class Collated(Sequence[Mapping[str, Any]]):
-    """Rows with the input ids that the trainer sees: padded by the collator."""
+    """Rows with the input ids (and positions) that the trainer sees: padded by the collator."""
 
     rows: Any
     collate: Any
@@ -72,4 +72,5 @@ class Collated(Sequence[Mapping[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return {"input_ids": self.collate([self.rows[int(index)]])["input_ids"][0].numpy()}
+        batch = self.collate([self.rows[int(index)]])
+        return {k: batch[k][0].numpy() for k in ("input_ids", "position_ids") if k in batch}

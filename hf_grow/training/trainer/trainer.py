@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.common.safe_files import read_json
 from hf_grow.errors import ExecutionError, InputError
 from hf_grow.training.config.schedules import phase_at
+from hf_grow.training.data.document_masking import forward_arguments
 from hf_grow.training.growth_state.state_files import GROWTH_STATE
 from hf_grow.training.param_updates.masks import local
 from hf_grow.training.param_updates.updates import LrFactors, unwrapped
@@ -95,6 +96,8 @@ class BaseGrowTrainer(CheckpointTrainer):
         self, model: Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
         g = self.growth
+        if "attention_mask" not in inputs:
+            inputs = {**inputs, **forward_arguments(self.model.config, inputs.get("position_ids"))}
         if g.aux_loss is not None:
             # Only in training: with the router loss, an evaluation loss would be no cross-entropy.
             inputs = {**inputs, "output_router_logits": bool(model.training)}
@@ -112,7 +115,7 @@ class BaseGrowTrainer(CheckpointTrainer):
             loss = loss - processes * aux
             self._note_routing(outputs)
         if g.distiller is not None:
-            distill_loss = g.distiller.loss(outputs.logits, inputs["input_ids"], labels, num_items_in_batch)
+            distill_loss = g.distiller.loss(outputs.logits, inputs["input_ids"], labels, num_items_in_batch, inputs.get("position_ids"))
             loss = (1 - g.distiller.alpha) * loss + g.distiller.alpha * processes * distill_loss
         if g.aux_loss is not None:
             loss = loss + aux / steps
