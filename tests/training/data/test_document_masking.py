@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,7 +157,7 @@ def test_flash_attention_is_told_every_document_of_every_row(monkeypatch: pytest
         ends = cu_seqlens_q.tolist()
         groups = q.shape[1] // k.shape[1]
         parts = []
-        for start, end in zip(ends, ends[1:], strict=False):
+        for start, end in pairwise(ends):
             one = [t[start:end].transpose(0, 1) for t in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))]
             parts.append(torch.nn.functional.scaled_dot_product_attention(*one, is_causal=True).transpose(0, 1))
         return torch.cat(parts)
@@ -238,7 +238,9 @@ def test_a_training_counts_the_labels_within_documents(tmp_path: Path, capsys: p
 
     def mean(rows: list[Any]) -> float:
         with torch.no_grad():
-            losses = [(loaded(ids, labels=ids).loss * (ids.shape[1] - 1), ids.shape[1] - 1) for _, _, ids in documents(rows) if ids.shape[1] > 1]
+            losses = [
+                (loaded(ids, labels=ids).loss * (ids.shape[1] - 1), ids.shape[1] - 1) for _, _, ids in documents(rows) if ids.shape[1] > 1
+            ]
         return float(sum(loss for loss, _ in losses)) / sum(count for _, count in losses)
 
     old = [data.evals["old"][i] for i in range(4)]
