@@ -54,8 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
+    started_by_caller = _has_process_group()
     with only_json_on_stdout("--json" in arguments):
-        return _run_reporting_errors(arguments)
+        status = _run_reporting_errors(arguments)
+    if _has_process_group() and not started_by_caller:
+        from hf_grow.training.distributed.launch import close_process_group
+
+        close_process_group(failed=status != 0)
+    return status
+
+
+def _has_process_group() -> bool:
+    """Whether torch.distributed is in use; without importing torch."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _run_reporting_errors(arguments: list[str]) -> int:

@@ -108,6 +108,7 @@ if __name__ == "__main__":
     from hf_grow.cli import main
 
     status = main()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    # A thread of gloo that is left may abort the process at exit, rarely enough to pass as a flaky test.
+    left = [t.read_text().strip() for t in Path("/proc/self/task").glob("*/comm")]  # empty where there is no /proc
+    assert "pt_gloo_runloop" not in left, "the process group outlives the run"
     sys.exit(status)

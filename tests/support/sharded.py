@@ -17,6 +17,7 @@ from models import BY_NAME, make
 from torch import Tensor
 
 from hf_grow.training.config.regularizer_options import PenaltyOptions
+from hf_grow.training.distributed.launch import close_process_group
 from hf_grow.training.param_updates.parameter_map import parameters
 from hf_grow.training.regularizers.build import make_penalty
 
@@ -60,24 +61,28 @@ def worker(rank: int, world: int, port: int, how: str, options: dict[str, Any], 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
-        model: Any = make(BY_NAME["llama"], num_hidden_layers=2)
-        chosen = PenaltyOptions.model_validate(options)
-        if how == "ddp":
-            model.made = make_penalty(chosen, model)
-            train(torch.nn.parallel.DistributedDataParallel(model), model, chosen, rank, world, Path(out), True)
-            return
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        if how == "fsdp, made before":
-            model.made = make_penalty(chosen, model)
-        mesh = init_device_mesh("cpu", (world,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        train(model, model, chosen, rank, world, Path(out), True)
+        train_wrapped(rank, world, how, options, Path(out))
     finally:
-        dist.destroy_process_group()
+        close_process_group()
+
+
+def train_wrapped(rank: int, world: int, how: str, options: dict[str, Any], out: Path) -> None:
+    model: Any = make(BY_NAME["llama"], num_hidden_layers=2)
+    chosen = PenaltyOptions.model_validate(options)
+    if how == "ddp":
+        model.made = make_penalty(chosen, model)
+        train(torch.nn.parallel.DistributedDataParallel(model), model, chosen, rank, world, out, True)
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if how == "fsdp, made before":
+        model.made = make_penalty(chosen, model)
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    train(model, model, chosen, rank, world, out, True)
 
 
 def free_port() -> int:

@@ -12,6 +12,7 @@ Accelerator was created, but a recipe is checked before that.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,6 +74,27 @@ def current_launch(environment: Mapping[str, str] | None = None) -> Launch:
         full = env.get("FSDP_STATE_DICT_TYPE") == "FULL_STATE_DICT"
         return Launch(processes, f"fsdp{env.get('FSDP_VERSION', '1')}", full, _flag(env, "FSDP_CPU_RAM_EFFICIENT_LOADING"))
     return Launch(processes, "ddp" if processes > 1 else "one")
+
+
+def close_process_group(failed: bool = False) -> None:
+    """Destroys the process group at the end of a process, so that no thread of it outlives the interpreter. No caller may still hold the trainer.
+
+    ``destroy_process_group`` drops torch's own references to a gloo group, and only the group's destructor, which runs with the last reference,
+    joins its threads. A thread that is left holds the tensors of its last collective until it gets the GIL, and before Python 3.14 one that asks
+    for the GIL while the interpreter shuts down is unwound in that destructor: "terminate called without an active exception", exit status 134.
+
+    ``failed``: the other processes may still be at work. Groups other than gloo are then left alone: NCCL's shutdown can wait for all processes.
+    """
+    from torch import distributed
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if failed and distributed.get_backend() != "gloo":
+        return
+    gc.collect()  # DDP and FSDP hold the group, and are in reference cycles with the trainer
+    for mesh in [found for found in gc.get_objects() if type(found) is DeviceMesh]:
+        # DTensor's caches keep every mesh, and a mesh keeps its groups (torch 2.13); nothing public clears either.
+        getattr(mesh, "_pg_registry", {}).clear()
+    distributed.destroy_process_group()
 
 
 def launch_from_file(path: Path, processes: int | None = None) -> Launch:

@@ -20,9 +20,10 @@ from sharded import free_port
 from trained import logged, recipe, run, tokenizer
 from two_processes import model, together
 
+from hf_grow.cli import main
 from hf_grow.errors import InputError
 from hf_grow.training.config.train_config import read_recipe
-from hf_grow.training.distributed.launch import Launch, current_launch, launch_from_file
+from hf_grow.training.distributed.launch import Launch, close_process_group, current_launch, launch_from_file
 from hf_grow.training.dry_run import memory
 from hf_grow.training.param_updates.masks import Selection
 from hf_grow.training.setup.recipe_checks import arguments_for
@@ -252,6 +253,56 @@ def test_other_commands_reject_several_processes(
     monkeypatch.setenv("WORLD_SIZE", "4")
     output = run(capsys, "fisher", tmp_path, "--text", tmp_path, "-o", tmp_path / "f", status=2)["error"]
     assert "hf-grow fisher runs in one process, and 4 were started" in output
+
+
+# ---- the end of a process ------------------------------------------------------------------------------------------------------------------
+
+
+def gloo_threads() -> list[str]:
+    names = [t.read_text().strip() for t in Path("/proc/self/task").glob("*/comm")]
+    return [n for n in names if n == "pt_gloo_runloop"]
+
+
+def train_sharded() -> None:
+    """An FSDP2 step, which leaves the mesh in DTensor's caches."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    layer = torch.nn.Linear(4, 4)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    layer(torch.ones(2, 4)).sum().backward()
+    torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed in /proc")
+def test_no_thread_outlives_the_process_group() -> None:
+    """One that does may abort the process at exit. destroy_process_group alone leaves them."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    train_sharded()
+    assert gloo_threads() and main(["help"]) == 0 and dist.is_initialized(), "a group of the caller is not touched"
+    close_process_group(failed=True)
+    assert not dist.is_initialized() and not gloo_threads()
+
+
+def test_a_failed_process_waits_for_no_other() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist = torch.distributed
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    close_process_group(failed=True)
+    assert dist.is_initialized()
+    close_process_group()
+    assert not dist.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_every_process_exits_with_status_0(how: str, tmp_path: Path) -> None:
+    """`start` checks the statuses, and each process that no thread of gloo is left."""
+    path = recipe(tmp_path, model(tmp_path), max_steps=1)
+    for n in range(3):
+        together(how, path, tmp_path / f"run-{n}")
 
 
 # ---- files of accelerate, and memory -----------------------------------------------------------------------------------------------------------
