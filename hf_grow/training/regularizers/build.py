@@ -20,6 +20,7 @@ from hf_grow.training.regularizers.importance_file import (
     encode_samples,
     model_fingerprint,
     open_importance,
+    rows_fingerprint,
     sample_values,
 )
 from hf_grow.training.regularizers.penalty import STORAGE_DTYPES, Penalty, QuadraticPenalty
@@ -31,15 +32,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_grow.training.param_updates.param_provenance import Mask
+    from hf_grow.training.sharding.row_source import RowSource
 
 
-def make_penalty(options: PenaltyOptions, model: PreTrainedModel, plan: GrowthPlan | None = None) -> Penalty | None:
+def make_penalty(
+    options: PenaltyOptions, model: PreTrainedModel, plan: GrowthPlan | None = None, weights: RowSource | None = None
+) -> Penalty | None:
     """The penalty anchored at the current weights of ``model``; None for kind none.
 
     Args:
         options: the `regularizer` section.
         model: not wrapped, without adapters, with the weights that training starts from (on resume, before the checkpoint is loaded).
         plan: of a grown model, for `over: inherited` and `collapsed`.
+        weights: of a model on the meta device; its anchors are those of `Penalty.take_anchors`.
 
     Raises InputError for a Fisher that is missing, damaged or of another model.
     """
@@ -51,12 +56,14 @@ def make_penalty(options: PenaltyOptions, model: PreTrainedModel, plan: GrowthPl
     if options.collapsed:
         return _source_coordinate_penalty(options, model, plan, rows, files[0])
     shapes = _shapes_on_disk(model, rows)
-    fingerprint = model_fingerprint(model) if files else None
+    fingerprint = None
+    if files:
+        fingerprint = model_fingerprint(model) if weights is None else rows_fingerprint(weights, rows)
     for i, file in enumerate(files):
         # Of several tasks, only the newest Fisher was estimated at the weights that training starts from.
         check_same_model(file, shapes, fingerprint if i == len(files) - 1 else None)
     free = _free_masks(options, model, plan)
-    anchors = {n: full_tensor(p.detach()).to(storage, copy=True) for n, p in parameters(model).items()}
+    anchors = {n: full_tensor(p.detach()).to(dtype=storage, copy=True) for n, p in parameters(model).items()}
     proximal = options.form == "proximal"
     if options.kind == "si":
         importance = _importance_reader(files, 1.0, model, rows, free) if files else None

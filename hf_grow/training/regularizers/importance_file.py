@@ -27,6 +27,7 @@ from hf_grow.growth.source_info import DTYPE_BYTES, TensorInfo
 from hf_grow.growth.tensors import raw_bytes, torch_dtype
 from hf_grow.training.param_updates.parameter_map import parameter_map, parameters
 from hf_grow.training.regularizers.sharding import full_tensor
+from hf_grow.training.sharding.row_source import RowSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,6 +77,17 @@ def checkpoint_fingerprint(checkpoint: Checkpoint) -> str:
         with open_regular(checkpoint.path(stored.file)) as file:
             data = b"".join(os.pread(file.fileno(), width, stored.start + width * at) for at in sample_positions(count).tolist())
         samples[name] = torch.frombuffer(bytearray(data), dtype=torch_dtype(stored.dtype)).to(torch.bfloat16)
+    return encode_samples(samples)
+
+
+def rows_fingerprint(source: RowSource, names: Iterable[str]) -> str:
+    """The same of tensors that are read by rows."""
+    samples: dict[str, Tensor] = {}
+    for name in names:
+        shape = source.shape(name)
+        width = math.prod(shape[1:])
+        at = sample_positions(math.prod(shape)).tolist()
+        samples[name] = torch.stack([source.rows(name, i // width, i // width + 1).reshape(-1)[i % width] for i in at]).to(torch.bfloat16)
     return encode_samples(samples)
 
 

@@ -20,7 +20,7 @@ from hf_grow.errors import InputError
 from hf_grow.training.param_updates.masks import local
 from hf_grow.training.param_updates.parameter_map import parameters
 from hf_grow.training.regularizers.importance_file import encode_samples, sample_values
-from hf_grow.training.regularizers.sharding import full_tensor, shard_like, sum_over_shards
+from hf_grow.training.regularizers.sharding import shard_like, sum_over_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +40,9 @@ class Penalty(ABC):
     """
 
     name = ""
+
+    def take_anchors(self, model: nn.Module) -> None:  # noqa: B027 (nothing by default)
+        """Clones the local shards of the weights that training starts from; for a penalty that was made on the meta device."""
 
     @abstractmethod
     def attach(self, model: nn.Module) -> None:
@@ -113,7 +116,13 @@ class AnchoredPenalty(Penalty):
     """A penalty on the distance from the weights that training starts from; a run can be resumed only with the same ones."""
 
     anchors: dict[str, Tensor]
-    """w*, unsharded, by name."""
+    """w* by name: unsharded, or sharded as the parameter is."""
+
+    @torch.no_grad()
+    def take_anchors(self, model: nn.Module) -> None:
+        for name, p in parameters(model).items():
+            if name in self.anchors:
+                self.anchors[name] = p.detach().to(self.anchors[name].dtype, copy=True)
 
     def state_dict(self) -> dict[str, Any]:
         # Not the anchors, which a resumed run loads as its initial weights, but a fingerprint of them.
@@ -170,7 +179,9 @@ class QuadraticPenalty(AnchoredPenalty):
         self.held = {n: self._hold(n, params[n]) for n in self.anchors if n in params}
 
     def _hold(self, name: str, p: nn.Parameter) -> HeldParameter:
-        anchor = shard_like(full_tensor(self.anchors[name]), p)
+        anchor = self.anchors[name]
+        if not hasattr(anchor, "placements"):
+            anchor = shard_like(anchor, p)
         self.anchors[name] = anchor  # no second copy on another device
         importance = self.importance(name)
         if isinstance(importance, Tensor):

@@ -20,7 +20,9 @@ from hf_grow.training.setup.model_setup import (
     flops_per_token,
     load_model,
     make_residual_scale,
+    model_without_weights,
     plan_updates,
+    residual_writers_of_new_blocks,
     weights_dtype,
     with_lora,
     zero_new_blocks,
@@ -29,6 +31,7 @@ from hf_grow.training.setup.provenance import finish_result, growth_record
 from hf_grow.training.setup.source_baseline import SourceKL, measure_source
 from hf_grow.training.setup.teachers import make_distiller
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
+from hf_grow.training.sharding.row_source import RowSource, ZeroedRows
 from hf_grow.training.trainer.events import EVENTS_FILE, EventLog
 from hf_grow.training.trainer.state import GrowthSettings, TrainingHooks
 
@@ -52,6 +55,8 @@ class ModelParts:
     updates: ParamUpdates
     residual_scale: ResidualScale | None
     penalty: Penalty | None
+    weights: RowSource | None = None
+    """Of a model on the meta device, which gets them when it is sharded."""
 
 
 def read_texts(setup: TrainSetup, notify: Notify) -> TrainData:
@@ -78,19 +83,27 @@ def make_parts(setup: TrainSetup, model: str | PreTrainedModel, revision: str | 
 
     options, plan = setup.options, setup.plan
     set_seed(setup.arguments.seed)  # adapters are drawn before Trainer does this
+    weights: RowSource | None = None
     if isinstance(model, str):
-        model = load_model(model, revision, weights_dtype(options.dtype, setup.checkpoint), options.attn_implementation, notify)
+        dtype, attention = weights_dtype(options.dtype, setup.checkpoint), options.attn_implementation
+        if current_launch().sharing == "fsdp2":
+            model, weights = model_without_weights(model, revision, dtype, attention, notify)
+        else:
+            model = load_model(model, revision, dtype, attention, notify)
     # Under ZeRO-3 the model that is loaded is in pieces without a shape.
     planned = plan_updates(meta_model(setup.checkpoint.info.config) if current_launch().sharing == "zero3" else model, plan, options)
     scale = make_residual_scale(model, planned.new_blocks, options)
     if options.warmup.zero_init and plan is not None:
-        zero_new_blocks(model, plan)
-    penalty = make_penalty(options.regularizer, model, plan)
-    parts = ModelParts(model, planned.updates, scale, penalty)
+        if weights is None:
+            zero_new_blocks(model, plan)
+        else:
+            weights = ZeroedRows(weights, residual_writers_of_new_blocks(plan))
+    penalty = make_penalty(options.regularizer, model, plan, weights)
+    parts = ModelParts(model, planned.updates, scale, penalty, weights)
     if options.lora is not None:
         wrapped, updates = with_lora(model, planned.new, options.lora)
         parts = replace(parts, model=wrapped, updates=updates)
-    if warning := result_dtype.rounding_warning(parts.model, setup.arguments.learning_rate):
+    if weights is None and (warning := result_dtype.rounding_warning(parts.model, setup.arguments.learning_rate)):
         notify(warning)
     return parts
 
@@ -105,7 +118,7 @@ def make_settings(setup: TrainSetup, parts: ModelParts, data: TrainData, notify:
         events.write("teacher", 0, **facts)
     return GrowthSettings(
         updates=parts.updates, residual_scale=parts.residual_scale, warmup=options.warmup, phases=options.phases,
-        after_growth=options.after_growth, penalty=parts.penalty, distiller=distiller, aux_loss=_aux_loss(setup, parts.model),
+        after_growth=options.after_growth, penalty=parts.penalty, weights=parts.weights, distiller=distiller, aux_loss=_aux_loss(setup, parts.model),
         monitor=options.monitor, events=events, old_set=options.old_set if options.old_set in data.evals else None,
         flops_per_token=flops_per_token(setup) + teacher_flops, given_arguments=frozenset(setup.given_arguments),
         trained_parts=[*options.train, *(f"but {p}" for p in options.freeze)], model_ref=setup.checkpoint.ref,
@@ -132,6 +145,10 @@ class SetupHooks(TrainingHooks):
         """Further facts about a finished training, for growth.json."""
         self._kl: SourceKL | None = None
         self._overflow_step = -1
+
+    def weights_loaded(self, trainer: BaseGrowTrainer) -> None:
+        if warning := result_dtype.rounding_warning(trainer.model, self.setup.arguments.learning_rate):
+            self.notify(warning)
 
     def before_training(self, trainer: BaseGrowTrainer, resumed: bool) -> None:
         losses, self._kl = measure_source(self.setup, self.data, trainer.growth.events, self.notify, resumed=resumed)

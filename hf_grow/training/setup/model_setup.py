@@ -23,6 +23,8 @@ from hf_grow.training.param_updates.residual_scale import ResidualScale
 from hf_grow.training.param_updates.updates import ParamUpdates
 from hf_grow.training.peft import lora
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
+from hf_grow.training.sharding.row_source import RowSource, StoredRows
+from hf_grow.training.sharding.sharded_model import empty_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,6 +70,17 @@ def load_model(ref: str, revision: str | None, dtype: str, attention: str | None
     return loaded
 
 
+def model_without_weights(
+    ref: str, revision: str | None, dtype: str, attention: str | None, notify: Notify
+) -> tuple[PreTrainedModel, RowSource]:
+    """The same model on the meta device, and where its weights are read from once it is sharded: each process reads the rows that it holds."""
+    import torch
+
+    held = open_source(ref, revision=revision, weights=True, notify=notify)
+    options = {} if attention is None else {"attn_implementation": attention}
+    return empty_model(held.config, getattr(torch, dtype), held.folder, **options), StoredRows(held)
+
+
 def plan_updates(model: PreTrainedModel, plan: GrowthPlan | None, options: TrainOptions) -> ModelUpdates:
     """Masks of what is new and what trains. Raises InputError where the options name a part that this model does not have."""
     names = [n for n, _ in model.named_parameters()]
@@ -86,9 +99,13 @@ def zero_new_blocks(model: PreTrainedModel, plan: GrowthPlan) -> None:
 
     rows, parameters = parameter_map(model), dict(model.named_parameters())
     with torch.no_grad():
-        for name, entry in plan.architecture.tensors.items():
-            if entry.writes_residual and plan.growth.layers[entry.layer].new:
-                rows[name].of(parameters[rows[name].parameter]).zero_()
+        for name in residual_writers_of_new_blocks(plan):
+            rows[name].of(parameters[rows[name].parameter]).zero_()
+
+
+def residual_writers_of_new_blocks(plan: GrowthPlan) -> list[str]:
+    """Names on disk of the tensors with which new blocks write to the residual stream."""
+    return [n for n, e in plan.architecture.tensors.items() if e.writes_residual and plan.growth.layers[e.layer].new]
 
 
 def make_residual_scale(model: Any, new_blocks: Sequence[int], options: TrainOptions) -> ResidualScale | None:

@@ -14,7 +14,7 @@ from hf_grow.training.growth_state.optimizer_files import load_optimizer_and_sch
 from hf_grow.training.growth_state.state_files import GROWTH_STATE
 from hf_grow.training.param_updates.updates import unwrapped
 from hf_grow.training.trainer.checkpointing import PENALTY, write_json
-from hf_grow.training.trainer.data_position import DataPositionTrainer
+from hf_grow.training.trainer.sharded_start import ShardedStartTrainer
 from hf_grow.training.trainer.state import GrowthState, TrainingHooks
 from hf_grow.training.trainer.weights import cast_state_dict, check_weights, load_weights
 
@@ -22,7 +22,7 @@ FSDP_WEIGHTS = "pytorch_model_fsdp.bin"
 """accelerate's file name for the full weights of an FSDP run."""
 
 
-class CheckpointTrainer(DataPositionTrainer):
+class CheckpointTrainer(ShardedStartTrainer):
     """Trainer whose checkpoints hold growth.json, the state of the penalty, and the state of the growth."""
 
     growth_state: GrowthState

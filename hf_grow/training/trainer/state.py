@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from hf_grow.training.regularizers.penalty import Penalty
+    from hf_grow.training.sharding.row_source import RowSource
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class GrowthSettings:
     """Optimizer arguments that override a checkpoint's: those that the user named."""
     trained_parts: Sequence[str] = ("everything",)
     """What trains after the phases, for the event log."""
+    weights: RowSource | None = None
+    """Where the weights of a model on the meta device are read from (FSDP2)."""
     model_ref: str = ""
     """Folder or Hub id of the model, for the event log."""
 
@@ -98,6 +101,9 @@ class GrowthState:
 
 class TrainingHooks:
     """Called by BaseGrowTrainer; each method may be overridden."""
+
+    def weights_loaded(self, trainer: Any) -> None:
+        """After a model on the meta device got its weights, before a checkpoint is loaded."""
 
     def before_training(self, trainer: Any, resumed: bool) -> None:
         """Before the first step. ``resumed``: from a checkpoint of the same run."""

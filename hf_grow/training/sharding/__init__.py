@@ -1,0 +1,1 @@
+"""Sharded parameters: every process reads its own rows."""

@@ -1,0 +1,148 @@
+"""The part of a parameter that this process holds, and reading it from a RowSource.
+
+A DTensor may be sharded along any dimensions, over any mesh: FSDP2 cuts dimension 0, tensor parallelism the first or the last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hf_grow.errors import ExecutionError, SourceError
+from hf_grow.training.param_updates.parameter_map import ParameterRows
+from hf_grow.training.sharding.row_source import RowSource, row_step
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Window = tuple[range, ...]
+"""For every dimension, the positions that this process holds."""
+Places = Mapping[str, ParameterRows]
+"""Name on disk -> its place in a parameter (`parameter_map`)."""
+
+
+def local_window(tensor: Any) -> Window:
+    """Positions of this process's shard in the whole tensor; all of them for a tensor that is not sharded."""
+    import torch
+
+    if not hasattr(tensor, "placements"):
+        return tuple(range(n) for n in tensor.shape)
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(tensor, DTensor)
+    found = []
+    for dim, length in enumerate(tensor.shape):
+        if not any(p.is_shard(dim) for p in tensor.placements):
+            found.append(range(length))
+            continue
+        held = _positions(length, dim, tensor)
+        first = int(held[0]) if len(held) else 0
+        if not torch.equal(held, torch.arange(first, first + len(held))):
+            raise ExecutionError(f"A shard of {list(tensor.shape)} by {tensor.placements} is not contiguous.")
+        found.append(range(first, first + len(held)))
+    return tuple(found)
+
+
+def _positions(length: int, dim: int, like: Any) -> Tensor:
+    """The positions along one dimension: a numbered vector, sharded as that dimension is. Nothing is sent."""
+    import torch
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    def along(placement: Any) -> Any:
+        if not placement.is_shard(dim):
+            return Replicate()
+        # FSDP2 over tensor parallelism cuts in strides, by a placement of its own kind.
+        return Shard(0) if type(placement) is Shard else type(placement)(0, split_factor=placement.split_factor)
+
+    device = like.to_local().device
+    numbers = torch.arange(length, device="cpu" if device.type == "meta" else device)
+    return distribute_tensor(numbers, like.device_mesh, [along(p) for p in like.placements], src_data_rank=None).to_local().cpu()
+
+
+def by_parameter(places: Places) -> Mapping[str, Places]:
+    """Parameter name -> the tensors on disk that it holds."""
+    found: dict[str, dict[str, ParameterRows]] = {}
+    for name, place in places.items():
+        found.setdefault(place.parameter, {})[name] = place
+    return found
+
+
+def read_local(out: Tensor, shape: Sequence[int], window: Window, places: Places, source: RowSource) -> Tensor:
+    """Fills `out`, the part `window` of a parameter of shape `shape`, with the rows that it holds; returns it.
+
+    ``places``: of this parameter's tensors on disk. Memory: one block of rows. Raises SourceError if the source lacks a tensor or has another shape.
+    """
+    if out.numel() == 0:
+        return out
+    columns = window[-1] if len(shape) > 1 else range(1)
+    matrix, at = out.view(-1, len(columns)), 0
+    for start, stop in _row_runs(shape, window):
+        filled = 0
+        for name, place in places.items():
+            low, high = max(start, place.start), min(stop, place.stop)
+            if low < high:
+                _read_rows(matrix[at + low - start : at + high - start], name, low - place.start, high - place.start, columns, source)
+                filled += high - low
+        if filled != stop - start:
+            raise ExecutionError(f"Rows {start} to {stop} of a parameter {list(shape)} are not covered by {', '.join(places)}.")
+        at += stop - start
+    return out
+
+
+def _row_runs(shape: Sequence[int], window: Window) -> Iterator[tuple[int, int]]:
+    """Runs of rows of a parameter, as a matrix of its last dimension (a vector: entries), that the window covers."""
+    leading = len(shape) - 1 if len(shape) > 1 else 1
+    whole = leading  # dimensions from `whole` on are complete
+    while whole > 1 and len(window[whole - 1]) == shape[whole - 1]:
+        whole -= 1
+    unit = math.prod(shape[whole:leading])
+    last = window[whole - 1]
+
+    def starts(dim: int, base: int) -> Iterator[int]:
+        if dim == whole - 1:
+            yield base
+            return
+        for i in window[dim]:
+            yield from starts(dim + 1, (base + i) * shape[dim + 1])
+
+    for base in starts(0, 0):
+        yield (base + last.start) * unit, (base + last.stop) * unit
+
+
+def _read_rows(out: Tensor, name: str, start: int, stop: int, columns: range, source: RowSource) -> None:
+    """Rows [start, stop) of a tensor on disk, as a matrix of its last dimension, into `out`."""
+    if name not in source.names():
+        raise SourceError(f"The weights lack {name}; it would be random.")
+    shape = source.shape(name)
+    width = shape[-1] if len(shape) > 1 else 1
+    inner = math.prod(shape[1:-1]) if len(shape) > 2 else 1
+    if columns.stop > width or stop > shape[0] * inner:
+        raise SourceError(f"{name} has shape {list(shape)}, smaller than the model's.")
+    step = row_step(shape)
+    for low in range(start // inner, -(-stop // inner), step):
+        high = min(low + step, -(-stop // inner))
+        block = source.rows(name, low, high).reshape(-1, width)
+        first, last = max(start, low * inner), min(stop, high * inner)
+        part = block[first - low * inner : last - low * inner, columns.start : columns.stop]
+        out[first - start : last - start].copy_(part)
+
+
+def local_tensor(like: Any, places: Places, source: RowSource, dtype: torch.dtype, device: Any) -> Tensor:
+    """A new tensor, sharded as `like` is (plain where it is plain), with the values of `source`."""
+    import torch
+
+    window = local_window(like)
+    held = torch.empty([len(r) for r in window], dtype=dtype, device=device)
+    return as_sharded(read_local(held, like.shape, window, places, source), like)
+
+
+def as_sharded(local: Tensor, like: Any) -> Tensor:
+    """The local shard as a DTensor, sharded as `like` is; unchanged where that is plain."""
+    if not hasattr(like, "placements"):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    made: Tensor = DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return made

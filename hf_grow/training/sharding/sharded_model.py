@@ -1,0 +1,79 @@
+"""A model that is sharded before it has weights: built on the meta device, cut by FSDP2, then filled by every process from the rows it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.errors import SourceError
+from hf_grow.model.loading import reset_output_flags, transformers_errors
+from hf_grow.training.param_updates.parameter_map import bare, parameter_map
+from hf_grow.training.sharding.local_rows import Places, by_parameter, local_tensor
+from hf_grow.training.sharding.row_source import RowSource
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from transformers import PreTrainedModel
+
+
+def empty_model(config: Mapping[str, Any], dtype: torch.dtype, folder: Path | None = None, **implementations: str) -> PreTrainedModel:
+    """The model of a config.json with parameters on the meta device and real buffers (rotary frequencies).
+
+    ``folder``: where generation_config.json is. ``implementations``: attn_implementation. Raises SourceError as `meta_model` does.
+    """
+    from accelerate import init_empty_weights
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+
+    settings = dict(config)
+    kind = settings.pop("model_type")
+    with transformers_errors(f"a model of these settings ({kind})"):
+        made = AutoConfig.for_model(kind, **settings)
+        reset_output_flags(made)
+        made.dtype = dtype
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)]._from_config(made, dtype=dtype, **implementations)
+        model.tie_weights()  # each parameter was moved to the meta device on its own
+        if folder is not None and (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    if folder is not None:
+        model.config.name_or_path = str(folder)
+    return model
+
+
+def fill_model(model: PreTrainedModel, places: Places, source: RowSource, device: Any) -> None:
+    """Gives every parameter on the meta device its values on `device`: of a DTensor, the local shard alone.
+
+    ``places``: `parameter_map` of the model before it was wrapped. Memory: this process's shards and one block of rows.
+    Raises SourceError if the source lacks a tensor, or has tensors that are not the model's.
+    """
+    import torch
+    from torch import nn
+
+    unknown = sorted(n for n in source.names() if n not in places and n not in model.state_dict())
+    if unknown:
+        raise SourceError(f"{unknown[0]} is not a tensor of this model ({len(unknown)} such tensors).")
+    held = by_parameter(places)
+    filled: dict[str, nn.Parameter] = {}
+    for name, p in model.named_parameters():
+        if p.device.type == "meta":
+            filled[name] = nn.Parameter(local_tensor(p, held[bare(name)], source, p.dtype, device), requires_grad=p.requires_grad)
+    state: dict[str, Any] = dict(filled)
+    for name, buffer in model.named_buffers():
+        if name in source.names():  # few and small: biases of routers
+            state[name] = source.rows(name, 0, source.shape(name)[0]).to(buffer.dtype).to(device)
+    with torch.no_grad():
+        model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    left = [n for n, p in model.named_parameters() if p.device.type == "meta"]
+    if left:
+        raise SourceError(f"{left[0]} got no weights ({len(left)} such parameters).")
+
+
+def places_of(checkpoint: Checkpoint) -> Places:
+    """`parameter_map` of a checkpoint's model."""
+    from hf_grow.model.meta_model import meta_model
+
+    return parameter_map(meta_model(checkpoint.config))

@@ -1,0 +1,48 @@
+"""Trainer whose model is sharded before it has weights (FSDP2): every process reads the rows that it holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_grow.training.param_updates.parameter_map import parameter_map
+from hf_grow.training.param_updates.updates import unwrapped
+from hf_grow.training.sharding.sharded_model import fill_model
+from hf_grow.training.trainer.data_position import DataPositionTrainer
+from hf_grow.training.trainer.state import TrainingHooks
+
+
+class ShardedStartTrainer(DataPositionTrainer):
+    """With `GrowthSettings.weights`, the model is on the meta device until its first use."""
+
+    hooks: TrainingHooks
+    _groups: list[list[Any]]
+
+    def shard_model(self) -> None:
+        """Cuts a model on the meta device as accelerate does, and fills this process's shards. Does nothing the second time."""
+        source = self.growth.weights
+        if source is None or not any(p.is_meta for p in self.model.parameters()):
+            return
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        plugin = self.accelerator.state.fsdp_plugin
+        places = parameter_map(self.model)
+        fsdp2_prepare_model(self.accelerator, self.model)  # in place
+        fill_model(self.model, places, source, "cpu" if plugin.cpu_offload else self.accelerator.device)
+        if self.growth.penalty is not None:
+            self.growth.penalty.take_anchors(self.model)  # before a checkpoint replaces the weights
+        self.hooks.weights_loaded(self)
+
+    def _prepare_for_training(self, *args: Any, **options: Any) -> Any:
+        self.shard_model()  # before the optimizer is made
+        prepared = super()._prepare_for_training(*args, **options)
+        if self.growth.weights is not None:
+            # accelerate finds a parameter again by its address, and empty shards have none.
+            for group, members in zip(unwrapped(self.optimizer).param_groups, self._groups, strict=True):
+                group["params"] = members
+        return prepared
+
+    def _wrap_model(self, model: Any, *args: Any, **options: Any) -> Any:
+        self.shard_model()
+        if self.optimizer is not None:
+            self._groups = [list(group["params"]) for group in unwrapped(self.optimizer).param_groups]
+        return super()._wrap_model(model, *args, **options)
