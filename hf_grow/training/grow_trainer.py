@@ -25,7 +25,8 @@ from hf_grow.training.data.document_masking import LENGTHS, position_ids, split_
 from hf_grow.training.data.packing import BATCH, IGNORED, DocumentEncoder, check_token_ids, split_sequences
 from hf_grow.training.distributed.launch import current_launch
 from hf_grow.training.grow_config import GrowConfig
-from hf_grow.training.setup.build import SetupHooks, add_early_stopping, make_parts, make_settings, merge_adapters
+from hf_grow.training.param_updates.parameter_map import bare, parameters
+from hf_grow.training.setup.build import ModelParts, SetupHooks, add_early_stopping, make_parts, make_settings, merge_adapters
 from hf_grow.training.setup.launch_checks import launch_mistakes
 from hf_grow.training.setup.option_checks import check_options, load_tokenizer, plan_of
 from hf_grow.training.setup.train_setup import TrainSetup
@@ -83,6 +84,7 @@ class GrowTrainer(BaseGrowTrainer):
         if not sets:
             args.eval_on_start = False
         parts = make_parts(setup, str(model) if isinstance(model, Path) else model, args.revision, notify)
+        _check_optimizer(parts, *options.get("optimizers", (None, None)))
         if args.should_save:
             setup.out.mkdir(parents=True, exist_ok=True)
         super().__init__(
@@ -97,7 +99,6 @@ class GrowTrainer(BaseGrowTrainer):
             **options,
         )
         add_early_stopping(self, setup.options)
-        _check_optimizer(self.model, self.optimizer, self.lr_scheduler)
 
     def merge_and_unload(self) -> Any:
         """Merges the adapters of LoRA into the weights and returns the plain model, which `save_model` then writes. Training is over with this."""
@@ -183,7 +184,7 @@ def _compares_models(args: GrowConfig) -> bool:
     )
 
 
-def _check_optimizer(model: Any, optimizer: Any, scheduler: Any) -> None:
+def _check_optimizer(parts: ModelParts, optimizer: Any, scheduler: Any) -> None:
     """Raises InputError if an optimizer or scheduler that was passed does not train what the GrowConfig says."""
     if optimizer is None and scheduler is None:
         return
@@ -192,13 +193,14 @@ def _check_optimizer(model: Any, optimizer: Any, scheduler: Any) -> None:
         raise InputError(
             "The scheduler that was passed belongs to another optimizer.", hint="Pass both: optimizers=(optimizer, scheduler)."
         )
-    names = {id(p): n for n, p in model.named_parameters()}
+    names = {id(p): n for n, p in parts.model.named_parameters()}
+    trains = {n for n, p in parameters(parts.model).items() if p.requires_grad and parts.updates.trains.get(n, True) is not False}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if foreign := sum(i not in names for i in held):
+    if foreign := len(held - names.keys()):
         raise InputError(f"The optimizer that was passed holds {foreign} parameters that the model does not have.", hint=hint)
-    lacking = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    lacking = [n for i, n in names.items() if bare(n) in trains and i not in held]
     if lacking:
-        lora = " Adapters are added by GrowTrainer, so no optimizer made before holds them." if hasattr(model, "peft_config") else ""
+        lora = " Adapters are added by GrowTrainer, so no optimizer made before holds them." if hasattr(parts.model, "peft_config") else ""
         raise InputError(
             f"The optimizer that was passed lacks {len(lacking)} parameters that train, such as {lacking[0]}.{lora}",
             hint=hint if lora else "Add them, or set train and freeze to match.",
