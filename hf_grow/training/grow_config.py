@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
@@ -84,6 +84,8 @@ class GrowConfig(TrainingArguments):  # type: ignore[misc]
     text_field: str = field(default="text", metadata={"help": "Column that holds the text, for a dataset without input_ids."})
 
     def __post_init__(self) -> None:
+        unset = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+        left_out = [name for name, value in unset.items() if getattr(self, name) == value]
         if self.early_stopping_patience and getattr(self.eval_strategy, "value", self.eval_strategy) == "no":
             raise InputError(
                 "GrowConfig: early_stopping_patience needs evaluations.", hint="Set eval_strategy='steps' and pass an eval_dataset."
@@ -98,7 +100,13 @@ class GrowConfig(TrainingArguments):  # type: ignore[misc]
         self.metric_for_best_model = metric  # GrowTrainer knows the evaluation sets
         for name in ("dtype", "save_dtype"):
             setattr(self, name, str(getattr(self, name)).removeprefix("torch."))
+        self._defaults = {name: getattr(self, name) for name in left_out}
         self.train_options()
+
+    def given_arguments(self) -> dict[str, Any]:
+        """Arguments of Trainer that were given or changed since. (Other TrainingArguments, made for their defaults, would reset the processes.)"""
+        names = {f.name for f in fields(TrainingArguments)} - {"output_dir", "logging_dir", "eval_on_start"}
+        return {n: getattr(self, n) for n in sorted(names) if n not in self._defaults or getattr(self, n) != self._defaults[n]}
 
     def settings(self) -> dict[str, Any]:
         """hf-grow's settings that were given, under the keys of a recipe."""

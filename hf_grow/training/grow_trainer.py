@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,7 +35,7 @@ from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedTokenizerBase
 
     from hf_grow.training.data import Collator
 
@@ -146,7 +146,7 @@ def _check(
             f"model is {type(model).__name__}.", hint="Pass a checkpoint folder, a Hub id, or a PreTrainedModel without adapters."
         )
     options = args.train_options(regularizer)
-    given = _given_arguments(args)
+    given = args.given_arguments()
     names = list(eval_dataset) if isinstance(eval_dataset, Mapping) else []
     errors = contradictions(options, given, names)
     if not eval_dataset:
@@ -205,15 +205,6 @@ def _check_optimizer(parts: ModelParts, optimizer: Any, scheduler: Any) -> None:
             f"The optimizer that was passed lacks {len(lacking)} parameters that train, such as {lacking[0]}.{lora}",
             hint=hint if lora else "Add them, or set train and freeze to match.",
         )
-
-
-def _given_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """Arguments of Trainer that are not its defaults."""
-    from transformers import TrainingArguments
-
-    defaults = TrainingArguments(output_dir=args.output_dir)
-    names = {f.name for f in fields(TrainingArguments)} - {"output_dir", "logging_dir", "eval_on_start"}
-    return {n: getattr(args, n) for n in sorted(names) if getattr(args, n) != getattr(defaults, n)}
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
