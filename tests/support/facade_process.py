@@ -18,11 +18,20 @@ from trained import FAST
 from hf_grow import L2SP, GrowConfig, GrowTrainer
 
 
+def documents(folder: Path, name: str) -> Dataset:
+    return Dataset.from_list([json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()])
+
+
+def config(out: Path, **settings: Any) -> GrowConfig:
+    fixed = {**FAST, "weight_decay": 0.0, "adam_beta2": 0.95, "report_to": "none", "disable_tqdm": True, "eval_strategy": "steps"}
+    return GrowConfig(str(out), **{**fixed, "train_sampling_strategy": "sequential", "seq_length": 16, **settings})
+
+
 def train(folder: Path, out: Path, batch: int, **settings: Any) -> None:
     """Trains folder/grown and saves it, plain, at out/saved. ``batch``: rows of one process.
 
     Evaluations are means over batches, so that of several processes is the same where all rows are full."""
-    texts = {n: Dataset.from_list([json.loads(s) for s in (folder / f"{n}.jsonl").read_text().splitlines()]) for n in ("old", "new")}
+    texts = {n: documents(folder, n) for n in ("old", "new")}
     sets = {n: Dataset.from_list([{"input_ids": [3 + int(w[1:]) for w in d["text"].split()[:16]]} for d in texts[n]]) for n in texts}
     fixed = {**FAST, "adam_epsilon": 1e-2, "eval_strategy": "steps", "report_to": "none", "disable_tqdm": True, "seq_length": 16}
     sizes = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "train_sampling_strategy": "sequential"}

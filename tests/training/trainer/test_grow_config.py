@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from facade_process import config, documents
 from models import BY_NAME, make
 from safetensors.torch import load_file
-from test_grow_trainer import config, documents
 from trained import grown, recipe, run
 
 import hf_grow
@@ -174,7 +174,7 @@ BAD_OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "threshold": (None, {"early_stopping_threshold": 0.1}, "requires early_stopping_patience"),
     "half": (None, {"dtype": "half"}, "dtype"),
     "rank": (None, {"lora": {"rank": 2}}, "unknown key"),
-    "adapterless": (lambda m: {}, {"lora": {"target_modules": ["nothing"]}}, "no old linear layer named nothing"),
+    "adapterless": (lambda m: {}, {"lora": {"target_modules": ["nothing"]}}, "no inherited linear layer named nothing"),
 }  # fmt: skip
 
 

@@ -9,22 +9,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from facade_process import config, documents
 from models import BY_NAME, make
 from safetensors.torch import load_file
-from trained import FAST, grown, recipe, run, tokenizer
+from trained import grown, recipe, run, tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 import hf_grow
 from hf_grow import EWC, L2SP, GrowConfig, GrowTrainer, InputError
-
-
-def documents(folder: Path, name: str) -> Dataset:
-    return Dataset.from_list([json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()])
-
-
-def config(out: Path, **settings: Any) -> GrowConfig:
-    fixed = {**FAST, "weight_decay": 0.0, "adam_beta2": 0.95, "report_to": "none", "disable_tqdm": True, "eval_strategy": "steps"}
-    return GrowConfig(str(out), **{**fixed, "train_sampling_strategy": "sequential", "seq_length": 16, **settings})
 
 
 def test_grow_trainer_equals_hf_grow_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
