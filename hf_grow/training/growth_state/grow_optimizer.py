@@ -28,15 +28,15 @@ from hf_grow.training.growth_state import trajectory
 from hf_grow.training.growth_state.moments import Policy, grow_state
 from hf_grow.training.growth_state.optimizer_files import (
     NAMES,
+    POSITIONS,
     SCALER,
     SCHEDULER,
     TRAINER_STATE,
-    by_name,
     initial_state,
     missing_optimizer_error,
-    optimizer_file,
-    read_optimizer,
 )
+from hf_grow.training.growth_state.optimizer_sources import named_state, open_optimizer, optimizer_path
+from hf_grow.training.growth_state.optimizer_state import MemoryTensor, OptimizerState, materialized
 from hf_grow.training.growth_state.state_files import DATA_STATE
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class GrownState:
 
 def check_trainer_checkpoint(folder: Path, policy: Policy = "map") -> None:
     """Raises SourceError if the folder holds no training state that this policy can grow."""
-    if optimizer_file(folder) is None and not (policy == "reset" and (folder / TRAINER_STATE).is_file()):
+    if optimizer_path(folder) is None and not (policy == "reset" and (folder / TRAINER_STATE).is_file()):
         raise missing_optimizer_error(folder)
 
 
@@ -87,48 +87,51 @@ def grow_trainer_state(
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)  # positions, not parameters: the schedule and the data order continue
     _write_trainer_state(folder, out)
-    file = optimizer_file(folder)
-    if file is None:  # reset: hf-grow train continues the schedule alone
+    path = optimizer_path(folder)
+    if path is None:  # reset: hf-grow train continues the schedule alone
         return GrownState(policy, 0, 0, 0)
-    groups, state = read_optimizer(file, mmap=True)
-    is_named = file.name == NAMES
-    names = [list(g["params"]) for g in groups] if is_named else names
-    target = meta_model(plan.growth.config)
-    grown, fresh_count, step, grown_names = _grow(plan, groups, state, target, policy, names)
+    source, target = meta_model(plan.source.config), meta_model(plan.growth.config)
+    grown = _grow(plan, open_optimizer(path, source, names), source, target, policy)
     if exact_steps:
-        groups, grown_names = _split_groups(out, groups, grown_names, trajectory.step_factors(plan))
-    at = 0
-    for group, members in zip(groups, grown_names, strict=True):
-        group["params"] = list(range(at, at + len(members)))
-        at += len(members)
-        if "param_names" in group:
-            group["param_names"] = list(members)
-    numbers = {name: i for i, name in enumerate(n for group in grown_names for n in group)}
-    by_number: dict[int, dict[str, Any]] = {numbers[n]: s for n, s in grown.items() if n in numbers}
-    if is_named and grown:  # torch requires a state of every parameter in this form
-        by_number |= {i: initial_state(tuple(target.get_parameter(n).shape)) for n, i in numbers.items() if i not in by_number}
-    whole = {"state": by_number, "param_groups": groups}
-    _save(by_name(groups, by_number, grown_names) if is_named else whole, out / file.name)
-    return GrownState(policy, len(grown), fresh_count, step)
+        grown = _split_groups(out, grown, trajectory.step_factors(plan))
+    count = sum(len(g["params"]) for g in grown.groups)
+    step = max((int(grown.number(n)) for n in grown.state), default=0)
+    # All forms by name become one file: that of FSDP with FULL_STATE_DICT.
+    _save(
+        _by_position(grown) if path.name == POSITIONS else _by_name(grown, target), out / (POSITIONS if path.name == POSITIONS else NAMES)
+    )
+    return GrownState(policy, len(grown.state), count - len(grown.state) if grown.state else 0, step)
 
 
-def _grow(
-    plan: GrowthPlan,
-    groups: Sequence[Mapping[str, Any]],
-    state: Mapping[Any, Mapping[str, Any]],
-    target: PreTrainedModel,
-    policy: Policy,
-    names: Sequence[Sequence[str]] | None,
-) -> tuple[dict[str, dict[str, Any]], int, int, list[list[str]]]:
-    """The grown state by parameter name, how many parameters start without moments, the step count, and the names of the parameters of each group."""
-    source = meta_model(plan.source.config)
-    keys = _state_keys(groups, state, source, names)
-    grown: dict[str, dict[str, Any]] = {}
-    fresh_count = step = 0
+def _grow(plan: GrowthPlan, state: OptimizerState, source: PreTrainedModel, target: PreTrainedModel, policy: Policy) -> OptimizerState:
+    """The state of the grown model's optimizer; its tensors are computed when their rows are read."""
+    moments: Mapping[str, Any] = {}
     if policy != "reset":
-        beta2 = max(float(g.get("betas", (0, 0.999))[1]) for g in groups)
-        grown, fresh_count, step = grow_state(plan, {n: state[i] for n, i in keys.items() if i in state}, source, target, policy, beta2)
-    return grown, fresh_count, step, _grown_names(groups, source, target, plan, names)
+        beta2 = max(float(g.get("betas", (0, 0.999))[1]) for g in state.groups)
+        moments = grow_state(plan, state, source, target, policy, beta2)
+    names = _grown_names(state.groups, source, target, plan)
+    groups = [{**g, "params": members} for g, members in zip(state.groups, names, strict=True)]
+    placed = {n for members in names for n in members}
+    return OptimizerState(groups, {n: s for n, s in moments.items() if n in placed})
+
+
+def _by_position(state: OptimizerState) -> dict[str, Any]:
+    """As Trainer's optimizer.pt holds it."""
+    groups, at = [], 0
+    for group in state.groups:
+        members = group["params"]
+        named = {"param_names": list(members)} if "param_names" in group else {}
+        groups.append({**group, **named, "params": list(range(at, at + len(members)))})
+        at += len(members)
+    numbers = {n: i for i, n in enumerate(n for g in state.groups for n in g["params"])}
+    return {"state": {numbers[n]: s for n, s in state.state.items()}, "param_groups": groups}
+
+
+def _by_name(state: OptimizerState, target: PreTrainedModel) -> dict[str, Any]:
+    """As accelerate's optimizer.bin holds it, which torch wants with a state of every parameter."""
+    named = [{**g, **({"param_names": list(g["params"])} if "param_names" in g else {})} for g in state.groups]
+    missing = [n for g in state.groups for n in g["params"] if n not in state.state] if state.state else []
+    return {"state": {**state.state, **{n: initial_state(tuple(target.get_parameter(n).shape)) for n in missing}}, "param_groups": named}
 
 
 def grow_optimizer(
@@ -155,8 +158,13 @@ def grow_optimizer(
             raise InputError("The optimizer has parameters that are not those of `source`.", hint="Pass the model that it trains.")
         names = [[own[id(p)] for p in g["params"]] for g in optimizer.param_groups]
     saved = optimizer.state_dict()
-    state = {i: {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in s.items()} for i, s in saved["state"].items()}
-    moments, _, _, grown_names = _grow(plan, saved["param_groups"], state, meta_model(plan.growth.config), policy, names)
+    held = {
+        i: {k: MemoryTensor(v.detach().cpu()) if isinstance(v, torch.Tensor) else v for k, v in s.items()}
+        for i, s in saved["state"].items()
+    }
+    small, large = meta_model(plan.source.config), meta_model(plan.growth.config)
+    grown_state = _grow(plan, named_state(saved["param_groups"], held, small, names), small, large, policy)
+    grown_names = [g["params"] for g in grown_state.groups]
     parameters = dict(grown.named_parameters())
     if missing := next((n for members in grown_names for n in members if n not in parameters), None):
         raise InputError(f"The grown model has no parameter {missing}.", hint="Pass hf_grow.grow_model(model, plan).")
@@ -164,8 +172,8 @@ def grow_optimizer(
     groups = [{**g, "params": [parameters[n] for n in members]} for g, members in zip(settings, grown_names, strict=True)]
     accepted = inspect.signature(type(optimizer)).parameters
     new_optimizer = type(optimizer)(groups, **{k: v for k, v in optimizer.defaults.items() if k in accepted})
-    numbers = {n: i for i, n in enumerate(n for members in grown_names for n in members)}
-    new_optimizer.load_state_dict({**new_optimizer.state_dict(), "state": {numbers[n]: s for n, s in moments.items() if n in numbers}})
+    in_memory = {i: {k: materialized(v) for k, v in s.items()} for i, s in _by_position(grown_state)["state"].items()}
+    new_optimizer.load_state_dict({**new_optimizer.state_dict(), "state": in_memory})
     return new_optimizer
 
 
@@ -185,88 +193,52 @@ def _write_trainer_state(folder: Path, out: Path) -> None:
 
 
 def _save(state: Mapping[str, Any], path: Path) -> None:
-    import torch
+    from hf_grow.checkpoint.torch_files import save_torch_file
 
     try:
-        torch.save(dict(state), path)
-    except RuntimeError as error:  # raised by torch when the disk is full
+        save_torch_file(state, path)
+    except (RuntimeError, OSError) as error:  # RuntimeError: raised by torch when the disk is full
         raise ExecutionError(
             f"The optimizer state could not be written to {path}: {str(error).splitlines()[0]}.",
             hint="Free some disk space; the model itself is written. Continue with --resume.",
         ) from None
 
 
-def _split_groups(
-    out: Path, groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], factors: Mapping[str, trajectory.StepFactors]
-) -> tuple[list[dict[str, Any]], list[list[str]]]:
+def _split_groups(out: Path, state: OptimizerState, factors: Mapping[str, trajectory.StepFactors]) -> OptimizerState:
     """Splits every group by its parameters' factors, and the scheduler's lists of learning rates alike."""
     import torch
 
-    new_groups, new_names, origin, lr_factors = [], [], [], []
-    for i, (group, members) in enumerate(zip(groups, names, strict=True)):
-        for f, chosen in trajectory.split_by_factors(members, factors).items():
-            rates = {k: group[k] * f.lr for k in ("lr", "initial_lr") if k in group}
-            new_groups.append(
-                {**group, **rates, "weight_decay": group["weight_decay"] / f.lr, "eps": group["eps"] * f.eps, "param_names": []}
-            )
-            new_names.append(chosen)
+    new_groups, origin, lr_factors = [], [], []
+    for i, group in enumerate(state.groups):
+        for f, chosen in trajectory.split_by_factors(group["params"], factors).items():
+            rates: dict[str, Any] = {k: group[k] * f.lr for k in ("lr", "initial_lr") if k in group}
+            settings: dict[str, Any] = {"weight_decay": group["weight_decay"] / f.lr, "eps": group["eps"] * f.eps, "param_names": []}
+            new_groups.append({**group, **rates, **settings, "params": chosen})
             origin.append(i)
             lr_factors.append(f.lr)
     if (out / SCHEDULER).is_file():
         schedule = torch.load(out / SCHEDULER, map_location="cpu", weights_only=True)
         for key, value in schedule.items():
-            if isinstance(value, list) and len(value) == len(groups):
+            if isinstance(value, list) and len(value) == len(state.groups):
                 is_rate = key in ("base_lrs", "_last_lr")
                 schedule[key] = [value[i] * lr if is_rate else value[i] for i, lr in zip(origin, lr_factors, strict=True)]
         torch.save(schedule, out / SCHEDULER)
-    return new_groups, new_names
-
-
-def _candidates(
-    groups: Sequence[Mapping[str, Any]], model: PreTrainedModel, names: Sequence[Sequence[str]] | None
-) -> list[list[list[str]]]:
-    """Possible assignments of this model's parameters to the groups."""
-    if names is not None:
-        return [[list(g) for g in names]]
-    if all("param_names" in g for g in groups):
-        return [[list(g["param_names"]) for g in groups]]
-    return [trainer_param_groups(model), [[n for n, _ in model.named_parameters()]]]
-
-
-def _state_keys(
-    groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any], model: PreTrainedModel, names: Sequence[Sequence[str]] | None
-) -> dict[str, Any]:
-    """Parameter name -> its key in the saved state. Raises SourceError if no known order fits by count and shape."""
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    for candidate in _candidates(groups, model, names):
-        if [len(c) for c in candidate] != [len(g["params"]) for g in groups]:
-            continue
-        keys = {n: i for members, g in zip(candidate, groups, strict=True) for n, i in zip(members, g["params"], strict=True)}
-        if all(
-            n in shapes and (i not in state or tuple(state[i]["exp_avg"].shape) == shapes[n])
-            for n, i in keys.items()
-            if i not in state or "exp_avg" in state[i]
-        ):
-            return keys
-    raise SourceError(
-        f"The optimizer has groups of {[len(g['params']) for g in groups]} parameters, which are not those of the model ({len(shapes)}).",
-        hint="Was another model trained, or only part of it? For custom groups, create the optimizer from named_parameters(), so that their names are saved.",
-    )
+    return OptimizerState(new_groups, state.state)
 
 
 def _grown_names(
-    groups: Sequence[Mapping[str, Any]],
-    source: PreTrainedModel,
-    target: PreTrainedModel,
-    plan: GrowthPlan,
-    names: Sequence[Sequence[str]] | None,
+    groups: Sequence[Mapping[str, Any]], source: PreTrainedModel, target: PreTrainedModel, plan: GrowthPlan
 ) -> list[list[str]]:
     """The target's parameters in groups like the source's: Trainer's own, all in one, or each where its origin was."""
-    if names is None and not all("param_names" in g for g in groups):
-        return trainer_param_groups(target) if len(groups) == 2 else [[n for n, _ in target.named_parameters()]]
-    group_of = {n: i for i, members in enumerate(_candidates(groups, source, names)[0]) for n in members}
+    held = [sorted(g["params"]) for g in groups]
+    if held == [sorted(g) for g in trainer_param_groups(source)]:
+        return trainer_param_groups(target)
+    every = [n for n, _ in target.named_parameters()]
+    if len(groups) == 1 and held[0] == sorted(n for n, _ in source.named_parameters()):
+        return [every]
+    group_of = {n: i for i, g in enumerate(groups) for n in g["params"]}
     out: list[list[str]] = [[] for _ in groups]
-    for name, _ in target.named_parameters():
+    for name in every:
         match = re.search(r"\.layers\.(\d+)\.", name)
         origin = name if match is None else name.replace(match[0], f".layers.{plan.growth.layers[int(match[1])].sources[0]}.", 1)
         if origin not in group_of:

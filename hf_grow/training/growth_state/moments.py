@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from hf_grow.errors import SourceError
 from hf_grow.growth.axes import AxisMap, AxisRun, merge_runs
 from hf_grow.growth.plan import GrowthPlan
-from hf_grow.growth.source_info import TensorInfo
 from hf_grow.growth.tensormap import Expr, Fill, Quantity, Share, Source, Sum, Take
-from hf_grow.model.meta_model import to_memory_names
+from hf_grow.training.growth_state.optimizer_state import MomentRows, OptimizerState, RowTensor
+from hf_grow.training.param_updates.parameter_map import parameter_map
+from hf_grow.training.sharding.local_rows import by_parameter
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 Policy = Literal["map", "keep-and-zero", "reset"]
@@ -24,50 +23,39 @@ SAFE_BETA2 = 0.95
 
 
 def grow_state(
-    plan: GrowthPlan,
-    state: Mapping[str, Mapping[str, Tensor]],
-    source: PreTrainedModel,
-    target: PreTrainedModel,
-    policy: Policy,
-    beta2: float,
-) -> tuple[dict[str, dict[str, Tensor]], int, int]:
-    """The state of every target parameter by its name in memory; parameters without old moments are omitted.
+    plan: GrowthPlan, state: OptimizerState, source: PreTrainedModel, target: PreTrainedModel, policy: Policy, beta2: float
+) -> dict[str, dict[str, RowTensor | int | float | None]]:
+    """The state of every target parameter by its name in memory, computed when its rows are read; parameters without old moments are omitted.
 
-    Returns it with the number of fresh parameters and the step count. Raises SourceError for an optimizer other than Adam(W).
+    Raises SourceError for an optimizer other than Adam(W).
     """
-    import torch
-
-    from hf_grow.convert.in_memory import disk_names
     from hf_grow.growth.evaluate import Evaluator
-    from hf_grow.growth.tensors import InMemoryTensors
+    from hf_grow.training.growth_state.grown_moments import GrownMoment, ParameterTensor
 
-    if not state:
+    if not state.state:
         raise SourceError("The optimizer state is empty.", hint="It was saved before the first step; grow without it.")
-    if any(not MOMENTS.keys() <= s.keys() for s in state.values()):
-        raise SourceError(
-            f"The optimizer state has the keys {sorted(next(iter(state.values())))}; AdamW's has step, exp_avg and exp_avg_sq."
-        )
-    step = next(iter(state.values()))["step"]
-    kept = _kept_only(plan)
-    grown: dict[str, dict[str, Tensor]] = {}
-    fresh_on_disk: set[str] = set()
-    for moment, quantity in MOMENTS.items():
-        source_moments = disk_names(source, {n: s[moment] for n, s in state.items()})
-        zeroing = policy == "keep-and-zero" and (moment == "exp_avg" or beta2 <= SAFE_BETA2)
-        moment_plan = kept if zeroing else plan
-        evaluator = Evaluator(moment_plan, InMemoryTensors(source_moments), quantity)
-        on_disk = {}
-        for name, info in plan.targets.items():
-            expr = moment_plan.growth.tensors[name]
-            if _is_fresh(plan, name) or not all(s.key in source_moments for s in expr.sources()):
-                fresh_on_disk.add(name)
-                on_disk[name] = torch.zeros(info.shape)
-            else:
-                on_disk[name] = evaluator.whole(expr, TensorInfo("F32", info.shape))
-        for name, value in to_memory_names(target, on_disk).items():
-            grown.setdefault(name, {"step": step.clone()})[moment] = value
-    fresh = {n for n, origin in _origins(target, plan).items() if origin <= fresh_on_disk}
-    return {n: s for n, s in grown.items() if n not in fresh}, len(fresh), int(step)
+    if any(not MOMENTS.keys() <= s.keys() for s in state.state.values()):
+        raise SourceError(f"The optimizer state has {sorted(next(iter(state.state.values())))}; AdamW's has step, exp_avg and exp_avg_sq.")
+    places, kept = parameter_map(source), _kept_only(plan)
+    parameters = by_parameter(parameter_map(target))
+    shapes = {n: t.shape for n, t in plan.source.tensors.items()}
+    grown: dict[str, dict[str, RowTensor | int | float | None]] = {}
+    for key, quantity in MOMENTS.items():
+        zeroing = policy == "keep-and-zero" and (key == "exp_avg" or beta2 <= SAFE_BETA2)
+        chosen = kept if zeroing else plan
+        held = MomentRows(state, key, {n: p for n, p in places.items() if n in shapes}, shapes)
+        # A tensor starts afresh if the state of a source is missing, or is that of another checkpoint.
+        mapped = {
+            n: e for n, e in chosen.growth.tensors.items() if not _is_fresh(plan, n) and all(s.key in held.names() for s in e.sources())
+        }
+        moment = GrownMoment({n: t.shape for n, t in plan.targets.items()}, mapped, Evaluator(chosen, held, quantity))
+        for name, parts in parameters.items():
+            if (first := next((n for n in parts if n in mapped), None)) is not None:
+                origin = places[next(plan.growth.tensors[first].sources()).name].parameter
+                shape = tuple(target.get_parameter(name).shape)
+                grown.setdefault(name, {"step": state.state[origin]["step"]})
+                grown[name][key] = ParameterTensor(shape, state.tensor(origin, key).dtype, parts, moment)
+    return grown
 
 
 def _is_fresh(plan: GrowthPlan, name: str) -> bool:
@@ -122,10 +110,3 @@ def _reads_kept(plan: GrowthPlan, expr: Expr) -> bool:
     if isinstance(expr, Take):
         return not expr.axis.partition("@")[0].endswith(".added") and _reads_kept(plan, expr.of)
     return isinstance(expr, Source | Sum | Share)
-
-
-def _origins(model: PreTrainedModel, plan: GrowthPlan) -> dict[str, set[str]]:
-    """For each parameter in memory, the names on disk of its tensors."""
-    from hf_grow.convert.in_memory import disk_names
-
-    return {name: set(disk_names(model, {name: p})) & plan.targets.keys() for name, p in model.named_parameters()}

@@ -42,12 +42,12 @@ def missing_optimizer_error(folder: Path) -> SourceError:
     return SourceError(f"{folder} has no {POSITIONS} and no {NAMES}.", hint="Give a folder that Trainer saved, such as checkpoint-500.")
 
 
-def read_optimizer(path: Path, *, mmap: bool = False) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:
-    """Groups and state, on the CPU. ``mmap``: read from the file when used. Raises SourceError for a file that holds anything else."""
+def read_optimizer(path: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:
+    """Groups and state, on the CPU. Raises SourceError for a file that holds anything else."""
     import torch
 
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         groups, state = [dict(g) for g in saved["param_groups"]], dict(saved["state"])
         if not all(isinstance(g["params"], list) for g in groups) or not all(isinstance(s, dict) for s in state.values()):
             raise ValueError("unexpected types in param_groups or state")
