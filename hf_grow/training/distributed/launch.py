@@ -83,12 +83,13 @@ def close_process_group(failed: bool = False) -> None:
     joins its threads. A thread that is left holds the tensors of its last collective until it gets the GIL, and before Python 3.14 one that asks
     for the GIL while the interpreter shuts down is unwound in that destructor: "terminate called without an active exception", exit status 134.
 
-    ``failed``: the other processes may still be at work. Groups other than gloo are then left alone: NCCL's shutdown can wait for all processes.
+    ``failed``: the other processes may still be at work. A group that may use an accelerator is then left alone: NCCL's shutdown can wait for
+    all processes.
     """
-    from torch import distributed
+    from torch import accelerator, distributed
     from torch.distributed.device_mesh import DeviceMesh
 
-    if failed and distributed.get_backend() != "gloo":
+    if failed and accelerator.is_available() and distributed.get_backend() != "gloo":
         return
     gc.collect()  # DDP and FSDP hold the group, and are in reference cycles with the trainer
     for mesh in [found for found in gc.get_objects() if type(found) is DeviceMesh]:

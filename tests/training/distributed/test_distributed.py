@@ -285,9 +285,10 @@ def test_no_thread_outlives_the_process_group() -> None:
     assert not dist.is_initialized() and not gloo_threads()
 
 
-def test_a_failed_process_waits_for_no_other() -> None:
+def test_a_failed_process_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     dist = torch.distributed
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     close_process_group(failed=True)
