@@ -101,7 +101,9 @@ class DataOptions(Options):
     remainder: Literal["drop", "keep"] = "drop"
     """The last, partial sequence of a source: dropped, or kept and padded (padding is not trained on)."""
     shuffle: bool = True
-    """Random order of the sequences, a new one for each pass over a source. Streamed text keeps its own order."""
+    """Random order of the sequences, a new one for each pass over a source. Streamed text keeps its own order, unless shuffle_buffer is set."""
+    shuffle_buffer: int | None = Field(default=None, gt=1)
+    """With streaming: sequences of each source that are read ahead and shuffled. Default: none, the text's own order."""
     streaming: bool = False
     """Read and tokenise during training: nothing is cached, and max_steps must be set."""
     seed: int = Field(default=0, ge=0)
@@ -117,4 +119,10 @@ class DataOptions(Options):
     def _all_weights_or_none(self) -> Self:
         if len({s.weight is None for s in self.train}) > 1:
             raise ValueError("train: give a weight to every source or to none")
+        return self
+
+    @model_validator(mode="after")
+    def _buffer_of_a_stream(self) -> Self:
+        if self.shuffle_buffer is not None and not (self.streaming and self.shuffle):
+            raise ValueError("shuffle_buffer: shuffles streamed text; set streaming: true (and not shuffle: false), or remove it")
         return self

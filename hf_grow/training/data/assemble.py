@@ -244,19 +244,22 @@ class _Builder:
         return concatenate_datasets([data for data, _ in packed]).select(index), parts
 
     def stream(self, new: Sequence[TextSource], old: TextSource | None) -> tuple[MixedStream, list[DataPart]]:
-        from hf_grow.training.data.stream import MixedStream, PackedStream
+        from hf_grow.training.data.stream import MixedStream, PackedStream, ShuffledStream
 
         length, seed = self.options.seq_length, self.options.seed
         shares = self.shares([1] * len(new))
         sources = [*([old] if old else []), *new]
         masking = {"intra_document_masking": True} if self.options.intra_document_masking else {}
-        streams = [
-            PackedStream(s, self.encoder, seq_length=length, vocab_size=self.vocab_size, notify=self.notify, **masking) for s in sources
-        ]
+        buffer = self.options.shuffle_buffer
+        streams: list[PackedStream | ShuffledStream] = []
+        for number, source in enumerate(sources):
+            packed = PackedStream(source, self.encoder, seq_length=length, vocab_size=self.vocab_size, notify=self.notify, **masking)
+            streams.append(packed if buffer is None else ShuffledStream(packed, buffer, [seed, number]))
         uses = [*(["replay"] if old else []), *["train"] * len(new)]
         parts = [DataPart(use, s.label, float(share)) for use, s, share in zip(uses, sources, shares, strict=True)]
+        shuffled = {} if buffer is None else {"shuffle_buffer": buffer}
         read = [[s.identity, float(share)] for s, share in zip(sources, shares, strict=True)]
-        identity = key({"sources": read, "encoding": self.encoder.fingerprint, "seq_length": length, "seed": seed, **masking})
+        identity = key({"sources": read, "encoding": self.encoder.fingerprint, "seq_length": length, "seed": seed, **masking, **shuffled})
         return MixedStream(streams, Interleaving(shares, seed), identity), parts
 
 

@@ -1,12 +1,13 @@
-"""Streamed text: tokenised, packed and mixed while training reads it, and resumable at any sequence.
+"""Streamed text: tokenised, packed, shuffled and mixed while training reads it, and resumable at any sequence.
 
-The sequences of a source are those that packing.py makes, in the same order; an exhausted source is read again.
+The sequences of a source are those that packing.py makes, in the same order; an exhausted source is read again. They are shuffled in windows, not
+through a reservoir (as `IterableDataset.shuffle` of datasets does): after an interruption a window can be read again, the content of a reservoir cannot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ class PackedStream:
     The state holds the position of the documents before the current batch, the tokens left over from them, and the number of the next
     sequence in the batch, so that a resumed run tokenises no document again that was trained on in full, except those of that batch.
 
-    Rows are {"input_ids": [seq_length]}; with ``intra_document_masking`` they also hold the lengths of their documents.
+    Rows are {"input_ids": int32 [seq_length]}; with ``intra_document_masking`` they also hold the lengths of their documents.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class PackedStream:
     def _carried(self, carry: list[int], lengths: list[int]) -> dict[str, list[int]]:
         return {"carry": carry, **({LENGTHS: lengths} if self.intra_document_masking else {})}
 
-    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         state = self._state
         for passes in count(state["passes"]):
             self.documents.load_state_dict(state["documents"])
@@ -80,7 +81,7 @@ class PackedStream:
                     check_token_ids(int(max(blocks.max(initial=0), rest.max(initial=0))), self.vocab_size, self.label)
                     for number in range(done, len(blocks)):
                         self._state = {"documents": before, **self._carried(carry.tolist(), carried), "done": number + 1, "passes": passes}
-                        row = {"input_ids": blocks[number].tolist()}
+                        row = {"input_ids": blocks[number]}
                         yield row | {LENGTHS: lengths[number]} if self.intra_document_masking else row
                     before, carry, carried, done = self.documents.state_dict(), rest, left, 0
             if empty:
@@ -90,13 +91,51 @@ class PackedStream:
             state = {**self._start, **self._carried(carry.tolist(), carried), "passes": passes + 1}
 
 
+class ShuffledStream:
+    """The sequences of a PackedStream, in random order within windows of `size`; none leaves its window.
+
+    The state holds that of the stream before the current window: a resumed run reads the window again. The order of a window depends on `key` and its
+    number only.
+    """
+
+    def __init__(self, stream: PackedStream, size: int, key: Sequence[int]) -> None:
+        self.stream = stream
+        self.size = size
+        self.key = list(key)
+        self._start: dict[str, Any] = {"window": 0, "taken": 0, "stream": stream.state_dict()}
+        self._state = self._start
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state = {k: state[k] for k in self._start}
+
+    def rewind(self) -> None:
+        self._state = self._start
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        before, done = self._state["stream"], self._state["taken"]
+        self.stream.load_state_dict(before)
+        rows = iter(self.stream)
+        for window in count(self._state["window"]):
+            buffer = list(islice(rows, self.size))
+            order = np.random.default_rng([*self.key, window]).permutation(self.size)
+            for taken in range(done, self.size):
+                self._state = {"window": window, "taken": taken + 1, "stream": before}
+                if taken + 1 == self.size:
+                    before, done = self.stream.state_dict(), 0
+                    self._state = {"window": window + 1, "taken": 0, "stream": before}
+                yield buffer[order[taken]]
+
+
 class MixedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
     """Infinite rows from several streams, in the order of an Interleaving.
 
     At most one DataLoader worker may read it: several would split the text among them, and lose its order.
     """
 
-    def __init__(self, streams: Sequence[PackedStream], interleaving: Interleaving, identity: str = "") -> None:
+    def __init__(self, streams: Sequence[PackedStream | ShuffledStream], interleaving: Interleaving, identity: str = "") -> None:
         self.streams = list(streams)
         self.interleaving = interleaving
         self.identity = identity
@@ -136,6 +175,7 @@ class MixedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             assigned, _ = self.interleaving.assign(start, start + _PLACES)
             for place, source in enumerate(assigned.tolist(), start):
                 row = next(iterators[source])
+                row = {**row, "input_ids": row["input_ids"].tolist()}
                 self._place = place + 1
                 if place < skip:
                     continue

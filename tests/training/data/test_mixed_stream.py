@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from packed_texts import DOCS, LENGTH, data_options, packed_reference, rows, stream_of, write_texts
@@ -73,3 +74,49 @@ def test_stream_allows_at_most_one_dataloader_worker(tokenizer, folder: Path, tm
     two = loaded(stream, 2)
     with pytest.raises(InputError, match="cannot be read by 2 DataLoader workers"):
         next(two)
+
+
+# ---- shuffled ------------------------------------------------------------------------------------------------------------------------------
+
+
+def shuffled_reference(sequences: list[list[int]], size: int, key: list[int]) -> list[list[int]]:
+    """Whole windows of the sequences, each in its own order."""
+    found = []
+    for window in range(len(sequences) // size):
+        order = np.random.default_rng([*key, window]).permutation(size)
+        found += [sequences[window * size + i] for i in order]
+    return found
+
+
+def test_a_buffer_shuffles_windows_of_each_source_and_keeps_the_shares(tokenizer, tmp_path: Path, small_batches) -> None:
+    paths = [str(write_texts(tmp_path / str(n), part)) for n, part in enumerate([DOCS[:8], DOCS[8:]])]
+    mix = {"train": paths[0], "replay": {"path": paths[1], "share": 0.3}, "seed": 4}
+    plain = [rows(islice(stream_of(tokenizer, tmp_path, train=p), 400)) for p in paths]
+    sources = [iter(shuffled_reference(plain[1], 7, [4, 0])), iter(shuffled_reference(plain[0], 7, [4, 1]))]  # old text is the first
+    turns, _ = stream_of(tokenizer, tmp_path, **mix).interleaving.assign(0, 300)
+    expected = [next(sources[turn]) for turn in turns]
+    assert rows(islice(stream_of(tokenizer, tmp_path, **mix, shuffle=True, shuffle_buffer=7), 300)) == expected
+    assert expected != rows(islice(stream_of(tokenizer, tmp_path, **mix), 300))
+
+
+@pytest.mark.parametrize("masking", [False, True])
+def test_a_shuffled_stream_goes_on_after_any_sequence(masking: bool, tokenizer, tmp_path: Path, small_batches) -> None:
+    paths = [str(write_texts(tmp_path / str(n), part)) for n, part in enumerate([DOCS[:8], DOCS[8:10]])]
+    mix = {"train": paths[0], "replay": {"path": paths[1], "share": 0.3}, "shuffle": True, "intra_document_masking": masking}
+    whole = list(islice(stream_of(tokenizer, tmp_path, **mix, shuffle_buffer=10), 300))
+    reading = stream_of(tokenizer, tmp_path, **mix, shuffle_buffer=10)
+    iterator = iter(reading)
+    for place in range(1, 240):
+        next(iterator)
+        if place % 19 == 0 or place < 3:
+            resumed = stream_of(tokenizer, tmp_path, **mix, shuffle_buffer=10)
+            resumed.load_state_dict(json.loads(json.dumps(reading.state_dict())))
+            assert list(islice(resumed, 45)) == whole[place : place + 45], place
+            assert list(islice(resumed, 5)) == whole[:5]
+    assert len({stream_of(tokenizer, tmp_path, **mix, shuffle_buffer=n).identity for n in (10, 11, None)}) == 3
+
+
+def test_a_buffer_needs_a_stream_to_shuffle(folder: Path) -> None:
+    for more in ({"shuffle": True}, {"streaming": True, "shuffle": False}):
+        with pytest.raises(InputError, match="shuffle_buffer: shuffles streamed text"):
+            data_options(train=str(folder), shuffle_buffer=8, **more)

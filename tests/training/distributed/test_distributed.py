@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -83,6 +84,7 @@ MORE: dict[str, dict[str, Any]] = {
     "ewc": {},
     "proximal": {"regularizer": {**EWC, "form": "proximal"}},
     "si": {"regularizer": {"kind": "si", "lambda": 0.5, "consolidate_every": 2}},
+    "documents masked": {"data": {"intra_document_masking": True}},
     "blended, checkpointed": {"warmup": {"steps": 3, "alpha_steps": 4}, "activation_checkpointing": True},
     "distilled": {"distill": {"alpha": 0.5}, "monitor": {"baseline": "source", "contribution_steps": 3}, "kl_rows": 2},
 }
@@ -128,6 +130,42 @@ def test_two_process_stream_resumes_at_its_position(dispatched: bool, tmp_path: 
     assert "skipping the first" not in facts[0]["err"]
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole") and len(set(logged(tmp_path / "cut").values())) == 8
     assert_same_weights(tmp_path / "whole", tmp_path / "cut", 0.0)
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "streamed": {"data": {"streaming": True, "shuffle_buffer": 6, "intra_document_masking": True}},
+    "streamed by each": {"data": {"streaming": True}, "accelerator_config": {"dispatch_batches": False}},
+    "packed": {"data": {"intra_document_masking": True}},
+}
+
+
+def check_other_number_of_processes(folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> None:
+    """From one process to two and from two to one, with 4 sequences per step: the losses of an uninterrupted run."""
+    path = recipe(folder, model(folder), max_steps=6, gradient_accumulation_steps=2, **LARGE_EPSILON, **changes)
+    run(capsys, "train", path, "-o", folder / "one")
+    together("ddp", path, folder / "two")
+    assert len(set(logged(folder / "one").values())) == 6
+    assert logged(folder / "one") == pytest.approx(logged(folder / "two"), abs=1e-6)
+    for name in ("one", "two"):
+        shutil.copytree(folder / name, folder / f"{name}-resumed", ignore=shutil.ignore_patterns("checkpoint-6"))
+    facts = together("ddp", path, folder / "one-resumed", "--resume")
+    run(capsys, "train", path, "-o", folder / "two-resumed", "--resume")
+    assert "skipping the first" not in facts[0]["err"]
+    for name in ("one", "two"):
+        steps = [e["step"] for e in read_events(folder / f"{name}-resumed" / "events.jsonl") if e["event"] == "log"]
+        assert steps == [1, 2, 3, 4, 5, 6, 4, 5, 6]
+        assert logged(folder / f"{name}-resumed") == pytest.approx(logged(folder / "one"), abs=1e-6)
+        assert_same_weights(folder / "one", folder / f"{name}-resumed", 1e-9)
+
+
+def test_stream_resumes_with_another_number_of_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_other_number_of_processes(tmp_path, capsys, **RESUMED["streamed"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["streamed by each", "packed"])
+def test_text_resumes_with_another_number_of_processes(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_other_number_of_processes(tmp_path, capsys, **RESUMED[kind])
 
 
 @pytest.mark.slow
