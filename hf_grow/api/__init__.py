@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.api.growth_job import GrowthJob
 from hf_grow.api.output_options import OutputOptions
-from hf_grow.api.planning import Notify, find_method, ignore, open_sources, plan_for
 from hf_grow.checkpoint.donors import parse_donor_refs, with_donors
 from hf_grow.checkpoint.model_ids import ALIASES
 from hf_grow.checkpoint.reader import Checkpoint, open_folder
 from hf_grow.checkpoint.source import open_source
 from hf_grow.checkpoint.writer import Progress, Result
+from hf_grow.convert.planning import Notify, find_method, ignore, open_sources, plan_for
 from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.options import combined, parse, part

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_grow.api.output_options import OutputOptions
-from hf_grow.api.planning import Notify, ignore, open_sources, plan_for
 from hf_grow.checkpoint.donors import check_same_tokenizer
 from hf_grow.checkpoint.partial_folder import PartialFolder
 from hf_grow.checkpoint.reader import Checkpoint
@@ -18,6 +17,7 @@ from hf_grow.checkpoint.source import fetch_companions, prefer_cached, with_weig
 from hf_grow.checkpoint.tied_heads import resolve_tied_heads
 from hf_grow.checkpoint.writer import WORKERS, Progress, Result, Shard, check_disk_space, layout
 from hf_grow.convert.measure import measure
+from hf_grow.convert.planning import Notify, ignore, open_sources, plan_for
 from hf_grow.errors import InputError
 from hf_grow.growth.growth import Method
 from hf_grow.growth.plan import GrowthPlan

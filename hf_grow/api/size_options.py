@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from hf_grow.api.planning import plan_for
+from hf_grow.convert.planning import plan_for
 from hf_grow.growth.growth import Method
 from hf_grow.growth.plan import GrowthPlan, check_source
 from hf_grow.growth.source_info import SourceInfo

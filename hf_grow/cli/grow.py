@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.api.growth_job import GrowthJob
 from hf_grow.api.output_options import OutputOptions
-from hf_grow.api.planning import find_method
 from hf_grow.checkpoint.writer import WORKERS
 from hf_grow.cli import flags, render
 from hf_grow.cli.allocator import keep_freed_memory
@@ -16,6 +15,7 @@ from hf_grow.cli.commands import add_json, add_source, print_json, show_next
 from hf_grow.cli.parsing import one_of
 from hf_grow.cli.push import publishing_bar, pushed_facts, show_pushed
 from hf_grow.common.units import format_bytes
+from hf_grow.convert.planning import find_method
 from hf_grow.growth.growth import Method
 from hf_grow.methods import METHODS
 from hf_grow.options import Options, combined, find_yaml, load_yaml, parse, part, raise_errors, unmet_requirements

@@ -6,11 +6,13 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_grow._version import __version__
 from hf_grow.checkpoint.partial_folder import PartialFolder
 from hf_grow.checkpoint.provenance import format_growth_json
-from hf_grow.checkpoint.reader import GROWTH, INDEX
+from hf_grow.checkpoint.reader import GROWTH, INDEX, Checkpoint
+from hf_grow.checkpoint.safetensors_header import TensorLocation
 from hf_grow.checkpoint.source import companions
 from hf_grow.checkpoint.writer import Shard, build_index
 from hf_grow.growth.plan import GrowthPlan, training_lists
@@ -29,12 +31,24 @@ def write_metadata(
     if index:
         folder.write_json(INDEX, index)
         files.add(INDEX)
-    record = plan.to_json()
-    record["target"]["files"] = {s.file: {"size": s.size, "sha256": hashes[s.file]} for s in shards}
-    record["growth"]["training"] = training_lists(plan)
-    record["made_by"] = versions()  # no time: equal plans give equal bytes
+    record = growth_record(plan, {s.file: {"size": s.size, "sha256": hashes[s.file]} for s in shards})
     folder.write_file(GROWTH, format_growth_json(record).encode())
     return files
+
+
+def growth_record(plan: GrowthPlan, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """growth.json of a plan that was carried out. ``files``: size and digest of each weight file; empty for a growth that was not written."""
+    record = plan.to_json()
+    record["target"]["files"] = files
+    record["growth"]["training"] = training_lists(plan)
+    record["made_by"] = versions()  # no time: equal plans give equal bytes
+    return record
+
+
+def unwritten_checkpoint(plan: GrowthPlan, source: Checkpoint) -> Checkpoint:
+    """The target of a plan as a checkpoint without weight files, in the source's folder (tokenizer, license)."""
+    tensors = {n: TensorLocation("", t.dtype, t.shape, 0, 0) for n, t in plan.targets.items()}
+    return Checkpoint(source.ref, source.revision, plan.growth.config, tensors, {}, source.folder, growth_record(plan, {}))
 
 
 def versions() -> dict[str, str]:

@@ -122,8 +122,6 @@ class GrowConfig(TrainingArguments):  # type: ignore[misc]
             raise InputError("GrowConfig: new_lr and warmup['lr'] are the same setting.", hint="Remove one of them.")
         options, errors = validate(TrainOptions, self.settings(), strict=False)
         errors += unmet_requirements(options) if options else []
-        if self.early_stopping_threshold and not self.early_stopping_patience:
-            errors.append("early_stopping_threshold: requires early_stopping_patience.")
         if self.seq_length < 2:
             errors.append(f"seq_length: should be at least 2, got {self.seq_length}.")
         raise_errors("GrowConfig", errors)

@@ -19,9 +19,9 @@ import hf_grow
 from hf_grow.api import growth_job
 from hf_grow.api.growth_job import GrowthJob
 from hf_grow.api.output_options import OutputOptions
-from hf_grow.api.planning import find_method
 from hf_grow.checkpoint.partial_folder import PartialFolder
 from hf_grow.cli import main
+from hf_grow.convert.planning import find_method
 from hf_grow.growth.plan import HEAD
 
 hub = hub_server.hub

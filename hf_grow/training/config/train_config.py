@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class _ModelAndData(Options):
     model: str
     """Checkpoint folder or Hub id; usually a grown one, whose growth.json records what is new."""
+    grow: dict[str, Any] | None = None
+    """Grow `model` as it is loaded, without writing the grown checkpoint: method and its options, as in a growth recipe (docs/training.md)."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository."""
     output: str | None = None

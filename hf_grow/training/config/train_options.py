@@ -81,6 +81,8 @@ def contradictions(options: TrainOptions, arguments: Mapping[str, Any], eval_set
         errors.append("dtype: float16 does not work with fp16, which keeps the weights in float32. Remove dtype.")
     if "old_set" in options.model_fields_set and options.old_set not in eval_sets:
         errors.append(f"old_set: there is no evaluation set {options.old_set!r}.")
+    if options.early_stopping_threshold and not options.early_stopping_patience:
+        errors.append("early_stopping_threshold: requires early_stopping_patience.")
     if options.kl_rows and options.old_set not in eval_sets:
         errors.append(f"kl_rows: there is no evaluation set {options.old_set!r}.")
     if options.lora and options.regularizer.kind != "none":

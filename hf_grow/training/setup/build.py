@@ -7,20 +7,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.checkpoint.source import TOKENIZER_CONFIG, companion_bytes, companions
+from hf_grow.checkpoint.source import TOKENIZER_CONFIG, companion_bytes, companions, open_source
 from hf_grow.model.meta_model import meta_model
 from hf_grow.training.config.train_config import tokens_per_step
 from hf_grow.training.data import build as build_data
 from hf_grow.training.distributed.launch import current_launch
 from hf_grow.training.distributed.process_order import local_main_process_first
+from hf_grow.training.param_updates.parameter_map import parameter_map
 from hf_grow.training.peft import lora
 from hf_grow.training.regularizers.build import make_penalty
 from hf_grow.training.setup import result_dtype
+from hf_grow.training.setup.growth_at_load import grown_rows
 from hf_grow.training.setup.model_setup import (
     flops_per_token,
     load_model,
     make_residual_scale,
-    model_without_weights,
     plan_updates,
     residual_writers_of_new_blocks,
     weights_dtype,
@@ -31,7 +32,8 @@ from hf_grow.training.setup.provenance import finish_result, growth_record
 from hf_grow.training.setup.source_baseline import SourceKL, measure_source
 from hf_grow.training.setup.teachers import make_distiller
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
-from hf_grow.training.sharding.row_source import RowSource, ZeroedRows
+from hf_grow.training.sharding.row_source import RowSource, StoredRows, ZeroedRows
+from hf_grow.training.sharding.sharded_model import empty_model, fill_model
 from hf_grow.training.trainer.events import EVENTS_FILE, EventLog
 from hf_grow.training.trainer.state import GrowthSettings, TrainingHooks
 
@@ -79,6 +81,7 @@ def make_parts(setup: TrainSetup, model: str | PreTrainedModel, revision: str | 
 
     Its weights are those that training starts from, also where a run is resumed: the penalty holds it near those.
     """
+    import torch
     from transformers import set_seed
 
     options, plan = setup.options, setup.plan
@@ -86,8 +89,15 @@ def make_parts(setup: TrainSetup, model: str | PreTrainedModel, revision: str | 
     weights: RowSource | None = None
     if isinstance(model, str):
         dtype, attention = weights_dtype(options.dtype, setup.checkpoint), options.attn_implementation
-        if current_launch().sharing == "fsdp2":
-            model, weights = model_without_weights(model, revision, dtype, attention, notify)
+        sharded = current_launch().sharing == "fsdp2"
+        if sharded or setup.source is not None:
+            checkpoint = open_source(model, revision=revision, weights=True, notify=notify)
+            weights = StoredRows(checkpoint) if setup.source is None else grown_rows(setup, checkpoint)
+            config = checkpoint.config if setup.source is None else setup.checkpoint.config
+            model = empty_model(config, getattr(torch, dtype), checkpoint.folder, attention)
+            if not sharded:
+                fill_model(model, parameter_map(model), weights, "cpu")
+                weights = None
         else:
             model = load_model(model, revision, dtype, attention, notify)
     # Under ZeRO-3 the model that is loaded is in pieces without a shape.

@@ -23,8 +23,6 @@ from hf_grow.training.param_updates.residual_scale import ResidualScale
 from hf_grow.training.param_updates.updates import ParamUpdates
 from hf_grow.training.peft import lora
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
-from hf_grow.training.sharding.row_source import RowSource, StoredRows
-from hf_grow.training.sharding.sharded_model import empty_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,17 +66,6 @@ def load_model(ref: str, revision: str | None, dtype: str, attention: str | None
     untie_config(loaded)
     reset_output_flags(loaded.config)
     return loaded
-
-
-def model_without_weights(
-    ref: str, revision: str | None, dtype: str, attention: str | None, notify: Notify
-) -> tuple[PreTrainedModel, RowSource]:
-    """The same model on the meta device, and where its weights are read from once it is sharded: each process reads the rows that it holds."""
-    import torch
-
-    held = open_source(ref, revision=revision, weights=True, notify=notify)
-    options = {} if attention is None else {"attn_implementation": attention}
-    return empty_model(held.config, getattr(torch, dtype), held.folder, **options), StoredRows(held)
 
 
 def plan_updates(model: PreTrainedModel, plan: GrowthPlan | None, options: TrainOptions) -> ModelUpdates:

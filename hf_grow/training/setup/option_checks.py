@@ -65,7 +65,7 @@ def _check_regularizer(options: TrainOptions, checkpoint: Checkpoint, plan: Grow
         else {n: t.shape for n, t in plan.source.tensors.items() if n not in plan.growth.dropped}
     )
     for i, path in enumerate(penalty.fisher):
-        newest = i == len(penalty.fisher) - 1 and not penalty.collapsed and checkpoint.folder is not None
+        newest = i == len(penalty.fisher) - 1 and not penalty.collapsed and checkpoint.folder is not None and bool(checkpoint.files)
         identity = checkpoint_fingerprint(checkpoint) if newest else None
         collect_mistakes(errors, "regularizer.fisher", partial(_check_fisher, path, shapes, identity))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.checkpoint.source import open_source
+from hf_grow.convert.metadata import unwritten_checkpoint
 from hf_grow.errors import InputError, OutputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.options import raise_errors
@@ -22,6 +23,7 @@ from hf_grow.training.config.train_options import default_best_metric
 from hf_grow.training.data.document_masking import check_attention
 from hf_grow.training.data.sources import find_text
 from hf_grow.training.distributed import launch
+from hf_grow.training.setup.growth_at_load import WRITE_FIRST, plan_growth
 from hf_grow.training.setup.launch_checks import launch_mistakes
 from hf_grow.training.setup.option_checks import TOKENIZER_FILES, check_options, load_tokenizer, plan_of
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
@@ -55,7 +57,12 @@ def check_recipe(
     if isinstance(name, str):
         revision = recipe.revision if recipe else None
         checkpoint = collect_mistakes(errors, "model", lambda: open_source(name, revision=revision, weights=False, notify=notify))
-    if checkpoint is not None:
+    source: Checkpoint | None = None
+    if checkpoint is not None and recipe is not None and recipe.grow is not None:
+        source, asked = checkpoint, recipe.grow
+        plan = collect_mistakes(errors, "grow", lambda: plan_growth(source, asked, notify))
+        checkpoint = None if plan is None else unwritten_checkpoint(plan, source)
+    elif checkpoint is not None:
         opened = checkpoint
         if collect_mistakes(errors, "model", lambda: opened.info.architecture.layers) is None:
             checkpoint = None
@@ -79,12 +86,14 @@ def check_recipe(
             errors += launch_mistakes(
                 started, recipe, arguments, resume=resume or bool(recipe_data.arguments.get("resume_from_checkpoint"))
             )
+        if recipe.grow is not None and started.deepspeed:
+            errors.append(f"grow: {started} loads whole models only. {WRITE_FIRST}")
         _check_resume(recipe_data.arguments.get("resume_from_checkpoint"), errors)
     raise_errors(recipe_data.where, errors)
     assert recipe is not None and checkpoint is not None and arguments is not None
     setup = TrainSetup(
         recipe, arguments, checkpoint, plan, tokenizer, out, recipe.data.seq_length, recipe_data.given, recipe_data.arguments,
-        save_tokenizer=checkpoint.folder is None or recipe.tokenizer is not None,
+        source=source, save_tokenizer=checkpoint.folder is None or recipe.tokenizer is not None,
     )  # fmt: skip
     warn_recipe(setup, notify)
     return setup

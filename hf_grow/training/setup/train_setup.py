@@ -37,6 +37,8 @@ class TrainSetup:
     """Settings as they are recorded in growth.json, under the keys of a recipe."""
     given_arguments: Mapping[str, Any]
     """TrainingArguments that were given; they override a checkpoint's."""
+    source: Checkpoint | None = None
+    """With `grow`, the source that the model is grown from as it is loaded; `checkpoint` is then the target, which has no weight files."""
     save_tokenizer: bool = False
     """Whether the tokenizer is another than that of the checkpoint folder, so that it must be saved anew."""
 

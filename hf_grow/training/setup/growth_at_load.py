@@ -1,0 +1,48 @@
+"""`grow` in a training recipe: the model is grown as it is loaded. Each process computes the rows that it holds; nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_grow.checkpoint.donors import parse_donor_refs, with_donors
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.convert.planning import find_method, plan_for
+from hf_grow.errors import InputError
+from hf_grow.growth.growth import Method
+from hf_grow.growth.plan import GrowthPlan
+from hf_grow.options import Options, parse
+from hf_grow.training.setup.train_setup import Notify, TrainSetup
+from hf_grow.training.sharding.row_source import GrownRows
+
+WRITE_FIRST = "Write the grown model first (hf-grow grow), and train that."
+
+
+def read_growth(settings: Mapping[str, Any]) -> tuple[Method, Options]:
+    """Method and options of `grow`, whose keys are those of a growth recipe. Raises InputError."""
+    method = find_method(str(settings.get("method") or ("pipeline" if "steps" in settings else "dus")))
+    return method, parse(method.options, {k: v for k, v in settings.items() if k != "method"}, where="grow")
+
+
+def plan_growth(source: Checkpoint, settings: Mapping[str, Any], notify: Notify) -> GrowthPlan:
+    """The plan from config and headers. Raises InputError for options that do not fit, and for a growth that must read weights to be planned."""
+    method, options = read_growth(settings)
+    opened = with_donors(source, parse_donor_refs(options.extra_sources()), weights=False, notify=notify)
+    plan = plan_for(opened.info, method, options)
+    if plan.growth.measurements:
+        kinds = " and ".join(m.kind for m in plan.growth.measurements)
+        raise InputError(f"{kinds} are measured on the source's weights, which is not done while loading.", hint=WRITE_FIRST)
+    return plan
+
+
+def grown_rows(setup: TrainSetup, source: Checkpoint) -> GrownRows:
+    """Rows of the grown model. ``source``: with its weights on this machine. Raises InputError where these show that the plan is another."""
+    assert setup.plan is not None and setup.recipe.grow is not None
+    _, options = read_growth(setup.recipe.grow)
+    complete = with_donors(source, parse_donor_refs(options.extra_sources()), weights=True)
+    if complete.info.by_key != setup.plan.source.by_key or complete.config != setup.plan.source.config:
+        raise InputError(
+            f"{source.ref} stores a head of its own, although its config ties it to the embedding; headers alone did not show it.",
+            hint=WRITE_FIRST,
+        )
+    return GrownRows(setup.plan, complete)
