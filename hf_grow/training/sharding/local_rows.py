@@ -78,6 +78,7 @@ def read_local(out: Tensor, shape: Sequence[int], window: Window, places: Places
         return out
     columns = window[-1] if len(shape) > 1 else range(1)
     matrix, at = out.view(-1, len(columns)), 0
+    _check_shapes(shape, places, source)
     for start, stop in _row_runs(shape, window):
         filled = 0
         for name, place in places.items():
@@ -89,6 +90,18 @@ def read_local(out: Tensor, shape: Sequence[int], window: Window, places: Places
             raise ExecutionError(f"Rows {start} to {stop} of a parameter {list(shape)} are not covered by {', '.join(places)}.")
         at += stop - start
     return out
+
+
+def _check_shapes(shape: Sequence[int], places: Places, source: RowSource) -> None:
+    """Raises SourceError if a tensor is missing, or has not exactly the rows and columns of its place."""
+    columns = shape[-1] if len(shape) > 1 else 1
+    for name, place in places.items():
+        if name not in source.names():
+            raise SourceError(f"The weights lack {name}; it would be random.")
+        stored = source.shape(name)
+        width = stored[-1] if len(stored) > 1 else 1
+        if (math.prod(stored) // max(1, width), width) != (place.stop - place.start, columns):
+            raise SourceError(f"{name} has shape {list(stored)}, which is not that of the model.")
 
 
 def _row_runs(shape: Sequence[int], window: Window) -> Iterator[tuple[int, int]]:
@@ -113,13 +126,9 @@ def _row_runs(shape: Sequence[int], window: Window) -> Iterator[tuple[int, int]]
 
 def _read_rows(out: Tensor, name: str, start: int, stop: int, columns: range, source: RowSource) -> None:
     """Rows [start, stop) of a tensor on disk, as a matrix of its last dimension, into `out`."""
-    if name not in source.names():
-        raise SourceError(f"The weights lack {name}; it would be random.")
     shape = source.shape(name)
     width = shape[-1] if len(shape) > 1 else 1
     inner = math.prod(shape[1:-1]) if len(shape) > 2 else 1
-    if columns.stop > width or stop > shape[0] * inner:
-        raise SourceError(f"{name} has shape {list(shape)}, smaller than the model's.")
     step = row_step(shape)
     for low in range(start // inner, -(-stop // inner), step):
         high = min(low + step, -(-stop // inner))

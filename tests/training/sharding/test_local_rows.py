@@ -92,12 +92,13 @@ def test_vectors_and_plain_tensors() -> None:
     assert local_window(whole) == (range(9),)
 
 
-def test_missing_and_smaller_tensors() -> None:
+def test_missing_tensors_and_other_shapes() -> None:
     places = {"a": ParameterRows("p", 0, 4)}
     with pytest.raises(SourceError, match="lack a"):
         read_local(torch.empty(4, 2), [4, 2], (range(4), range(2)), places, Tensors())
-    with pytest.raises(SourceError, match="smaller"):
-        read_local(torch.empty(4, 2), [4, 2], (range(4), range(2)), places, Tensors(a=torch.zeros(3, 2)))
+    for other in ((3, 2), (5, 2), (4, 3), (2, 4)):
+        with pytest.raises(SourceError, match="not that of the model"):
+            read_local(torch.empty(4, 2), [4, 2], (range(4), range(2)), places, Tensors(a=torch.zeros(other)))
 
 
 @pytest.mark.parametrize("case", ["llama", "llama-tied", "mixtral"])
