@@ -7,7 +7,7 @@ piece: everything here works entry by entry, so a piece needs nothing of the oth
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from hf_grow.errors import InputError
 
@@ -67,23 +67,6 @@ def select(
             f"Nothing would train: this model has no {' or '.join(included)}{remainder}.", hint="Was it grown, and by which method?"
         )
     return masks
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The local shard of a DTensor, sharing its memory; any other tensor unchanged."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
-
-
-def local_mask(mask: Tensor, like: Tensor) -> Tensor:
-    """The local shard of a mask, sharded as `like`."""
-    if not hasattr(like, "to_local"):
-        return mask.to(like.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    sharded: Any = like
-    # Every process has the whole mask, so nothing is sent. The copy frees the whole one.
-    return local(distribute_tensor(mask.to(like.device), sharded.device_mesh, sharded.placements, src_data_rank=None)).clone()
 
 
 class Selection:

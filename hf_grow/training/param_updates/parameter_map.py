@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from hf_grow.errors import ExecutionError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -43,6 +45,14 @@ def bare(name: str) -> str:
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters by their bare names; tied ones once."""
     return {bare(n): p for n, p in model.named_parameters()}
+
+
+def shapes_on_disk(model: PreTrainedModel, rows: Mapping[str, ParameterRows]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of `parameter_map`; no data is read."""
+    import torch
+
+    meta = {bare(n): torch.empty(p.shape, device="meta") for n, p in model.named_parameters()}
+    return {n: tuple(r.of(meta[r.parameter]).shape) for n, r in rows.items()}
 
 
 def parameter_map(model: PreTrainedModel) -> dict[str, ParameterRows]:

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.training.param_updates.masks import Mask, Selection, both, either, inverse, local, local_mask
+from hf_grow.training.param_updates.masks import Mask, Selection, both, either, inverse
 from hf_grow.training.param_updates.parameter_map import bare, parameters
+from hf_grow.training.param_updates.shards import local, shard_like
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +126,7 @@ class ParamUpdates:
             new = self.new.get(name, False)
 
             def selection(mask: Mask) -> Selection | None:
-                return None if isinstance(mask, bool) else Selection(local_mask(mask, p.data))
+                return None if isinstance(mask, bool) else Selection(local(shard_like(mask, p.data)))
 
             self._cache[key] = _Selections(
                 frozen=trains_now is False,

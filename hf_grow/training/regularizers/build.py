@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.training.config.regularizer_options import PenaltyOptions
 from hf_grow.training.param_updates.param_provenance import new_masks
-from hf_grow.training.param_updates.parameter_map import ParameterRows, bare, parameter_map, parameters
+from hf_grow.training.param_updates.parameter_map import ParameterRows, parameter_map, parameters, shapes_on_disk
+from hf_grow.training.param_updates.shards import as_sharded, local, shard_like
 from hf_grow.training.regularizers.importance_file import (
+    DecayedImportances,
     ImportanceFile,
     check_same_model,
     encode_samples,
@@ -24,9 +26,9 @@ from hf_grow.training.regularizers.importance_file import (
     sample_values,
 )
 from hf_grow.training.regularizers.penalty import STORAGE_DTYPES, Penalty, QuadraticPenalty
-from hf_grow.training.regularizers.sharding import full_tensor
 from hf_grow.training.regularizers.si import SynapticIntelligence
-from hf_grow.training.regularizers.source_coordinates import SourceCoordinatePenalty
+from hf_grow.training.regularizers.source_coordinates import SourceCoordinatePenalty, whole_parameters
+from hf_grow.training.sharding.local_rows import by_parameter, local_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +57,7 @@ def make_penalty(
     storage = STORAGE_DTYPES[options.storage]
     if options.collapsed:
         return _source_coordinate_penalty(options, model, plan, rows, files[0])
-    shapes = _shapes_on_disk(model, rows)
+    shapes = shapes_on_disk(model, rows)
     fingerprint = None
     if files:
         fingerprint = model_fingerprint(model) if weights is None else rows_fingerprint(weights, rows)
@@ -63,10 +65,10 @@ def make_penalty(
         # Of several tasks, only the newest Fisher was estimated at the weights that training starts from.
         check_same_model(file, shapes, fingerprint if i == len(files) - 1 else None)
     free = _free_masks(options, model, plan)
-    anchors = {n: full_tensor(p.detach()).to(dtype=storage, copy=True) for n, p in parameters(model).items()}
+    anchors = {n: p.detach().to(dtype=storage, copy=True) for n, p in parameters(model).items()}
     proximal = options.form == "proximal"
     if options.kind == "si":
-        importance = _importance_reader(files, 1.0, model, rows, free) if files else None
+        importance = _importance_reader(DecayedImportances(files), rows, free, storage) if files else None
         collect = not files or options.consolidate_every is not None
         return SynapticIntelligence(
             options.lambda_, anchors, importance, xi=options.xi, every=options.consolidate_every, collect=collect,
@@ -75,10 +77,10 @@ def make_penalty(
     if options.kind == "l2sp":
         mean = _mean_importance(files[0]) if files else 1.0
         return QuadraticPenalty(
-            "l2sp", options.lambda_, anchors, lambda n: _masked_scalar(mean, free.get(n, False)),
+            "l2sp", options.lambda_, anchors, lambda n, p: _masked_scalar(mean, free.get(n, False), p),
             proximal=proximal, storage=storage, scalar_importance=options.over == "all",
         )  # fmt: skip
-    importance = _importance_reader(files, options.decay, model, rows, free)
+    importance = _importance_reader(DecayedImportances(files, options.decay), rows, free, storage)
     return QuadraticPenalty(options.kind, options.lambda_, anchors, importance, proximal=proximal, storage=storage)
 
 
@@ -96,31 +98,20 @@ def penalty_bytes(options: PenaltyOptions, model: PreTrainedModel, plan: GrowthP
     return (2 * width + (16 if tracks_path else 0)) * count
 
 
-def _shapes_on_disk(model: PreTrainedModel, rows: Mapping[str, ParameterRows]) -> dict[str, tuple[int, ...]]:
-    meta = {bare(n): torch.empty(p.shape, device="meta") for n, p in model.named_parameters()}
-    return {n: tuple(r.of(meta[r.parameter]).shape) for n, r in rows.items()}
-
-
 def _importance_reader(
-    files: list[ImportanceFile], decay: float, model: PreTrainedModel, rows: Mapping[str, ParameterRows], free: Mapping[str, Mask]
-) -> Callable[[str], Tensor]:
-    """A function from a parameter's name to its F, read on call.
+    source: RowSource, rows: Mapping[str, ParameterRows], free: Mapping[str, Mask], storage: torch.dtype
+) -> Callable[[str, nn.Parameter], Tensor]:
+    """A function from a parameter, by its name, to its F: each process reads the rows of its own shard. F is 0 where ``free`` is true."""
+    places = by_parameter(rows)
 
-    Each older file counts ``decay`` times as much as the next (online EWC, Schwarz et al. 2018, arXiv 1805.06370); F is 0 where ``free`` is true.
-    """
-    shapes = {bare(n): p.shape for n, p in model.named_parameters()}
-    on_disk: dict[str, list[str]] = {}
-    for name, r in rows.items():
-        on_disk.setdefault(r.parameter, []).append(name)
-
-    def read(parameter: str) -> Tensor:
-        fisher = torch.zeros(shapes[parameter])
-        for name in on_disk[parameter]:
-            part = rows[name].of(fisher)
-            for file in files:
-                part.mul_(decay).add_(file.read(name))
-        mask = free.get(parameter, False)
-        return fisher if mask is False else fisher.masked_fill_(torch.as_tensor(mask), 0.0)
+    def read(name: str, p: nn.Parameter) -> Tensor:
+        fisher = local_tensor(p, places[name], source, storage, local(p).device)
+        mask = free.get(name, False)
+        if mask is True:
+            local(fisher).zero_()
+        elif mask is not False:
+            local(fisher).masked_fill_(local(shard_like(mask, p)), 0.0)
+        return fisher
 
     return read
 
@@ -134,10 +125,10 @@ def _free_masks(options: PenaltyOptions, model: PreTrainedModel, plan: GrowthPla
     return new_masks(model, plan)
 
 
-def _masked_scalar(value: float, free: Mask) -> Tensor | float:
+def _masked_scalar(value: float, free: Mask, p: nn.Parameter) -> Tensor | float:
     if isinstance(free, bool):
         return 0.0 if free else value
-    return torch.where(free, 0.0, value)
+    return as_sharded(torch.where(local(shard_like(free, p)), 0.0, value), p)
 
 
 def _mean_importance(file: ImportanceFile) -> float:
@@ -150,9 +141,9 @@ def _source_coordinate_penalty(
 ) -> Penalty:
     if plan is None:
         raise InputError("collapsed needs growth.json, and the model has none.", hint="Remove collapsed.")
-    params = parameters(model)
-    weights = {n: r.of(full_tensor(params[r.parameter].detach())) for n, r in rows.items()}
+    params = whole_parameters(model)
+    weights = {n: r.of(params[r.parameter].detach()) for n, r in rows.items()}
     penalty = SourceCoordinatePenalty(options.lambda_, plan, weights, rows, fisher, storage=STORAGE_DTYPES[options.storage])
-    fingerprint = encode_samples({n: sample_values(a) for n, a in penalty.anchors.items()})
+    fingerprint = encode_samples(sample_values({n: (a, None) for n, a in penalty.anchors.items()}))
     check_same_model(fisher, penalty.shapes, fingerprint, computed=True)
     return penalty

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,8 @@ from hf_grow.common.safe_files import open_regular
 from hf_grow.errors import ExecutionError, InputError, OutputError
 from hf_grow.growth.source_info import DTYPE_BYTES, TensorInfo
 from hf_grow.growth.tensors import raw_bytes, torch_dtype
-from hf_grow.training.param_updates.parameter_map import parameter_map, parameters
-from hf_grow.training.regularizers.sharding import full_tensor
+from hf_grow.training.param_updates.parameter_map import ParameterRows, parameter_map, parameters
+from hf_grow.training.param_updates.shards import local, local_window, sum_over_processes
 from hf_grow.training.sharding.row_source import RowSource
 
 if TYPE_CHECKING:
@@ -44,10 +44,32 @@ def sample_positions(count: int) -> Tensor:
     return torch.linspace(0, count - 1, min(SAMPLES_PER_TENSOR, count), dtype=torch.float64).long()
 
 
-def sample_values(tensor: Tensor) -> Tensor:
-    """The sampled values of a tensor, bf16 on the CPU. A collective for a sharded tensor."""
-    flat = full_tensor(tensor.detach()).reshape(-1)
-    return flat[sample_positions(flat.numel()).to(flat.device)].to("cpu", torch.bfloat16)
+def sample_values(tensors: Mapping[str, tuple[Tensor, ParameterRows | None]]) -> dict[str, Tensor]:
+    """The sampled values of tensors by name (of these rows, or of all), bf16 on the CPU.
+
+    Of sharded tensors every process gives the values that it holds: one all-reduce for all of them, which every process must call.
+    """
+    held = [_held_samples(tensor.detach(), rows) for tensor, rows in tensors.values()]
+    found = torch.cat(held, dim=1)
+    # Every value is a bf16 number and is counted as often as it is held, so that sum and quotient are exact.
+    total, count = sum_over_processes(found, (tensor for tensor, _ in tensors.values()))
+    values = (total / count).to("cpu", torch.bfloat16)
+    return dict(zip(tensors, values.split([h.shape[1] for h in held]), strict=True))
+
+
+def _held_samples(tensor: Tensor, rows: ParameterRows | None) -> Tensor:
+    """[2, samples]: the sampled values that this process holds, and 1 for each of them."""
+    width = 1 if tensor.dim() == 1 else tensor.shape[-1]
+    first, count = (0, tensor.numel()) if rows is None else (rows.start * width, (rows.stop - rows.start) * width)
+    at = torch.unravel_index(sample_positions(count) + first, tensor.shape)
+    window, part = local_window(tensor), local(tensor)
+    inside = torch.stack([(a >= r.start) & (a < r.stop) for a, r in zip(at, window, strict=True)]).all(0)
+    found = torch.zeros(2, len(inside), dtype=torch.float64, device=part.device)
+    found[0] = -0.0  # which a sum leaves as it is, unlike 0.0 a value of -0.0
+    if bool(inside.any()):
+        values = part[tuple((a[inside] - r.start).to(part.device) for a, r in zip(at, window, strict=True))]
+        found[:, inside.to(part.device)] = torch.stack([values.bfloat16().double(), torch.ones_like(values, dtype=torch.float64)])
+    return found
 
 
 def encode_samples(tensors: Mapping[str, Tensor]) -> str:
@@ -61,11 +83,9 @@ def decode_samples(text: str) -> Tensor:
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Sampled values of all tensors of a model. A collective for sharded parameters."""
+    """Sampled values of all tensors of a model. One all-reduce for sharded parameters."""
     params = parameters(model)
-    return encode_samples(
-        {n: sample_values(rows.of(full_tensor(params[rows.parameter].detach()))) for n, rows in parameter_map(model).items()}
-    )
+    return encode_samples(sample_values({n: (params[rows.parameter], rows) for n, rows in parameter_map(model).items()}))
 
 
 def checkpoint_fingerprint(checkpoint: Checkpoint) -> str:
@@ -93,19 +113,52 @@ def rows_fingerprint(source: RowSource, names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class ImportanceFile:
-    """An open importance file with a valid header."""
+    """An open importance file with a valid header; a RowSource."""
 
     path: Path
     metadata: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     _file: Any
 
-    def read(self, name: str) -> Tensor:
-        """A tensor by its name on disk, in its stored dtype. Raises InputError for values that are negative or not finite."""
-        tensor: Tensor = self._file.get_tensor(name)
+    def names(self) -> Collection[str]:
+        return self.shapes.keys()
+
+    def shape(self, name: str) -> Sequence[int]:
+        return self.shapes[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows in their stored dtype. Raises InputError for values that are negative or not finite."""
+        tensor: Tensor = self._file.get_slice(name)[start:stop]
         if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
             raise InputError(f"{self.path}: {name} contains values that are negative or not finite.", hint=_WRITE_AGAIN)
         return tensor
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor by its name on disk."""
+        return self.rows(name, 0, self.shapes[name][0])
+
+
+@dataclass(frozen=True)
+class DecayedImportances:
+    """Several files of one model, oldest first, as a RowSource in fp32: each counts ``decay`` times as much as the next.
+
+    Online EWC, Schwarz et al. 2018, arXiv 1805.06370.
+    """
+
+    files: Sequence[ImportanceFile]
+    decay: float = 1.0
+
+    def names(self) -> Collection[str]:
+        return self.files[-1].names()
+
+    def shape(self, name: str) -> Sequence[int]:
+        return self.files[-1].shape(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        total = torch.zeros(stop - start, *self.shape(name)[1:])
+        for file in self.files:
+            total.mul_(self.decay).add_(file.rows(name, start, stop))
+        return total
 
 
 def open_importance(path: Path) -> ImportanceFile:

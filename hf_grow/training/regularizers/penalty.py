@@ -2,7 +2,8 @@
 
 The gradient lambda F (w - w*) is added to p.grad once per optimizer step, after the last backward pass: no graph and no second backward pass, exact
 under gradient accumulation (a loss term would count once per micro-batch), and under DDP, whose processes have averaged their gradients by then
-and add the same. For sharded parameters (FSDP2) F and w* are sharded alike.
+and add the same. For sharded parameters (FSDP2) F and w* are sharded alike: every process holds, reads and computes its own part, and nothing is
+gathered. The value, for a log, takes one all-reduce.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_grow.errors import InputError
-from hf_grow.training.param_updates.masks import local
 from hf_grow.training.param_updates.parameter_map import parameters
+from hf_grow.training.param_updates.shards import holders, is_sharded, local, shard_like, sum_over_processes
 from hf_grow.training.regularizers.importance_file import encode_samples, sample_values
-from hf_grow.training.regularizers.sharding import shard_like, sum_over_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +64,7 @@ class Penalty(ABC):
 
     @abstractmethod
     def value(self) -> float:
-        """The penalty at the current weights. A collective for sharded parameters."""
+        """The penalty at the current weights. One all-reduce for sharded parameters."""
 
     def finish(self, folder: Path, model: PreTrainedModel) -> None:  # noqa: B027 (nothing by default)
         """Called at the end of training, by every process: writes to ``folder`` what a later training of ``model`` can read."""
@@ -73,14 +73,39 @@ class Penalty(ABC):
     def nbytes(self) -> int:
         """Bytes held for the whole model, over all processes; does not need `attach`."""
 
+    # A resumed run needs `state_dict` and `tensors`. A checkpoint of one file per process keeps them apart; penalty.pt is `whole_state`.
+
     def state_dict(self) -> dict[str, Any]:
-        """State for a resumed run. A collective for sharded parameters."""
+        """What of the state is no tensor, as JSON data. At most one all-reduce for sharded parameters."""
         return {"name": self.name}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises InputError for the state of another penalty."""
         if state.get("name") != self.name:
             raise InputError(f"The checkpoint was saved with penalty {state.get('name')!r}, but the recipe has {self.name!r}.")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the state, by keys that end in a parameter's name: those in use, not copies, sharded as the parameters are."""
+        return {}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what `tensors` returned: whole tensors, or sharded as they are here. Raises InputError for those of another penalty."""
+        own = self.tensors()
+        if differing := sorted(own.keys() ^ tensors.keys()):
+            raise InputError(
+                f"The state of the penalty in the checkpoint is another model's: {differing[0]} ({len(differing)} such tensors).",
+                hint="Resume with the model and the regularizer that the run started with.",
+            )
+        for key, tensor in own.items():
+            local(tensor).copy_(local(shard_like(tensors[key], tensor)))
+
+    def whole_state(self) -> dict[str, Any]:
+        """Both in one, with whole tensors on the CPU. Gathers sharded ones: every process must call."""
+        return self.state_dict()
+
+    def load_whole_state(self, state: Mapping[str, Any]) -> None:
+        self.load_state_dict(state)
 
 
 def chunks(tensors: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
@@ -116,7 +141,7 @@ class AnchoredPenalty(Penalty):
     """A penalty on the distance from the weights that training starts from; a run can be resumed only with the same ones."""
 
     anchors: dict[str, Tensor]
-    """w* by name: unsharded, or sharded as the parameter is."""
+    """w* by name, sharded as the parameter is (before `attach`, perhaps not yet)."""
 
     @torch.no_grad()
     def take_anchors(self, model: nn.Module) -> None:
@@ -126,7 +151,7 @@ class AnchoredPenalty(Penalty):
 
     def state_dict(self) -> dict[str, Any]:
         # Not the anchors, which a resumed run loads as its initial weights, but a fingerprint of them.
-        return super().state_dict() | {"anchors": encode_samples({n: sample_values(a) for n, a in self.anchors.items()})}
+        return super().state_dict() | {"anchors": encode_samples(sample_values({n: (a, None) for n, a in self.anchors.items()}))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
@@ -143,8 +168,8 @@ class QuadraticPenalty(AnchoredPenalty):
     Args:
         name: of the penalty, checked on resume.
         strength: lambda.
-        anchors: w* by bare parameter name, unsharded.
-        importance: returns F of a parameter by its bare name, unsharded and of its shape, or one number for all entries; called by `attach`.
+        anchors: w* by bare parameter name, whole or sharded as the parameter is.
+        importance: F of a parameter, given its bare name and itself: whole, sharded as it is, or one number for all entries. Called by `attach`.
         proximal: decoupled form: a proximal step after the optimizer's, instead of a gradient.
         storage: dtype of F.
         scalar_importance: whether F is one number per parameter, for `nbytes`.
@@ -155,7 +180,7 @@ class QuadraticPenalty(AnchoredPenalty):
         name: str,
         strength: float,
         anchors: dict[str, Tensor],
-        importance: Callable[[str], Tensor | float],
+        importance: Callable[[str, nn.Parameter], Tensor | float],
         *,
         proximal: bool = False,
         storage: torch.dtype = torch.float32,
@@ -179,14 +204,12 @@ class QuadraticPenalty(AnchoredPenalty):
         self.held = {n: self._hold(n, params[n]) for n in self.anchors if n in params}
 
     def _hold(self, name: str, p: nn.Parameter) -> HeldParameter:
-        anchor = self.anchors[name]
-        if not hasattr(anchor, "placements"):
-            anchor = shard_like(anchor, p)
-        self.anchors[name] = anchor  # no second copy on another device
-        importance = self.importance(name)
+        self.anchors[name] = shard_like(self.anchors[name], p)  # no second copy on another device
+        earlier = self.held.get(name)  # of another wrapping
+        importance = self.importance(name, p) if earlier is None else earlier.importance
         if isinstance(importance, Tensor):
             importance = shard_like(importance.to(self.storage), p)
-        return HeldParameter(p, importance, anchor)
+        return HeldParameter(p, importance, self.anchors[name])
 
     @torch.no_grad()
     def add_gradient(self, scale: float = 1.0) -> None:
@@ -233,14 +256,15 @@ class QuadraticPenalty(AnchoredPenalty):
         if not self.held:
             return 0.0
         terms = []
+        sharded = any(is_sharded(h.parameter) for h in self.held.values())
         for h in self.held.values():
             p = local(h.parameter)
             total = torch.zeros((), dtype=torch.float64 if p.dtype == torch.float64 else torch.float32, device=p.device)
             for w, anchor, f in h.local_chunks():
                 difference = _difference(w, anchor)
                 total += (difference * difference * f).sum()
-            terms.append(sum_over_shards(total, h.parameter))
-        return 0.5 * self.strength * float(torch.stack(terms).double().sum())
+            terms.append(total.double() / holders(h.parameter) if sharded else total.double())
+        return 0.5 * self.strength * float(sum_over_processes(torch.stack(terms).sum(), (h.parameter for h in self.held.values())))
 
     def term(self) -> Tensor:
         """The penalty as a differentiable scalar, for a custom loss; add it once per optimizer step, not per micro-batch."""

@@ -10,24 +10,26 @@ With a file of importances and without `consolidate_every` no path is followed, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_grow.training.param_updates.masks import local
-from hf_grow.training.regularizers.fisher import accumulation_dtype, by_names_on_disk
+from hf_grow.training.param_updates.parameter_map import parameter_map, shapes_on_disk
+from hf_grow.training.param_updates.shards import full_tensor, local, shard_like
+from hf_grow.training.regularizers.fisher import accumulation_dtype
 from hf_grow.training.regularizers.importance_file import model_fingerprint, write_importance
 from hf_grow.training.regularizers.penalty import LearningRate, Penalty, QuadraticPenalty, chunks
-from hf_grow.training.regularizers.sharding import full_tensor, shard_like
+from hf_grow.training.sharding.local_rows import by_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IMPORTANCE_FILE = "importance.safetensors"
-_SAVED_TENSORS = ("omega", "start")
+_SAVED = ("omega", "start")
+"""What of the path a resumed run needs."""
 
 
 class SynapticIntelligence(QuadraticPenalty):
@@ -44,7 +46,7 @@ class SynapticIntelligence(QuadraticPenalty):
         self,
         strength: float,
         anchors: dict[str, Tensor],
-        importance: Callable[[str], Tensor | float] | None,
+        importance: Callable[[str, nn.Parameter], Tensor | float] | None,
         *,
         xi: float,
         every: int | None = None,
@@ -52,28 +54,28 @@ class SynapticIntelligence(QuadraticPenalty):
         proximal: bool = False,
         storage: torch.dtype = torch.float32,
     ) -> None:
-        def zeros(name: str) -> Tensor:
-            return torch.zeros(self.anchors[name].shape, dtype=storage)
+        def zeros(name: str, p: nn.Parameter) -> Tensor:
+            return torch.zeros_like(p, dtype=storage).detach()
 
         super().__init__("si", strength, anchors, importance or zeros, proximal=proximal, storage=storage)
         self.xi, self.every, self.collect, self.steps = xi, every, collect, 0
         self.path: dict[str, dict[str, Tensor]] = {}
 
     def attach(self, model: nn.Module) -> None:
-        state = self.state_dict() if self.held else None  # bound to another wrapping: the path continues
         super().attach(model)
         if self.collect:
-            self.path = {
-                n: {
-                    "omega": torch.zeros_like(h.parameter, dtype=accumulation_dtype(h.parameter)).detach(),
-                    "start": h.parameter.detach().clone(),
-                    "gradient": torch.zeros_like(h.parameter).detach(),
-                    "before": h.parameter.detach().clone(),
-                }
-                for n, h in self.held.items()
-            }
-        if state is not None:
-            self.load_state_dict(state)
+            self.path = {n: self._path(n, h.parameter) for n, h in self.held.items()}
+
+    def _path(self, name: str, p: nn.Parameter) -> dict[str, Tensor]:
+        """A path that begins, or of another wrapping: the one that continues."""
+        if name in self.path:
+            return {k: shard_like(t, p) for k, t in self.path[name].items()}
+        return {
+            "omega": torch.zeros_like(p, dtype=accumulation_dtype(p)).detach(),
+            "start": p.detach().clone(),
+            "gradient": torch.zeros_like(p).detach(),
+            "before": p.detach().clone(),
+        }
 
     @torch.no_grad()
     def add_gradient(self, scale: float = 1.0) -> None:
@@ -125,39 +127,56 @@ class SynapticIntelligence(QuadraticPenalty):
         if not self.collect:
             return
         self.consolidate()
-        importances, fingerprint = self.importances(), model_fingerprint(model)
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-            return
-        tensors = dict(by_names_on_disk(model, importances))
-        metadata = {"kind": "si", "steps": self.steps, "xi": self.xi, "model": str(folder), "sample": fingerprint}
-        write_importance(folder / IMPORTANCE_FILE, {n: tuple(t.shape) for n, t in tensors.items()}, iter(tensors.items()), metadata)
+        metadata = {"kind": "si", "steps": self.steps, "xi": self.xi, "model": str(folder), "sample": model_fingerprint(model)}
+        tensors = self._on_disk(model)
+        try:
+            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+                write_importance(folder / IMPORTANCE_FILE, shapes_on_disk(model, parameter_map(model)), tensors, metadata)
+        finally:
+            for _ in tensors:  # every process takes part in gathering, to the last of them
+                pass
+
+    def _on_disk(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """(name on disk, F); one parameter at a time is gathered."""
+        for parameter, places in by_parameter(parameter_map(model)).items():
+            importance = self.held[parameter].importance
+            assert isinstance(importance, Tensor)
+            whole = full_tensor(importance)
+            for name, rows in places.items():
+                yield name, rows.of(whole)
 
     def nbytes(self) -> int:
         return super().nbytes() + (4 * 4 * sum(a.numel() for a in self.anchors.values()) if self.collect else 0)
 
     def state_dict(self) -> dict[str, Any]:
-        if not self.collect:
-            return {**super().state_dict(), "steps": self.steps}
-        return {
-            "name": self.name,
-            "steps": self.steps,
-            "anchor": {n: full_tensor(h.anchor).cpu().clone() for n, h in self.held.items()},
-            "importance": {n: t.clone() for n, t in self.importances().items()},
-            "path": {n: {k: full_tensor(path[k]).cpu().clone() for k in _SAVED_TENSORS} for n, path in self.path.items()},
-        }
+        # While the path is followed, the anchors move: they are among the tensors.
+        return {**(Penalty.state_dict(self) if self.collect else super().state_dict()), "steps": self.steps}
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if not self.collect:
             super().load_state_dict(state)
             return
-        Penalty.load_state_dict(self, state)  # the anchors are part of the state
+        Penalty.load_state_dict(self, state)
         self.steps = int(state["steps"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        if not self.collect:
+            return {}
+        found: dict[str, Any] = {}
         for n, h in self.held.items():
-            assert isinstance(h.importance, Tensor)
-            for own, saved in (
-                (h.anchor, state["anchor"][n]),
-                (h.importance, state["importance"][n]),
-                *((self.path[n][k], state["path"][n][k]) for k in _SAVED_TENSORS),
-            ):
-                local(own).copy_(local(shard_like(saved, h.parameter)))
+            found |= {f"anchor.{n}": h.anchor, f"importance.{n}": h.importance, **{f"{k}.{n}": self.path[n][k] for k in _SAVED}}
+        return found
+
+    def whole_state(self) -> dict[str, Any]:
+        state = self.state_dict()
+        if not self.collect:
+            return state
+        whole = {key: full_tensor(t).cpu().clone() for key, t in self.tensors().items()}
+        state |= {k: {n: whole[f"{k}.{n}"] for n in self.held} for k in ("anchor", "importance")}
+        return {**state, "path": {n: {k: whole[f"{k}.{n}"] for k in _SAVED} for n in self.held}}
+
+    def load_whole_state(self, state: Mapping[str, Any]) -> None:
+        self.load_state_dict(state)
+        if self.collect:
+            tensors = {f"{k}.{n}": t for k in ("anchor", "importance") for n, t in state[k].items()}
+            self.load_tensors(tensors | {f"{k}.{n}": path[k] for n, path in state["path"].items() for k in _SAVED})

@@ -19,6 +19,7 @@ from hf_grow.growth.evaluate import Evaluator
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.tensors import InMemoryTensors
 from hf_grow.training.param_updates.parameter_map import ParameterRows, parameters
+from hf_grow.training.param_updates.shards import is_sharded
 from hf_grow.training.regularizers.importance_file import ImportanceFile
 from hf_grow.training.regularizers.penalty import AnchoredPenalty, at_least_fp32
 
@@ -84,9 +85,7 @@ class SourceCoordinatePenalty(AnchoredPenalty):
         self.parameters: dict[str, nn.Parameter] = {}
 
     def attach(self, model: nn.Module) -> None:
-        self.parameters = parameters(model)
-        if any(hasattr(p, "placements") or hasattr(p, "ds_id") for p in self.parameters.values()):
-            raise InputError("collapsed: sharded parameters are not supported.", hint=_MAP_INSTEAD)
+        self.parameters = whole_parameters(model)
         for n, parts in self.parts.items():
             device = self.parameters[self.rows[parts[0].name].parameter].device
             self.anchors[n] = self.anchors[n].to(device)
@@ -121,6 +120,14 @@ class SourceCoordinatePenalty(AnchoredPenalty):
 
     def nbytes(self) -> int:
         return 2 * self.storage.itemsize * sum(a.numel() for a in self.anchors.values())
+
+
+def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name. Raises InputError for a model whose parameters are sharded."""
+    found = parameters(model)
+    if any(is_sharded(p) or hasattr(p, "ds_id") for p in found.values()):
+        raise InputError("collapsed: sharded parameters are not supported.", hint=_MAP_INSTEAD)
+    return found
 
 
 def _parts(plan: GrowthPlan) -> dict[str, list[_Holder]]:

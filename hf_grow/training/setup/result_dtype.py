@@ -15,8 +15,8 @@ import torch
 from hf_grow.checkpoint.reader import Checkpoint, open_folder
 from hf_grow.growth.tensors import torch_dtype
 from hf_grow.model.meta_model import meta_model
-from hf_grow.training.param_updates.masks import local
 from hf_grow.training.param_updates.parameter_map import parameter_map, parameters
+from hf_grow.training.param_updates.shards import local
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,7 +1,4 @@
-"""The part of a parameter that this process holds, and reading it from a RowSource.
-
-A DTensor may be sharded along any dimensions, over any mesh: FSDP2 cuts dimension 0, tensor parallelism the first or the last.
-"""
+"""Reading the part of a parameter that this process holds from a RowSource."""
 
 from __future__ import annotations
 
@@ -11,54 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.errors import ExecutionError, SourceError
 from hf_grow.training.param_updates.parameter_map import ParameterRows
+from hf_grow.training.param_updates.shards import Window, as_sharded, local_window
 from hf_grow.training.sharding.row_source import RowSource, row_step
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Window = tuple[range, ...]
-"""For every dimension, the positions that this process holds."""
 Places = Mapping[str, ParameterRows]
 """Name on disk -> its place in a parameter (`parameter_map`)."""
-
-
-def local_window(tensor: Any) -> Window:
-    """Positions of this process's shard in the whole tensor; all of them for a tensor that is not sharded."""
-    import torch
-
-    if not hasattr(tensor, "placements"):
-        return tuple(range(n) for n in tensor.shape)
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(tensor, DTensor)
-    found = []
-    for dim, length in enumerate(tensor.shape):
-        if not any(p.is_shard(dim) for p in tensor.placements):
-            found.append(range(length))
-            continue
-        held = _positions(length, dim, tensor)
-        first = int(held[0]) if len(held) else 0
-        if not torch.equal(held, torch.arange(first, first + len(held))):
-            raise ExecutionError(f"A shard of {list(tensor.shape)} by {tensor.placements} is not contiguous.")
-        found.append(range(first, first + len(held)))
-    return tuple(found)
-
-
-def _positions(length: int, dim: int, like: Any) -> Tensor:
-    """The positions along one dimension: a numbered vector, sharded as that dimension is. Nothing is sent."""
-    import torch
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    def along(placement: Any) -> Any:
-        if not placement.is_shard(dim):
-            return Replicate()
-        # FSDP2 over tensor parallelism cuts in strides, by a placement of its own kind.
-        return Shard(0) if type(placement) is Shard else type(placement)(0, split_factor=placement.split_factor)
-
-    device = like.to_local().device
-    numbers = torch.arange(length, device="cpu" if device.type == "meta" else device)
-    return distribute_tensor(numbers, like.device_mesh, [along(p) for p in like.placements], src_data_rank=None).to_local().cpu()
 
 
 def by_parameter(places: Places) -> Mapping[str, Places]:
@@ -145,13 +103,3 @@ def local_tensor(like: Any, places: Places, source: RowSource, dtype: torch.dtyp
     window = local_window(like)
     held = torch.empty([len(r) for r in window], dtype=dtype, device=device)
     return as_sharded(read_local(held, like.shape, window, places, source), like)
-
-
-def as_sharded(local: Tensor, like: Any) -> Tensor:
-    """The local shard as a DTensor, sharded as `like` is; unchanged where that is plain."""
-    if not hasattr(like, "placements"):
-        return local
-    from torch.distributed.tensor import DTensor
-
-    made: Tensor = DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
-    return made

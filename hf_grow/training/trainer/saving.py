@@ -77,7 +77,7 @@ class CheckpointTrainer(ShardedStartTrainer):
         import torch
 
         assert self.growth.penalty is not None
-        state = self.growth.penalty.state_dict()  # on every process: sharded state is gathered
+        state = self.growth.penalty.whole_state()  # on every process: sharded state is gathered
         if self.args.should_save:
             torch.save(state, folder / PENALTY)
 
@@ -129,4 +129,4 @@ class CheckpointTrainer(ShardedStartTrainer):
         import torch
 
         if self.growth.penalty is not None and (checkpoint / PENALTY).is_file():
-            self.growth.penalty.load_state_dict(torch.load(checkpoint / PENALTY, map_location="cpu", weights_only=True))
+            self.growth.penalty.load_whole_state(torch.load(checkpoint / PENALTY, map_location="cpu", weights_only=True))

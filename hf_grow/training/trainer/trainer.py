@@ -21,7 +21,7 @@ from hf_grow.errors import ExecutionError, InputError
 from hf_grow.training.config.schedules import phase_at
 from hf_grow.training.data.document_masking import forward_arguments
 from hf_grow.training.growth_state.state_files import GROWTH_STATE
-from hf_grow.training.param_updates.masks import local
+from hf_grow.training.param_updates.shards import local
 from hf_grow.training.param_updates.updates import LrFactors, unwrapped
 from hf_grow.training.trainer.callbacks import GrowthCallback
 from hf_grow.training.trainer.checkpointing import last_checkpoint, write_json

@@ -415,7 +415,7 @@ def test_calibration_finds_smallest_tolerated_lambda(tmp_path: Path) -> None:
         optimizer.zero_grad()
     data[20:] += 32  # the new text has other words
     found, _ = estimate_fisher(model, data[:16], options())
-    penalty = QuadraticPenalty("ewc", 1.0, {n: p.detach().clone() for n, p in model.named_parameters()}, lambda n: found[n])
+    penalty = QuadraticPenalty("ewc", 1.0, {n: p.detach().clone() for n, p in model.named_parameters()}, lambda n, p: found[n])
     penalty.attach(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     settings: dict[str, Any] = {
@@ -433,7 +433,7 @@ def test_calibration_finds_smallest_tolerated_lambda(tmp_path: Path) -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert done.old == pytest.approx(loss_on(model, data[:8]))
     with pytest.raises(InputError, match="still rises by"):
-        calibrate(model, QuadraticPenalty("ewc", 1.0, dict(before), lambda n: 0.0), tolerated=1e-6, **settings)
+        calibrate(model, QuadraticPenalty("ewc", 1.0, dict(before), lambda n, p: 0.0), tolerated=1e-6, **settings)
 
 
 @torch.no_grad()
@@ -466,7 +466,7 @@ def test_trial_equals_a_trainer_run(tmp_path: Path) -> None:
     one, two = small(), small()
     data = rows(one, 52, 12)
     train, old, new = data[:36], data[36:44], data[44:]
-    penalty = QuadraticPenalty("ewc", 0.0, {n: p.detach().clone() for n, p in one.named_parameters()}, lambda n: 0.0)
+    penalty = QuadraticPenalty("ewc", 0.0, {n: p.detach().clone() for n, p in one.named_parameters()}, lambda n, p: 0.0)
     found = calibrate(one, penalty, old=old, train=train, new=new, tolerated=1e9, arguments=how)
     Trainer(model=two, args=how, train_dataset=[{"input_ids": r, "labels": r} for r in train]).train()
     assert found.new == pytest.approx(loss_on(small(), new))
@@ -480,7 +480,7 @@ def test_diverging_trial_is_not_tolerated(form: str, tmp_path: Path) -> None:
     model = small()
     data = rows(model, 24, 12)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    penalty = QuadraticPenalty("l2sp", 1.0, dict(before), lambda n: 1e8, proximal=form == "proximal")
+    penalty = QuadraticPenalty("l2sp", 1.0, dict(before), lambda n, p: 1e8, proximal=form == "proximal")
     how = training(tmp_path, learning_rate=1.0, max_steps=4, optim="sgd", max_grad_norm=0.0)
     settings: dict[str, Any] = {"old": data[:8], "train": data[8:16], "new": data[16:], "tolerated": 1e-9, "arguments": how}
     if form == "loss":

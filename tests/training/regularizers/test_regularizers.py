@@ -352,13 +352,13 @@ def test_si_resume(tmp_path: Path) -> None:
     run(model, whole, optimizer, range(7))
     stopped.attach(other)
     run(other, stopped, torch.optim.SGD(other.parameters(), lr=1e-2), range(5))
-    torch.save(stopped.state_dict(), tmp_path / "penalty.pt")
+    torch.save(stopped.whole_state(), tmp_path / "penalty.pt")
     resumed_model = small()
     resumed = make_penalty(chosen, resumed_model)
     assert resumed is not None
     resumed_model.load_state_dict(other.state_dict())
     resumed.attach(resumed_model)
-    resumed.load_state_dict(torch.load(tmp_path / "penalty.pt", weights_only=True))
+    resumed.load_whole_state(torch.load(tmp_path / "penalty.pt", weights_only=True))
     run(resumed_model, resumed, torch.optim.SGD(resumed_model.parameters(), lr=1e-2), range(5, 7))
     assert resumed.value() == whole.value() > 0
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed_model.parameters(), strict=True))

@@ -21,7 +21,8 @@ from hf_grow.checkpoint.reader import open_folder
 from hf_grow.errors import SourceError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.training.param_updates.parameter_map import ParameterRows, parameter_map
-from hf_grow.training.sharding.local_rows import local_tensor, local_window, read_local
+from hf_grow.training.param_updates.shards import local_window
+from hf_grow.training.sharding.local_rows import local_tensor, read_local
 from hf_grow.training.sharding.row_source import GrownRows, StoredRows, ZeroedRows
 from hf_grow.training.sharding.sharded_model import empty_model, fill_model
 
