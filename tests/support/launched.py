@@ -21,8 +21,13 @@ import torch
 FILES = Path(__file__).parents[2] / "recipes" / "accelerate"
 
 
-def start(file: str, words: Sequence[object], folders: Sequence[Path], *, stop: int | None = None, status: int = 0) -> list[dict[str, Any]]:
-    """Runs `hf-grow WORDS` in a process for each folder, which it works in; what each of them noted, and said on stderr."""
+def start(
+    file: str, words: Sequence[object], folders: Sequence[Path], *, stop: int | None = None, status: int = 0, script: str = __file__
+) -> list[dict[str, Any]]:
+    """Runs `hf-grow WORDS` in a process for each folder, which it works in; what each of them noted, and said on stderr.
+
+    ``script``: another program in place of this one; it notes what it likes in facts-RANK.json.
+    """
     from sharded import free_port
 
     common = {k: v for k, v in os.environ.items() if k not in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")}
@@ -33,7 +38,7 @@ def start(file: str, words: Sequence[object], folders: Sequence[Path], *, stop: 
         folder.mkdir(exist_ok=True)
         (folder / f"facts-{rank}.json").unlink(missing_ok=True)
         env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, __file__, *map(str, words)]
+        command = [sys.executable, script, *map(str, words)]
         processes.append(subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     said = [p.communicate(timeout=600) for p in processes]
     assert [p.returncode for p in processes] == [status] * len(folders), "\n".join(out[-3000:] + err[-6000:] for out, err in said)
