@@ -72,7 +72,7 @@ def main() -> int:
     found = {r["name"]: r for r in read_records(options.results)}
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         for row in ROWS:
-            if row.name in found and row.name not in (options.rows or ()) or (options.rows and row.name not in options.rows):
+            if (row.name in found and row.name not in (options.rows or ())) or (options.rows and row.name not in options.rows):
                 continue
             base = measured(Path(scratch), row, "tiny")
             record = {"name": row.name, **measured(Path(scratch), row, row.size), "base": base["peaks"]}
@@ -123,7 +123,11 @@ def measured(scratch: Path, row: Row, size: str) -> dict[str, Any]:
     from launched import start
 
     folder = prepared(scratch, size)
-    regularizer = {"kind": "ewc", "lambda": 10, "fisher": str(folder / "fisher.safetensors"), "storage": "bf16"} if row.regularizer else {"kind": "none"}
+    regularizer = (
+        {"kind": "ewc", "lambda": 10, "fisher": str(folder / "fisher.safetensors"), "storage": "bf16"}
+        if row.regularizer
+        else {"kind": "none"}
+    )
     recipe = {
         "model": str(folder / "model"), "data": {"train": str(folder / "new.jsonl"), "seq_length": 8}, "dtype": "bfloat16", "max_steps": 1,
         "regularizer": regularizer, "per_device_train_batch_size": 1, "learning_rate": 1e-4, "logging_steps": 1, "use_cpu": False,

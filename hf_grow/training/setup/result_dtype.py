@@ -18,6 +18,9 @@ from hf_grow.model.meta_model import meta_model
 from hf_grow.training.param_updates.parameter_map import parameter_map, parameters
 from hf_grow.training.param_updates.shards import local
 
+_PART = 1 << 22
+"""Values that are compared at a time."""
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -75,9 +78,10 @@ def rounding_warning(model: Module, rate: float) -> str | None:
         for name, p in parameters(model).items():
             if not p.requires_grad or p.dtype.itemsize > 2:
                 continue
-            values = local(p.data)
-            unchanged = (values.float() + rate).to(p.dtype).eq(values) & (values.float() - rate).to(p.dtype).eq(values)
-            count = int(unchanged.sum())
+            values, count = local(p.data), 0
+            for part in torch.split(values.flatten(), _PART):  # compared in fp32
+                unchanged = (part.float() + rate).to(p.dtype).eq(part) & (part.float() - rate).to(p.dtype).eq(part)
+                count += int(unchanged.sum())
             lost, total, dtype = lost + count, total + values.numel(), p.dtype
             if values.numel() and count == values.numel():
                 whole, example = whole + 1, example or name
