@@ -66,6 +66,10 @@ class GrowConfig(TrainingArguments):  # type: ignore[misc]
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a model on the Hub."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2, as in from_pretrained."})
+    checkpointed_layers: str | list[int] | None = field(
+        default=None,
+        metadata={"help": "With activation_checkpointing: the layers that it applies to, a list, new_layers or old_layers. Default: all."},
+    )
     load_best_model_at_end: bool | None = field(
         default=None, metadata={"help": "Load the best model at the end. Default: true with early_stopping_patience."}
     )

@@ -18,6 +18,7 @@ from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.options import raise_errors
 from hf_grow.training.config.regularizer_options import PenaltyOptions
+from hf_grow.training.config.train_config import collect_mistakes
 from hf_grow.training.config.train_options import contradictions, default_best_metric, missing_eval_set
 from hf_grow.training.data import TrainData
 from hf_grow.training.data.assemble import DataPart
@@ -26,6 +27,7 @@ from hf_grow.training.data.packing import BATCH, IGNORED, DocumentEncoder, check
 from hf_grow.training.distributed.launch import current_launch
 from hf_grow.training.grow_config import GrowConfig
 from hf_grow.training.param_updates.parameter_map import bare, parameters
+from hf_grow.training.setup.activation_checkpointing import checkpointed_layers
 from hf_grow.training.setup.build import ModelParts, SetupHooks, add_early_stopping, make_parts, make_settings, merge_adapters
 from hf_grow.training.setup.launch_checks import launch_mistakes
 from hf_grow.training.setup.option_checks import check_options, load_tokenizer, plan_of
@@ -159,6 +161,8 @@ def _check(
             "monitor.on_instability: rollback needs a fixed row order. Shuffle the dataset beforehand, and set train_sampling_strategy='sequential'."
         )
     check_options(options, checkpoint, plan, processing_class, errors, notify)
+    layers = checkpoint.info.architecture.layers
+    collect_mistakes(errors, "activation_checkpointing", lambda: checkpointed_layers(options, args, plan, layers))
     errors += launch_mistakes(current_launch(), options, args, resume=False)
     raise_errors("GrowTrainer", errors)
     recorded = {

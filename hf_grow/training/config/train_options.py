@@ -57,6 +57,8 @@ class TrainOptions(Options):
     """Dtype of the result. Default: auto, that of `model`; checkpoints to resume from keep the training's."""
     attn_implementation: str | None = None
     """sdpa, eager or flash_attention_2, as in from_pretrained."""
+    checkpointed_layers: Literal["new_layers", "old_layers"] | Annotated[list[int], Field(min_length=1)] | None = None
+    """With activation_checkpointing: the decoder layers that it applies to, as [0, 1, 5], new_layers or old_layers. Default: all."""
     early_stopping_patience: Positive | None = None
     """Stop when metric_for_best_model has not improved for this many evaluations."""
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0

@@ -20,6 +20,7 @@ from hf_grow.training.data import survey
 from hf_grow.training.distributed.launch import Launch, current_launch
 from hf_grow.training.dry_run.memory import distillation_bytes, estimate_memory
 from hf_grow.training.regularizers.build import penalty_bytes
+from hf_grow.training.setup.activation_checkpointing import checkpointed_layers
 from hf_grow.training.setup.model_setup import make_residual_scale, plan_updates, weights_dtype, with_lora
 from hf_grow.training.setup.option_checks import resolve_teacher
 from hf_grow.training.setup.recipe_checks import check_recipe
@@ -76,7 +77,7 @@ def dry_run(
     memory = estimate_memory(
         info.architecture, arguments, parameters=parameters, trainable=trainable, width=width, length=length,
         penalty=penalty_bytes(recipe.regularizer, meta_model(info.config), setup.plan), rows=copies, teachers=teachers,
-        distillation=logits, launch=started,
+        distillation=logits, launch=started, checkpointed=checkpointed_layers(recipe, arguments, setup.plan, info.architecture.layers),
     )  # fmt: skip
     step = tokens_per_step(arguments, length, started.processes)
     counts = [t["tokens"] for t in texts if t["use"] == "train"]

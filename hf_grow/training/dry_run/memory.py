@@ -7,6 +7,7 @@ compares them with what is kept. `gathered` is an upper bound of what each libra
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -51,24 +52,31 @@ class MemoryEstimate:
         return {**asdict(self), "total": self.total}
 
 
-def activation_bytes(arch: Architecture, batch: int, length: int, width: int, *, checkpointing: bool) -> int:
-    """Bytes kept for the backward pass of one micro-batch of [batch, length] tokens.
-
-    ``width``: bytes per value of the compute dtype. ``checkpointing``: only block inputs are kept, and one block or the loss at a time.
-    """
-    hidden, tokens = arch.size("hidden"), batch * length
+def block_activation_bytes(arch: Architecture, layer: int, width: int) -> int:
+    """Bytes per token that a decoder layer keeps for its backward pass. ``width``: bytes per value of the compute dtype."""
+    hidden = arch.size("hidden")
     q, kv = arch.heads * arch.size("head_dim"), arch.size("kv") * arch.size("head_dim")
     norms = 2 * (4 * hidden + 2 * width * hidden)  # fp32 inputs, normalised values, and inputs of the projections
     attention = width * (2 * q + 2 * kv) + 4 * arch.heads  # q, k, v after rotation, the output, and one fp32 number per head
-    blocks = []
-    for layer in range(arch.layers):
-        experts = arch.top_k * (arch.size("expert_inter") or arch.size("inter"))
-        inter = experts if arch.is_sparse(layer) else arch.size("inter")
-        blocks.append(norms + attention + 4 * width * inter)
+    experts = arch.top_k * (arch.size("expert_inter") or arch.size("inter"))
+    return norms + attention + 4 * width * (experts if arch.is_sparse(layer) else arch.size("inter"))
+
+
+def activation_bytes(
+    arch: Architecture, batch: int, length: int, width: int, *, checkpointed: Collection[int], offloaded: bool = False
+) -> int:
+    """Bytes kept for the backward pass of one micro-batch of [batch, length] tokens.
+
+    ``width``: bytes per value of the compute dtype. ``checkpointed``: layers of which only the input is kept (``offloaded``: in main memory); one of
+    them at a time, or the loss, is held whole.
+    """
+    hidden = arch.size("hidden")
+    blocks = [block_activation_bytes(arch, layer, width) for layer in range(arch.layers)]
+    kept = sum(nbytes for layer, nbytes in enumerate(blocks) if layer not in checkpointed)
+    inputs = 0 if offloaded else len(checkpointed) * hidden * width
     loss = arch.size("vocab") * (width + 4 + 4) + 4 * hidden + 2 * width * hidden
-    if checkpointing:  # the loss is freed before the first block is recomputed
-        return tokens * (arch.layers * hidden * width + max(loss, *blocks))
-    return tokens * (sum(blocks) + loss)
+    # The loss is freed before the first block is recomputed.
+    return batch * length * (kept + inputs + max([loss, *(blocks[layer] for layer in checkpointed)]))
 
 
 def estimate_memory(
@@ -81,6 +89,7 @@ def estimate_memory(
     length: int,
     penalty: int = 0,
     rows: int = 0,
+    checkpointed: Collection[int] = (),
     teachers: int = 0,
     distillation: int = 0,
     launch: Launch = Launch(),  # noqa: B008 - immutable
@@ -88,7 +97,8 @@ def estimate_memory(
     """The memory of one process.
 
     ``parameters`` and ``trainable`` are parameter counts, ``width`` bytes per parameter, ``length`` tokens per sequence. ``penalty`` and ``rows``
-    are bytes for the whole model, before sharding; ``teachers`` and ``distillation`` bytes per process.
+    are bytes for the whole model, before sharding; ``teachers`` and ``distillation`` bytes per process. ``checkpointed``: layers whose activations
+    are computed again.
     """
     optim = str(getattr(arguments.optim, "value", arguments.optim))
     states = OPTIMIZER_STATES.get(optim.split("_")[0], 2)
@@ -110,7 +120,12 @@ def estimate_memory(
         teachers=teachers,
         distillation=distillation,
         activations=activation_bytes(
-            arch, arguments.per_device_train_batch_size, length, compute_width, checkpointing=uses_gradient_checkpointing(arguments)
+            arch,
+            arguments.per_device_train_batch_size,
+            length,
+            compute_width,
+            checkpointed=checkpointed,
+            offloaded=arguments.device.type != "cpu" and bool((arguments.activation_checkpointing_kwargs or {}).get("offload")),
         ),
         gathered=gathered_bytes(arch, launch, compute_width, trainable * train_width),
     )
@@ -132,11 +147,6 @@ def gathered_bytes(arch: Architecture, launch: Launch, width: int, gradients: in
         return 0
     block, head = max(block_parameters(arch)), arch.size("hidden") * arch.size("vocab")
     return width * (2 * block + head + 2 * max(block, head))
-
-
-def uses_gradient_checkpointing(arguments: TrainingArguments) -> bool:
-    """Whether activations are recomputed; the argument has two names."""
-    return any(getattr(arguments, name, None) for name in ("gradient_checkpointing", "activation_checkpointing"))
 
 
 def distillation_bytes(options: DistillOptions, vocabulary: int, tokens: int, teacher: int, student: int) -> int:

@@ -17,6 +17,7 @@ from hf_grow.training.param_updates.parameter_map import parameter_map
 from hf_grow.training.peft import lora
 from hf_grow.training.regularizers.build import make_penalty
 from hf_grow.training.setup import result_dtype
+from hf_grow.training.setup.activation_checkpointing import checkpointed_layers
 from hf_grow.training.setup.growth_at_load import grown_rows
 from hf_grow.training.setup.model_setup import (
     flops_per_token,
@@ -131,6 +132,7 @@ def make_settings(setup: TrainSetup, parts: ModelParts, data: TrainData, notify:
         after_growth=options.after_growth, penalty=parts.penalty, weights=parts.weights, distiller=distiller, aux_loss=_aux_loss(setup, parts.model),
         monitor=options.monitor, events=events, old_set=options.old_set if options.old_set in data.evals else None,
         flops_per_token=flops_per_token(setup) + teacher_flops, given_arguments=frozenset(setup.given_arguments),
+        checkpointed_layers=checkpointed_layers(options, arguments, setup.plan, setup.checkpoint.info.architecture.layers),
         trained_parts=[*options.train, *(f"but {p}" for p in options.freeze)], model_ref=setup.checkpoint.ref,
     )  # fmt: skip
 

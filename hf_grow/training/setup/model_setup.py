@@ -22,6 +22,7 @@ from hf_grow.training.param_updates.parameter_map import parameter_map
 from hf_grow.training.param_updates.residual_scale import ResidualScale
 from hf_grow.training.param_updates.updates import ParamUpdates
 from hf_grow.training.peft import lora
+from hf_grow.training.setup.activation_checkpointing import new_layers
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
 
 if TYPE_CHECKING:
@@ -76,8 +77,7 @@ def plan_updates(model: PreTrainedModel, plan: GrowthPlan | None, options: Train
     parts = param_provenance.parts(model, plan) if wanted else {}
     trains = select(names, parts, options.train, excluded=options.freeze)
     phases = [select(names, parts, phase.train) for phase in options.phases]
-    blocks = tuple(i for i, o in enumerate(plan.growth.layers) if o.new or o.identity) if plan is not None else ()
-    return ModelUpdates(ParamUpdates(trains, new, phases), new, blocks)
+    return ModelUpdates(ParamUpdates(trains, new, phases), new, new_layers(plan))
 
 
 def zero_new_blocks(model: PreTrainedModel, plan: GrowthPlan) -> None:

@@ -23,6 +23,7 @@ from hf_grow.training.config.train_options import default_best_metric
 from hf_grow.training.data.document_masking import check_attention
 from hf_grow.training.data.sources import find_text
 from hf_grow.training.distributed import launch
+from hf_grow.training.setup.activation_checkpointing import checkpointed_layers
 from hf_grow.training.setup.growth_at_load import WRITE_FIRST, plan_growth
 from hf_grow.training.setup.launch_checks import launch_mistakes
 from hf_grow.training.setup.option_checks import TOKENIZER_FILES, check_options, load_tokenizer, plan_of
@@ -83,6 +84,9 @@ def check_recipe(
         usable = recipe
         arguments = collect_mistakes(errors, "arguments", lambda: arguments_for(usable, recipe_data.arguments, out))
         if arguments is not None:
+            if checkpoint is not None:
+                given, layers = arguments, checkpoint.info.architecture.layers
+                collect_mistakes(errors, "activation_checkpointing", lambda: checkpointed_layers(usable, given, plan, layers))
             errors += launch_mistakes(
                 started, recipe, arguments, resume=resume or bool(recipe_data.arguments.get("resume_from_checkpoint"))
             )

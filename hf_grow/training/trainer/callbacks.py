@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 
 from hf_grow.training.config.schedules import phase_at
+from hf_grow.training.param_updates.residual_scale import decoder_layers
 from hf_grow.training.param_updates.updates import LrFactors, unwrapped
 from hf_grow.training.trainer.state import GrowthSettings, GrowthState
 
@@ -44,6 +45,10 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         t, g = self.trainer, self.trainer.growth
         state.compute_steps(args, state.max_steps)  # a checkpoint's intervals are those of the run that wrote it
+        if g.checkpointed_layers is not None and args.activation_checkpointing:  # Trainer has just enabled it
+            layers: list[Any] = list(decoder_layers(t.model))
+            for number, layer in enumerate(layers):
+                layer.gradient_checkpointing = number in g.checkpointed_layers
         if g.residual_scale is not None:
             g.residual_scale.set(g.warmup.alpha(t.steps_since_growth))
         if g.penalty is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,8 @@ class GrowthSettings:
     """Of forward and backward; None for Trainer's estimate, which counts every expert."""
     given_arguments: frozenset[str] = frozenset()
     """Optimizer arguments that override a checkpoint's: those that the user named."""
+    checkpointed_layers: Collection[int] | None = None
+    """Decoder layers whose activations are computed again in the backward pass; None for what Trainer's arguments say."""
     trained_parts: Sequence[str] = ("everything",)
     """What trains after the phases, for the event log."""
     weights: RowSource | None = None

@@ -85,7 +85,11 @@ MORE: dict[str, dict[str, Any]] = {
     "proximal": {"regularizer": {**EWC, "form": "proximal"}},
     "si": {"regularizer": {"kind": "si", "lambda": 0.5, "consolidate_every": 2}},
     "documents masked": {"data": {"intra_document_masking": True}},
-    "blended, checkpointed": {"warmup": {"steps": 3, "alpha_steps": 4}, "activation_checkpointing": True},
+    "blended, checkpointed": {
+        "warmup": {"steps": 3, "alpha_steps": 4},
+        "activation_checkpointing": True,
+        "checkpointed_layers": "new_layers",
+    },
     "distilled": {"distill": {"alpha": 0.5}, "monitor": {"baseline": "source", "contribution_steps": 3}, "kl_rows": 2},
 }
 
@@ -412,7 +416,9 @@ def test_memory_estimate_of_solar_on_eight_gpus(tmp_path: Path) -> None:
     arguments = arguments_for(found.recipe, found.arguments, tmp_path)
 
     def estimate_for(launch: Launch) -> memory.MemoryEstimate:
-        return memory.estimate_memory(arch, arguments, parameters=p, trainable=p, width=4, length=4096, penalty=4 * p, launch=launch)
+        return memory.estimate_memory(
+            arch, arguments, parameters=p, trainable=p, width=4, length=4096, penalty=4 * p, checkpointed=range(arch.layers), launch=launch
+        )
 
     one, ddp, fsdp, zero = (estimate_for(x) for x in (Launch(), Launch(8, "ddp"), Launch(8, "fsdp2"), Launch(8, "zero3")))
     assert one.weights + one.gradients + one.optimizer == 16 * p and one.penalty == 4 * p and one.gathered == 0
@@ -447,7 +453,11 @@ def test_fsdp2_memory_estimate_matches_torch_tracker(layers: int, length: int) -
               "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}  # fmt: skip
     arch = Architecture(config)
     shared = 8 * sum(math.prod(e.shape) for e in arch.tensors.values()) // 8  # weights and gradients in fp32, an eighth of each
-    found = shared + memory.activation_bytes(arch, 1, length, 2, checkpointing=True) + memory.gathered_bytes(arch, Launch(8, "fsdp2"), 2, 0)
+    found = (
+        shared
+        + memory.activation_bytes(arch, 1, length, 2, checkpointed=range(arch.layers))
+        + memory.gathered_bytes(arch, Launch(8, "fsdp2"), 2, 0)
+    )
     assert 1.0 < found / float(done.stdout.split()[-1]) < 1.3
 
 

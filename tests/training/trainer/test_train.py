@@ -29,7 +29,7 @@ from hf_grow import api
 from hf_grow.cli import main
 from hf_grow.convert.in_memory import disk_names, grow_model
 from hf_grow.training.config.schedules import AfterGrowth, Phase, Warmup, phase_at
-from hf_grow.training.dry_run.memory import activation_bytes
+from hf_grow.training.dry_run.memory import activation_bytes, block_activation_bytes
 from hf_grow.training.param_updates import param_provenance
 from hf_grow.training.param_updates.masks import Selection, both, either, inverse, select
 from hf_grow.training.param_updates.residual_scale import ResidualScale, decoder_layers
@@ -160,13 +160,15 @@ def test_dry_run_estimates_memory_and_writes_nothing(tmp_path: Path, capsys: pyt
     assert "│ teachers" not in output, "items of 0 bytes are omitted"
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointed", [(), (0, 1, 2), (1,)], ids=str)
 @pytest.mark.parametrize("case", ["llama", "qwen3"])
-def test_activation_bytes_matches_saved_tensors(case: str, checkpointing: bool) -> None:
+def test_activation_bytes_matches_saved_tensors(case: str, checkpointed: tuple[int, ...]) -> None:
     model = make(BY_NAME[case], hidden_size=96, intermediate_size=256, vocab_size=500, num_hidden_layers=3).train()
     model.set_attn_implementation("sdpa")
-    if checkpointing:
+    if checkpointed:
         model.activation_checkpointing_enable()
+    for number, layer in enumerate(model.model.layers):
+        layer.gradient_checkpointing = number in checkpointed
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -179,12 +181,18 @@ def test_activation_bytes_matches_saved_tensors(case: str, checkpointing: bool) 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = model(ids, labels=ids, use_cache=False).loss
     assert loss.requires_grad
-    found = activation_bytes(api.plan(model, "identity", layers_to=6).source.architecture, 4, 64, 4, checkpointing=checkpointing)
-    if checkpointing:  # inside a checkpointed block nothing is kept until the backward pass, which then holds one block
-        block = found - activation_bytes(api.plan(model, "identity", layers_to=6).source.architecture, 4, 64, 4, checkpointing=False)
-        assert block < 0
-        assert sum(kept.values()) < found
-    else:
+    arch = api.plan(model, "identity", layers_to=6).source.architecture
+    found = activation_bytes(arch, 4, 64, 4, checkpointed=checkpointed)
+    if checkpointed:  # inside a checkpointed block nothing is kept until the backward pass, which then holds one block
+        without = activation_bytes(arch, 4, 64, 4, checkpointed=())
+        inputs = 4 * 64 * 4 * arch.size("hidden")
+        blocks = [4 * 64 * block_activation_bytes(arch, layer, 4) for layer in range(3)]
+        loss = without - sum(blocks)
+        assert found == without - sum(blocks[i] - inputs for i in checkpointed) - loss + max(loss, blocks[0])
+        assert sum(kept.values()) < found < without
+        assert activation_bytes(arch, 4, 64, 4, checkpointed=checkpointed, offloaded=True) == found - len(checkpointed) * inputs
+        found -= max(loss, blocks[0]) - loss  # before the backward pass
+    if len(checkpointed) < 3:
         assert 0.75 < found / sum(kept.values()) < 1.33
 
 
