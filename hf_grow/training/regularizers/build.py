@@ -25,6 +25,7 @@ from hf_grow.training.regularizers.importance_file import (
     rows_fingerprint,
     sample_values,
 )
+from hf_grow.training.regularizers.importance_growth import GrownImportances, is_of_source
 from hf_grow.training.regularizers.penalty import STORAGE_DTYPES, Penalty, QuadraticPenalty
 from hf_grow.training.regularizers.si import SynapticIntelligence
 from hf_grow.training.regularizers.source_coordinates import SourceCoordinatePenalty, whole_parameters
@@ -38,7 +39,11 @@ if TYPE_CHECKING:
 
 
 def make_penalty(
-    options: PenaltyOptions, model: PreTrainedModel, plan: GrowthPlan | None = None, weights: RowSource | None = None
+    options: PenaltyOptions,
+    model: PreTrainedModel,
+    plan: GrowthPlan | None = None,
+    weights: RowSource | None = None,
+    source: RowSource | None = None,
 ) -> Penalty | None:
     """The penalty anchored at the current weights of ``model``; None for kind none.
 
@@ -47,12 +52,14 @@ def make_penalty(
         model: not wrapped, without adapters, with the weights that training starts from (on resume, before the checkpoint is loaded).
         plan: of a grown model, for `over: inherited` and `collapsed`.
         weights: of a model on the meta device; its anchors are those of `Penalty.take_anchors`.
+        source: weights of the source of a growth at load: a Fisher of the source is grown as it is read.
 
     Raises InputError for a Fisher that is missing, damaged or of another model.
     """
     if options.kind == "none":
         return None
     files = [open_importance(f) for f in options.fisher]
+    importances: list[RowSource] = [*files]
     rows = parameter_map(model)
     storage = STORAGE_DTYPES[options.storage]
     if options.collapsed:
@@ -63,12 +70,17 @@ def make_penalty(
         fingerprint = model_fingerprint(model) if weights is None else rows_fingerprint(weights, rows)
     for i, file in enumerate(files):
         # Of several tasks, only the newest Fisher was estimated at the weights that training starts from.
-        check_same_model(file, shapes, fingerprint if i == len(files) - 1 else None)
+        newest = i == len(files) - 1
+        if plan is not None and source is not None and is_of_source(file, plan):
+            check_same_model(file, file.shapes, rows_fingerprint(source, file.shapes) if newest else None)
+            importances[i] = GrownImportances(plan, file)
+        else:
+            check_same_model(file, shapes, fingerprint if newest else None)
     free = _free_masks(options, model, plan)
     anchors = {n: p.detach().to(dtype=storage, copy=True) for n, p in parameters(model).items()}
     proximal = options.form == "proximal"
     if options.kind == "si":
-        importance = _importance_reader(DecayedImportances(files), rows, free, storage) if files else None
+        importance = _importance_reader(DecayedImportances(importances), rows, free, storage) if files else None
         collect = not files or options.consolidate_every is not None
         return SynapticIntelligence(
             options.lambda_, anchors, importance, xi=options.xi, every=options.consolidate_every, collect=collect,
@@ -80,7 +92,7 @@ def make_penalty(
             "l2sp", options.lambda_, anchors, lambda n, p: _masked_scalar(mean, free.get(n, False), p),
             proximal=proximal, storage=storage, scalar_importance=options.over == "all",
         )  # fmt: skip
-    importance = _importance_reader(DecayedImportances(files, options.decay), rows, free, storage)
+    importance = _importance_reader(DecayedImportances(importances, options.decay), rows, free, storage)
     return QuadraticPenalty(options.kind, options.lambda_, anchors, importance, proximal=proximal, storage=storage)
 
 

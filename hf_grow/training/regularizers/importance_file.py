@@ -145,7 +145,7 @@ class DecayedImportances:
     Online EWC, Schwarz et al. 2018, arXiv 1805.06370.
     """
 
-    files: Sequence[ImportanceFile]
+    files: Sequence[RowSource]
     decay: float = 1.0
 
     def names(self) -> Collection[str]:

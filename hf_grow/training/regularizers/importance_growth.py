@@ -13,7 +13,8 @@ Where a target entry mixes several sources (averaged layers) no diagonal keeps t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from hf_grow.growth.evaluate import Evaluator
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.tensors import InMemoryTensors
 from hf_grow.training.regularizers.importance_file import ImportanceFile, check_same_model, close_samples, decode_samples, sample_positions
+from hf_grow.training.sharding.row_source import RowSource
 
 
 def grow_importance(plan: GrowthPlan, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -54,6 +56,65 @@ def grow_importance(plan: GrowthPlan, read: Callable[[str], Tensor]) -> Iterator
     for name, target_pieces in pieces.items():
         if not target_pieces:
             yield name, torch.zeros(plan.targets[name].shape, dtype=torch.float64)
+
+
+def is_of_source(file: ImportanceFile, plan: GrowthPlan) -> bool:
+    """Whether a file has the tensors of a plan's source, by name and shape."""
+    return file.shapes == source_shapes(plan)
+
+
+def source_shapes(plan: GrowthPlan) -> dict[str, tuple[int, ...]]:
+    return {n: t.shape for n, t in plan.source.tensors.items() if n in plan.source.architecture.tensors}
+
+
+class GrownImportances:
+    """F' of the target of a plan, computed when its rows are read: what `grow_importance` gives, as a RowSource. Memory: a few tensors.
+
+    ``source``: F of the source, by names on disk.
+    """
+
+    def __init__(self, plan: GrowthPlan, source: RowSource) -> None:
+        self.plan, self.source = plan, source
+        self._evaluator = Evaluator(plan, InMemoryTensors({}))
+        self._squares = lru_cache(maxsize=4)(self._sum_of_squares)
+        self._whole = lru_cache(maxsize=1)(self._grown)
+        self._held: dict[str, list[Piece]] = {}
+        """Live pieces of the targets by their source tensor."""
+        for name in plan.targets:
+            for piece in _live_pieces(plan, name):
+                self._held.setdefault(piece.source, []).append(piece)
+
+    def names(self) -> Collection[str]:
+        return self.plan.targets.keys()
+
+    def shape(self, name: str) -> Sequence[int]:
+        return self.plan.targets[name].shape
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._whole(name)[start:stop].clone()
+
+    def _grown(self, name: str) -> Tensor:
+        pieces = _live_pieces(self.plan, name)
+        if not pieces:
+            return torch.zeros(self.plan.targets[name].shape, dtype=torch.float64)
+        mean = _WeightedMean(len(pieces))
+        for piece in pieces:
+            mean.add(self._importance(piece.source), piece, self._evaluator)
+        return mean.result()
+
+    def _importance(self, source: str) -> Tensor:
+        """F over the sum of squared coefficients."""
+        shape = tuple(self.plan.source.by_key[source].shape)
+        if source not in self.plan.source.tensors:
+            return torch.zeros(shape)  # weights of further donors have no penalty
+        return (self.source.rows(source, 0, shape[0]).double() / self._squares(source)).nan_to_num(0.0, 0.0, 0.0)  # 0 / 0: held nowhere
+
+    def _sum_of_squares(self, source: str) -> Tensor:
+        shape = tuple(self.plan.source.by_key[source].shape)
+        total = torch.zeros(shape, dtype=torch.float64)
+        for piece in self._held[source]:
+            total += scatter_add(_squared_coefficients(piece, self._evaluator), piece.index, shape)
+        return total
 
 
 def _live_pieces(plan: GrowthPlan, name: str) -> list[Piece]:
@@ -95,7 +156,7 @@ def check_importance_of_source(file: ImportanceFile, plan: GrowthPlan, grown: Ch
 
     The source need not be there: its sampled values are looked up where growth put them, in tensors without symmetry breaking.
     """
-    shapes = {n: t.shape for n, t in plan.source.tensors.items() if n in plan.source.architecture.tensors}
+    shapes = source_shapes(plan)
     check_same_model(file, shapes, None)
     positions = {n: sample_positions(math.prod(shapes[n])) for n in sorted(shapes)}
     saved = iter(decode_samples(file.metadata["sample"]).tolist())

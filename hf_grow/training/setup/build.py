@@ -88,12 +88,15 @@ def make_parts(setup: TrainSetup, model: str | PreTrainedModel, revision: str | 
     options, plan = setup.options, setup.plan
     set_seed(setup.arguments.seed)  # adapters are drawn before Trainer does this
     weights: RowSource | None = None
+    source: RowSource | None = None
     if isinstance(model, str):
         dtype, attention = weights_dtype(options.dtype, setup.checkpoint), options.attn_implementation
         sharded = current_launch().sharing == "fsdp2"
         if sharded or setup.source is not None:
             checkpoint = open_source(model, revision=revision, weights=True, notify=notify)
-            weights = StoredRows(checkpoint) if setup.source is None else grown_rows(setup, checkpoint)
+            if setup.source is not None:
+                source = StoredRows(checkpoint)
+            weights = StoredRows(checkpoint) if source is None else grown_rows(setup, checkpoint)
             config = checkpoint.config if setup.source is None else setup.checkpoint.config
             model = empty_model(config, getattr(torch, dtype), checkpoint.folder, attention)
             if not sharded:
@@ -109,7 +112,7 @@ def make_parts(setup: TrainSetup, model: str | PreTrainedModel, revision: str | 
             zero_new_blocks(model, plan)
         else:
             weights = ZeroedRows(weights, residual_writers_of_new_blocks(plan))
-    penalty = make_penalty(options.regularizer, model, plan, weights)
+    penalty = make_penalty(options.regularizer, model, plan, weights, source)
     parts = ModelParts(model, planned.updates, scale, penalty, weights)
     if options.lora is not None:
         wrapped, updates = with_lora(model, planned.new, options.lora)

@@ -19,6 +19,7 @@ from hf_grow.training.distillation.distill import check_teacher
 from hf_grow.training.param_updates import param_provenance
 from hf_grow.training.param_updates.masks import EVERYTHING
 from hf_grow.training.regularizers.importance_file import check_same_model, checkpoint_fingerprint, open_importance
+from hf_grow.training.regularizers.importance_growth import is_of_source
 from hf_grow.training.setup.train_setup import Notify
 
 if TYPE_CHECKING:
@@ -65,13 +66,17 @@ def _check_regularizer(options: TrainOptions, checkpoint: Checkpoint, plan: Grow
         else {n: t.shape for n, t in plan.source.tensors.items() if n not in plan.growth.dropped}
     )
     for i, path in enumerate(penalty.fisher):
-        newest = i == len(penalty.fisher) - 1 and not penalty.collapsed and checkpoint.folder is not None and bool(checkpoint.files)
+        at_load = checkpoint.folder is not None and not checkpoint.files
+        newest = i == len(penalty.fisher) - 1 and not penalty.collapsed and checkpoint.folder is not None and not at_load
         identity = checkpoint_fingerprint(checkpoint) if newest else None
-        collect_mistakes(errors, "regularizer.fisher", partial(_check_fisher, path, shapes, identity))
+        collect_mistakes(errors, "regularizer.fisher", partial(_check_fisher, path, shapes, identity, plan if at_load else None))
 
 
-def _check_fisher(path: Path, shapes: Mapping[str, tuple[int, ...]], identity: str | None) -> None:
-    check_same_model(open_importance(path), shapes, identity)
+def _check_fisher(path: Path, shapes: Mapping[str, tuple[int, ...]], identity: str | None, at_load: GrowthPlan | None) -> None:
+    """``at_load``: the plan of a growth at load, whose source the file may be of; `make_penalty` compares the weights."""
+    file = open_importance(path)
+    if at_load is None or not is_of_source(file, at_load):
+        check_same_model(file, shapes, identity)
 
 
 def _check_teachers(

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from penalties import random_importance
 from safetensors.torch import load_file
 from trained import logged, recipe, run, source
+from transformers import AutoModelForCausalLM
 from two_processes import together
 
 from hf_grow import api
@@ -54,6 +56,26 @@ def test_same_training_as_of_the_written_model(
     capsys.readouterr()
 
 
+@pytest.mark.parametrize(("method", "options"), [*GROWTHS[:2], GROWTHS[3]])
+def test_fisher_of_the_source_is_grown(method: str, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `hf-grow fisher GROWN --from-growth` writes it."""
+    old = source(tmp_path / "source")
+    random_importance(AutoModelForCausalLM.from_pretrained(old), tmp_path / "fisher.safetensors")
+    api.grow(old, tmp_path / "grown", method, **options)
+    fisher = ["fisher", tmp_path / "grown", "--from-growth", tmp_path / "fisher.safetensors", "-o", tmp_path / "grown.safetensors"]
+    run(capsys, *fisher)
+    for name, more in (("written", {"fisher": "grown"}), ("loaded", {"fisher": "fisher"})):
+        regularizer = {"kind": "ewc", "lambda": 3.0, "fisher": str(tmp_path / f"{more['fisher']}.safetensors")}
+        growth = {"grow": {"method": method, **options}} if name == "loaded" else {}
+        model = old if name == "loaded" else tmp_path / "grown"
+        run(capsys, "train", recipe(tmp_path, model, **growth, regularizer=regularizer, output=str(tmp_path / name)))
+    same_weights(tmp_path / "written", tmp_path / "loaded", 0.0)
+    other = source(tmp_path / "other", num_key_value_heads=1)
+    random_importance(AutoModelForCausalLM.from_pretrained(other), tmp_path / "fisher.safetensors")
+    path = recipe(tmp_path, old, **growth, regularizer=regularizer, output=str(tmp_path / "third"))
+    assert "belongs to another model" in error(capsys, "train", path)
+
+
 def test_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, source(tmp_path / "source"), **SETTINGS, grow={"method": "identity", "layers_to": 4})
     run(capsys, "train", path)
@@ -71,7 +93,10 @@ def test_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_two_processes(how: str, method: str, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In fp64; AdamW's epsilon is large, because norms compute in fp32 and half of the rows round otherwise."""
     old = source(tmp_path / "source", dtype=torch.float64)
-    path = recipe(tmp_path, old, **SETTINGS, adam_epsilon=1e-2, grow={"method": method, **options})
+    random_importance(AutoModelForCausalLM.from_pretrained(old, dtype="auto"), tmp_path / "fisher.safetensors")
+    penalty = {"kind": "ewc", "lambda": 3.0, "fisher": str(tmp_path / "fisher.safetensors")}
+    settings = {**SETTINGS, **({"regularizer": penalty} if method == "fpi" else {})}
+    path = recipe(tmp_path, old, **settings, adam_epsilon=1e-2, grow={"method": method, **options})
     together(how, path, tmp_path / "together")
     run(capsys, "train", path)
     same_weights(tmp_path / "out", tmp_path / "together", 1e-9)
