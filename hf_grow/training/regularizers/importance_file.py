@@ -118,7 +118,6 @@ class ImportanceFile:
     path: Path
     metadata: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
-    _file: Any
 
     def names(self) -> Collection[str]:
         return self.shapes.keys()
@@ -128,7 +127,8 @@ class ImportanceFile:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows in their stored dtype. Raises InputError for values that are negative or not finite."""
-        tensor: Tensor = self._file.get_slice(name)[start:stop]
+        with safe_open(self.path, framework="pt") as file:  # opened anew: pages of a mapped file count as memory of the process
+            tensor: Tensor = file.get_slice(name)[start:stop]
         if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
             raise InputError(f"{self.path}: {name} contains values that are negative or not finite.", hint=_WRITE_AGAIN)
         return tensor
@@ -167,11 +167,11 @@ def open_importance(path: Path) -> ImportanceFile:
         raise InputError(f"{path} does not exist.", hint=_WRITE_ONE)
     open_regular(path, error=InputError).close()  # safetensors reports a file without read permission as missing
     try:
-        file: Any = safe_open(path, framework="pt")
-        metadata = file.metadata() or {}
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-        dtypes = {s.get_dtype() for s in slices.values()}
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
+            dtypes = {s.get_dtype() for s in slices.values()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}", hint=_WRITE_AGAIN) from None
     if metadata.get("format") != FORMAT or "sample" not in metadata:
@@ -179,7 +179,7 @@ def open_importance(path: Path) -> ImportanceFile:
     if not dtypes <= {"F32", "BF16"}:
         others = " and ".join(sorted(dtypes - {"F32", "BF16"}))
         raise InputError(f"{path} has dtype {others}; importances must be F32 or BF16 (squares overflow F16).")
-    return ImportanceFile(path, metadata, shapes, file)
+    return ImportanceFile(path, metadata, shapes)
 
 
 def check_same_model(
