@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import os
-from collections.abc import Callable, Iterator
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -66,6 +70,26 @@ class FileTensor:
             raise SourceError(f"{self.path} is truncated: a tensor of shape {list(self.shape)} ends after the file.")
 
 
+@dataclass(frozen=True)
+class SubclassTensor:
+    """A tensor subclass that holds other tensors: a quantized one of torchao, say. ``parts``: FileTensors, or whatever has `rows` and `whole`."""
+
+    kind: Any
+    parts: Mapping[str, Any]
+    context: Any
+    """What else its class needs."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensor: Any, part: Callable[[Tensor], Any]) -> SubclassTensor:
+        names, context = tensor.__tensor_flatten__()
+        return SubclassTensor(type(tensor), {n: part(getattr(tensor, n)) for n in names}, context, tuple(tensor.shape), tensor.dtype)
+
+    def build(self, part: Callable[[Any], Tensor]) -> Any:
+        return self.kind.__tensor_unflatten__({n: part(v) for n, v in self.parts.items()}, self.context)
+
+
 def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> Any:
     """What torch.save wrote to a file, or to `length` bytes of it from `start` on, with a FileTensor for every tensor.
 
@@ -77,11 +101,27 @@ def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
         if not 0 <= start <= start + length <= size:
             raise SourceError(f"{path} is truncated: it has {size} bytes, its contents need {start + length}.")
         try:
-            # On the meta device storages are not read, but know where they lie in the file.
-            found = torch.load(io.BufferedReader(_Part(file, start, length)), map_location="meta", weights_only=True)
-            return _map(found, lambda t: _located(t, path, start), _is_tensor)
+            try:
+                found = _load(file, start, length)
+            except pickle.UnpicklingError as error:
+                if "GLOBAL torchao." not in str(error) or find_spec("torchao") is None:
+                    raise
+                importlib.import_module("torchao.optim")  # which tells torch that its classes are safe
+                found = _load(file, start, length)
+            return map_tensors(found, lambda t: _located(t, path, start))
         except Exception as error:  # whatever a damaged or hostile file raises under weights_only
-            raise SourceError(f"{path} cannot be read: {(str(error).splitlines() or ['?'])[0]}") from None
+            unknown = re.search(r"GLOBAL (\w+)(\.[\w.]+)", str(error))
+            if unknown is None:
+                raise SourceError(f"{path} cannot be read: {(str(error).splitlines() or ['?'])[0]}") from None
+            install = "Install torchao, whose tensors it holds: pip install torchao" if unknown[1] == "torchao" else ""
+            raise SourceError(
+                f"{path} cannot be read: {unknown[1]}{unknown[2]} is neither a tensor nor plain data.", hint=install
+            ) from None
+
+
+def _load(file: io.FileIO, start: int, length: int) -> Any:
+    # On the meta device storages are not read, but know where they lie in the file.
+    return torch.load(io.BufferedReader(_Part(file, start, length)), map_location="meta", weights_only=True)
 
 
 def save_torch_file(data: Any, path: Path) -> None:
@@ -92,7 +132,7 @@ def save_torch_file(data: Any, path: Path) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        empty = _map(data, lambda v: torch.empty(tuple(v.shape), dtype=v.dtype), _is_tensor)
+        empty = map_tensors(data, _empty)
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(empty, path)
     with path.open("r+b") as file:
@@ -100,8 +140,17 @@ def save_torch_file(data: Any, path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _empty(like: Any) -> Tensor:
+    if not isinstance(like, SubclassTensor):
+        return torch.empty(tuple(like.shape), dtype=like.dtype)
+    made: Tensor = like.build(_empty)
+    return made
+
+
 def _fill(data: Any, places: Any, file: BinaryIO) -> None:
     """Writes the tensors of `data` to their places in the file."""
+    if isinstance(places, SubclassTensor):
+        data, places = data.parts, places.parts
     if isinstance(places, FileTensor):
         file.seek(places.offset)
         for block in _blocks(data):
@@ -123,20 +172,18 @@ def _blocks(tensor: Any) -> Iterator[Tensor]:
         yield tensor.rows(start, min(start + step, tensor.shape[0]))
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or hasattr(value, "rows")
-
-
-def _map(data: Any, change: Callable[[Any], Any], chosen: Callable[[Any], bool]) -> Any:
-    """Nested dicts, lists and tuples with `change` applied to the values that are `chosen`."""
-    if chosen(data):
+def map_tensors(data: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested dicts, lists and tuples with `change` applied to tensors and to what stands for one."""
+    if isinstance(data, (Tensor, SubclassTensor)) or hasattr(data, "rows"):
         return change(data)
     if isinstance(data, dict):
-        return {k: _map(v, change, chosen) for k, v in data.items()}
-    return type(data)(_map(v, change, chosen) for v in data) if type(data) in (list, tuple) else data
+        return {k: map_tensors(v, change) for k, v in data.items()}
+    return type(data)(map_tensors(v, change) for v in data) if type(data) in (list, tuple) else data
 
 
-def _located(tensor: Tensor, path: Path, start: int) -> FileTensor:
+def _located(tensor: Tensor, path: Path, start: int) -> FileTensor | SubclassTensor:
+    if hasattr(tensor, "__tensor_flatten__"):
+        return SubclassTensor.of(tensor, lambda t: _located(t, path, start))
     at = tensor.untyped_storage()._checkpoint_offset
     if at is None:
         raise ValueError("it has the format of torch before 1.6; load it and save it again with a newer torch")

@@ -27,6 +27,22 @@ class TensorRows(Protocol):
     def rows(self, key: str, start: int, stop: int) -> Tensor: ...
 
 
+class RowTensor(Protocol):
+    """A tensor that may be stored anywhere."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of dimension 0, as a new tensor that the caller may modify."""
+        ...
+
+    def whole(self) -> Tensor:
+        """The tensor; also of a scalar, which has no rows."""
+        ...
+
+
 class InMemoryTensors:
     """Source tensors in memory."""
 

@@ -32,11 +32,10 @@ from hf_grow.training.growth_state.optimizer_files import (
     SCALER,
     SCHEDULER,
     TRAINER_STATE,
-    initial_state,
     missing_optimizer_error,
 )
 from hf_grow.training.growth_state.optimizer_sources import named_state, open_optimizer, optimizer_path
-from hf_grow.training.growth_state.optimizer_state import MemoryTensor, OptimizerState, materialized
+from hf_grow.training.growth_state.optimizer_state import OptimizerState, in_memory, materialized
 from hf_grow.training.growth_state.state_files import DATA_STATE
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def grow_trainer_state(
 
     ``names``: the parameter names of each group, where the optimizer was not created by Trainer and its groups hold no names.
     ``exact_steps``: groups with the learning rates of `trajectory.step_factors`, for an optimizer created from `trajectory.param_groups`.
-    Raises SourceError if the state is not AdamW's, or does not fit the plan's source.
+    Raises SourceError if the state cannot be grown, or does not fit the plan's source.
     """
     check_trainer_checkpoint(folder, policy)
     if folder.resolve() == out.resolve():
@@ -93,9 +92,11 @@ def grow_trainer_state(
     source, target = meta_model(plan.source.config), meta_model(plan.growth.config)
     grown = _grow(plan, open_optimizer(path, source, names), source, target, policy)
     if exact_steps:
+        if any("exp_avg" not in s or "exp_avg_sq" not in s for s in grown.state.values()):
+            raise InputError("--exact-steps holds for AdamW alone: its update does not depend on the scale of gradients.")
         grown = _split_groups(out, grown, trajectory.step_factors(plan))
     count = sum(len(g["params"]) for g in grown.groups)
-    step = max((int(grown.number(n)) for n in grown.state), default=0)
+    step = max((int(grown.number(n)) for n, s in grown.state.items() if "step" in s), default=0)
     # All forms by name become one file: that of FSDP with FULL_STATE_DICT.
     _save(
         _by_position(grown) if path.name == POSITIONS else _by_name(grown, target), out / (POSITIONS if path.name == POSITIONS else NAMES)
@@ -129,26 +130,33 @@ def _by_position(state: OptimizerState) -> dict[str, Any]:
 
 def _by_name(state: OptimizerState, target: PreTrainedModel) -> dict[str, Any]:
     """As accelerate's optimizer.bin holds it, which torch wants with a state of every parameter."""
+    from hf_grow.training.growth_state.optimizer_forms import initial_state
+
     named = [{**g, **({"param_names": list(g["params"])} if "param_names" in g else {})} for g in state.groups]
-    missing = [n for g in state.groups for n in g["params"] if n not in state.state] if state.state else []
-    return {"state": {**state.state, **{n: initial_state(tuple(target.get_parameter(n).shape)) for n in missing}}, "param_groups": named}
+    whole = dict(state.state)
+    for group in state.groups:
+        # In the form that others of the group have, of as many dimensions where there are any.
+        held = sorted((n for n in group["params"] if n in state.state), key=lambda n: target.get_parameter(n).dim())
+        for name in (n for n in group["params"] if held and n not in state.state):
+            p = target.get_parameter(name)
+            like = min(held, key=lambda n: abs(target.get_parameter(n).dim() - p.dim()))
+            whole[name] = initial_state(tuple(p.shape), state.state[like], name)
+    return {"state": whole, "param_groups": named}
 
 
 def grow_optimizer(
     optimizer: Optimizer, plan: GrowthPlan, grown: PreTrainedModel, *, source: PreTrainedModel | None = None, policy: Policy = "map"
 ) -> Optimizer:
-    """An Adam or AdamW optimizer over the parameters of `grown`, with the moments of `optimizer` grown as `hf-grow --with-optimizer` grows them.
+    """An optimizer like `optimizer` over the parameters of `grown`, with its moments grown as `hf-grow --with-optimizer` grows them.
+
+    AdamW (also of bitsandbytes and torchao), SGD, Muon, Lion and Adafactor; of two optimizers that share a model, each is grown alone.
 
     ``grown``: of ``hf_grow.grow_model(model, plan)``. ``source``: the model that `optimizer` trains; by default its parameters are identified by
     their order (Trainer's two groups, or one group of all) or by the names in its groups. ``policy``: map, keep-and-zero or reset. `optimizer`
-    is not changed; a scheduler is not grown. Raises InputError for another optimizer, SourceError for a state that does not fit the plan.
+    is not changed; a scheduler is not grown. Raises SourceError for a state that cannot be grown, or does not fit the plan.
     """
-    import torch
+    from hf_grow.checkpoint.torch_files import map_tensors
 
-    if not isinstance(optimizer, torch.optim.Adam):
-        raise InputError(
-            f"Cannot grow the state of {type(optimizer).__name__}: only Adam and AdamW are supported.", hint="Create a new optimizer."
-        )
     if policy not in get_args(Policy):
         raise InputError(f"There is no policy {policy!r}.", hint=f"Policies: {', '.join(get_args(Policy))}.")
     names = None
@@ -158,10 +166,7 @@ def grow_optimizer(
             raise InputError("The optimizer has parameters that are not those of `source`.", hint="Pass the model that it trains.")
         names = [[own[id(p)] for p in g["params"]] for g in optimizer.param_groups]
     saved = optimizer.state_dict()
-    held = {
-        i: {k: MemoryTensor(v.detach().cpu()) if isinstance(v, torch.Tensor) else v for k, v in s.items()}
-        for i, s in saved["state"].items()
-    }
+    held = {i: map_tensors(s, in_memory) for i, s in saved["state"].items()}
     small, large = meta_model(plan.source.config), meta_model(plan.growth.config)
     grown_state = _grow(plan, named_state(saved["param_groups"], held, small, names), small, large, policy)
     grown_names = [g["params"] for g in grown_state.groups]
@@ -170,10 +175,11 @@ def grow_optimizer(
         raise InputError(f"The grown model has no parameter {missing}.", hint="Pass hf_grow.grow_model(model, plan).")
     settings = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in optimizer.param_groups]
     groups = [{**g, "params": [parameters[n] for n in members]} for g, members in zip(settings, grown_names, strict=True)]
-    accepted = inspect.signature(type(optimizer)).parameters
-    new_optimizer = type(optimizer)(groups, **{k: v for k, v in optimizer.defaults.items() if k in accepted})
-    in_memory = {i: {k: materialized(v) for k, v in s.items()} for i, s in _by_position(grown_state)["state"].items()}
-    new_optimizer.load_state_dict({**new_optimizer.state_dict(), "state": in_memory})
+    settings_of_all = {**vars(optimizer), **optimizer.defaults}  # torchao keeps its block size beside the groups
+    accepted = [*inspect.signature(type(optimizer)).parameters][1:]
+    new_optimizer = type(optimizer)(groups, **{k: settings_of_all[k] for k in accepted if k in settings_of_all})
+    new_state = map_tensors(_by_position(grown_state)["state"], materialized)
+    new_optimizer.load_state_dict({**new_optimizer.state_dict(), "state": new_state})
     return new_optimizer
 
 
@@ -236,14 +242,15 @@ def _grown_names(
     every = [n for n, _ in target.named_parameters()]
     if len(groups) == 1 and held[0] == sorted(n for n, _ in source.named_parameters()):
         return [every]
-    group_of = {n: i for i, g in enumerate(groups) for n in g["params"]}
+    group_of, own = {n: i for i, g in enumerate(groups) for n in g["params"]}, {n for n, _ in source.named_parameters()}
     out: list[list[str]] = [[] for _ in groups]
     for name in every:
         match = re.search(r"\.layers\.(\d+)\.", name)
         origin = name if match is None else name.replace(match[0], f".layers.{plan.growth.layers[int(match[1])].sources[0]}.", 1)
-        if origin not in group_of:
+        if origin in group_of:
+            out[group_of[origin]].append(name)
+        elif origin not in own:  # else it is frozen, or trained by another optimizer
             raise InputError(f"No parameter group of the optimizer contains {origin}, from which {name} grows.")
-        out[group_of[origin]].append(name)
     return out
 
 

@@ -1,61 +1,64 @@
-"""AdamW moments through a growth: each tensor is mapped like its weight, as a gradient or a squared gradient, under the policies of `grow_optimizer`."""
+"""An optimizer's moments through a growth: each tensor is mapped like its weight, as a gradient or a squared gradient, under the policies of `grow_optimizer`."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_grow.errors import SourceError
 from hf_grow.growth.axes import AxisMap, AxisRun, merge_runs
 from hf_grow.growth.plan import GrowthPlan
-from hf_grow.growth.tensormap import Expr, Fill, Quantity, Share, Source, Sum, Take
-from hf_grow.training.growth_state.optimizer_state import MomentRows, OptimizerState, RowTensor
+from hf_grow.growth.tensormap import Expr, Fill, Share, Source, Sum, Take
+from hf_grow.training.growth_state.optimizer_state import MomentRows, OptimizerState
 from hf_grow.training.param_updates.parameter_map import parameter_map
 from hf_grow.training.sharding.local_rows import by_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from hf_grow.growth.tensors import RowTensor
+
 Policy = Literal["map", "keep-and-zero", "reset"]
-MOMENTS: dict[str, Quantity] = {"exp_avg": "grad", "exp_avg_sq": "grad2"}
 SAFE_BETA2 = 0.95
 """Up to here a zeroed second moment raises first updates by at most about a tenth (measured); at 0.999 by a factor of 6.6."""
 
 
 def grow_state(
     plan: GrowthPlan, state: OptimizerState, source: PreTrainedModel, target: PreTrainedModel, policy: Policy, beta2: float
-) -> dict[str, dict[str, RowTensor | int | float | None]]:
+) -> dict[str, dict[str, Any]]:
     """The state of every target parameter by its name in memory, computed when its rows are read; parameters without old moments are omitted.
 
-    Raises SourceError for an optimizer other than Adam(W).
+    Raises SourceError for an optimizer whose state has no exact map.
     """
     from hf_grow.growth.evaluate import Evaluator
     from hf_grow.training.growth_state.grown_moments import GrownMoment, ParameterTensor
+    from hf_grow.training.growth_state.optimizer_forms import QUANTITIES, read_moments, write_state
 
     if not state.state:
         raise SourceError("The optimizer state is empty.", hint="It was saved before the first step; grow without it.")
-    if any(not MOMENTS.keys() <= s.keys() for s in state.state.values()):
-        raise SourceError(f"The optimizer state has {sorted(next(iter(state.state.values())))}; AdamW's has step, exp_avg and exp_avg_sq.")
+    moments = OptimizerState(state.groups, {n: read_moments(s, n, tuple(source.get_parameter(n).shape)) for n, s in state.state.items()})
     places, kept = parameter_map(source), _kept_only(plan)
     parameters = by_parameter(parameter_map(target))
     shapes = {n: t.shape for n, t in plan.source.tensors.items()}
-    grown: dict[str, dict[str, RowTensor | int | float | None]] = {}
-    for key, quantity in MOMENTS.items():
-        zeroing = policy == "keep-and-zero" and (key == "exp_avg" or beta2 <= SAFE_BETA2)
+    grown: dict[str, dict[str, RowTensor]] = {}
+    origins: dict[str, str] = {}
+    for key in sorted({k for found in moments.state.values() for k in found}):
+        quantity = QUANTITIES[key]
+        zeroing = policy == "keep-and-zero" and (quantity == "grad" or beta2 <= SAFE_BETA2)
         chosen = kept if zeroing else plan
-        held = MomentRows(state, key, {n: p for n, p in places.items() if n in shapes}, shapes)
+        held = MomentRows(moments, key, {n: p for n, p in places.items() if n in shapes}, shapes)
         # A tensor starts afresh if the state of a source is missing, or is that of another checkpoint.
         mapped = {
             n: e for n, e in chosen.growth.tensors.items() if not _is_fresh(plan, n) and all(s.key in held.names() for s in e.sources())
         }
         moment = GrownMoment({n: t.shape for n, t in plan.targets.items()}, mapped, Evaluator(chosen, held, quantity))
         for name, parts in parameters.items():
-            if (first := next((n for n in parts if n in mapped), None)) is not None:
-                origin = places[next(plan.growth.tensors[first].sources()).name].parameter
+            first = next((n for n in parts if n in mapped and all(s.key in held.names() for s in plan.growth.tensors[n].sources())), None)
+            if first is not None:
+                origin = origins[name] = places[next(plan.growth.tensors[first].sources()).name].parameter
                 shape = tuple(target.get_parameter(name).shape)
-                grown.setdefault(name, {"step": state.state[origin]["step"]})
-                grown[name][key] = ParameterTensor(shape, state.tensor(origin, key).dtype, parts, moment)
-    return grown
+                grown.setdefault(name, {})[key] = ParameterTensor(shape, moments.tensor(origin, key).dtype, parts, moment)
+    return {n: write_state(found, state.state[origins[n]], n) for n, found in grown.items()}
 
 
 def _is_fresh(plan: GrowthPlan, name: str) -> bool:

@@ -78,16 +78,15 @@ def named_state(
     names: Sequence[Sequence[str]] | None,
 ) -> OptimizerState:
     """A state by position or name as one by name. Raises SourceError if no known order fits by count and shape."""
+    from hf_grow.training.growth_state.optimizer_forms import parameter_shape
+
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     for candidate in _candidates(groups, model, names):
         if [len(c) for c in candidate] != [len(g["params"]) for g in groups]:
             continue
         keys = {n: i for members, g in zip(candidate, groups, strict=True) for n, i in zip(members, g["params"], strict=True)}
-        if all(
-            n in shapes and (i not in state or tuple(state[i]["exp_avg"].shape) == shapes[n])
-            for n, i in keys.items()
-            if i not in state or "exp_avg" in state[i]
-        ):
+        known = {n: parameter_shape(state[i]) for n, i in keys.items() if i in state}
+        if keys.keys() <= shapes.keys() and all(shape in (None, shapes[n]) for n, shape in known.items()):
             named = [{**g, "params": list(members)} for g, members in zip(groups, candidate, strict=True)]
             return OptimizerState(named, {n: state[i] for n, i in keys.items() if i in state})
     raise SourceError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from hf_grow.errors import SourceError
 from hf_grow.training.param_updates.parameter_map import ParameterRows
@@ -21,21 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-
-class RowTensor(Protocol):
-    """A tensor that may be stored anywhere."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of dimension 0, as a new tensor that the caller may modify."""
-        ...
-
-    def whole(self) -> Tensor:
-        """The tensor; also of a scalar, which has no rows."""
-        ...
+    from hf_grow.growth.tensors import RowTensor
 
 
 @dataclass(frozen=True)
@@ -59,9 +45,20 @@ class MemoryTensor:
         return self.tensor.clone()
 
 
-def materialized(value: RowTensor | int | float | None) -> Any:
-    """A RowTensor as a tensor in memory; anything else as it is."""
-    return value if value is None or isinstance(value, (int, float)) else value.whole()
+def in_memory(tensor: Any) -> Any:
+    """A tensor as a RowTensor; a tensor subclass as a SubclassTensor of such."""
+    from hf_grow.checkpoint.torch_files import SubclassTensor
+
+    held = tensor.detach().cpu()
+    return SubclassTensor.of(held, MemoryTensor) if hasattr(held, "__tensor_flatten__") else MemoryTensor(held)
+
+
+def materialized(value: Any) -> Tensor:
+    """The inverse of `in_memory`, for any RowTensor."""
+    from hf_grow.checkpoint.torch_files import SubclassTensor
+
+    found: Tensor = value.build(lambda part: part.whole()) if isinstance(value, SubclassTensor) else value.whole()
+    return found
 
 
 @dataclass(frozen=True)
@@ -69,16 +66,13 @@ class OptimizerState:
     """The groups of an optimizer and the state of its parameters, by parameter names in memory. Parameters without state are missing in `state`."""
 
     groups: list[dict[str, Any]]
-    state: Mapping[str, Mapping[str, RowTensor | int | float | None]]
-
-    def keys(self) -> list[str]:
-        """The names of the tensors that parameters have, such as exp_avg."""
-        return sorted({k for s in self.state.values() for k, v in s.items() if not isinstance(v, (int, float, type(None))) and v.shape})
+    state: Mapping[str, Mapping[str, Any]]
+    """Of each parameter RowTensors and numbers; in 8 bits also SubclassTensors, and what bitsandbytes nests (`optimizer_forms`)."""
 
     def tensor(self, name: str, key: str) -> RowTensor:
         """One tensor of a parameter's state. Raises SourceError if there is none."""
-        found = self.state.get(name, {}).get(key)
-        if found is None or isinstance(found, (int, float)):
+        found: RowTensor | None = self.state.get(name, {}).get(key)
+        if found is None:
             raise SourceError(f"The optimizer state has no {key} of {name}.")
         return found
 

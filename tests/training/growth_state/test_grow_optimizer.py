@@ -86,8 +86,10 @@ def test_grow_optimizer_equals_grow_trainer_state(name: str, growth: str, policy
 def test_grow_optimizer_rejects_other_optimizers_and_models() -> None:
     model = make(BY_NAME["llama"])
     plan = api.plan(model, "stack")
-    with pytest.raises(InputError, match="SGD"):
-        grow_optimizer(torch.optim.SGD(model.parameters(), lr=1), plan, model)
+    other = torch.optim.Adagrad(model.parameters(), lr=1e-3)
+    with pytest.raises(SourceError, match=r"keeps step, sum of model.embed_tokens.weight: there is no exact map"):
+        grow_optimizer(other, plan, grow_model(model, plan))
+    assert not grow_optimizer(torch.optim.SGD(model.parameters(), lr=1), plan, grow_model(model, plan), policy="reset").state
     with pytest.raises(InputError, match="not those of `source`"):
         grow_optimizer(adamw(model), plan, grow_model(model, plan), source=make(BY_NAME["llama"]))
 
