@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hf_grow.growth.tensormap import Quantity
 from hf_grow.growth.tensors import InMemoryTensors
 from hf_grow.model.architecture import Architecture
 from hf_grow.options import parse
+from hf_grow.training.param_updates.masks import Mask, RowMask
 
 SMOLLM2_135M = {
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -70,3 +72,8 @@ def gradients(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     model(ids, labels=ids, use_cache=False).loss.backward()
     return disk_names(model, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()})
+
+
+def dense_mask(mask: Mask, shape: Sequence[int]) -> Tensor:
+    """A mask as a bool tensor."""
+    return mask.dense() if isinstance(mask, RowMask) else torch.full(tuple(shape), mask)

@@ -2,7 +2,7 @@
 
 New are entries without a source (routers, padding), later copies of a source entry (rows, heads, experts, whole layers), and every block that growth
 added. The rest is inherited. Under AKI rows taken from the layer above are new as well.
-Masks are by the names in memory: False where all of a parameter is inherited, True where all of it is new, else a bool tensor of its shape.
+Masks are by the names in memory: False where all of a parameter is inherited, True where all of it is new, else a RowMask.
 """
 
 from __future__ import annotations
@@ -15,20 +15,18 @@ from hf_grow.common.safe_files import read_json
 from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.model.architecture import Architecture, Entry
-from hf_grow.training.param_updates.masks import inverse
+from hf_grow.training.param_updates.masks import Mask, RowMask, both, either, inverse, product_mask, stacked_mask
 from hf_grow.training.param_updates.parameter_map import bare, parameter_map
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from hf_grow.checkpoint.reader import Checkpoint
     from hf_grow.growth.entry_provenance import Indices
 
-    Mask = bool | Tensor
 
 PARTS = ("new", "old", "new_layers", "routers", "new_experts", "old_experts", "embeddings", "norms", "head")
 """The named parts that `train`, `freeze` and learning rates accept."""
@@ -58,7 +56,7 @@ def new_masks(model: PreTrainedModel, plan: GrowthPlan | None) -> dict[str, Mask
 
 
 def new_on_disk(plan: GrowthPlan) -> dict[str, Mask]:
-    """The same by names on disk, without a model. Equal layers share their masks: one byte per weight would be 13 GB for 13B."""
+    """The same by names on disk, without a model. Equal layers share their masks."""
     claimed: dict[str, list[Indices]] = {}
     cache: dict[Any, Mask] = {}
     return {name: _mask(plan, name, claimed, cache) for name in plan.targets}
@@ -95,17 +93,13 @@ def _mask(plan: GrowthPlan, name: str, claimed: dict[str, list[Indices]], cache:
 
 def _new_entries(steps: Sequence[tuple[Indices, Sequence[Indices]]]) -> Mask:
     """Entries outside the first blocks, minus overlaps with them."""
-    from hf_grow.growth.entry_provenance import outer
-
-    old: Tensor | None = None
+    old: Mask = False
     for first, overlaps in steps:
-        mask = outer(first)
+        mask = product_mask(first)
         for overlap in overlaps:
-            mask &= ~outer(overlap)
-        old = mask if old is None else old | mask
-    if old is None or not old.any():
-        return True
-    return False if bool(old.all()) else ~old
+            mask = both(mask, inverse(product_mask(overlap)))
+        old = either(old, mask)
+    return inverse(old)
 
 
 def _layer(plan: GrowthPlan, key: str) -> int:
@@ -115,55 +109,32 @@ def _layer(plan: GrowthPlan, key: str) -> int:
     return source.architecture.tensors[name].layer
 
 
-class _MaskPool:
-    """Returns the same tensor for equal masks; it must not be changed."""
-
-    def __init__(self) -> None:
-        self.pool: dict[tuple[int, ...], list[Tensor]] = {}
-
-    def __call__(self, mask: Mask) -> Mask:
-        import torch
-
-        if isinstance(mask, bool):
-            return mask
-        candidates = self.pool.setdefault(tuple(mask.shape), [])
-        for other in candidates:
-            if torch.equal(mask, other):
-                return other
-        candidates.append(mask)
-        return mask
-
-
 def _in_memory(model: PreTrainedModel, on_disk: Mapping[str, Mask]) -> dict[str, Mask]:
     """Masks by names on disk -> by names in memory."""
-    import torch
-
-    by_parameter: dict[str, list[tuple[str, Mask]]] = {}
+    by_parameter: dict[str, list[tuple[str, Mask, int]]] = {}
     rows = parameter_map(model)
-    for name, row_range in rows.items():
-        if name not in on_disk:
-            raise InputError(f"The growth plan has no tensor {name}.", hint="Check that growth.json belongs to this model.")
-        by_parameter.setdefault(row_range.parameter, []).append((name, on_disk[name]))
     shapes = {bare(n): p.shape for n, p in model.named_parameters()}
+    if missing := [name for name in rows if name not in on_disk]:
+        raise InputError(f"The growth plan has no tensor {missing[0]}.", hint="Check that growth.json belongs to this model.")
+    for name, row_range in sorted(rows.items(), key=lambda item: item[1].start):
+        mask, count = on_disk[name], row_range.stop - row_range.start
+        shape = (count, *shapes[row_range.parameter][1:][-1:])
+        if isinstance(mask, RowMask) and (len(mask.kinds), mask.lines.shape[1]) != (*shape, 1)[:2]:
+            raise InputError(
+                f"{name} has shape {list(shape)} in the model, but {list(mask.shape)} in the growth plan.",
+                hint="Check that growth.json belongs to this model.",
+            )
+        by_parameter.setdefault(row_range.parameter, []).append((name, mask, count))
     masks: dict[str, Mask] = {}
-    shared = _MaskPool()
+    shared: dict[Any, Mask] = {}
     for parameter, members in by_parameter.items():
-        if len(members) == 1 and not isinstance(members[0][1], bool) and members[0][1].shape == shapes[parameter]:
-            masks[parameter] = members[0][1]
-            continue
-        if all(m is members[0][1] and isinstance(m, bool) for _, m in members):
-            masks[parameter] = members[0][1]
-            continue
-        full = torch.zeros(shapes[parameter], dtype=torch.bool)
-        for name, mask in members:
-            part = rows[name].of(full)
-            if not isinstance(mask, bool) and mask.shape != part.shape:
-                raise InputError(
-                    f"{name} has shape {list(part.shape)} in the model, but {list(mask.shape)} in the growth plan.",
-                    hint="Check that growth.json belongs to this model.",
-                )
-            part.copy_(torch.as_tensor(mask))
-        masks[parameter] = shared(full)
+        found = [mask for _, mask, _ in members]
+        key = (shapes[parameter], *(mask if isinstance(mask, bool) else id(mask) for mask in found), *(count for _, _, count in members))
+        if key not in shared:
+            only, shape = found[0], tuple(shapes[parameter])
+            whole = len(found) == 1 and (isinstance(only, bool) or only.shape == shape)
+            shared[key] = only if whole else stacked_mask([(mask, count) for _, mask, count in members], shape)
+        masks[parameter] = shared[key]
     return masks
 
 

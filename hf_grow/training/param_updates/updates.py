@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.training.param_updates.masks import Mask, Selection, both, either, inverse
+from hf_grow.training.param_updates.masks import Mask, RowMask, both, either, inverse
 from hf_grow.training.param_updates.parameter_map import bare, parameters
-from hf_grow.training.param_updates.shards import local, shard_like
+from hf_grow.training.param_updates.selection import Selection
+from hf_grow.training.param_updates.shards import local
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,7 @@ class ParamUpdates:
         self.trains, self.new = dict(trains), dict(new)
         self.phases = [{n: both(self.trains[n], phase[n]) for n in self.trains} for phase in phases]
         self._cache: dict[tuple[str, int | None], _Selections] = {}
-        self._held: list[tuple[Tensor, Selection, Tensor, float]] = []
+        self._held: list[tuple[Tensor, Selection, list[Tensor], float]] = []
         self._lr: list[float] | None = None
         self._unsplit: list[tuple[int, list[tuple[int, int]]]] = []
         """For each group before `name_groups`: its first group after it, and the (group, position) of its parameters."""
@@ -126,7 +127,7 @@ class ParamUpdates:
             new = self.new.get(name, False)
 
             def selection(mask: Mask) -> Selection | None:
-                return None if isinstance(mask, bool) else Selection(local(shard_like(mask, p.data)))
+                return Selection(mask.local(p.data), local(p.data).device) if isinstance(mask, RowMask) else None
 
             self._cache[key] = _Selections(
                 frozen=trains_now is False,
@@ -142,8 +143,6 @@ class ParamUpdates:
         Of a parameter that is partly frozen throughout, those entries are zeroed. Entries frozen in this phase only keep their gradients for Adam's
         moments: a zero second moment with a large step count would make the first updates several times too large.
         """
-        import torch
-
         for name, p in parameters(model).items():
             if p.grad is None:
                 continue
@@ -151,8 +150,7 @@ class ParamUpdates:
             if selections.frozen:
                 p.grad = None
             elif selections.untrained is not None:
-                gradient = local(p.grad)
-                selections.untrained.put(gradient, torch.zeros_like(selections.untrained.take(gradient)))
+                selections.untrained.fill(local(p.grad), 0.0)
 
     def before_step(self, model: Module, optimizer: Any, phase: int | None, factors: LrFactors) -> None:
         """Multiplies learning rates, and copies the entries whose update will be scaled or undone."""
@@ -180,8 +178,7 @@ class ParamUpdates:
             group["lr"] = lr
         self._lr = None
         for values, selection, old, factor in self._held:
-            updated = values if selection.dim < 0 else selection.take(values)
-            selection.put(values, old.lerp_(updated, factor) if factor else old)
+            selection.restore(values, old, factor)
         self._held.clear()
         self.step_lr = {}
 
@@ -205,10 +202,8 @@ class ParamUpdates:
         total = 0
         for name in parameters(model):
             trains, new = self.trains.get(name, True), self.new.get(name, False)
-            if not isinstance(trains, bool):
-                total += trains.numel()
-            scaled = both(new, trains) if new_lr and not isinstance(new, bool) else False
-            total += 0 if isinstance(scaled, bool) else scaled.numel()
+            kept, scaled = inverse(trains), both(new, trains) if new_lr and isinstance(new, RowMask) else False
+            total += sum(Selection(mask).size for mask in (kept, scaled) if isinstance(mask, RowMask))
         return total
 
 

@@ -14,7 +14,8 @@ from hf_grow.growth.plan import GrowthPlan
 from hf_grow.training.config.regularizer_options import PenaltyOptions
 from hf_grow.training.param_updates.param_provenance import new_masks
 from hf_grow.training.param_updates.parameter_map import ParameterRows, parameter_map, parameters, shapes_on_disk
-from hf_grow.training.param_updates.shards import as_sharded, local, shard_like
+from hf_grow.training.param_updates.selection import Selection
+from hf_grow.training.param_updates.shards import as_sharded, local
 from hf_grow.training.regularizers.importance_file import (
     DecayedImportances,
     ImportanceFile,
@@ -34,7 +35,7 @@ from hf_grow.training.sharding.local_rows import by_parameter, local_tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_grow.training.param_updates.param_provenance import Mask
+    from hf_grow.training.param_updates.masks import Mask
     from hf_grow.training.sharding.row_source import RowSource
 
 
@@ -122,7 +123,7 @@ def _importance_reader(
         if mask is True:
             local(fisher).zero_()
         elif mask is not False:
-            local(fisher).masked_fill_(local(shard_like(mask, p)), 0.0)
+            Selection(mask.local(p), local(p).device).fill(local(fisher), 0.0)
         return fisher
 
     return read
@@ -140,7 +141,9 @@ def _free_masks(options: PenaltyOptions, model: PreTrainedModel, plan: GrowthPla
 def _masked_scalar(value: float, free: Mask, p: nn.Parameter) -> Tensor | float:
     if isinstance(free, bool):
         return 0.0 if free else value
-    return as_sharded(torch.where(local(shard_like(free, p)), 0.0, value), p)
+    part = torch.full(local(p).shape, value, device=local(p).device)
+    Selection(free.local(p), part.device).fill(part, 0.0)
+    return as_sharded(part, p)
 
 
 def _mean_importance(file: ImportanceFile) -> float:

@@ -26,7 +26,6 @@ from hf_grow.errors import InputError
 from hf_grow.training.config.train_config import read_recipe
 from hf_grow.training.distributed.launch import Launch, close_process_group, current_launch, launch_from_file
 from hf_grow.training.dry_run import memory
-from hf_grow.training.param_updates.masks import Selection
 from hf_grow.training.setup.recipe_checks import arguments_for
 from hf_grow.training.trainer.events import read_events
 
@@ -429,14 +428,6 @@ def test_memory_estimate_of_solar_on_eight_gpus(tmp_path: Path) -> None:
     assert zero.gathered == 2 * (10**9 + 4 * 4096**2)
     assert one.activations == ddp.activations == fsdp.activations == zero.activations
     assert fsdp.total < 40e9 < 80e9 < ddp.total
-
-
-def test_selection_with_no_rows() -> None:
-    """A router of one row, on two processes."""
-    for shape in ((0,), (0, 5), (3, 0)):
-        empty = Selection(torch.zeros(shape, dtype=torch.bool))
-        values = torch.zeros(shape)
-        empty.put(values, empty.take(values))
 
 
 @pytest.mark.slow

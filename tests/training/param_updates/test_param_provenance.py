@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from grown import plan_of
+from grown import dense_mask, plan_of
 from models import BY_NAME, make, on_disk
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from hf_grow import api
 from hf_grow.convert.in_memory import disk_names, grow_model
 from hf_grow.errors import InputError, SourceError
 from hf_grow.growth.plan import GrowthPlan
+from hf_grow.training.param_updates.masks import RowMask
 from hf_grow.training.param_updates.param_provenance import PARTS, load_plan, new_masks, new_on_disk, parts
 from hf_grow.training.param_updates.parameter_map import parameter_map, parameters
 
@@ -54,7 +55,7 @@ def test_new_masks_match_values_of_grown_weights(name: str, way: str) -> None:
     before, after, masks = on_disk(model), on_disk(grow_model(model, plan)), new_on_disk(plan)
     some = 0
     for tensor, grown in after.items():
-        mask = torch.as_tensor(masks[tensor]).expand(grown.shape)
+        mask = dense_mask(masks[tensor], grown.shape)
         if way == "head_dim" and tensor.endswith(("q_norm.weight", "k_norm.weight")):
             continue  # free gains repeat old ones, and stand before them: the values do not tell
         assert torch.equal(~mask, inherited(before[tensor], grown)), tensor
@@ -67,9 +68,9 @@ def test_aki_rows_from_layer_above_are_new() -> None:
     model = make(BY_NAME["llama"], dtype=torch.float64, num_hidden_layers=2)
     plan = plan_of(model, "aki", factor=2)
     masks, before = new_on_disk(plan), on_disk(model)
-    assert all((~torch.as_tensor(masks[n]).expand(plan.targets[n].shape)).sum() == t.numel() for n, t in before.items())
-    up = masks["model.layers.0.mlp.up_proj.weight"]
-    assert isinstance(up, Tensor) and up[40:].all() and not up[:40, :48].any()
+    assert all((~dense_mask(masks[n], plan.targets[n].shape)).sum() == t.numel() for n, t in before.items())
+    up = dense_mask(masks["model.layers.0.mlp.up_proj.weight"], plan.targets["model.layers.0.mlp.up_proj.weight"].shape)
+    assert up[40:].all() and not up[:40, :48].any()
 
 
 @pytest.mark.parametrize(
@@ -95,8 +96,8 @@ def test_equal_layers_share_masks(name: str) -> None:
         model = make(BY_NAME[name], num_hidden_layers=layers)
         plan = plan_of(model, "tile", factor=2)
         found = {"new": new_masks(grow_model(model, plan), plan), **parts(grow_model(model, plan), plan)}
-        every = [m for masks in found.values() for m in masks.values() if isinstance(m, Tensor)]
-        return sum({id(m): m.numel() for m in every}.values())
+        every = [m for masks in found.values() for m in masks.values() if isinstance(m, RowMask)]
+        return sum({id(m): m.nbytes() for m in every}.values())
 
     assert 0 < held(2) == held(5)
 
@@ -107,7 +108,7 @@ def test_width_and_depth_masks() -> None:
     masks = new_masks(grow_model(model, plan), plan)
     for i, layer in enumerate(plan.growth.layers):
         mask = masks[f"model.layers.{i}.mlp.up_proj.weight"]
-        assert mask is True if layer.identity else isinstance(mask, Tensor) and mask.float().mean() == 0.75
+        assert mask is True if layer.identity else isinstance(mask, RowMask) and mask.dense().float().mean() == 0.75
 
 
 def test_upcycling_masks() -> None:
@@ -116,12 +117,13 @@ def test_upcycling_masks() -> None:
     grown = grow_model(model, plan)
     masks, named = new_masks(grown, plan), parts(grown, plan)
     fused = "model.layers.1.mlp.experts.gate_up_proj"
-    mask = masks[fused]
-    assert isinstance(mask, Tensor) and mask.shape == parameters(grown)[fused].shape
+    mask = dense_mask(masks[fused], ())
+    assert mask.shape == parameters(grown)[fused].shape
     assert mask[1:].all() and not mask[0].any()
     assert masks["model.layers.1.mlp.gate.weight"] is True and masks["model.embed_tokens.weight"] is False
     assert set(named["routers"]) == {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
-    assert torch.equal(named["new_experts"][fused], mask) and torch.equal(named["old_experts"][fused], ~mask)
+    assert torch.equal(dense_mask(named["new_experts"][fused], ()), mask)
+    assert torch.equal(dense_mask(named["old_experts"][fused], ()), ~mask)
     assert "model.layers.0.self_attn.q_proj.weight" not in named["new"] and named["old"]["model.layers.0.self_attn.q_proj.weight"] is True
 
 
@@ -133,7 +135,7 @@ def test_redrawn_expert_units_are_new() -> None:
         name = f"model.layers.1.block_sparse_moe.experts.0.{part}.weight"
         redrawn = after[name] != before[f"model.layers.1.mlp.{old}.weight"]
         assert 0 < redrawn.sum() < redrawn.numel()
-        assert torch.equal(torch.as_tensor(masks[name]).expand(redrawn.shape), redrawn)
+        assert torch.equal(dense_mask(masks[name], redrawn.shape), redrawn)
 
 
 def test_added_experts_and_router_rows_are_new() -> None:
@@ -142,8 +144,8 @@ def test_added_experts_and_router_rows_are_new() -> None:
     grown = grow_model(model, plan)
     masks = new_masks(grown, plan)
     for name in ("model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.gate.weight"):
-        mask = masks[name]
-        assert isinstance(mask, Tensor) and mask[4:].all() and not mask[:4].any()
+        mask = dense_mask(masks[name], parameters(grown)[name].shape)
+        assert mask[4:].all() and not mask[:4].any()
     assert masks["model.layers.0.mlp.up_proj.weight"] is False
 
 

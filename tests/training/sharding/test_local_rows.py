@@ -6,14 +6,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import fake_group
 import pytest
 import torch
-import torch.distributed as dist
 from models import BY_NAME, make
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
 from hf_grow import api
@@ -45,16 +44,8 @@ class Tensors:
 
 @pytest.fixture
 def as_rank() -> Any:
-    """A process group of which this process is any member: nothing is sent."""
-
-    def begin(rank: int, world: int) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-
-    yield begin
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    yield fake_group.join
+    fake_group.leave()
 
 
 PLACEMENTS = [

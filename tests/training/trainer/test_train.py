@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from grown import dense_mask
 from models import BY_NAME, make, tokens
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -31,7 +32,7 @@ from hf_grow.convert.in_memory import disk_names, grow_model
 from hf_grow.training.config.schedules import AfterGrowth, Phase, Warmup, phase_at
 from hf_grow.training.dry_run.memory import activation_bytes, block_activation_bytes
 from hf_grow.training.param_updates import param_provenance
-from hf_grow.training.param_updates.masks import Selection, both, either, inverse, select
+from hf_grow.training.param_updates.masks import select
 from hf_grow.training.param_updates.residual_scale import ResidualScale, decoder_layers
 from hf_grow.training.param_updates.updates import LrFactors, ParamUpdates
 from hf_grow.training.regularizers.si import SynapticIntelligence
@@ -352,7 +353,7 @@ def test_frozen_weights_are_unchanged_bit_for_bit(name: str, train: list[str], f
     trainer(model, tmp_path, growth, max_steps=4).train()
     moved = 0
     for n, p in model.named_parameters():
-        mask = torch.as_tensor(trains[n]).expand(p.shape)
+        mask = dense_mask(trains[n], p.shape)
         assert torch.equal(p.detach()[~mask], before[n][~mask]), n
         changed = p.detach()[mask] != before[n][mask]
         if mask.any() and "embed" not in n and "experts" not in n:  # not every token and expert has its turn
@@ -371,7 +372,7 @@ def test_si_path_integral_is_zero_for_frozen_rows(tmp_path: Path) -> None:
     path.consolidate()
     some = 0
     for n, found in path.importances().items():
-        stayed = ~torch.as_tensor(masks[n]).expand(found.shape)
+        stayed = ~dense_mask(masks[n], found.shape)
         assert not found[stayed].any(), n
         assert not stayed.any() or torch.equal(dict(model.named_parameters())[n].detach()[stayed], before[n][stayed])
         some += int((found > 0).sum())
@@ -435,7 +436,7 @@ def reference_adamw(model: Any, new: dict[str, Any], factor: Callable[[int], flo
                 m, v = moments.setdefault(n, [torch.zeros_like(p), torch.zeros_like(p)])
                 m.mul_(betas[0]).add_(p.grad, alpha=1 - betas[0])
                 v.mul_(betas[1]).addcmul_(p.grad, p.grad, value=1 - betas[1])
-                rate = lr * every(t) * torch.where(torch.as_tensor(new[n]), factor(t), 1.0)
+                rate = lr * every(t) * torch.where(dense_mask(new[n], p.shape), factor(t), 1.0)
                 update = (m / (1 - betas[0] ** (t + 1))) / ((v / (1 - betas[1] ** (t + 1))).sqrt() + eps)
                 p.sub_(rate * (update + (decay * p if n in decayed else 0)))
 
@@ -467,21 +468,6 @@ def test_saved_optimizer_has_trainers_two_groups(tmp_path: Path) -> None:
     assert [g["weight_decay"] for g in saved["param_groups"]] == [0.1, 0.0]
     assert all(g["lr"] == FAST["learning_rate"] for g in saved["param_groups"])
     assert sum(len(g["params"]) for g in saved["param_groups"]) == len(new) == len(saved["state"])
-
-
-def test_mask_operations() -> None:
-    rows, columns = torch.tensor([[True] * 3, [False] * 3]), torch.tensor([[True, False, True]] * 2)
-    mixed = torch.tensor([[True, False, False], [False, True, False]])
-    x = torch.arange(6.0).reshape(2, 3)
-    for mask, dim in ((rows, 0), (columns, 1), (mixed, -1)):
-        chosen, y = Selection(mask), x.clone()
-        assert chosen.dim == dim
-        chosen.put(y, chosen.take(x) + 10)
-        assert torch.equal(y, torch.where(mask, x + 10, x))
-    assert either(rows, ~rows) is True
-    assert both(rows, ~rows) is False
-    assert both(True, rows) is not False and torch.equal(both(True, rows), rows)
-    assert inverse(True) is False
 
 
 def test_schedules_count_steps_from_the_growth() -> None:
