@@ -37,6 +37,9 @@ COMMANDS = {
 
 RESUMABLE = {name for name, (module, _) in COMMANDS.items() if module in ("grow", "train")}
 
+LAUNCHED = {"train", "fisher"}
+"""Commands that share their work among the processes of a launcher."""
+
 EPILOG = """\
 examples:
   hf-grow plan mistralai/Mistral-7B-v0.1 --to 10.7B
@@ -138,10 +141,10 @@ def run_command(argv: list[str]) -> int:
             _add_arguments(name, sub)
     arguments, rest = parser.parse_known_args(argv)
     started = _world_size()
-    if started > 1 and arguments.command != "train":
+    if started > 1 and arguments.command not in LAUNCHED:
         raise InputError(
             f"hf-grow {arguments.command} runs in one process, and {started} were started.",
-            hint="Start it without a launcher; only train takes one.",
+            hint=f"Start it without a launcher; only {' and '.join(sorted(LAUNCHED))} take one.",
         )
     module = importlib.import_module(f"hf_grow.cli.{COMMANDS[arguments.command][0]}")
     if not getattr(module, "OVERRIDES", False):

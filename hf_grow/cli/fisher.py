@@ -12,6 +12,7 @@ from hf_grow.common.units import format_bytes
 from hf_grow.model.param_count import format_count
 from hf_grow.options import parse
 from hf_grow.training.config.fisher_options import FisherFileOptions, FisherOptions
+from hf_grow.training.distributed.launch import is_main_process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,13 +32,18 @@ def run(arguments: argparse.Namespace) -> int:
     options = parse(FisherOptions, flags.given(arguments, FisherOptions), **checked_together)
     from hf_grow.training.fisher import write_fisher
 
+    first = is_main_process()
+
     with out_of_memory_errors(
         "Use a smaller --batch or --seq-length, or --device cpu. --dry-run estimates the memory without activations."
     ):
         facts = write_fisher(
             arguments.source, arguments.revision, files, options,
-            notify=render.note, progress_bar=partial(render.tokens_bar, quiet=arguments.json),
+            notify=render.note if first else lambda message: None,
+            progress_bar=partial(render.tokens_bar, quiet=arguments.json or not first),
         )  # fmt: skip
+    if not first:
+        return 0
     print_json(facts) if arguments.json else _show(facts)
     return 0
 

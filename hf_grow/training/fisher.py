@@ -5,13 +5,16 @@ It is estimated on text, or mapped from the source's file through a growth; on r
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from hf_grow.checkpoint.reader import Checkpoint
@@ -29,15 +32,19 @@ from hf_grow.training.calibrate import MAX_EVAL_ROWS, MIN_ROWS, TrialSettings, c
 from hf_grow.training.config.data_options import TextOptions
 from hf_grow.training.config.fisher_options import FisherFileOptions, FisherOptions
 from hf_grow.training.config.train_config import collect_mistakes
-from hf_grow.training.data.source_model import load_with_tokenizer
+from hf_grow.training.data.source_model import load_tokenizer_of, load_with_tokenizer
 from hf_grow.training.data.sources import find_text
+from hf_grow.training.distributed.launch import Launch, current_launch
+from hf_grow.training.distributed.processes import ALONE, Processes
+from hf_grow.training.dry_run.memory import gathered_bytes
 from hf_grow.training.param_updates.param_provenance import check_plan_matches
+from hf_grow.training.param_updates.parameter_map import parameter_map
 from hf_grow.training.regularizers.build import make_penalty
 from hf_grow.training.regularizers.fisher import (
-    by_names_on_disk,
+    Part,
     estimate_fisher,
-    estimation_memory,
     expert_utility,
+    held_on_disk,
     merge_online,
     sample_sequences,
 )
@@ -47,11 +54,19 @@ from hf_grow.training.regularizers.importance_file import (
     model_fingerprint,
     open_importance,
     write_importance,
+    write_importance_rows,
 )
 from hf_grow.training.regularizers.importance_growth import check_importance_of_source, grow_importance
 from hf_grow.training.regularizers.penalty import QuadraticPenalty
 from hf_grow.training.setup.train_setup import Notify
 from hf_grow.training.setup.warnings import RECOVER, lossy_method
+from hf_grow.training.sharding.local_rows import Places
+from hf_grow.training.sharding.row_source import StoredRows
+from hf_grow.training.sharding.sharded_model import empty_model, fill_model
+from hf_grow.verification.models import expert_options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(label, total tokens) -> a context whose value is called with tokens done."""
@@ -107,6 +122,7 @@ def _check_options(files: FisherFileOptions, options: FisherOptions, out: Path, 
             f"--calibrate trains on the first GPU, as hf-grow train does, not on {files.device}. Choose the GPU with CUDA_VISIBLE_DEVICES."
         )
     mistakes += unmet_requirements(files, options)
+    mistakes += _launch_mistakes(current_launch(), files)
     for key, path in (("output", out), ("utility", files.utility)):
         if path is not None:
             collect_mistakes(mistakes, f"--{key}", partial(_check_writable, path, files))
@@ -117,6 +133,25 @@ def _check_options(files: FisherFileOptions, options: FisherOptions, out: Path, 
         if file is not None:
             collect_mistakes(mistakes, f"--{key}", partial(open_importance, file))
     raise_errors("The command line", mistakes)
+
+
+def _launch_mistakes(launch: Launch, files: FisherFileOptions) -> list[str]:
+    """One line per option that does not work with these processes."""
+    mistakes = []
+    if launch.deepspeed or launch.sharing == "fsdp1":
+        mistakes.append(f"launch: {launch} gives no access to single gradients. Use FSDP2 (fsdp_version: 2) or DDP.")
+    if launch.processes > 1:
+        if files.from_growth is not None:
+            mistakes.append("--from-growth: maps a file and runs no model; start it without a launcher.")
+        if files.calibrate is not None:
+            mistakes.append(
+                "--calibrate: trains in one process. Write the Fisher first, and calibrate on one GPU, or choose lambda by trainings."
+            )
+    if launch != Launch() and files.device not in (None, "cpu"):
+        mistakes.append("--device: the launcher gives every process its device.")
+    if launch.sharing == "fsdp2" and files.device == "cpu":
+        mistakes.append("--device cpu: accelerate shards on accelerators only. Use DDP (accelerate launch --multi_cpu), or one process.")
+    return mistakes
 
 
 def _check_writable(path: Path, files: FisherFileOptions) -> None:
@@ -139,12 +174,25 @@ def _dry_run(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) ->
     if mapped:
         return {**facts, "note": "mapped tensor by tensor; no model is loaded"}
     length = min(options.seq_length, checkpoint.config.get("max_position_embeddings") or options.seq_length)
-    memory = estimation_memory(parameters, {"bfloat16": 2, "float64": 8}.get(options.dtype, 4))
+    memory = _memory(checkpoint, {"bfloat16": 2, "float64": 8}.get(options.dtype, 4))
     return {
         **facts, "tokens": options.tokens, "memory_bytes": {**memory, "total": sum(memory.values())},
         "flops": flops.training_flops(meta_model(checkpoint.info.config), length) * options.tokens,
         "note": "activations of one batch are not included",
     }  # fmt: skip
+
+
+def _memory(checkpoint: Checkpoint, width: int) -> dict[str, int]:
+    """Bytes of one process without activations: weights, squares in fp32, and the gradients that exist at a time; under FSDP2 also what is gathered.
+
+    Gradients: of the two largest parameters, because a tied embedding's is complete at the end only.
+    """
+    launch, sizes = current_launch(), sorted(p.numel() for p in meta_model(checkpoint.info.config).parameters())
+    shards = launch.shards("weights")
+    memory = {"weights": sum(sizes) * width // shards, "gradients": 0, "squares": sum(sizes) * 4 // shards}
+    if launch.sharing == "fsdp2":
+        return {**memory, "gathered": gathered_bytes(checkpoint.info.architecture, launch, width, 0)}
+    return {**memory, "gradients": sum(sizes[-2:]) * width}
 
 
 def _map_fisher(checkpoint: Checkpoint, source_file: Path, options: FisherOptions, out: Path) -> dict[str, Any]:
@@ -164,6 +212,54 @@ def _map_fisher(checkpoint: Checkpoint, source_file: Path, options: FisherOption
     return {"kind": metadata.get("kind", ""), "mapped_from": metadata["mapped_from"], "mapped_by": plan.growth.method}
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """The model of an estimation, as this process holds it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    places: Places
+    """`parameter_map`, from before it was sharded."""
+    sharded: bool
+    processes: Processes
+    activation_checkpointing: bool = False
+    """Whether the launcher's file asks for it."""
+
+
+def _load(checkpoint: Checkpoint, options: FisherOptions, device: str | None) -> _Loaded:
+    """The whole model, in every process; under FSDP2, shards that were filled from the rows that each process holds."""
+    launch = current_launch()
+    if launch == Launch():
+        model, tokenizer = load_with_tokenizer(checkpoint, _compute_dtype(options, device), device)
+        return _Loaded(model, tokenizer, parameter_map(model), False, ALONE)
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=device == "cpu")
+    if accelerator.num_processes != launch.processes:
+        raise InputError(
+            f"{launch.processes} processes were started, but this machine has no GPU: each would work on its own.", hint="Add --device cpu."
+        )
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    dtype = _compute_dtype(options, accelerator.device.type)
+    if launch.sharing != "fsdp2":
+        model, tokenizer = load_with_tokenizer(checkpoint, dtype, str(accelerator.device))
+        return _Loaded(model, tokenizer, parameter_map(model), False, processes)
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin = accelerator.state.fsdp_plugin
+    plugin.cpu_ram_efficient_loading = False  # every process reads its own rows, which needs less memory still
+    if plugin.mixed_precision_policy is None and dtype == "bfloat16":
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    tokenizer = load_tokenizer_of(checkpoint)
+    model = empty_model(checkpoint.config, getattr(torch, dtype), checkpoint.folder, **expert_options(dtype, checkpoint.info.architecture))
+    places = parameter_map(model)
+    fsdp2_prepare_model(accelerator, model)  # in place
+    assert all(hasattr(p, "placements") for p in model.parameters()), "accelerate did not shard the model"
+    fill_model(model, places, StoredRows(checkpoint), "cpu" if plugin.cpu_offload else accelerator.device)
+    return _Loaded(model, tokenizer, places, True, processes, plugin.activation_checkpointing)
+
+
 def _estimate(
     checkpoint: Checkpoint,
     files: FisherFileOptions,
@@ -173,17 +269,20 @@ def _estimate(
     notify: Notify,
     progress_bar: ProgressBar,
 ) -> dict[str, Any]:
-    require_packages("datasets")
+    require_packages("datasets", *(["accelerate"] if current_launch() != Launch() else []))
     arch = checkpoint.info.architecture
     shapes = {n: t.shape for n, t in checkpoint.info.tensors.items() if n in arch.tensors}
     earlier = None
     if files.merge is not None:
         earlier = open_importance(files.merge)
         check_same_model(earlier, shapes, None)
-    model, tokenizer = load_with_tokenizer(checkpoint, _compute_dtype(options, files.device), files.device)
+    loaded = _load(checkpoint, options, files.device)
+    model, processes = loaded.model, loaded.processes
+    if loaded.activation_checkpointing:
+        options = options.model_copy(update={"activation_checkpointing": True})
     length = min(options.seq_length, model.config.max_position_embeddings)
     assert files.text is not None
-    sample = partial(sample_sequences, model=model, tokenizer=tokenizer, length=length, seed=options.seed)
+    sample = partial(sample_sequences, model=model, tokenizer=loaded.tokenizer, length=length, seed=options.seed)
     rows_needed = -(-options.tokens // length)
     rows = sample([files.text], count=rows_needed + (MAX_EVAL_ROWS if trials is not None else 0))
     heldout = new = None
@@ -199,8 +298,9 @@ def _estimate(
         rows, heldout = rows[:split], rows[split:]
     if len(rows) < rows_needed:
         notify(f"{files.text} has {rows.numel():,} tokens, fewer than the {options.tokens:,} of --tokens.")
-    with progress_bar("Fisher", rows.numel()) as progress:
-        fisher, tokens = estimate_fisher(model, rows, options, progress=progress)
+    shared = 1 if loaded.sharded else processes.count
+    with progress_bar("Fisher", rows.numel() // shared) as progress:
+        fisher, tokens = estimate_fisher(model, rows, options, processes=processes, progress=progress)
     metadata = {
         "kind": options.kind, "exact": options.exact or options.kind == "empirical", "tokens": tokens, "seq_length": length,
         "batch": options.batch, "seed": options.seed, "dtype": str(model.dtype).removeprefix("torch."),
@@ -208,19 +308,25 @@ def _estimate(
     }  # fmt: skip
     if earlier is not None:
         metadata |= {"merged": earlier.metadata.get("model", ""), "decay": files.decay}
-    tensors = by_names_on_disk(model, fisher)
-    if earlier is not None:
-        tensors = merge_online(tensors, earlier.read, files.decay)
-    write_importance(out, shapes, tensors, {**metadata, "sample": model_fingerprint(model)}, storage=options.storage)
+
+    def parts() -> Iterator[Part]:
+        """What this process has to write and to count: its shards; the first process all of a model that each holds."""
+        return iter(()) if processes.index and not loaded.sharded else held_on_disk(model, fisher, loaded.places)
+
+    written = parts() if earlier is None else merge_online(parts(), earlier.rows, files.decay)
+    fingerprint = model_fingerprint(model)
+    write_importance_rows(out, shapes, written, {**metadata, "sample": fingerprint}, storage=options.storage, processes=processes)
     facts: dict[str, Any] = dict(metadata)
-    facts["mean"] = sum(float(t.sum().double()) for t in fisher.values()) / sum(t.numel() for t in fisher.values())
+    facts["mean"] = sum(processes.gather(sum(float(t.sum().double()) for _, _, t in parts()))) / sum(map(math.prod, shapes.values()))
     facts["bytes"] = out.stat().st_size
     if files.utility is not None:
-        table = expert_utility(arch.layers, arch.size("experts"), by_names_on_disk(model, fisher), arch.tensors)
-        files.utility.write_text(to_json({"utility": table}, indent=None), encoding="utf-8")
+        tables = processes.gather(expert_utility(arch.layers, arch.size("experts"), parts(), arch.tensors))
+        if processes.index == 0:
+            table = np.sum(tables, axis=0).tolist()
+            files.utility.write_text(to_json({"utility": table}, indent=None), encoding="utf-8")
         facts["utility"] = str(files.utility)
     if trials is not None and new is not None and heldout is not None and files.calibrate is not None:
-        del fisher, tensors
+        del fisher, written
         notify(f"Wrote the Fisher to {out}; calibrating lambda.")
         plan = None if checkpoint.growth is None else GrowthPlan.from_json(checkpoint.growth)
         penalty = make_penalty(trials.penalty, model.float(), plan)

@@ -61,14 +61,14 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
             dtype=getattr(torch, dtype),
             trust_remote_code=False,
             local_files_only=True,
-            **_expert_options(dtype, checkpoint.info.architecture),
+            **expert_options(dtype, checkpoint.info.architecture),
         )
         untie_config(model)
         reset_output_flags(model.config)
     return cast("PreTrainedModel", model.eval())
 
 
-def _expert_options(dtype: str, arch: Architecture) -> dict[str, str]:
+def expert_options(dtype: str, arch: Architecture) -> dict[str, str]:
     """torch's grouped matmul for fused experts supports neither fp64 nor rows that are not a multiple of 16 bytes."""
     width = {"float64": 8, "float32": 4}.get(dtype, 2)
     unaligned = any(arch.size(axis) * width % 16 for axis in ("hidden", "expert_inter"))
@@ -84,7 +84,7 @@ def unrounded_model(plan: GrowthPlan, old: Checkpoint, dtype: str) -> PreTrained
 
     evaluator, wide = Evaluator(plan, StoredTensors(old)), "F64" if dtype == "float64" else "F32"
     state = {n: evaluator.whole(e, TensorInfo(wide, plan.targets[n].shape)) for n, e in plan.growth.tensors.items()}
-    model = build_model(plan, state, getattr(torch, dtype), **_expert_options(dtype, plan.architecture)).eval()
+    model = build_model(plan, state, getattr(torch, dtype), **expert_options(dtype, plan.architecture)).eval()
     reset_output_flags(model.config)
     return model
 

@@ -20,9 +20,11 @@ class FisherOptions(Options):
     tokens: Annotated[Count, Field(ge=1), Excludes("from_growth")] = 131_072
     """Tokens of text to use. 64 batches of 2048 are plenty; 16 are enough; 4 are noisy."""
     batch: Annotated[int, Field(ge=1), Excludes("from_growth")] = 4
-    """Sequences per batch."""
+    """Sequences per batch, of all processes together."""
     seq_length: Annotated[int, Field(ge=2), Excludes("from_growth")] = 512
     """Tokens per sequence; at most max_position_embeddings of the model."""
+    activation_checkpointing: Annotated[bool, Excludes("from_growth")] = False
+    """Keep only the inputs of the blocks, and compute each block again for its gradients: less memory, a third more time."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float64"], Excludes("from_growth")] = "auto"
     """Dtype to compute in. Default: bfloat16 on a GPU, float32 on a CPU. Not float16: gradients underflow and their squares overflow."""
     storage: Literal["fp32", "bf16"] = "fp32"

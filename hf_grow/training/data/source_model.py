@@ -24,9 +24,7 @@ def load_with_tokenizer(checkpoint: Checkpoint, dtype: str, device: str | None =
     """
     if dtype == "auto":
         dtype = _TORCH_NAMES[Counter(t.dtype for t in checkpoint.tensors.values()).most_common(1)[0][0]]
-    if checkpoint.folder is None or not has_tokenizer(checkpoint):
-        raise InputError(f"{checkpoint.ref} has no usable tokenizer.", hint="Copy the tokenizer's files into the folder of config.json.")
-    tokenizer, model = load_tokenizer(checkpoint.folder, checkpoint.ref), load_model(checkpoint, dtype)
+    tokenizer, model = load_tokenizer_of(checkpoint), load_model(checkpoint, dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(device), tokenizer
@@ -34,6 +32,13 @@ def load_with_tokenizer(checkpoint: Checkpoint, dtype: str, device: str | None =
         raise InputError(
             f"{checkpoint.ref} cannot be moved to {device}: {str(error).splitlines()[0]}", hint="Use another --device."
         ) from None
+
+
+def load_tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Raises InputError if there is no tokenizer."""
+    if checkpoint.folder is None or not has_tokenizer(checkpoint):
+        raise InputError(f"{checkpoint.ref} has no usable tokenizer.", hint="Copy the tokenizer's files into the folder of config.json.")
+    return load_tokenizer(checkpoint.folder, checkpoint.ref)
 
 
 def weights_digest(model: PreTrainedModel) -> str:

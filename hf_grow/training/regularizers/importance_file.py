@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from hf_grow.common.safe_files import open_regular
 from hf_grow.errors import ExecutionError, InputError, OutputError
 from hf_grow.growth.source_info import DTYPE_BYTES, TensorInfo
 from hf_grow.growth.tensors import raw_bytes, torch_dtype
+from hf_grow.training.distributed.processes import ALONE, Processes
 from hf_grow.training.param_updates.parameter_map import ParameterRows, parameter_map, parameters
 from hf_grow.training.param_updates.shards import local, local_window, sum_over_processes
 from hf_grow.training.sharding.row_source import RowSource
@@ -225,28 +227,56 @@ def write_importance(
     *,
     storage: str = "fp32",
 ) -> None:
-    """Writes ``tensors`` as they come, in any order, one in memory at a time; ``path`` appears when all of ``shapes`` are written.
+    """`write_importance_rows` of whole tensors, by one process."""
+    write_importance_rows(path, shapes, ((name, 0, tensor) for name, tensor in tensors), metadata, storage=storage)
 
-    ``storage``: a key of STORAGE. Raises OutputError if the file cannot be written, ExecutionError if a value is not finite.
+
+def write_importance_rows(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    parts: Iterable[tuple[str, int, Tensor]],
+    metadata: Mapping[str, Any],
+    *,
+    storage: str = "fp32",
+    processes: Processes = ALONE,
+) -> None:
+    """Writes ``parts`` (name, first row, rows) as they come, in any order, one in memory at a time; ``path`` appears when all of ``shapes`` are written.
+
+    Several processes each write their own parts into one file, whose place is known from ``shapes``. ``storage``: a key of STORAGE.
+    Raises OutputError, in all processes, if the file cannot be written, ExecutionError if a value is not finite.
     """
     dtype = STORAGE[storage]
     header = {"format": FORMAT, "made_by": f"hf-grow {__version__}", **{k: str(v) for k, v in metadata.items()}}
     shard = build_shard(path.name, {n: TensorInfo(dtype, s) for n, s in shapes.items()}, header)
-    missing = {slot.name: slot for slot in shard.slots}
-    partial = path.with_name(path.name + ".partial")
+    starts = {slot.name: slot.start for slot in shard.slots}
+    partial, first, written = path.with_name(path.name + ".partial"), processes.index == 0, 0
     try:
-        with partial.open("wb") as file:
-            file.write(shard.header)
-            for name, tensor in tensors:
-                if not bool(torch.isfinite(tensor).all()):
+        with processes.all_or_none(), _write_errors(path):
+            if first:
+                partial.write_bytes(shard.header)
+                os.truncate(partial, shard.size)
+        with processes.all_or_none(), _write_errors(path), partial.open("r+b") as file:
+            for name, row, rows in parts:
+                if not bool(torch.isfinite(rows).all()):
                     raise ExecutionError(f"The importance of {name} is not finite.", hint="Compute in float32 (--dtype float32).")
-                file.seek(missing.pop(name).start)
-                file.write(raw_bytes(tensor.to("cpu", torch_dtype(dtype)).contiguous()))
-            assert not missing, f"{len(missing)} tensors were not given"
+                data = raw_bytes(rows.to("cpu", torch_dtype(dtype)).contiguous())
+                file.seek(starts[name] + row * math.prod(shapes[name][1:]) * DTYPE_BYTES[dtype])
+                written += file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        missing = shard.size - len(shard.header) - sum(processes.gather(written))
+        assert not missing, f"{missing} bytes were not given"
+        with processes.all_or_none(), _write_errors(path):
+            if first:
+                partial.replace(path)
+    finally:
+        if first:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}.") from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -136,6 +136,25 @@ def test_estimate_is_reproducible_and_leaves_model_unchanged() -> None:
     assert all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
+def test_gradients_are_freed_before_the_next_layer(name: str) -> None:
+    """Never more than one parameter has a gradient; with activation checkpointing F is the same."""
+    model, counts = small(name), []
+    model.train()
+
+    def counted(p: Tensor) -> None:
+        counts.append(sum(q.grad is not None for q in model.parameters()))
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(counted)
+    one, _ = estimate_fisher(model, rows(model, 6), options())
+    assert len(counts) == 2 * len(list(model.parameters())) and set(counts) == {1}
+    other, _ = estimate_fisher(model, rows(model, 6), options(activation_checkpointing=True))
+    for n, f in one.items():
+        torch.testing.assert_close(other[n], f, rtol=1e-5, atol=1e-9)
+    assert model.training and not model.is_gradient_checkpointing
+
+
 def test_bf16_squares_are_summed_in_fp32() -> None:
     model = small(dtype=torch.bfloat16)
     found, _ = estimate_fisher(model, rows(model, 8), options())
@@ -353,8 +372,9 @@ def test_fisher_dry_run_writes_nothing(folder: Path, tmp_path: Path, capsys: Any
     out = tmp_path / "f.safetensors"
     assert fisher(folder, "--text", text(tmp_path / "t.txt", 0), "-o", out, "--dry-run", "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    count = small().num_parameters()
-    assert told["memory_bytes"] == {"weights": 4 * count, "gradients": 4 * count, "squares": 4 * count, "total": 12 * count}
+    sizes = sorted(p.numel() for p in small().parameters())
+    weights, gradients = 4 * sum(sizes), 4 * sum(sizes[-2:])
+    assert told["memory_bytes"] == {"weights": weights, "gradients": gradients, "squares": weights, "total": 2 * weights + gradients}
     random_importance(small(), tmp_path / "source.safetensors")
     assert fisher(folder, "--from-growth", tmp_path / "source.safetensors", "-o", out, "--dry-run") == 0
     assert not out.exists()
@@ -378,9 +398,19 @@ def test_fisher_dry_run_writes_nothing(folder: Path, tmp_path: Path, capsys: Any
         (["--text", "gone.txt", "--calibrate", "0.1", "--on", "away.txt", "--merge", "no.safetensors", "--dry-run"], "has 3 mistakes"),
         (["--text", "TEXT", "--utility", "FOLDER"], "is a folder"),
         (["--text", "TEXT", "--device", "cuda"], "cannot be moved to cuda"),
+        (["--text", "TEXT", "FSDP1"], "no access to single gradients"),
+        (["--text", "TEXT", "--calibrate", "0.1", "--on", "TEXT", "--device", "cuda:1", "TWO"], "has 3 mistakes"),
+        (["--from-growth", "no.safetensors", "TWO"], "start it without a launcher"),
     ],
 )
-def test_fisher_input_errors(words: list[str], message: str, folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_fisher_input_errors(
+    words: list[str], message: str, folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = {"FSDP1": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "TWO": {"WORLD_SIZE": "2", "RANK": "0"}}
+    for name in launches.keys() & set(words):
+        for key, value in launches[name].items():
+            monkeypatch.setenv(key, value)
+    words = [w for w in words if w not in launches]
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     (tmp_path / "empty.txt").write_text(" ")
