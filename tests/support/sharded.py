@@ -24,8 +24,11 @@ from transformers import AutoModelForCausalLM
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.training.config.regularizer_options import PenaltyOptions
 from hf_grow.training.distributed.launch import close_process_group
+from hf_grow.training.param_updates import updates
+from hf_grow.training.param_updates.param_provenance import new_masks
 from hf_grow.training.param_updates.parameter_map import parameters
 from hf_grow.training.param_updates.shards import shard_like
+from hf_grow.training.param_updates.updates import LrFactors, ParamUpdates
 from hf_grow.training.regularizers.build import make_penalty
 from hf_grow.training.regularizers.importance_file import model_fingerprint
 
@@ -89,7 +92,7 @@ def counted(calls: dict[str, dict[str, int]], label: str) -> Iterator[None]:
 
 
 def exact_run(model: Any, options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Steps with given gradients, so that nothing but the penalty acts; all of its results, whole. ``model`` may be sharded."""
+    """Steps with given gradients, so that nothing but the penalty, masks and a warm-up act; all results, whole. ``model`` may be sharded."""
     plan = GrowthPlan.from_json(json.loads((folder / "growth.json").read_text()))
     calls: dict[str, dict[str, int]] = {}
     with counted(calls, "make"):
@@ -97,18 +100,22 @@ def exact_run(model: Any, options: Mapping[str, Any], folder: Path) -> dict[str,
     assert penalty is not None
     with counted(calls, "attach"):
         penalty.attach(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    new = new_masks(model, plan)
+    made = ParamUpdates({n: True if "down_proj" in n else m for n, m in new.items()} | {"model.norm.weight": True}, new, [new])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-3)
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         for p in model.parameters():
             p.grad = shard_like(torch.randn(p.shape, generator=generator, dtype=p.dtype), p)
         with counted(calls, "step"):
             penalty.add_gradient()
-        grads = {n: full(p.grad) for n, p in parameters(model).items()}
+            made.mask_gradients(model, 0 if step == 0 else None)
+        grads = {n: full(p.grad) for n, p in parameters(model).items() if p.grad is not None}
         with counted(calls, "step"):
             penalty.before_step()
+            made.before_step(model, optimizer, 0 if step == 0 else None, LrFactors(new=0.3), at_once=penalty.moves_weights)
             optimizer.step()
-            penalty.after_step(LR)
+            penalty.after_step(made.step_lr, lambda: made.after_step(optimizer))
         if step == 1:  # as a resumed run does
             penalty.load_state_dict(json.loads(json.dumps(penalty.state_dict())))
             penalty.load_tensors({k: t.clone() for k, t in penalty.tensors().items()})
@@ -127,6 +134,7 @@ def exact_worker(rank: int, world: int, port: int, kinds: Mapping[str, Mapping[s
     """`exact_run` of every kind, sharded by FSDP2."""
     with process_group(rank, world, port):
         for kind, options in kinds.items():
+            updates.COPY_BYTES = 1 if kind == "si" else updates.COPY_BYTES  # as many batches as parameters
             model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float64)
             shard(model, world)
             result = exact_run(model, options, Path(folder) / "model")

@@ -19,6 +19,7 @@ from hf_grow.training.config.train_config import DEFAULTS, RecipeData, tokens_pe
 from hf_grow.training.data import survey
 from hf_grow.training.distributed.launch import Launch, current_launch
 from hf_grow.training.dry_run.memory import distillation_bytes, estimate_memory
+from hf_grow.training.param_updates.updates import STEPPED_BY_PARAMETER
 from hf_grow.training.regularizers.build import penalty_bytes
 from hf_grow.training.setup.activation_checkpointing import checkpointed_layers
 from hf_grow.training.setup.model_setup import make_residual_scale, plan_updates, weights_dtype, with_lora
@@ -73,7 +74,10 @@ def dry_run(
         parameters = sum(p.numel() for p in trained_model.parameters())
     teachers, logits = _teacher_memory(setup)
     has_warmup = recipe.warmup.lr != 1.0 or recipe.warmup.steps > 0
-    copies = width * planned.updates.copied_values(model, new_lr=has_warmup) if recipe.lora is None else 0
+    at_once = recipe.regularizer.form == "proximal" or str(getattr(arguments.optim, "value", arguments.optim)) not in STEPPED_BY_PARAMETER
+    copies = 0
+    if recipe.lora is None:
+        copies = planned.updates.copied_bytes(model, width, new_lr=has_warmup, shards=started.shards("rows"), at_once=at_once)
     memory = estimate_memory(
         info.architecture, arguments, parameters=parameters, trainable=trainable, width=width, length=length,
         penalty=penalty_bytes(recipe.regularizer, meta_model(info.config), setup.plan), rows=copies, teachers=teachers,

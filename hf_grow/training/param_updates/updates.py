@@ -23,10 +23,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module, Parameter
 
+    _Batch = list[tuple[Parameter, list[tuple[Selection, float]]]]
+    """Parameters, and what of each is copied, with the factor of its update."""
+
 GROUP_KIND = "hf_grow_kind"
 """Key of a parameter group that `name_groups` made; not `name`, which an optimizer that the user passes may use."""
 NEW, OLD = "new", "old"
 """Its values."""
+STEPPED_BY_PARAMETER = frozenset({"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"})
+"""Trainer's names of the optimizers for which `steps_by_parameter` is true."""
+COPY_BYTES = 256 << 20
+"""Most bytes that are copied at a time, unless one parameter has more."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,11 @@ class ParamUpdates:
         self.phases = [{n: both(self.trains[n], phase[n]) for n in self.trains} for phase in phases]
         self._cache: dict[tuple[str, int | None], _Selections] = {}
         self._held: list[tuple[Tensor, Selection, list[Tensor], float]] = []
+        self._batches: list[_Batch] = []
+        """Of the step that comes, if it has several."""
+        self._groups: list[dict[str, Any]] = []
+        """The optimizer's parameter groups while it steps a batch."""
+        self._hooked: Any = None
         self._lr: list[float] | None = None
         self._unsplit: list[tuple[int, list[tuple[int, int]]]] = []
         """For each group before `name_groups`: its first group after it, and the (group, position) of its parameters."""
@@ -152,34 +164,84 @@ class ParamUpdates:
             elif selections.untrained is not None:
                 selections.untrained.fill(local(p.grad), 0.0)
 
-    def before_step(self, model: Module, optimizer: Any, phase: int | None, factors: LrFactors) -> None:
-        """Multiplies learning rates, and copies the entries whose update will be scaled or undone."""
+    def before_step(self, model: Module, optimizer: Any, phase: int | None, factors: LrFactors, *, at_once: bool = False) -> None:
+        """Multiplies learning rates, and copies the entries whose update will be scaled or undone.
+
+        Copies larger than COPY_BYTES are made by batches of parameters, each just before the optimizer steps it, and used just after.
+        ``at_once``: something else moves the weights before `after_step`, so that all copies must stay until then.
+        """
         assert not self._held and self._lr is None, "before_step was called twice without after_step"
+        batches: list[_Batch] = [[]]
+        size = 0
         for name, p in parameters(model).items():
             if p.grad is None:
                 continue
             selections = self._selections(name, p, phase)
-            if selections.kept is not None:
-                self._hold(p, selections.kept, 0.0)
+            parts = [] if selections.kept is None else [(selections.kept, 0.0)]
             if selections.scaled is not None and factors.new != 1.0:
-                self._hold(p, selections.scaled, factors.new)
+                parts.append((selections.scaled, factors.new))
+            nbytes = p.element_size() * sum(selection.size for selection, _ in parts)
+            if batches[-1] and size + nbytes > COPY_BYTES:
+                batches.append([])
+                size = 0
+            if parts:
+                batches[-1].append((p, parts))
+                size += nbytes
         self._lr = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * (factors.all * (factors.new if group.get(GROUP_KIND) == NEW else 1.0))
         self.step_lr = {p: g["lr"] for g in optimizer.param_groups for p in g["params"] if p.grad is not None}
+        if len(batches) > 1 and not at_once and steps_by_parameter(optimizer):
+            self._batches = batches
+            if self._hooked is not optimizer:
+                optimizer.register_step_pre_hook(self._step_batches)
+                optimizer.register_step_post_hook(self._step_ended)
+                self._hooked = optimizer
+        else:
+            for batch in batches:
+                self._hold(batch)
 
-    def _hold(self, p: Parameter, selection: Selection, factor: float) -> None:
-        values = local(p.data)
-        self._held.append((values, selection, selection.take(values), factor))
+    def _step_batches(self, optimizer: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Before the optimizer's step: steps all batches but the last, and leaves that and all parameters without copies to the step itself."""
+        batches, self._batches = self._batches, []
+        if not batches:
+            return
+        step, groups = type(optimizer).step.__wrapped__, list(optimizer.param_groups)  # the step without hooks
+        self._groups = groups
+        done: list[Parameter] = []
+        for batch in batches[:-1]:
+            members = [p for p, _ in batch]
+            optimizer.param_groups[:] = _restricted(groups, members)
+            self._hold(batch)
+            step(*args, **options)
+            self._release()
+            done += members
+        optimizer.param_groups[:] = _restricted(groups, done, inverted=True)
+        self._hold(batches[-1])
 
-    def after_step(self, optimizer: Any) -> None:
-        """Restores learning rates, and scales or undoes the updates of the entries that were copied."""
-        for group, lr in zip(optimizer.param_groups, self._lr or (), strict=True):
-            group["lr"] = lr
-        self._lr = None
+    def _step_ended(self, optimizer: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if self._groups:
+            optimizer.param_groups[:] = self._groups
+            self._groups = []
+            self._release()
+
+    def _hold(self, batch: _Batch) -> None:
+        for p, parts in batch:
+            values = local(p.data)
+            self._held += [(values, selection, selection.take(values), factor) for selection, factor in parts]
+
+    def _release(self) -> None:
+        """Scales or undoes the updates of the entries that were copied."""
         for values, selection, old, factor in self._held:
             selection.restore(values, old, factor)
         self._held.clear()
+
+    def after_step(self, optimizer: Any) -> None:
+        """Restores learning rates, and releases what is still held."""
+        for group, lr in zip(optimizer.param_groups, self._lr or (), strict=True):
+            group["lr"] = lr
+        self._lr, self._batches = None, []  # batches are left where a GradScaler skipped the step
+        self._release()
         self.step_lr = {}
 
     def describe(self, model: Module) -> list[tuple[str, int, int]]:
@@ -197,14 +259,33 @@ class ParamUpdates:
             count[1] += p.numel()
         return [(kind, *count) for kind, count in counts.items()]  # type: ignore[misc]
 
-    def copied_values(self, model: Module, *, new_lr: bool) -> int:
-        """Values that one step copies at most: frozen rows, and (`new_lr`) new rows of old parameters while they have a rate of their own."""
-        total = 0
+    def copied_bytes(self, model: Module, width: int, *, new_lr: bool, shards: int = 1, at_once: bool = False) -> int:
+        """Bytes that one step holds copies of at a time at most, over ``shards`` processes that hold a part of each parameter.
+
+        ``width``: bytes of a weight; ``new_lr``: new parameters have a rate of their own; ``at_once``: as in `before_step`, or the optimizer does not step by parameter.
+        """
+        sizes = [0]
         for name in parameters(model):
             trains, new = self.trains.get(name, True), self.new.get(name, False)
-            kept, scaled = inverse(trains), both(new, trains) if new_lr and isinstance(new, RowMask) else False
-            total += sum(Selection(mask).size for mask in (kept, scaled) if isinstance(mask, RowMask))
-        return total
+            scaled = both(new, trains) if new_lr and not self._wholly_new(name) else False
+            sizes.append(width * sum(Selection(m).size for m in (inverse(trains), scaled) if isinstance(m, RowMask)))
+        return sum(sizes) if at_once else min(sum(sizes), max(max(sizes), shards * COPY_BYTES))
+
+
+def steps_by_parameter(optimizer: Any) -> bool:
+    """Whether the optimizer steps each parameter by its own gradient and state alone, so that some at a time is the same as all at once.
+
+    Those of torch (but LBFGS) and transformers do. Others may not (Prodigy sums over parameters, bitsandbytes looks up settings by position).
+    """
+    kind = type(optimizer)
+    return kind.__module__.startswith(("torch.optim.", "transformers.optimization")) and kind.__name__ != "LBFGS"
+
+
+def _restricted(groups: Sequence[dict[str, Any]], chosen: Sequence[Parameter], *, inverted: bool = False) -> list[dict[str, Any]]:
+    """The groups with the chosen parameters alone, or with all others; those that have some."""
+    members = set(map(id, chosen))
+    found = [{**group, "params": [p for p in group["params"] if (id(p) in members) is not inverted]} for group in groups]
+    return [group for group in found if group["params"]]
 
 
 def unwrapped(wrapper: Any) -> Any:

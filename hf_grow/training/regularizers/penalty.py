@@ -40,6 +40,8 @@ class Penalty(ABC):
     """
 
     name = ""
+    moves_weights = False
+    """Whether `after_step` moves the weights, before it calls ``restore_frozen``."""
 
     def take_anchors(self, model: nn.Module) -> None:  # noqa: B027 (nothing by default)
         """Clones the local shards of the weights that training starts from; for a penalty that was made on the meta device."""
@@ -186,7 +188,8 @@ class QuadraticPenalty(AnchoredPenalty):
         storage: torch.dtype = torch.float32,
         scalar_importance: bool = False,
     ) -> None:
-        self.name, self.strength, self.proximal = name, strength, proximal
+        self.name, self.strength = name, strength
+        self.proximal = self.moves_weights = proximal
         self.storage, self.scalar_importance = storage, scalar_importance
         self.anchors, self.importance = anchors, importance
         self.held: dict[str, HeldParameter] = {}

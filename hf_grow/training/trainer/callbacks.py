@@ -93,7 +93,8 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]
             g.penalty.before_step()
         if g.updates is not None:
             t.last_factors = t.lr_factors()
-            g.updates.before_step(t.model, unwrapped(t.optimizer), phase_at(g.phases, t.steps_since_growth), t.last_factors)
+            phase, moved = phase_at(g.phases, t.steps_since_growth), g.penalty is not None and g.penalty.moves_weights
+            g.updates.before_step(t.model, unwrapped(t.optimizer), phase, t.last_factors, at_once=moved)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         t, g = self.trainer, self.trainer.growth
