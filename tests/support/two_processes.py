@@ -9,6 +9,7 @@ import torch
 from launched import start
 from models import BY_NAME, make
 from penalties import random_importance
+from safetensors.torch import load_file
 from trained import tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -41,3 +42,10 @@ def together(file: str, path: Path, out: Path, *words: object, folders: list[Pat
     return start(
         file, ["train", path, "-o", out, "--per_device_train_batch_size", "1", *sharded, *words], folders or [path.parent] * 2, **options
     )
+
+
+def assert_same_weights(one: Path, two: Path, tolerance: float = 1e-6) -> None:
+    a, b = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        torch.testing.assert_close(b[name], tensor, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")

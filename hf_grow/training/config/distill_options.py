@@ -38,5 +38,7 @@ class DistillOptions(Options):
     """Folder of that cache. Default: teacher-logits in the output folder."""
     cache_dtype: Annotated[Literal["float16", "float32"], Requires("top_k")] = "float16"
     """Dtype in the cache (relative to the largest logit of their position, so that half precision is enough)."""
+    shard: bool | None = None
+    """Shard teachers in memory over all processes, which compute their logits together. Default: as the model is (FSDP2)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype that teachers compute in. Default: auto, that of their checkpoint."""

@@ -7,20 +7,30 @@ A teacher is a model in memory, or a cache of its top-k logits (`logit_cache`), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hf_grow.errors import InputError
 from hf_grow.training.config.distill_options import DistillOptions
 from hf_grow.training.data.document_masking import forward_arguments
+from hf_grow.training.sharding.row_source import RowSource
+from hf_grow.training.sharding.sharded_model import shard_frozen
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-Teacher = Callable[["Tensor", "Tensor | None"], tuple["Tensor", "Tensor | None"]]
-"""Input ids [B, L] and their positions (None: attention is over the whole row) -> logits [B, L, V] and None, or logits [B, L, k] and their token
-ids [B, L, k]."""
+
+class Teacher(Protocol):
+    """What the model is compared with."""
+
+    def prepare(self, accelerator: Any) -> None:
+        """Before the first batch, in every process."""
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Input ids [B, L] and their positions (None: attention is over the whole row) -> logits [B, L, V] and None, or logits [B, L, k] and
+        their token ids [B, L, k]."""
+        ...
 
 
 def check_teacher(name: str, vocabulary: int, student_vocabulary: int, same_tokenizer: bool | None) -> None:
@@ -46,6 +56,11 @@ class Distiller:
         total = sum(t.weight for t in options.teachers)
         self.alpha, self.temperature = options.alpha, options.temperature
         self.teachers = [(t.weight / total, teacher) for t, teacher in zip(options.teachers, teachers, strict=True)]
+
+    def prepare(self, accelerator: Any) -> None:
+        """Before the first step, in every process."""
+        for _, teacher in self.teachers:
+            teacher.prepare(accelerator)
 
     def loss(
         self,
@@ -78,16 +93,21 @@ class Distiller:
         return loss
 
 
-def teacher_from_model(model: PreTrainedModel) -> Teacher:
-    """A teacher in memory; it is moved to the device of its first batch."""
-    import torch
+class ModelTeacher:
+    """A teacher in memory: whole, or, with ``weights`` (on the meta device until `prepare`), one shard in each process."""
 
-    model.eval().requires_grad_(False)
+    def __init__(self, model: PreTrainedModel, weights: RowSource | None = None) -> None:
+        self.model, self.weights = model.eval().requires_grad_(False), weights
 
-    def teacher(input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        if model.device != input_ids.device:
-            model.to(input_ids.device)
+    def prepare(self, accelerator: Any) -> None:
+        if self.weights is None:
+            self.model.to(accelerator.device)
+        elif any(p.is_meta for p in self.model.parameters()):
+            shard_frozen(self.model, self.weights, accelerator)
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        import torch
+
+        documents = forward_arguments(self.model.config, position_ids)
         with torch.no_grad():
-            return model(**{"input_ids": input_ids, "use_cache": False, **forward_arguments(model.config, position_ids)}).logits, None
-
-    return teacher
+            return self.model(**{"input_ids": input_ids, "use_cache": False, **documents}).logits, None

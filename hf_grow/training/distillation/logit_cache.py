@@ -41,6 +41,9 @@ class LogitCache:
         self.folder = folder
         self.index = {bytes(key): i for i, key in enumerate(keys)}
 
+    def prepare(self, accelerator: Any) -> None:
+        """Nothing: each batch is read from disk."""
+
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits and token ids [B, L, k] of rows [B, L]. Raises ExecutionError for a row that is not in the cache."""
         import torch

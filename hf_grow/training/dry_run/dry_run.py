@@ -72,7 +72,7 @@ def dry_run(
         groups = [list(g) for g in updates.describe(trained_model)]
         trainable = sum(p.numel() for p in trained_model.parameters() if p.requires_grad)
         parameters = sum(p.numel() for p in trained_model.parameters())
-    teachers, logits = _teacher_memory(setup)
+    teachers, logits = _teacher_memory(setup, started)
     has_warmup = recipe.warmup.lr != 1.0 or recipe.warmup.steps > 0
     at_once = recipe.regularizer.form == "proximal" or str(getattr(arguments.optim, "value", arguments.optim)) not in STEPPED_BY_PARAMETER
     copies = 0
@@ -132,7 +132,7 @@ def _time_steps(setup: TrainSetup, facts: Mapping[str, Any], notify: Notify) -> 
     return time_steps(setup, notify).to_json(facts["steps"], not_timed(setup))
 
 
-def _teacher_memory(setup: TrainSetup) -> tuple[int, int]:
+def _teacher_memory(setup: TrainSetup, launch: Launch) -> tuple[int, int]:
     """Bytes of teachers in memory, and of the logits that distillation holds for a micro-batch."""
     options, arguments = setup.recipe.distill, setup.arguments
     if options is None:
@@ -146,7 +146,9 @@ def _teacher_memory(setup: TrainSetup) -> tuple[int, int]:
     student_width = 4 if arguments.bf16 or arguments.fp16 else widths.get(weights_dtype(setup.recipe.dtype, setup.checkpoint), 8)
     tokens = arguments.per_device_train_batch_size * setup.recipe.data.seq_length
     logits = distillation_bytes(options, setup.vocabulary, tokens, teacher_width, student_width)
-    return (0 if options.top_k is not None else sum(t.info.nbytes for c in teachers for t in c.tensors.values())), logits
+    held = 0 if options.top_k is not None else sum(t.info.nbytes for c in teachers for t in c.tensors.values())
+    shards = launch.processes if (launch.sharing == "fsdp2" if options.shard is None else options.shard) else launch.shards("weights")
+    return held // shards, logits
 
 
 def _forward_only_flops(setup: TrainSetup, texts: Sequence[Mapping[str, Any]], tokens: int, epoch: int) -> float:

@@ -166,7 +166,7 @@ class SetupHooks(TrainingHooks):
             self.notify(warning)
 
     def before_training(self, trainer: BaseGrowTrainer, resumed: bool) -> None:
-        losses, self._kl = measure_source(self.setup, self.data, trainer.growth.events, self.notify, resumed=resumed)
+        losses, self._kl = measure_source(self.setup, self.data, trainer.growth.events, self.notify, trainer.accelerator, resumed=resumed)
         trainer.growth_state.source_losses |= losses
 
     def source_kl(self, model: Any) -> float | None:

@@ -39,6 +39,8 @@ def launch_mistakes(launch: Launch, options: TrainOptions, arguments: TrainingAr
         )
     if launch.sharing == "fsdp2" and options.lora is not None:
         errors.append("lora: adapters are not saved completely under FSDP2. Use DDP: they need little memory.")
+    if options.distill is not None and options.distill.shard and launch.sharing not in ("ddp", "fsdp2"):
+        errors.append(f"distill.shard: needs several processes (DDP or FSDP2), and this is {launch}. Remove it.")
     if launch.deepspeed:
         errors += [
             f"{key}: does not work under {launch}, which gives no access to gradients and to the optimizer step. Use FSDP2 or DDP."

@@ -24,6 +24,8 @@ from hf_grow.training.param_updates.updates import ParamUpdates
 from hf_grow.training.peft import lora
 from hf_grow.training.setup.activation_checkpointing import new_layers
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
+from hf_grow.training.sharding.row_source import RowSource, StoredRows
+from hf_grow.training.sharding.sharded_model import empty_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +69,26 @@ def load_model(ref: str, revision: str | None, dtype: str, attention: str | None
     untie_config(loaded)
     reset_output_flags(loaded.config)
     return loaded
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """What `from_pretrained` takes for ``auto``: the dtype that config.json names, else that of the first floating weights."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    floating = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+    return str(named or next(floating[t.dtype] for t in checkpoint.info.tensors.values() if t.dtype in floating))
+
+
+def frozen_model(
+    ref: str, revision: str | None, dtype: str, attention: str | None, notify: Notify, *, sharded: bool
+) -> tuple[PreTrainedModel, RowSource | None]:
+    """A model that only computes forward: with its weights and None, or, where it will be ``sharded``, on the meta device and what fills it."""
+    if not sharded:
+        return load_model(ref, revision, dtype, attention, notify), None
+    import torch
+
+    checkpoint = open_source(ref, revision=revision, weights=True, notify=notify)
+    found = getattr(torch, stored_dtype(checkpoint) if dtype == "auto" else dtype)
+    return empty_model(checkpoint.config, found, checkpoint.folder, attention), StoredRows(checkpoint)
 
 
 def plan_updates(model: PreTrainedModel, plan: GrowthPlan | None, options: TrainOptions) -> ModelUpdates:

@@ -15,24 +15,25 @@ from hf_grow.training.config.distill_options import Teacher
 from hf_grow.training.data.document_masking import forward_arguments
 from hf_grow.training.distillation.distill import check_teacher
 from hf_grow.training.distributed.launch import current_launch
-from hf_grow.training.setup.model_setup import load_model
+from hf_grow.training.setup.model_setup import frozen_model
 from hf_grow.training.setup.option_checks import resolve_teacher
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
+from hf_grow.training.sharding.sharded_model import shard_frozen
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainingArguments
 
     from hf_grow.training.data import TrainData
     from hf_grow.training.trainer.events import EventLog
 
 
 def measure_source(
-    setup: TrainSetup, data: TrainData, events: EventLog, notify: Notify, *, resumed: bool
+    setup: TrainSetup, data: TrainData, events: EventLog, notify: Notify, accelerator: Any, *, resumed: bool
 ) -> tuple[dict[str, float], SourceKL | None]:
     """Loads the source model temporarily if its losses on the named sets or its distribution are needed; returns both.
 
-    ``resumed``: the losses are in the checkpoint. Raises InputError where the options name the source and it cannot be loaded.
+    Under FSDP2 it is sharded as the model is (`shard_frozen`). ``resumed``: the losses are in the checkpoint. Raises InputError where the options name the source and it cannot be loaded.
     """
     options, arguments = setup.options, setup.arguments
     wanted = options.monitor.baseline
@@ -44,20 +45,25 @@ def measure_source(
     try:
         if wanted == "auto" and not options.kl_rows:
             _check_source(setup, ref, revision)
-        source = load_model(ref, revision, "auto", options.attn_implementation, notify).to(arguments.device)
+        sharded = current_launch().sharing == "fsdp2"
+        source, weights = frozen_model(ref, revision, "auto", options.attn_implementation, notify, sharded=sharded)
     except GrowError as error:
         if wanted == "source" or options.kl_rows:
             raise
         notify(f"The source cannot be evaluated: {error.message} The baseline of forgetting is the grown model before training.")
         return {}, None
+    if weights is None:
+        source.to(arguments.device)
+    else:
+        shard_frozen(source, weights, accelerator)
     losses: dict[str, float] = {}
     if measured:
-        losses = mean_losses(source, data.evals, data.collator, arguments.per_device_eval_batch_size)
+        losses = mean_losses(source, data.evals, data.collator, arguments)
         events.write("baseline", 0, losses=losses, of=ref)
     if not options.kl_rows:
         return losses, None
     old = data.evals[options.old_set]
-    return losses, SourceKL(source, [old[i] for i in range(min(options.kl_rows, len(old)))], data.collator)
+    return losses, SourceKL(source, [old[i] for i in range(min(options.kl_rows, len(old)))], data.collator, arguments.device)
 
 
 def _check_source(setup: TrainSetup, ref: str, revision: str | None) -> None:
@@ -71,36 +77,39 @@ def _check_source(setup: TrainSetup, ref: str, revision: str | None) -> None:
     check_teacher(ref, source.info.architecture.size("vocab"), setup.vocabulary, None)
 
 
-def mean_losses(model: PreTrainedModel, sets: Mapping[str, Any], collate: Any, batch: int) -> dict[str, float]:
-    """Mean loss of each set in nats per token, as Trainer computes it: the mean over batches, weighted by rows."""
+def mean_losses(model: PreTrainedModel, sets: Mapping[str, Any], collate: Any, arguments: TrainingArguments) -> dict[str, float]:
+    """Mean loss of each set in nats per token, as Trainer computes it: over the tokens of a batch of all processes, then over batches by their rows."""
     import torch
 
     model.eval()
-    out = {}
+    batch, out = arguments.per_device_eval_batch_size, {}
     for name, rows in sets.items():
-        total, count = 0.0, 0
-        for start in range(0, len(rows), batch):
-            inputs = {k: v.to(model.device) for k, v in collate([rows[i] for i in range(start, min(start + batch, len(rows)))]).items()}
-            with torch.no_grad():
-                output = model(**{**inputs, "use_cache": False, **forward_arguments(model.config, inputs.get("position_ids"))})
-            total += float(output.loss) * len(inputs["input_ids"])
-            count += len(inputs["input_ids"])
-        out[name] = total / count
+        total = 0.0
+        for start in range(0, len(rows), batch * arguments.world_size):
+            stop = min(start + batch * arguments.world_size, len(rows))
+            parts = [collate([rows[i] for i in range(at, min(at + batch, stop))]) for at in range(start, stop, batch)]
+            tokens = sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts)
+            for part in parts:
+                inputs = {k: v.to(arguments.device) for k, v in part.items()}
+                inputs |= {"use_cache": False, "num_items_in_batch": tokens, **forward_arguments(model.config, inputs.get("position_ids"))}
+                with torch.no_grad():
+                    total += float(model(**inputs).loss) * (stop - start)
+        out[name] = total / len(rows)
     return out
 
 
 class SourceKL:
     """KL(source || model) in nats per token: summed over the vocabulary, averaged over all positions of some rows."""
 
-    def __init__(self, source: PreTrainedModel, rows: Sequence[Mapping[str, Any]], collate: Any) -> None:
+    def __init__(self, source: PreTrainedModel, rows: Sequence[Mapping[str, Any]], collate: Any, device: Any) -> None:
+        self.device = device
         self.inputs = [{k: v for k, v in collate([row]).items() if k in ("input_ids", "position_ids")} for row in rows]
         self.source_log_probs = [self._log_probs(source, inputs).cpu() for inputs in self.inputs]
 
-    @staticmethod
-    def _log_probs(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _log_probs(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         import torch
 
-        own = {k: v.to(model.device) for k, v in inputs.items()}
+        own = {k: v.to(self.device) for k, v in inputs.items()}
         with torch.no_grad():
             logits: Tensor = model(**{**own, "use_cache": False, **forward_arguments(model.config, own.get("position_ids"))}).logits
         return logits.float().log_softmax(-1)

@@ -11,9 +11,10 @@ from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError
 from hf_grow.model import flops
 from hf_grow.training.config.distill_options import DistillOptions, Teacher
-from hf_grow.training.distillation.distill import Distiller, teacher_from_model
+from hf_grow.training.distillation.distill import Distiller, ModelTeacher
 from hf_grow.training.distillation.logit_cache import write_logit_cache
-from hf_grow.training.setup.model_setup import load_model
+from hf_grow.training.distributed.launch import current_launch
+from hf_grow.training.setup.model_setup import frozen_model, load_model
 from hf_grow.training.setup.option_checks import resolve_teacher
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
 
@@ -23,13 +24,14 @@ def make_distiller(setup: TrainSetup, data: Any, notify: Notify) -> tuple[Distil
     options = setup.options.distill
     if options is None:
         return None, 0.0, []
-    teachers, cost, events = [], 0.0, []
+    teachers: list[Any] = []
+    cost, events = 0.0, []
     for i, teacher in enumerate(options.teachers):
         ref, revision = resolve_teacher(teacher, setup.plan)
         if options.top_k is None:
-            model = load_model(ref, revision, options.dtype, setup.options.attn_implementation, notify)
+            attention = setup.options.attn_implementation
+            teachers.append(ModelTeacher(*frozen_model(ref, revision, options.dtype, attention, notify, sharded=_sharded(options))))
             cost += flops.forward_flops(open_source(ref, revision=revision, weights=False).info.config, setup.seq_length)
-            teachers.append(teacher_from_model(model))
             events.append({"model": ref, "cache": "", "covered": 1.0})
             continue
         folder = _cache_folder(options, setup.out, i)
@@ -37,6 +39,10 @@ def make_distiller(setup: TrainSetup, data: Any, notify: Notify) -> tuple[Distil
         teachers.append(cache)
         events.append({"model": ref, "cache": str(folder), "covered": cache.meta.get("covered")})
     return Distiller(options, teachers), cost, events
+
+
+def _sharded(options: DistillOptions) -> bool:
+    return current_launch().sharing == "fsdp2" if options.shard is None else options.shard
 
 
 def _cache_folder(options: DistillOptions, out: Path, number: int) -> Path:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import SourceError
 from hf_grow.model.loading import reset_output_flags, transformers_errors
 from hf_grow.training.param_updates.parameter_map import bare, parameter_map
+from hf_grow.training.param_updates.residual_scale import decoder_layers
 from hf_grow.training.sharding.local_rows import Places, by_parameter, local_tensor
 from hf_grow.training.sharding.row_source import RowSource
 
@@ -71,6 +74,58 @@ def fill_model(model: PreTrainedModel, places: Places, source: RowSource, device
     left = [n for n, p in model.named_parameters() if p.device.type == "meta"]
     if left:
         raise SourceError(f"{left[0]} got no weights ({len(left)} such parameters).")
+
+
+def shard_frozen(model: PreTrainedModel, source: RowSource, accelerator: Any) -> None:
+    """Cuts a model on the meta device that only computes forward over all processes, and fills this process's shards, in the model's dtype.
+
+    Every process must take part in every forward pass. What the head holds stays gathered after one, until `gathered_head` lets it go: logits may
+    be computed from hidden states.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import OffloadPolicy, fully_shard
+
+    model.eval().requires_grad_(False)
+    places = parameter_map(model)
+    mesh, plugin = accelerator.torch_device_mesh, getattr(accelerator.state, "fsdp_plugin", None)
+    mesh = (
+        init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        if mesh is None
+        else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+    )
+    cut: Any = partial(fully_shard, mesh=mesh, offload_policy=OffloadPolicy() if plugin is None else plugin.cpu_offload)
+    for layer in decoder_layers(model):
+        cut(layer)
+    head = model.get_output_embeddings()
+    tied = head.weight is model.get_input_embeddings().weight
+    if not tied:
+        cut(head, reshard_after_forward=False)
+    cut(model, reshard_after_forward=not tied)
+    fill_model(model, places, source, shard_device(accelerator))
+
+
+def shard_device(accelerator: Any) -> Any:
+    """The device of the shards: the processor where FSDP2 offloads them, else the accelerator's."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    offload = getattr(getattr(accelerator.state, "fsdp_plugin", None), "cpu_offload", None)
+    return "cpu" if isinstance(offload, CPUOffloadPolicy) else accelerator.device
+
+
+@contextmanager
+def gathered_head(model: Any) -> Iterator[None]:
+    """Inside, the head of a model of `shard_frozen` is whole, and can be called on its own. Other models are left alone."""
+    from torch.distributed.fsdp import FSDPModule
+
+    unit = next((m for m in (model.get_output_embeddings(), model) if isinstance(m, FSDPModule)), None)
+    if unit is None:
+        yield
+        return
+    unit.unshard()
+    try:
+        yield
+    finally:
+        unit.reshard()
 
 
 def places_of(checkpoint: Checkpoint) -> Places:

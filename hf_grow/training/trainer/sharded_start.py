@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_grow.training.param_updates.parameter_map import parameter_map
 from hf_grow.training.param_updates.updates import unwrapped
-from hf_grow.training.sharding.sharded_model import fill_model
+from hf_grow.training.sharding.sharded_model import fill_model, shard_device
 from hf_grow.training.trainer.data_position import DataPositionTrainer
 from hf_grow.training.trainer.state import TrainingHooks
 
@@ -24,10 +24,9 @@ class ShardedStartTrainer(DataPositionTrainer):
             return
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-        plugin = self.accelerator.state.fsdp_plugin
         places = parameter_map(self.model)
         fsdp2_prepare_model(self.accelerator, self.model)  # in place
-        fill_model(self.model, places, source, "cpu" if plugin.cpu_offload else self.accelerator.device)
+        fill_model(self.model, places, source, shard_device(self.accelerator))
         if self.growth.penalty is not None:
             self.growth.penalty.take_anchors(self.model)  # before a checkpoint replaces the weights
         self.hooks.weights_loaded(self)

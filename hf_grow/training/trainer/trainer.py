@@ -254,6 +254,8 @@ class BaseGrowTrainer(CheckpointTrainer):
         resumed = checkpoint is not None and Path(checkpoint).resolve().parent == output_dir.resolve()
         self.opening_event = "resume" if resumed else "start"
         self.hooks.before_training(self, resumed)
+        if self.growth.distiller is not None:
+            self.growth.distiller.prepare(self.accelerator)
         while True:
             try:
                 self.resumed_from = checkpoint

@@ -16,14 +16,14 @@ from models import BY_NAME, make, real_config
 from packed_texts import DOCS, LENGTH, data_options, packed_reference, stream_of
 from torch import Tensor
 from trained import grown, logged, recipe, run
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, TrainingArguments
 
 from hf_grow.errors import InputError
 from hf_grow.training.config.distill_options import DistillOptions
 from hf_grow.training.config.train_config import read_recipe
 from hf_grow.training.data import Collator, build
 from hf_grow.training.data.document_masking import check_attention, forward_arguments, position_ids, split_lengths
-from hf_grow.training.distillation.distill import Distiller, teacher_from_model
+from hf_grow.training.distillation.distill import Distiller, ModelTeacher
 from hf_grow.training.distillation.logit_cache import write_logit_cache
 from hf_grow.training.grow_config import GrowConfig
 from hf_grow.training.grow_trainer import PaddingCollator, prepare_dataset
@@ -208,16 +208,18 @@ def test_teachers_baselines_and_caches_see_documents_alone(tmp_path: Path) -> No
         labels = int((batch["labels"] != -100).sum())
         assert labels == sum(n - 1 for pieces in PIECES for n in pieces)
         cached = write_logit_cache(teacher, Collated(rows, collate), tmp_path / "cache", top_k=64, dtype="float32", identity="t")
-        for source, tolerance in ((teacher_from_model(teacher), 1e-10), (cached, 1e-5)):
+        for source, tolerance in ((ModelTeacher(teacher), 1e-10), (cached, 1e-5)):
             distiller = Distiller(DistillOptions(), [source])
             loss = distiller.loss(expected, batch["input_ids"], batch["labels"], None, batch["position_ids"])
             assert abs(float(loss - wanted / labels)) < tolerance
-        kl = SourceKL(teacher, rows, collate)(student)
+        kl = SourceKL(teacher, rows, collate, "cpu")(student)
         everywhere = (plain.log_softmax(-1).exp() * (plain.log_softmax(-1) - expected.log_softmax(-1))).sum(-1).mean()
         assert kl == pytest.approx(float(everywhere), abs=1e-10)
         losses = [-expected[row, start : start + ids.shape[1] - 1].log_softmax(-1).gather(-1, ids[0, 1:, None]).sum()
                   for row, start, ids in documents(rows)]  # fmt: skip
-        assert mean_losses(student, {"old": rows}, collate, 3)["old"] == pytest.approx(float(sum(losses)) / labels, abs=1e-10)
+        assert mean_losses(student, {"old": rows}, collate, TrainingArguments(per_device_eval_batch_size=3, use_cpu=True))[
+            "old"
+        ] == pytest.approx(float(sum(losses)) / labels, abs=1e-10)
     # The same ids with other documents in them are another row.
     with pytest.raises(Exception, match="no logits for a training row"):
         cached(batch["input_ids"], None)

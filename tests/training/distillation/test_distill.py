@@ -16,7 +16,7 @@ from trainers import Rows, gradients_of_first_step
 from hf_grow.errors import ExecutionError, InputError
 from hf_grow.training.config.distill_options import DistillOptions, Teacher
 from hf_grow.training.distillation import kl_divergence as chunked
-from hf_grow.training.distillation.distill import Distiller, teacher_from_model
+from hf_grow.training.distillation.distill import Distiller, ModelTeacher
 from hf_grow.training.distillation.kl_divergence import kl_divergence, summed_kl_divergence
 from hf_grow.training.distillation.logit_cache import LogitCache, write_logit_cache
 from hf_grow.training.trainer.events import read_events
@@ -105,7 +105,7 @@ def test_distillation_loss_equals_closed_form() -> None:
     labels[0, 3] = -100
     options = DistillOptions(teachers=[Teacher(model="a", weight=1.0), Teacher(model="b", weight=3.0)], alpha=0.3, temperature=2.0)
     logits = model(ids).logits
-    found = Distiller(options, [teacher_from_model(one), teacher_from_model(two)]).loss(logits, ids, labels, None)
+    found = Distiller(options, [ModelTeacher(one), ModelTeacher(two)]).loss(logits, ids, labels, None)
     total, count = 0.0, 0
     for b in range(2):
         for i in range(5):
@@ -118,9 +118,9 @@ def test_distillation_loss_equals_closed_form() -> None:
             count += 1
     assert count == 9
     assert float(found) == pytest.approx(total / 9, rel=1e-5)
-    assert float(
-        Distiller(options, [teacher_from_model(one), teacher_from_model(two)]).loss(logits, ids, labels, torch.tensor(18))
-    ) == pytest.approx(total / 18, rel=1e-5)
+    assert float(Distiller(options, [ModelTeacher(one), ModelTeacher(two)]).loss(logits, ids, labels, torch.tensor(18))) == pytest.approx(
+        total / 18, rel=1e-5
+    )
 
 
 def test_distillation_gradients_with_accumulation(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_distillation_gradients_with_accumulation(tmp_path: Path) -> None:
         options = DistillOptions(teachers=[Teacher(model="t")], alpha=0.3, temperature=2.0)
         mixture = {} if case == "llama" else {"output_router_logits": True}
         growth = GrowthSettings(
-            distiller=Distiller(options, [teacher_from_model(teacher)]), aux_loss=model.router_aux_loss_coef if mixture else None
+            distiller=Distiller(options, [ModelTeacher(teacher)]), aux_loss=model.router_aux_loss_coef if mixture else None
         )
         found, _ = gradients_of_first_step(model, tmp_path / case, growth, gradient_accumulation_steps=4)
 
@@ -158,7 +158,7 @@ def test_full_logit_cache_equals_teacher(top_k: int, dtype: str, tolerance: floa
     options = DistillOptions(teachers=[Teacher(model="t")], temperature=1.5)
     mixed = ids_of([some[i] for i in (7, 2, 11)])  # in any order
     logits = model(mixed).logits
-    here, there = (Distiller(options, [t]).loss(logits, mixed, mixed, None) for t in (teacher_from_model(teacher), cache))
+    here, there = (Distiller(options, [t]).loss(logits, mixed, mixed, None) for t in (ModelTeacher(teacher), cache))
     assert float(there) == pytest.approx(float(here), rel=tolerance)
     assert cache.meta["covered"] == pytest.approx(1, abs=1e-5)
 

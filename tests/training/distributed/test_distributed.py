@@ -19,7 +19,7 @@ from models import BY_NAME, make
 from safetensors.torch import load_file
 from sharded import free_port
 from trained import logged, recipe, run, tokenizer
-from two_processes import model, together
+from two_processes import assert_same_weights, model, together
 
 from hf_grow.cli import main
 from hf_grow.errors import InputError
@@ -36,13 +36,6 @@ WARM = {
 }  # fmt: skip
 # Norms compute in fp32 inside an fp64 model, and half of the rows round differently; a large epsilon keeps AdamW from amplifying that.
 LARGE_EPSILON = {"adam_epsilon": 1e-2}
-
-
-def assert_same_weights(one: Path, two: Path, tolerance: float = 1e-6) -> None:
-    a, b = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        torch.testing.assert_close(b[name], tensor, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def check_ewc(how: str, kind: str, folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> None:
