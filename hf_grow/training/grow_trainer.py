@@ -29,7 +29,7 @@ from hf_grow.training.grow_config import GrowConfig
 from hf_grow.training.param_updates.parameter_map import bare, parameters
 from hf_grow.training.setup.activation_checkpointing import checkpointed_layers
 from hf_grow.training.setup.build import ModelParts, SetupHooks, add_early_stopping, make_parts, make_settings, merge_adapters
-from hf_grow.training.setup.launch_checks import launch_mistakes
+from hf_grow.training.setup.launch_checks import launch_mistakes, parallelism_mistakes
 from hf_grow.training.setup.option_checks import check_options, load_tokenizer, plan_of
 from hf_grow.training.setup.train_setup import TrainSetup
 from hf_grow.training.setup.warnings import warn
@@ -164,6 +164,10 @@ def _check(
     layers = checkpoint.info.architecture.layers
     collect_mistakes(errors, "activation_checkpointing", lambda: checkpointed_layers(options, args, plan, layers))
     errors += launch_mistakes(current_launch(), options, args, resume=False)
+    errors += parallelism_mistakes(
+        current_launch(), options, args, checkpoint, seq_length=args.seq_length, intra_document_masking=args.intra_document_masking,
+        streaming=False,
+    )  # fmt: skip
     raise_errors("GrowTrainer", errors)
     recorded = {
         **args.settings(),

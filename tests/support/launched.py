@@ -72,6 +72,50 @@ def pretend_accelerator() -> None:
     PartialState._prepare_backend = lambda self, cpu, sagemaker, backend=None: ("gloo", DistributedType.MULTI_GPU)
 
 
+class Gather(torch.autograd.Function):
+    """The parts of all processes of a mesh, one after another."""
+
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, dim: int, mesh: Any) -> torch.Tensor:
+        ctx.dim, ctx.mesh = dim, mesh
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(mesh.size())]
+        torch.distributed.all_gather(parts, part.contiguous(), group=mesh.get_group())
+        return torch.cat(parts, dim=dim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        total = gradient.contiguous().clone()
+        torch.distributed.all_reduce(total, group=ctx.mesh.get_group())
+        return total.chunk(ctx.mesh.size(), dim=ctx.dim)[ctx.mesh.get_local_rank()], None, None
+
+
+def pretend_ring_attention() -> None:
+    """torch knows attention across processes for kernels of GPUs only. Here keys and values of all processes are gathered; how torch cuts the
+    sequences, and all that accelerate and Trainer do, is their own."""
+    from torch.distributed.tensor.experimental._context_parallel import _attention, _load_balancer
+    from torch.nn import functional
+
+    plain = functional.scaled_dot_product_attention
+
+    def enable(seq_dim: int, mesh: Any) -> None:
+        def attention(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False, **options: Any) -> Any:
+            assert attn_mask is None and is_causal
+            k, v = Gather.apply(k, seq_dim, mesh), Gather.apply(v, seq_dim, mesh)
+            length = k.shape[seq_dim]
+            balancer = _load_balancer._create_default_load_balancer(length, mesh.size(), "cpu")
+            positions = torch.arange(length) if balancer is None else balancer._generate_indices().flatten()
+            own = positions.chunk(mesh.size())[mesh.get_local_rank()]
+            return plain(q, k, v, attn_mask=own[:, None] >= positions[None], **options)
+
+        functional.scaled_dot_product_attention = attention
+
+    def disable() -> None:
+        functional.scaled_dot_product_attention = plain
+
+    _attention._enable_context_parallel_dispatcher_impl = enable
+    _attention._disable_context_parallel_dispatcher_impl = disable
+
+
 def short_of_patience(seconds: float) -> None:
     """Collectives give up after so long. With use_cpu, TrainingArguments leaves ddp_timeout out."""
     make = torch.distributed.init_process_group
@@ -107,6 +151,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         pretend_accelerator()
+    if int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", 1)) > 1:
+        pretend_ring_attention()
     if os.environ.get("LAUNCHED_PATIENCE"):
         short_of_patience(float(os.environ["LAUNCHED_PATIENCE"]))
     note_facts(Path(f"facts-{os.environ['RANK']}.json").absolute())

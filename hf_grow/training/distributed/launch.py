@@ -1,7 +1,8 @@
 """How many processes train one model, and how they share it: from the environment of `accelerate launch` or torchrun, or from an accelerate config file.
 
     ddp                     every process holds everything
-    fsdp2                   parameters, gradients, optimizer state, Fisher and anchor are sharded (DTensor)
+    fsdp2                   parameters, gradients, optimizer state, Fisher and anchor are sharded (DTensor); with context parallelism (accelerate's
+                            ParallelismConfig) several processes share each sequence, and the shards are those of all processes
     zero1, zero2, zero3     DeepSpeed shards the optimizer state; also gradients; also parameters
 
 DeepSpeed gives no access to gradients and the optimizer step, so settings that act between a backward pass and a step raise an error under it.
@@ -15,19 +16,27 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_grow.common.safe_files import read_json
 from hf_grow.errors import InputError
 from hf_grow.options import load_yaml
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 SHARDED = {
     "one": (), "ddp": (), "zero1": ("optimizer",), "zero2": ("optimizer", "gradients"),
     "zero3": ("optimizer", "gradients", "weights"), "fsdp2": ("optimizer", "gradients", "weights", "penalty", "rows"),
 }  # fmt: skip
 """What each way of sharing shards, by field of `MemoryEstimate`."""
+PARALLELISM = {
+    "dp_replicate": "replicas of sharded models (HSDP)", "dp_shard": "sharding", "cp": "context parallelism", "tp": "tensor parallelism",
+    "sp": "sequence parallelism",
+}  # fmt: skip
+"""Dimensions of accelerate's ParallelismConfig."""
 _CONFIG_HINT = "Use a file from recipes/accelerate, or one that `accelerate config` wrote."
 
 
@@ -42,6 +51,18 @@ class Launch:
     """FSDP: whether models are saved as plain safetensors (FULL_STATE_DICT)."""
     cpu_ram_efficient_loading: bool = False
     """FSDP: whether only one process per machine loads the weights."""
+    parallelism: Mapping[str, int] = field(default_factory=dict)
+    """Sizes of accelerate's ParallelismConfig by its names (tp, cp, sp, dp_shard, dp_replicate); empty where it is not used."""
+
+    @property
+    def context_parallel(self) -> int:
+        """Number of processes that share each sequence."""
+        return self.parallelism.get("cp", 1)
+
+    @property
+    def data_processes(self) -> int:
+        """Number of processes, or of groups of them, that get sequences of their own."""
+        return self.processes // self.context_parallel
 
     def shards(self, purpose: str) -> int:
         """Number of shards of the weights, gradients, optimizer, penalty or rows."""
@@ -54,6 +75,8 @@ class Launch:
     def __str__(self) -> str:
         names = {"one": "one process", "ddp": "DDP", "fsdp2": "FSDP2", "fsdp1": "FSDP1"}
         name = names.get(self.sharing, f"DeepSpeed ZeRO-{self.sharing[-1]}")
+        if self.context_parallel > 1:
+            name += f" with context parallelism of {self.context_parallel}"
         return name if self.processes == 1 and self.sharing == "one" else f"{name}, {self.processes} processes"
 
 
@@ -72,7 +95,14 @@ def current_launch(environment: Mapping[str, str] | None = None) -> Launch:
         return Launch(processes, f"zero{stage}" if str(stage) != "0" else "ddp")
     if _flag(env, "ACCELERATE_USE_FSDP"):
         full = env.get("FSDP_STATE_DICT_TYPE") == "FULL_STATE_DICT"
-        return Launch(processes, f"fsdp{env.get('FSDP_VERSION', '1')}", full, _flag(env, "FSDP_CPU_RAM_EFFICIENT_LOADING"))
+        sizes = {}
+        if _flag(env, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+            sizes = _parallelism(
+                {name: env.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", 1) for name in PARALLELISM}, "PARALLELISM_CONFIG"
+            )
+        return Launch(
+            processes, f"fsdp{env.get('FSDP_VERSION', '1')}", full, _flag(env, "FSDP_CPU_RAM_EFFICIENT_LOADING"), parallelism=sizes
+        )
     return Launch(processes, "ddp" if processes > 1 else "one")
 
 
@@ -96,6 +126,11 @@ def close_process_group(failed: bool = False) -> None:
         # DTensor's caches keep every mesh, and a mesh keeps its groups (torch 2.13); nothing public clears either.
         getattr(mesh, "_pg_registry", {}).clear()
     distributed.destroy_process_group()
+
+
+def data_processes(arguments: TrainingArguments) -> int:
+    """Number of processes of this launch, or of groups of them, that get sequences of their own."""
+    return int(arguments.world_size) // current_launch().context_parallel
 
 
 def launch_from_file(path: Path, processes: int | None = None) -> Launch:
@@ -126,7 +161,21 @@ def launch_from_file(path: Path, processes: int | None = None) -> Launch:
         sharing = f"zero{stage}" if str(stage) != "0" else "ddp"
     if sharing not in SHARDED and sharing != "fsdp1":
         raise InputError(f"{path}: {sharing} does not exist.", hint="FSDP has versions 1 and 2, ZeRO stages 0 to 3.")
-    return Launch(count, sharing, full, efficient)
+    given = _section(path, data, "parallelism_config")
+    sizes = _parallelism({n: given.get(f"parallelism_config_{n}_size", 1) for n in PARALLELISM}, str(path)) if given else {}
+    return Launch(count, sharing, full, efficient, parallelism=sizes)
+
+
+def _parallelism(given: Mapping[str, Any], where: str) -> dict[str, int]:
+    """Sizes of the dimensions. Raises InputError for what is no size."""
+    sizes = {}
+    for name, value in given.items():
+        if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
+            raise InputError(
+                f"{where}: the {name} size is {value!r}.", hint="Give the number of processes of that dimension; 1 leaves it out."
+            )
+        sizes[name] = int(value)
+    return sizes
 
 
 def _section(path: Path, data: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -83,7 +83,7 @@ def dry_run(
         penalty=penalty_bytes(recipe.regularizer, meta_model(info.config), setup.plan), rows=copies, teachers=teachers,
         distillation=logits, launch=started, checkpointed=checkpointed_layers(recipe, arguments, setup.plan, info.architecture.layers),
     )  # fmt: skip
-    step = tokens_per_step(arguments, length, started.processes)
+    step = tokens_per_step(arguments, length, started.data_processes)
     counts = [t["tokens"] for t in texts if t["use"] == "train"]
     epoch = sum(counts) if counts and all(counts) else None
     tokens = step * arguments.max_steps if arguments.max_steps > 0 else epoch and round(epoch * arguments.num_train_epochs)

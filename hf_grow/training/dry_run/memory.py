@@ -122,7 +122,7 @@ def estimate_memory(
         activations=activation_bytes(
             arch,
             arguments.per_device_train_batch_size,
-            length,
+            -(-length // launch.context_parallel),
             compute_width,
             checkpointed=checkpointed,
             offloaded=arguments.device.type != "cpu" and bool((arguments.activation_checkpointing_kwargs or {}).get("offload")),

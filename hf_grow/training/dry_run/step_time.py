@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from hf_grow.training.config.train_config import STEPS_ONLY, tokens_per_step
 from hf_grow.training.data import Collator, TrainData
+from hf_grow.training.distributed.launch import data_processes
 from hf_grow.training.setup.build import make_parts, make_recipe_trainer
 from hf_grow.training.setup.recipe_checks import arguments_for
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
@@ -70,7 +71,7 @@ class StepTimer(TrainerCallback):  # type: ignore[misc]
 def time_steps(setup: TrainSetup, notify: Notify, clock: Callable[[], float] = time.perf_counter) -> StepTimes:
     """Loads the model and trains for a few steps; nothing is kept. Raises what a training raises."""
     arguments, length = setup.arguments, setup.recipe.data.seq_length
-    tokens = tokens_per_step(arguments, length, arguments.world_size)
+    tokens = tokens_per_step(arguments, length, data_processes(arguments))
     notify(f"Timing {TIMED_STEPS} steps of {tokens:,} random tokens, after one warm-up step ...")
     with tempfile.TemporaryDirectory(prefix="hf-grow-") as folder:
         short = _steps_only(setup, Path(folder))

@@ -11,7 +11,7 @@ from hf_grow.checkpoint.source import TOKENIZER_CONFIG, companion_bytes, compani
 from hf_grow.model.meta_model import meta_model
 from hf_grow.training.config.train_config import tokens_per_step
 from hf_grow.training.data import build as build_data
-from hf_grow.training.distributed.launch import current_launch
+from hf_grow.training.distributed.launch import current_launch, data_processes
 from hf_grow.training.distributed.process_order import local_main_process_first
 from hf_grow.training.param_updates.parameter_map import parameter_map
 from hf_grow.training.peft import lora
@@ -68,7 +68,7 @@ def read_texts(setup: TrainSetup, notify: Notify) -> TrainData:
     assert tokenizer is not None
     rows = None
     if arguments.max_steps > 0:
-        rows = arguments.max_steps * tokens_per_step(arguments, 1, arguments.world_size)
+        rows = arguments.max_steps * tokens_per_step(arguments, 1, data_processes(arguments))
     with local_main_process_first(arguments, "the texts"):
         model = str(setup.checkpoint.folder or recipe.model)
         data = build_data(recipe.data, tokenizer, notify=notify, vocab_size=setup.vocabulary, sequences=rows, model=model)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_grow.training.distributed.launch import Launch, current_launch
+from hf_grow.checkpoint.reader import Checkpoint
+from hf_grow.training.distributed.launch import PARALLELISM, Launch, current_launch
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from hf_grow.training.config.train_options import TrainOptions
+
+_REFUSED = {
+    "tp": "cuts weights within rows and columns, for which rows to load, masks, regularizers and checkpoints are not made. Use FSDP2.",
+    "sp": "needs DeepSpeed, whose attention across processes is not supported here. Use cp_size, or FSDP2.",
+    "dp_replicate": "would count regularizers and their state once per replica. Use dp_shard_size for all processes.",
+}
+"""Dimensions of ParallelismConfig that are not supported, and why."""
 
 
 def launch_mistakes(launch: Launch, options: TrainOptions, arguments: TrainingArguments, *, resume: bool) -> list[str]:
@@ -48,6 +56,56 @@ def launch_mistakes(launch: Launch, options: TrainOptions, arguments: TrainingAr
         ]
         if resume:
             errors.append("--resume: DeepSpeed's checkpoints are pickles, which hf-grow does not load. Use FSDP2 or DDP.")
+    return errors
+
+
+def parallelism_mistakes(
+    launch: Launch,
+    options: TrainOptions,
+    arguments: TrainingArguments,
+    checkpoint: Checkpoint,
+    *,
+    seq_length: int,
+    intra_document_masking: bool,
+    streaming: bool,
+) -> list[str]:
+    """One line per option that does not work with the dimensions of accelerate's ParallelismConfig."""
+    sizes, cp = launch.parallelism, launch.context_parallel
+    errors = [f"launch: {what} ({name}_size {sizes[name]}) {_REFUSED[name]}" for name, what in PARALLELISM.items()
+              if name in _REFUSED and sizes.get(name, 1) > 1]  # fmt: skip
+    if arguments.parallelism_config is not None:
+        errors.append("parallelism_config: is read from the file of accelerate launch (recipes/accelerate). Remove it here.")
+    if sizes and not errors and (shards := sizes.get("dp_shard", 1)) * cp != launch.processes:
+        errors.append(f"launch: dp_shard_size {shards} x cp_size {cp} is not the number of processes, {launch.processes}.")
+    if cp == 1:
+        return errors
+    in_use = {
+        "distill": options.distill is not None,
+        "moe.aux_loss": options.moe.aux_loss and checkpoint.info.architecture.is_moe,
+        "data.intra_document_masking": intra_document_masking,
+        "attn_implementation": options.attn_implementation not in (None, "sdpa"),
+        "use_liger_kernel": bool(arguments.use_liger_kernel),
+    }
+    reasons = {
+        "distill": "compares positions that lie in different processes",
+        "moe.aux_loss": "would be that of a part of each sequence",
+        "data.intra_document_masking": "needs a mask, and attention across processes has none but the causal one",
+        "attn_implementation": "must be sdpa",
+        "use_liger_kernel": "shifts labels within the part of a process",
+    }
+    errors += [f"{key}: does not work with context parallelism: it {reasons[key]}." for key, used in in_use.items() if used]
+    config = checkpoint.config
+    if config.get("sliding_window") and config.get("use_sliding_window", True):
+        errors.append("launch: context parallelism does not support sliding-window attention, which this model has.")
+    if seq_length % (2 * cp):
+        errors.append(
+            f"data.seq_length: {seq_length} is not a multiple of {2 * cp}, twice the cp_size, which balances the parts of a sequence."
+        )
+    if arguments.accelerator_config.dispatch_batches or (streaming and arguments.accelerator_config.dispatch_batches is None):
+        errors.append(
+            "accelerator_config: one process would read for all, and give those that share a sequence different ones. "
+            "Set accelerator_config: {dispatch_batches: false}."
+        )
     return errors
 
 

@@ -25,7 +25,7 @@ from hf_grow.training.data.sources import find_text
 from hf_grow.training.distributed import launch
 from hf_grow.training.setup.activation_checkpointing import checkpointed_layers
 from hf_grow.training.setup.growth_at_load import WRITE_FIRST, plan_growth
-from hf_grow.training.setup.launch_checks import launch_mistakes
+from hf_grow.training.setup.launch_checks import launch_mistakes, parallelism_mistakes
 from hf_grow.training.setup.option_checks import TOKENIZER_FILES, check_options, load_tokenizer, plan_of
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
 from hf_grow.training.setup.warnings import warn_recipe
@@ -90,6 +90,11 @@ def check_recipe(
             errors += launch_mistakes(
                 started, recipe, arguments, resume=resume or bool(recipe_data.arguments.get("resume_from_checkpoint"))
             )
+            if checkpoint is not None:
+                errors += parallelism_mistakes(
+                    started, recipe, arguments, checkpoint, seq_length=recipe.data.seq_length,
+                    intra_document_masking=recipe.data.intra_document_masking, streaming=recipe.data.streaming,
+                )  # fmt: skip
         if recipe.grow is not None and started.deepspeed:
             errors.append(f"grow: {started} loads whole models only. {WRITE_FIRST}")
         _check_resume(recipe_data.arguments.get("resume_from_checkpoint"), errors)

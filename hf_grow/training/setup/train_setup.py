@@ -11,6 +11,7 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.training.config.train_config import TrainRecipe, tokens_per_step
 from hf_grow.training.config.train_options import TrainOptions
+from hf_grow.training.distributed.launch import data_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -54,4 +55,4 @@ class TrainSetup:
     @property
     def tokens_per_step(self) -> int:
         """Of one optimizer step over all processes."""
-        return tokens_per_step(self.arguments, self.seq_length, self.arguments.world_size)
+        return tokens_per_step(self.arguments, self.seq_length, data_processes(self.arguments))

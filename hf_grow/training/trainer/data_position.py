@@ -161,7 +161,7 @@ class DataPositionTrainer(Trainer):  # type: ignore[misc]
 
     def _rows(self, step: int) -> int:
         """Rows of complete epochs and of the current one, after a number of steps without a rollback."""
-        batch = int(self.args.train_batch_size) * (1 if self._split_batches else int(self.args.world_size))
+        batch = int(self.args.train_batch_size) * (1 if self._split_batches else int(self.args.world_size) // int(self.get_cp_size()))
         accumulation_steps = int(self.args.gradient_accumulation_steps)
         if not hasattr(self.train_dataset, "__len__"):
             return step * batch * accumulation_steps
