@@ -89,6 +89,11 @@ def plan_trials(files: FisherFileOptions, options: FisherOptions, out: Path, not
     penalty = data.recipe.regularizer if files.recipe is not None else PenaltyOptions()
     if penalty.collapsed or penalty.kind in ("si", "online-ewc"):
         raise InputError(f"{files.recipe}: --calibrate supports ewc and l2sp, not {'collapsed' if penalty.collapsed else penalty.kind}.")
+    if data.recipe.data.intra_document_masking:
+        raise InputError(
+            f"{files.recipe}: --calibrate trains on text without data.intra_document_masking, so its lambda would be that of another training.",
+            hint="Calibrate with --recipe and intra_document_masking: false.",
+        )
     penalty = penalty.model_copy(update={"kind": "ewc" if penalty.kind == "none" else penalty.kind, "fisher": (out,)})
     recipe = data.recipe.model_copy(update={"regularizer": penalty})
     if recipe.train != ["everything"] or recipe.freeze or recipe.phases or recipe.lora or recipe.distill:

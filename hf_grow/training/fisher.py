@@ -147,6 +147,10 @@ def _launch_mistakes(launch: Launch, files: FisherFileOptions) -> list[str]:
             mistakes.append(
                 "--calibrate: trains in one process. Write the Fisher first, and calibrate on one GPU, or choose lambda by trainings."
             )
+    if launch.parallelism:
+        mistakes.append(
+            "launch: with a parallelism_config processes share sequences, which the Fisher needs whole. Use recipes/accelerate/fsdp2.yaml."
+        )
     if launch != Launch() and files.device not in (None, "cpu"):
         mistakes.append("--device: the launcher gives every process its device.")
     if launch.sharing == "fsdp2" and files.device == "cpu":

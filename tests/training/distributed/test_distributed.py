@@ -343,7 +343,8 @@ def test_every_process_exits_with_status_0(how: str, tmp_path: Path) -> None:
 # ---- files of accelerate, and memory -----------------------------------------------------------------------------------------------------------
 
 LAUNCHES = {"one_gpu": Launch(), "ddp": Launch(8, "ddp"), "fsdp2": Launch(8, "fsdp2"), "deepspeed_zero3": Launch(8, "zero3"),
-        "multi_node": Launch(16, "fsdp2")}  # fmt: skip
+        "multi_node": Launch(16, "fsdp2"),
+        "context_parallel": Launch(8, "fsdp2", parallelism={"dp_replicate": 1, "dp_shard": 4, "cp": 2, "tp": 1, "sp": 1})}  # fmt: skip
 
 
 def test_recipe_accelerate_files_are_valid() -> None:

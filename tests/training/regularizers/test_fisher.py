@@ -572,6 +572,9 @@ def test_calibration_uses_recipe(folder: Path, tmp_path: Path, capsys: Any) -> N
     recipe.write_text("model: m\ndata: {train: new.txt}\nregularizer: {kind: si}\n")
     assert of_recipe("g") == 2
     assert "supports ewc and l2sp, not si" in capsys.readouterr().err
+    recipe.write_text("model: m\ndata: {train: new.txt, intra_document_masking: true}\nregularizer: {kind: ewc, fisher: f}\n")
+    assert of_recipe("g") == 2
+    assert "without data.intra_document_masking" in capsys.readouterr().err
 
 
 def test_calibration_evaluates_on_held_out_text(folder: Path, tmp_path: Path, capsys: Any) -> None:
