@@ -8,8 +8,9 @@ import math
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from hf_grow.common.safe_files import error_text, open_regular
+from hf_grow.common.safe_files import MAX_FILE_BYTES, error_text, open_regular
 from hf_grow.errors import SourceError
 from hf_grow.growth.tensors import raw_bytes
 
@@ -38,6 +39,13 @@ class FileTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+    def is_contiguous(self) -> bool:
+        return self.stride == _strides(self.shape)
+
+    def reshaped(self, shape: tuple[int, ...]) -> FileTensor:
+        """A contiguous tensor in another shape."""
+        return replace(self, shape=shape, stride=_strides(shape))
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of dimension 0, as a new tensor. Raises SourceError where the file ends before."""
@@ -68,6 +76,10 @@ class FileTensor:
                 raise SourceError(f"Cannot read {self.path}: {error_text(error)}.") from None
         if done < len(data):
             raise SourceError(f"{self.path} is truncated: a tensor of shape {list(self.shape)} ends after the file.")
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,49 @@ def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
             raise SourceError(
                 f"{path} cannot be read: {unknown[1]}{unknown[2]} is neither a tensor nor plain data.", hint=install
             ) from None
+
+
+def plain_values(path: Path) -> Any:
+    """The numbers, strings, lists and dicts of a file that torch.save wrote. Whatever else it holds, tensors too, becomes an inert `Unread`.
+
+    For files with classes of their own, which `open_torch_file` refuses: none of their code is executed. Raises SourceError for a damaged file.
+    """
+    with open_regular(path) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                inside = next(i for i in archive.infolist() if i.filename.endswith("/data.pkl"))
+                if inside.file_size > MAX_FILE_BYTES:
+                    raise ValueError("its data is too large")
+                return _PlainReader(io.BytesIO(archive.read(inside))).load()
+        except Exception as error:  # whatever damaged bytes raise
+            raise SourceError(f"{path} cannot be read: {(str(error).splitlines() or ['?'])[0]}") from None
+
+
+class Unread:
+    """Takes the place of what is not read. Accepts whatever a pickle does to it."""
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        pass
+
+    def extend(self, values: Any) -> None:
+        pass
+
+
+class _PlainReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str, /) -> Any:
+        return dict if (module, name) == ("collections", "OrderedDict") else Unread
+
+    def persistent_load(self, pid: Any, /) -> Any:
+        return Unread()
 
 
 def _load(file: io.FileIO, start: int, length: int) -> Any:

@@ -28,16 +28,19 @@ def optimizer_file(folder: Path) -> Path | None:
 def missing_optimizer_error(folder: Path) -> SourceError:
     """The error for a folder without a readable optimizer state."""
     reset = "the schedule and the data position continue, the moments start from zero"
-    if any(folder.glob("global_step*")):
+    steps = next(folder.glob("global_step*"), None)
+    if steps is not None:
         return SourceError(
             f"{folder} holds DeepSpeed's optimizer state: pickles, which are never loaded.",
-            hint=f"Grow with --optimizer-policy reset: {reset}. If {folder} holds no weights either, convert them first, copy its config.json "
-            f"and tokenizer into the same folder, and grow that folder: python {folder}/zero_to_fp32.py {folder} WEIGHTS --safe_serialization",
+            hint=f"Convert it: python -m deepspeed.checkpoint.ds_to_universal --input_folder {steps} --output_folder {steps}_universal "
+            f"(DeepSpeed loads the pickles), or grow with --optimizer-policy reset: {reset}. If {folder} holds no weights either, convert them first, "
+            f"copy its config.json and tokenizer into the same folder, and grow that folder: "
+            f"python {folder}/zero_to_fp32.py {folder} WEIGHTS --safe_serialization",
         )
     if any(folder.glob("optimizer_*")) or any(folder.glob("pytorch_model_fsdp*")):
         return SourceError(
-            f"{folder} holds a sharded FSDP optimizer state.",
-            hint=f"Save with fsdp_state_dict_type: FULL_STATE_DICT, or grow with --optimizer-policy reset: {reset}.",
+            f"{folder} holds a sharded FSDP optimizer state without .metadata: one file a process, in the order of that process.",
+            hint=f"Save with torch.distributed.checkpoint (use_dcp), or grow with --optimizer-policy reset: {reset}.",
         )
     return SourceError(f"{folder} has no {POSITIONS} and no {NAMES}.", hint="Give a folder that Trainer saved, such as checkpoint-500.")
 

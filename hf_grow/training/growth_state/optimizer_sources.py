@@ -7,25 +7,41 @@ optimizer_0/    accelerate's, under FSDP with SHARDED_STATE_DICT: torch.distribu
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_grow.common.safe_files import read_bytes
 from hf_grow.errors import SourceError
 from hf_grow.model.meta_model import trainer_param_groups
-from hf_grow.training.growth_state.optimizer_files import optimizer_file
-from hf_grow.training.growth_state.optimizer_state import OptimizerState
+from hf_grow.training.growth_state.optimizer_files import TRAINER_STATE, optimizer_file
+from hf_grow.training.growth_state.optimizer_state import MemoryTensor, OptimizerState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHARDED = "optimizer_0"
+    from hf_grow.growth.tensors import RowTensor
+
+SHARDED, UNIVERSAL = "optimizer_0", "zero"
+GROUPS = "optimizer_state.pt"
 
 
 def optimizer_path(folder: Path) -> Path | None:
     """The optimizer state of a checkpoint folder; None if there is none that can be read."""
     sharded = folder / SHARDED
-    return optimizer_file(folder) or (sharded if (sharded / ".metadata").is_file() else None)
+    return optimizer_file(folder) or (sharded if (sharded / ".metadata").is_file() else _universal(folder))
+
+
+def _universal(folder: Path) -> Path | None:
+    """The one folder of ds_to_universal. Raises SourceError for several."""
+    found = sorted({p.parent for pattern in ("zero", "*/zero") for p in folder.glob(f"{pattern}/{GROUPS}")})
+    if len(found) > 1:
+        raise SourceError(
+            f"{folder} holds several universal checkpoints: {', '.join(str(p.parent) for p in found)}.", hint="Name one of them."
+        )
+    return next(iter(found), None)
 
 
 def open_optimizer(path: Path, model: PreTrainedModel, names: Sequence[Sequence[str]] | None = None) -> OptimizerState:
@@ -34,6 +50,8 @@ def open_optimizer(path: Path, model: PreTrainedModel, names: Sequence[Sequence[
     ``names``: the parameter names of each group, where the optimizer was not created by Trainer and its groups hold no names.
     Raises SourceError for a damaged state, and for that of another model.
     """
+    if path.name == UNIVERSAL:
+        return _read_universal(path, model)
     return named_state(*(_read_sharded(path) if path.name == SHARDED else _read_file(path)), model, names)
 
 
@@ -69,6 +87,63 @@ def _read_sharded(folder: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[st
         raise SourceError(f"{folder} holds no parameter groups.", hint="Was it written by accelerate?")
     ordered = [groups[i] for i in sorted(groups)]
     return [{**g, "params": [str(n) for n in g["params"]]} for g in ordered], state
+
+
+def _read_universal(folder: Path, model: PreTrainedModel) -> OptimizerState:
+    """AdamW's state, of Trainer's groups. Beside the moments, DeepSpeed writes the groups in a file with classes of its own, of which numbers are read."""
+    from torch.optim import AdamW
+
+    from hf_grow.checkpoint.torch_files import open_torch_file, plain_values
+
+    names, shapes = trainer_param_groups(model), {n: tuple(p.shape) for n, p in model.named_parameters()}
+    try:
+        saved = plain_values(folder / GROUPS)["param_groups"]
+        wanted = {k: v for k, v in AdamW([model.get_parameter(names[0][0])]).param_groups[0].items() if k != "params"}
+        taken = [{k: g[k] for k in ("lr", "initial_lr", "betas", "eps", "weight_decay") if k in g} for g in saved]
+        if not all(isinstance(x, (int, float)) for g in taken for v in g.values() for x in (v if isinstance(v, (list, tuple)) else [v])):
+            raise ValueError("its groups hold something else than numbers")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise SourceError(f"{folder / GROUPS} holds no parameter groups: {error}.") from None
+    if len(taken) != len(names):
+        raise SourceError(f"{folder / GROUPS} has {len(taken)} parameter groups; those of Trainer's AdamW are {len(names)}.")
+    state: dict[str, dict[str, Any]] = {}
+    for name, shape in shapes.items():
+        files = {key: folder / name / f"{key}.pt" for key in ("exp_avg", "exp_avg_sq")}
+        if not all(f.is_file() for f in files.values()):
+            continue  # a parameter without gradient
+        state[name] = {"step": _universal_step(folder, name, saved)}
+        for key, file in files.items():
+            held: Any = open_torch_file(file)
+            held = held.get("param") if isinstance(held, dict) else held  # ZeRO-3: the tensor alone, flat
+            if getattr(held, "dtype", None) is None or math.prod(held.shape) != math.prod(shape) or not held.is_contiguous():
+                raise SourceError(f"{file} is not {key} of {name}, whose shape is {list(shape)}.")
+            state[name][key] = held.reshaped(shape)
+    if not state:
+        raise SourceError(
+            f"{folder} holds no exp_avg.pt of this model's parameters.", hint="Was another model trained, or by another optimizer?"
+        )
+    groups = [{**wanted, **settings, "params": list(members)} for settings, members in zip(taken, names, strict=True)]
+    return OptimizerState(groups, state)
+
+
+def _universal_step(folder: Path, name: str, groups: Sequence[Mapping[str, Any]]) -> RowTensor:
+    """The step count: of the parameter, of its group, or of Trainer's checkpoint around the folder."""
+    import torch
+
+    from hf_grow.checkpoint.torch_files import open_torch_file
+
+    found: Any = None
+    if (folder / name / "step.pt").is_file():
+        found = open_torch_file(folder / name / "step.pt")
+        found = float(found.whole()) if hasattr(found, "whole") else found
+    elif isinstance(groups[0].get("step"), int):
+        found = groups[0]["step"]
+    else:
+        state = next((p for p in (folder.parent / TRAINER_STATE, folder.parents[1] / TRAINER_STATE) if p.is_file()), None)
+        found = None if state is None else json.loads(read_bytes(state)).get("global_step")  # not read_json: its losses may be NaN
+    if not isinstance(found, (int, float)):
+        raise SourceError(f"{folder} says nowhere at which step it was saved.", hint=f"Copy Trainer's {TRAINER_STATE} beside it.")
+    return MemoryTensor(torch.tensor(float(found)))
 
 
 def named_state(
