@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def empty_model(config: Mapping[str, Any], dtype: torch.dtype, folder: Path | None = None, attention: str | None = None) -> PreTrainedModel:
+def empty_model(
+    config: Mapping[str, Any], dtype: torch.dtype, folder: Path | None = None, attention: str | None = None, **implementations: str
+) -> PreTrainedModel:
     """The model of a config.json with parameters on the meta device and real buffers (rotary frequencies).
 
-    ``folder``: where generation_config.json is. ``attention``: attn_implementation. Raises SourceError as `meta_model` does.
+    ``folder``: where generation_config.json is. ``attention``: attn_implementation; ``implementations``: experts_implementation.
+    Raises SourceError as `meta_model` does.
     """
     from accelerate import init_empty_weights
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
@@ -36,7 +39,7 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype, folder: Path | No
         made = AutoConfig.for_model(kind, **settings)
         reset_output_flags(made)
         made.dtype = dtype
-        implementations = {} if attention is None else {"attn_implementation": attention}
+        implementations |= {} if attention is None else {"attn_implementation": attention}
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)]._from_config(made, dtype=dtype, **implementations)
         model.tie_weights()  # each parameter was moved to the meta device on its own
