@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         if action.dest in ("output", "from_growth", "merge"):
             action.metavar = "FILE"
+        elif action.dest == "from_optimizer":
+            action.metavar = "DIR"
     flags.add_flags(parser.add_argument_group("estimation"), [FisherOptions])
     add_json(parser)
 
@@ -60,6 +62,9 @@ def _show(facts: dict[str, Any]) -> None:
         return
     if "mapped_by" in facts:
         say(f"wrote      {facts['output']}: mapped through {facts['mapped_by']}, {facts['seconds']} s", markup=False)
+    elif "optimizer" in facts:
+        say(f"wrote      {facts['output']} ({format_bytes(facts['bytes'])}): exp_avg_sq of {facts['optimizer']} after {facts['steps']:,.0f} steps, "
+            f"times {facts['tokens_per_step']:,.0f} tokens per step, {facts['seconds']} s", markup=False)  # fmt: skip
     else:
         how = "one sequence at a time" if facts["exact"] else f"batches of {facts['batch']}"
         say(f"wrote      {facts['output']} ({format_bytes(facts['bytes'])}): {facts['kind']} Fisher, {facts['tokens']:,} tokens, {how}, "

@@ -1,6 +1,6 @@
 """`hf-grow fisher`: writes a file of per-parameter importance (Fisher) on old data.
 
-It is estimated on text, or mapped from the source's file through a growth; on request lambda is calibrated on new text.
+It is estimated on text, mapped from the source's file through a growth, or taken from the optimizer of an earlier training; on request lambda is calibrated on new text.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from hf_grow.training.data.sources import find_text
 from hf_grow.training.distributed.launch import Launch, current_launch
 from hf_grow.training.distributed.processes import ALONE, Processes
 from hf_grow.training.dry_run.memory import gathered_bytes
+from hf_grow.training.growth_state.optimizer_sources import open_optimizer, optimizer_path
+from hf_grow.training.growth_state.second_moments import importance_from_moments, recorded_tokens_per_step
 from hf_grow.training.param_updates.param_provenance import check_plan_matches
 from hf_grow.training.param_updates.parameter_map import parameter_map
 from hf_grow.training.regularizers.build import make_penalty
@@ -99,10 +101,12 @@ def write_fisher(
             )
     check_disk_space(out, _file_bytes(checkpoint, options))
     if files.dry_run:
-        return _dry_run(checkpoint, options, mapped=files.from_growth is not None)
+        return _dry_run(checkpoint, options, mapped=files.text is None)
     start = time.perf_counter()
     if files.from_growth is not None:
         facts = _map_fisher(checkpoint, files.from_growth, options, out)
+    elif files.from_optimizer is not None:
+        facts = _from_optimizer(checkpoint, files.from_optimizer, files, options, out)
     else:
         facts = _estimate(checkpoint, files, options, out, trials, notify, progress_bar)
     return {"output": str(out), **facts, "seconds": round(time.perf_counter() - start, 1)}
@@ -111,10 +115,13 @@ def write_fisher(
 def _check_options(files: FisherFileOptions, options: FisherOptions, out: Path, notify: Notify) -> None:
     """Raises InputError with all options that exclude each other, missing inputs and existing outputs."""
     mistakes = []
-    if (files.text is None) == (files.from_growth is None):
-        mistakes.append("give either --text (old data) or --from-growth (the source's Fisher).")
-    if files.from_growth is not None:
-        mistakes += [f"--{n} needs --text." for n in ("merge", "utility", "calibrate") if getattr(files, n) is not None]
+    if (files.text is not None) + (files.from_growth is not None) + (files.from_optimizer is not None) != 1:
+        mistakes.append(
+            "give either --text (old data), --from-growth (the source's Fisher), or --from-optimizer (a checkpoint of Trainer)."
+        )
+    if files.text is None:
+        needs_text = ("utility", "calibrate", *(["merge"] if files.from_optimizer is None else []))
+        mistakes += [f"--{n} needs --text." for n in needs_text if getattr(files, n) is not None]
     if (files.calibrate is None) != (files.on is None):
         mistakes.append("--calibrate NATS and --on NEW_DATA require each other.")
     if files.calibrate is not None and files.device not in (None, "cpu", "cuda", "cuda:0"):
@@ -143,6 +150,8 @@ def _launch_mistakes(launch: Launch, files: FisherFileOptions) -> list[str]:
     if launch.processes > 1:
         if files.from_growth is not None:
             mistakes.append("--from-growth: maps a file and runs no model; start it without a launcher.")
+        if files.from_optimizer is not None:
+            mistakes.append("--from-optimizer: maps files and runs no model; start it without a launcher.")
         if files.calibrate is not None:
             mistakes.append(
                 "--calibrate: trains in one process. Write the Fisher first, and calibrate on one GPU, or choose lambda by trainings."
@@ -216,6 +225,37 @@ def _map_fisher(checkpoint: Checkpoint, source_file: Path, options: FisherOption
     return {"kind": metadata.get("kind", ""), "mapped_from": metadata["mapped_from"], "mapped_by": plan.growth.method}
 
 
+def _from_optimizer(checkpoint: Checkpoint, folder: Path, files: FisherFileOptions, options: FisherOptions, out: Path) -> dict[str, Any]:
+    path = optimizer_path(folder)
+    if path is None:
+        raise InputError(
+            f"{folder} holds no optimizer state that can be read.",
+            hint="Give a checkpoint folder of Trainer, with optimizer.pt, optimizer.bin or optimizer_0/ (DeepSpeed's are pickles, which are never loaded).",
+        )
+    tokens = files.tokens_per_step or recorded_tokens_per_step(folder)
+    if tokens is None:
+        raise InputError(f"{folder} does not record how many tokens a step has.", hint="Say it: --tokens-per-step N.")
+    model = meta_model(checkpoint.info.config)
+    state, places, shapes = open_optimizer(path, model), parameter_map(model), _shapes(checkpoint)
+    parts: Iterator[Part] = importance_from_moments(state, places, shapes, tokens)
+    metadata = {
+        "kind": "exp_avg_sq", "optimizer": str(folder), "tokens_per_step": tokens, "steps": max(state.number(n) for n in state.state),
+        "model": checkpoint.ref, "revision": checkpoint.revision,
+    }  # fmt: skip
+    if files.merge is not None:
+        earlier = open_importance(files.merge)
+        check_same_model(earlier, shapes, None)
+        parts = merge_online(parts, earlier.rows, files.decay)
+        metadata |= {"merged": earlier.metadata.get("model", ""), "decay": files.decay}
+    write_importance_rows(out, shapes, parts, {**metadata, "sample": checkpoint_fingerprint(checkpoint)}, storage=options.storage)
+    return {**metadata, "bytes": out.stat().st_size}
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Of the model's tensors, by names on disk."""
+    return {n: t.shape for n, t in checkpoint.info.tensors.items() if n in checkpoint.info.architecture.tensors}
+
+
 @dataclass(frozen=True)
 class _Loaded:
     """The model of an estimation, as this process holds it."""
@@ -275,7 +315,7 @@ def _estimate(
 ) -> dict[str, Any]:
     require_packages("datasets", *(["accelerate"] if current_launch() != Launch() else []))
     arch = checkpoint.info.architecture
-    shapes = {n: t.shape for n, t in checkpoint.info.tensors.items() if n in arch.tensors}
+    shapes = _shapes(checkpoint)
     earlier = None
     if files.merge is not None:
         earlier = open_importance(files.merge)
