@@ -110,7 +110,7 @@ class GrowthJob:
         if output.stream_source:
             self._check_stream()
         if output.with_optimizer:
-            check_trainer_checkpoint(Path(output.with_optimizer), output.optimizer_policy)
+            check_trainer_checkpoint(Path(output.with_optimizer), output.optimizer_policy, self.plan)
             warn_if_consolidating(Path(output.with_optimizer), self.notify)
 
     def _check_stream(self) -> None:

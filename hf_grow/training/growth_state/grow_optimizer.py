@@ -25,7 +25,7 @@ from hf_grow.errors import ExecutionError, InputError, SourceError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.model.meta_model import meta_model, trainer_param_groups
 from hf_grow.training.growth_state import trajectory
-from hf_grow.training.growth_state.moments import Policy, grow_state
+from hf_grow.training.growth_state.moments import Policy, empty_state_error, grow_state
 from hf_grow.training.growth_state.optimizer_files import (
     NAMES,
     POSITIONS,
@@ -58,10 +58,22 @@ class GrownState:
     step: int
 
 
-def check_trainer_checkpoint(folder: Path, policy: Policy = "map") -> None:
-    """Raises SourceError if the folder holds no training state that this policy can grow."""
-    if optimizer_path(folder) is None and not (policy == "reset" and (folder / TRAINER_STATE).is_file()):
+def check_trainer_checkpoint(folder: Path, policy: Policy = "map", plan: GrowthPlan | None = None) -> None:
+    """Raises SourceError if the folder holds no training state that this policy can grow.
+
+    ``plan``: also opens the optimizer state, without reading its tensors, and checks that it fits.
+    """
+    path = optimizer_path(folder)
+    if path is None and not (policy == "reset" and (folder / TRAINER_STATE).is_file()):
         raise missing_optimizer_error(folder)
+    if path is not None and plan is not None and policy != "reset":
+        from hf_grow.training.growth_state.optimizer_forms import form_of
+
+        state = open_optimizer(path, meta_model(plan.source.config)).state
+        if not state:
+            raise empty_state_error()
+        for name, held in state.items():
+            form_of(held, name)
 
 
 def grow_trainer_state(

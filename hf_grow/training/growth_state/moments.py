@@ -23,6 +23,11 @@ SAFE_BETA2 = 0.95
 """Up to here a zeroed second moment raises first updates by at most about a tenth (measured); at 0.999 by a factor of 6.6."""
 
 
+def empty_state_error() -> SourceError:
+    """The error for a state without moments."""
+    return SourceError("The optimizer state is empty.", hint="It was saved before the first step; grow without it.")
+
+
 def grow_state(
     plan: GrowthPlan, state: OptimizerState, source: PreTrainedModel, target: PreTrainedModel, policy: Policy, beta2: float
 ) -> dict[str, dict[str, Any]]:
@@ -35,7 +40,7 @@ def grow_state(
     from hf_grow.training.growth_state.optimizer_forms import QUANTITIES, read_moments, write_state
 
     if not state.state:
-        raise SourceError("The optimizer state is empty.", hint="It was saved before the first step; grow without it.")
+        raise empty_state_error()
     moments = OptimizerState(state.groups, {n: read_moments(s, n, tuple(source.get_parameter(n).shape)) for n, s in state.state.items()})
     places, kept = parameter_map(source), _kept_only(plan)
     parameters = by_parameter(parameter_map(target))

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Adafactor, PreTrainedModel
 
 from hf_grow import api
+from hf_grow.cli import main
 from hf_grow.convert.in_memory import disk_names, grow_model
 from hf_grow.errors import InputError, SourceError
 from hf_grow.growth.tensors import RowTensor
@@ -448,3 +449,25 @@ def test_projected_and_other_state_is_refused(tmp_path: Path) -> None:
         (tmp_path / "out").mkdir(exist_ok=True)
         with pytest.raises(SourceError, match=r"no exact map|not those of the model"):
             grow_trainer_state(tmp_path, tmp_path / "out", plan)
+
+
+def test_state_that_cannot_be_grown_is_refused_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make(BY_NAME["llama"], num_hidden_layers=2)
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=1e-3)
+    train(model, optimizer, 1)
+    save(model, tmp_path / "source")
+    torch.save(optimizer.state_dict(), tmp_path / "source" / "optimizer.pt")
+    words = [
+        "depth",
+        str(tmp_path / "source"),
+        "--method",
+        "stack",
+        "-o",
+        str(tmp_path / "out"),
+        "--with-optimizer",
+        str(tmp_path / "source"),
+    ]
+    assert main(words) == 2
+    assert "no exact map" in capsys.readouterr().err and {p.name for p in tmp_path.iterdir()} == {"source"}
+    (tmp_path / "source" / "trainer_state.json").write_text('{"global_step": 1}')
+    assert main([*words, "--optimizer-policy", "reset"]) == 0
