@@ -128,6 +128,8 @@ def _check_options(files: FisherFileOptions, options: FisherOptions, out: Path, 
         mistakes.append(
             f"--calibrate trains on the first GPU, as hf-grow train does, not on {files.device}. Choose the GPU with CUDA_VISIBLE_DEVICES."
         )
+    if files.calibrate is not None and options.intra_document_masking:
+        mistakes.append("--intra-document-masking: cannot be combined with --calibrate, whose trainings do not mask. Remove one of them.")
     mistakes += unmet_requirements(files, options)
     mistakes += _launch_mistakes(current_launch(), files)
     for key, path in (("output", out), ("utility", files.utility)):
@@ -326,12 +328,15 @@ def _estimate(
         options = options.model_copy(update={"activation_checkpointing": True})
     length = min(options.seq_length, model.config.max_position_embeddings)
     assert files.text is not None
-    sample = partial(sample_sequences, model=model, tokenizer=loaded.tokenizer, length=length, seed=options.seed)
+    sample = partial(
+        sample_sequences, model=model, tokenizer=loaded.tokenizer, length=length, seed=options.seed,
+        intra_document_masking=options.intra_document_masking,
+    )  # fmt: skip
     rows_needed = -(-options.tokens // length)
-    rows = sample([files.text], count=rows_needed + (MAX_EVAL_ROWS if trials is not None else 0))
+    rows, positions = sample([files.text], count=rows_needed + (MAX_EVAL_ROWS if trials is not None else 0))
     heldout = new = None
     if trials is not None and files.on is not None:
-        new = sample([files.on], count=files.calibrate_steps * trials.batch + MAX_EVAL_ROWS)
+        new, _ = sample([files.on], count=files.calibrate_steps * trials.batch + MAX_EVAL_ROWS)
         for label, sequences in ((files.text, rows), (files.on, new)):
             if len(sequences) < MIN_ROWS:
                 raise InputError(
@@ -344,11 +349,12 @@ def _estimate(
         notify(f"{files.text} has {rows.numel():,} tokens, fewer than the {options.tokens:,} of --tokens.")
     shared = 1 if loaded.sharded else processes.count
     with progress_bar("Fisher", rows.numel() // shared) as progress:
-        fisher, tokens = estimate_fisher(model, rows, options, processes=processes, progress=progress)
+        fisher, tokens = estimate_fisher(model, rows, options, positions=positions, processes=processes, progress=progress)
     metadata = {
         "kind": options.kind, "exact": options.exact or options.kind == "empirical", "tokens": tokens, "seq_length": length,
         "batch": options.batch, "seed": options.seed, "dtype": str(model.dtype).removeprefix("torch."),
         "model": checkpoint.ref, "revision": checkpoint.revision,
+        **({"intra_document_masking": True} if options.intra_document_masking else {}),
     }  # fmt: skip
     if earlier is not None:
         metadata |= {"merged": earlier.metadata.get("model", ""), "decay": files.decay}

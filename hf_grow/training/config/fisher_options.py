@@ -23,6 +23,8 @@ class FisherOptions(Options):
     """Sequences per batch, of all processes together."""
     seq_length: Annotated[int, Field(ge=2), Excludes("from_growth"), Excludes("from_optimizer")] = 512
     """Tokens per sequence; at most max_position_embeddings of the model."""
+    intra_document_masking: Annotated[bool, Excludes("from_growth"), Excludes("from_optimizer")] = False
+    """Attention within documents only, for a training with data.intra_document_masking."""
     activation_checkpointing: Annotated[bool, Excludes("from_growth"), Excludes("from_optimizer")] = False
     """Keep only the inputs of the blocks, and compute each block again for its gradients: less memory, a third more time."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float64"], Excludes("from_growth"), Excludes("from_optimizer")] = "auto"

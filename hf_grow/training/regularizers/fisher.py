@@ -32,6 +32,7 @@ from hf_grow.errors import ExecutionError, InputError
 from hf_grow.training.config.data_options import TextOptions
 from hf_grow.training.config.fisher_options import FisherOptions
 from hf_grow.training.data import packing
+from hf_grow.training.data.document_masking import LENGTHS, forward_arguments, position_ids, split_lengths
 from hf_grow.training.data.sources import explain_read_errors, find_text
 from hf_grow.training.distributed.processes import ALONE, Processes
 from hf_grow.training.param_updates.parameter_map import bare, parameter_map, parameters
@@ -49,11 +50,18 @@ _NOT_FINITE_HINT = "Compute with --dtype float32, and check the model's weights 
 
 
 def sample_sequences(
-    text: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, length: int, count: int, seed: int
-) -> Tensor:
+    text: Sequence[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    count: int,
+    seed: int,
+    intra_document_masking: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Up to ``count`` sequences of ``length`` tokens, evenly spread over (the start of) the text and shuffled: int64 [n, length].
 
-    ``text``: paths, globs or a Hub id. Raises InputError for text that cannot be read or is shorter than one sequence.
+    With ``intra_document_masking`` also their positions within documents. ``text``: paths, globs or a Hub id. Raises InputError for text that cannot be read or is shorter than one sequence.
     """
     require_packages("datasets")
     limit = model.config.max_position_embeddings
@@ -64,10 +72,14 @@ def sample_sequences(
     source = find_text(TextOptions(path=list(text)))
     encoder = packing.DocumentEncoder(tokenizer, "tokenizer")
     blocks, rest, tokens = [np.empty((0, length), np.int32)], np.empty(0, np.int32), 0
+    lengths, carried = list[list[int]](), list[int]()
     with explain_read_errors(source.label):
         for batch in packing.batches(source.documents(), DOCUMENTS_PER_BATCH):
-            block, rest = packing.split_sequences(rest, encoder(batch), length)
+            encoded = encoder(batch)
+            block, rest = packing.split_sequences(rest, encoded, length)
+            pieces, carried = split_lengths(carried, map(len, encoded), length)
             blocks.append(block)
+            lengths += pieces
             tokens += block.size
             if tokens >= MAX_OVERSAMPLING * count * length:
                 break
@@ -75,8 +87,10 @@ def sample_sequences(
     if not len(rows):
         raise InputError(f"{source.label} has fewer than {length} tokens.", hint="Use more text, or a smaller --seq-length.")
     packing.check_token_ids(int(rows.max()), model.get_input_embeddings().num_embeddings, source.label)
-    chosen = torch.from_numpy(rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))].astype(np.int64))
-    return chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))]
+    spread = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
+    chosen = spread[torch.randperm(len(spread), generator=torch.Generator().manual_seed(seed)).numpy()]
+    positions = position_ids([{LENGTHS: lengths[i]} for i in chosen]) if intra_document_masking else None
+    return torch.from_numpy(rows[chosen].astype(np.int64)), positions
 
 
 def estimate_fisher(
@@ -84,12 +98,14 @@ def estimate_fisher(
     rows: Tensor,
     options: FisherOptions,
     *,
+    positions: Tensor | None = None,
     processes: Processes = ALONE,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[dict[str, Tensor], int]:
     """F of every parameter by its bare name, on its device, and the number of labels that it was estimated from.
 
-    ``rows``: token ids [sequences, length], the same in all processes. A model that FSDP2 has sharded gives F of the local shards, and every batch is
+    ``rows``: token ids [sequences, length], the same in all processes; ``positions``: theirs, where attention stays within documents (only
+    predictions within a document count then). A model that FSDP2 has sharded gives F of the local shards, and every batch is
     computed by all processes; of any other model each process computes whole batches, and gets the whole F.
 
     The model is left as it was; dropout is off meanwhile. Memory: F in fp32, and the gradients of one layer. Raises ExecutionError, in all processes,
@@ -101,8 +117,8 @@ def estimate_fisher(
     total = 0
     with _prepared(model, options), _squared_gradients(model, squares, processes, reduced=sharded and single):
         for step in _steps(len(rows), options.batch, processes, sharded=sharded, single=single):
-            total += _backward(model, rows, step, options)
-            progress(step.sequences * rows.shape[1])
+            total += _backward(model, rows, positions, step, options)
+            progress(len(step.all) * rows.shape[1])
     if not sharded:
         total = sum(processes.gather(total))
         for square in squares.values():
@@ -119,8 +135,8 @@ class _Step:
 
     mine: Sequence[int]
     """Its sequences. Without any it still takes part where a model is sharded."""
-    sequences: int
-    """Of all processes whose gradients are added up."""
+    all: Sequence[int]
+    """Those of all processes whose gradients are added up."""
 
 
 def _steps(count: int, batch: int, processes: Processes, *, sharded: bool, single: bool) -> Iterator[_Step]:
@@ -128,7 +144,7 @@ def _steps(count: int, batch: int, processes: Processes, *, sharded: bool, singl
     size = (processes.count if sharded else 1) if single else batch
     units = [range(start, min(start + size, count)) for start in range(0, count, size)]
     for unit in units if sharded else units[processes.index :: processes.count]:
-        yield _Step(unit[processes.index :: processes.count] if sharded else unit, len(unit))
+        yield _Step(unit[processes.index :: processes.count] if sharded else unit, unit)
 
 
 @contextmanager
@@ -202,18 +218,24 @@ class _SquaredReduceScatter:
         return reduce_scatter(output_tensor, input_tensor.square_(), op, group, async_op)
 
 
-def _backward(model: PreTrainedModel, rows: Tensor, step: _Step, options: FisherOptions) -> int:
+def _backward(model: PreTrainedModel, rows: Tensor, positions: Tensor | None, step: _Step, options: FisherOptions) -> int:
     """Gradients of the summed loss over the tokens of a step; returns the number of its labels."""
-    ids = (rows[list(step.mine)] if step.mine else rows[:1, :2]).to(model.device)
-    logits = model(input_ids=ids, use_cache=False).logits
+    ids, own = ((t if t is None else (t[list(step.mine)] if step.mine else t[:1, :2]).to(model.device)) for t in (rows, positions))
+    assert ids is not None
+    logits = model(**{"input_ids": ids, "use_cache": False, **forward_arguments(model.config, own)}).logits
     if options.kind == "true":
         labels = _sample_labels(logits.detach(), [sequence_seed(options.seed, i) for i in step.mine or [0]])
     else:
         logits, labels = logits[:, :-1], ids[:, 1:]
+    count = len(step.all) * (rows.shape[1] - (options.kind == "empirical"))
+    if own is not None and positions is not None:
+        inside = own[:, 1:] != 0  # the next token is of the same document
+        logits, labels = logits[:, : inside.shape[1]], labels[:, : inside.shape[1]].masked_fill(~inside, packing.IGNORED)
+        count = int((positions[list(step.all), 1:] != 0).sum())
     flat = logits.reshape(-1, logits.shape[-1])
     loss = F.cross_entropy(flat if flat.element_size() >= 4 else flat.float(), labels.reshape(-1), reduction="sum")
     (loss if step.mine else loss * 0.0).backward()  # type: ignore[no-untyped-call]
-    return step.sequences * (rows.shape[1] - (options.kind == "empirical"))
+    return count
 
 
 def sequence_seed(seed: int, sequence: int) -> int:

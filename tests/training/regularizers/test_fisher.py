@@ -22,10 +22,11 @@ from hf_grow.errors import ExecutionError, InputError
 from hf_grow.training.calibrate import calibrate, shortened
 from hf_grow.training.config.fisher_options import FisherOptions
 from hf_grow.training.config.regularizer_options import PenaltyOptions
+from hf_grow.training.data.document_masking import forward_arguments, position_ids
 from hf_grow.training.data.source_model import load_with_tokenizer
 from hf_grow.training.regularizers.build import make_penalty
+from hf_grow.training.regularizers.fisher import _sample_labels, estimate_fisher, sample_sequences, sequence_seed
 from hf_grow.training.regularizers.fisher import by_names_on_disk as by_disk_names
-from hf_grow.training.regularizers.fisher import estimate_fisher, sample_sequences
 from hf_grow.training.regularizers.importance_file import open_importance, write_importance
 from hf_grow.training.regularizers.importance_growth import grow_importance
 from hf_grow.training.regularizers.penalty import QuadraticPenalty
@@ -107,6 +108,36 @@ def test_fisher_does_not_depend_on_batch_size() -> None:
     ids = rows(model, 128, 8)
     sums = [float(sum(f.sum() for f in estimate_fisher(model, ids, options(batch=b))[0].values())) for b in (1, 4, 16)]
     assert max(sums) / min(sums) < 1.15
+
+
+@pytest.mark.parametrize("kind", ["empirical", "true"])
+def test_fisher_within_documents(kind: str) -> None:
+    """Empirical: the gradient of a row is the sum of those of its documents alone. True: labels at the places where the next token is of the same document."""
+    model, lengths = small(), [[3, 1, 5], [9], [2, 7]]
+    ids, positions = rows(model, 3, 9), position_ids([{"seq_lengths": n} for n in lengths])
+    found, tokens = estimate_fisher(model, ids, options(kind=kind, batch=2), positions=positions)
+    assert tokens == sum(n - 1 for row in lengths for n in row)
+    if kind == "true":
+        single, count = estimate_fisher(model, ids[:1, :4], options(), positions=torch.tensor([[0, 1, 0, 0]]))
+        model.zero_grad()
+        logits = model(ids[:1, :2], use_cache=False).logits
+        drawn = _sample_labels(model(ids[:1, :4], **forward_arguments(model.config, torch.tensor([[0, 1, 0, 0]]))).logits.detach(),
+                               [sequence_seed(options().seed, 0)])  # fmt: skip
+        torch.nn.functional.cross_entropy(logits[0, :1], drawn[0, :1]).backward()
+        assert count == 1
+        for n, p in model.named_parameters():
+            torch.testing.assert_close(single[n], p.grad.square(), rtol=1e-3, atol=1e-8)
+        return
+    total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for row, pieces in zip(ids, lengths, strict=True):
+        model.zero_grad()
+        for document in row.split(pieces):
+            if len(document) > 1:
+                ((len(document) - 1) * model(document[None], labels=document[None], use_cache=False).loss).backward()
+        for n, p in model.named_parameters():
+            total[n] += p.grad.square()
+    for n, square in total.items():
+        torch.testing.assert_close(found[n], square / tokens, rtol=1e-3, atol=1e-8)
 
 
 def test_empirical_fisher_squares_gradients_per_sequence() -> None:
@@ -303,7 +334,7 @@ def test_fisher_command_writes_file_for_penalty(folder: Path, tmp_path: Path, ca
     model, read = load_with_tokenizer(open_folder(folder), "float32", "cpu")
     file = open_importance(out)
     assert file.metadata["tokens"] == "512"
-    ids = sample_sequences([str(old)], model, read, length=16, count=32, seed=0)
+    ids, _ = sample_sequences([str(old)], model, read, length=16, count=32, seed=0)
     found, _ = estimate_fisher(model, ids, options(batch=8))
     assert all(torch.equal(file.read(n), f) for n, f in by_disk_names(model, found))
     penalty = make_penalty(PenaltyOptions(kind="ewc", fisher=(out,)), small())
@@ -575,6 +606,8 @@ def test_calibration_uses_recipe(folder: Path, tmp_path: Path, capsys: Any) -> N
     recipe.write_text("model: m\ndata: {train: new.txt, intra_document_masking: true}\nregularizer: {kind: ewc, fisher: f}\n")
     assert of_recipe("g") == 2
     assert "without data.intra_document_masking" in capsys.readouterr().err
+    assert of_recipe("g", "--intra-document-masking") == 2
+    assert "--intra-document-masking: cannot be combined with --calibrate" in capsys.readouterr().err
 
 
 def test_calibration_evaluates_on_held_out_text(folder: Path, tmp_path: Path, capsys: Any) -> None:
