@@ -24,9 +24,10 @@ class Processes:
         """The value of every process, in their order."""
         if self.count == 1:
             return [value]
-        from accelerate.utils import gather_object
+        from torch import distributed
 
-        found: list[Any] = gather_object([value])
+        found: list[Any] = [None] * self.count
+        distributed.all_gather_object(found, value)
         return found
 
     def sum_(self, tensor: Tensor) -> Tensor:

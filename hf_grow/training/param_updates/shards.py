@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.errors import ExecutionError
+from hf_grow.training.distributed.processes import Processes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +21,15 @@ Window = tuple[range, ...]
 
 def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "placements")
+
+
+def processes() -> Processes:
+    """Those of torch's process group; one where there is none."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return Processes()
+    return Processes(distributed.get_rank(), distributed.get_world_size())
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -93,12 +103,15 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 def holders(tensor: Any) -> int:
     """How many processes hold each entry: 1 for every one of a tensor in one process, all of them for a plain tensor in several."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1
     cuts = math.prod(tensor.device_mesh.size(i) for i, p in enumerate(tensor.placements) if p.is_shard()) if is_sharded(tensor) else 1
-    return dist.get_world_size() // cuts
+    return processes().count // cuts
+
+
+def is_first_holder(tensor: Any) -> bool:
+    """Whether this process is the first of those that hold the same part of a tensor; of a plain one, the first of all."""
+    if is_sharded(tensor):
+        return all(at == 0 for at, p in zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True) if not p.is_shard())
+    return processes().index == 0
 
 
 def sum_over_processes(part: Tensor, tensors: Iterable[Any]) -> Tensor:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_grow.training.param_updates.parameter_map import parameter_map, shapes_on_disk
-from hf_grow.training.param_updates.shards import full_tensor, local, shard_like
-from hf_grow.training.regularizers.fisher import accumulation_dtype
-from hf_grow.training.regularizers.importance_file import model_fingerprint, write_importance
+from hf_grow.training.param_updates.shards import full_tensor, is_first_holder, is_sharded, local, local_window, processes, shard_like
+from hf_grow.training.regularizers.fisher import Part, accumulation_dtype
+from hf_grow.training.regularizers.importance_file import model_fingerprint, write_importance_rows
 from hf_grow.training.regularizers.penalty import LearningRate, Penalty, QuadraticPenalty, chunks
-from hf_grow.training.sharding.local_rows import by_parameter
+from hf_grow.training.sharding.local_rows import by_parameter, held_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,22 +128,17 @@ class SynapticIntelligence(QuadraticPenalty):
             return
         self.consolidate()
         metadata = {"kind": "si", "steps": self.steps, "xi": self.xi, "model": str(folder), "sample": model_fingerprint(model)}
-        tensors = self._on_disk(model)
-        try:
-            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-                write_importance(folder / IMPORTANCE_FILE, shapes_on_disk(model, parameter_map(model)), tensors, metadata)
-        finally:
-            for _ in tensors:  # every process takes part in gathering, to the last of them
-                pass
+        shapes = shapes_on_disk(model, parameter_map(model))
+        write_importance_rows(folder / IMPORTANCE_FILE, shapes, self._on_disk(model), metadata, processes=processes())
 
-    def _on_disk(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-        """(name on disk, F); one parameter at a time is gathered."""
+    def _on_disk(self, model: PreTrainedModel) -> Iterator[Part]:
+        """What this process writes of F: the rows that it holds, if it is the first of those that hold them."""
         for parameter, places in by_parameter(parameter_map(model)).items():
-            importance = self.held[parameter].importance
-            assert isinstance(importance, Tensor)
-            whole = full_tensor(importance)
-            for name, rows in places.items():
-                yield name, rows.of(whole)
+            f: Any = self.held[parameter].importance
+            if is_sharded(f) and any(p.is_shard() and not p.is_shard(0) for p in f.placements):
+                f = full_tensor(f)  # no whole rows; one parameter at a time
+            if is_first_holder(f):
+                yield from held_rows(local(f), f.shape, local_window(f), places)
 
     def nbytes(self) -> int:
         return super().nbytes() + (4 * 4 * sum(a.numel() for a in self.anchors.values()) if self.collect else 0)

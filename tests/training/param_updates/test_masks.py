@@ -18,7 +18,7 @@ from hf_grow.convert.in_memory import grow_model
 from hf_grow.training.param_updates.masks import RowMask, both, either, inverse, mask_of, product_mask, stacked_mask
 from hf_grow.training.param_updates.param_provenance import new_masks
 from hf_grow.training.param_updates.selection import MOST_BLOCKS, Selection
-from hf_grow.training.param_updates.shards import holders, local
+from hf_grow.training.param_updates.shards import holders, is_first_holder, local
 
 
 def random_bools(*shape: int, seed: int = 0) -> Tensor:
@@ -101,7 +101,9 @@ def test_the_part_of_every_process(kind: str, mesh: Any, placements: Any, group:
         values = torch.ones(expected.shape)
         Selection(found).fill(values, 0.0)
         assert torch.equal(values == 0, expected)
-        assert holders(like) == (2 if Replicate() in placements else 1) and holders(values) == world
+        replicated = Replicate() in placements
+        assert holders(like) == (2 if replicated else 1) and holders(values) == world
+        assert is_first_holder(like) is (rank < 2 or not replicated) and is_first_holder(values) is (rank == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
