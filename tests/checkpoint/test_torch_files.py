@@ -63,6 +63,13 @@ def test_what_is_written_in_blocks_loads_as_if_torch_had_saved_it(tmp_path: Path
     assert all(torch.equal(v, data[n]) and v.dtype == data[n].dtype for n, v in found.items())
 
 
+def test_tensors_saved_on_another_device_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")
+        torch.save({"x": torch.arange(6.0).view(3, 2)}, tmp_path / "a.pt")
+    assert torch.equal(open_torch_file(tmp_path / "a.pt")["x"].rows(1, 3), torch.tensor([[2.0, 3.0], [4.0, 5.0]]))
+
+
 class _Evil:
     def __reduce__(self) -> Any:
         return (print, ("a pickle ran",))
