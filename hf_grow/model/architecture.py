@@ -140,6 +140,14 @@ class Architecture:
             return self.is_moe
         return layer not in (self.get("mlp_only_layers") or ()) and (layer + 1) % self.get("decoder_sparse_step") == 0
 
+    def window(self, layer: int) -> int | None:
+        """Positions that the attention of this block reaches back at most, its own included; None without a sliding window."""
+        types = self.get("layer_types") if "max_window_layers" in self.family.defaults else None
+        slides = self.family.sliding is not None and PREDICATES[self.family.sliding](self, layer)
+        if types is not None:
+            slides = types[layer] == "sliding_attention" and bool(self.get("use_sliding_window"))
+        return self.get("sliding_window") if slides else None
+
     def size(self, axis: str) -> int:
         """Size of an axis of `AXES`; 0 if the family does not have it. Raises SourceError for an invalid value."""
         if axis == "group":

@@ -85,8 +85,12 @@ PREDICATES: dict[str, Callable[[ModelFacts, int], bool]] = {
     "mlp_bias": lambda a, i: bool(a.get("mlp_bias")),
     "sparse": lambda a, i: a.is_sparse(i),
     "dense": lambda a, i: not a.is_sparse(i),
+    "window": lambda a, i: a.get("sliding_window") is not None,
+    "window_if_used": lambda a, i: bool(a.get("use_sliding_window")),
+    "window_after_first": lambda a, i: bool(a.get("use_sliding_window")) and i >= a.get("max_window_layers"),
+    "window_alternating": lambda a, i: bool(a.get("use_sliding_window")) and i % 2 == 0 and i < a.get("max_window_layers"),
 }
-"""Conditions on a tensor's existence, given the model and the layer (-1 outside the blocks)."""
+"""Conditions on a tensor's existence, or on a layer's sliding window, given the model and the layer (-1 outside the blocks)."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ class Family:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Tensor names of transformers 5's in-memory layout, which some programs also store -> the table rows that the tensor holds:
     [experts, parts * rows, columns], for each expert its parts in this order. A single row without {expert} is only renamed."""
+    sliding: str | None = None
+    """The condition on which a layer's attention has a sliding window, where config.json has no layer_types; None: none has."""
     heads_divide_hidden: bool = False
     """The config class requires hidden_size % num_attention_heads == 0, even with an explicit head_dim."""
 

@@ -10,4 +10,5 @@ MISTRAL = Family(
     "MistralForCausalLM",
     EMBEDDING + NORMS + ATTENTION + block_rows(FFN) + HEAD,
     {**DEFAULTS, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096},
+    sliding="window",
 )

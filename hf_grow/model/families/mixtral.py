@@ -31,4 +31,5 @@ MIXTRAL = Family(
     },
     sizes={"expert_inter": "intermediate_size"},
     fused=block_fused(_FUSED),
+    sliding="window",
 )

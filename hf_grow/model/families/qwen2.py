@@ -17,4 +17,5 @@ QWEN2 = Family(
         "use_sliding_window": False,
         "sliding_window": 4096,
     },
+    sliding="window_after_first",
 )

@@ -51,4 +51,5 @@ QWEN2_MOE = Family(
     },
     sizes={"experts": "num_experts"},
     fused=FUSED_EXPERTS,
+    sliding="window_alternating",
 )

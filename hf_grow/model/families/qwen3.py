@@ -19,4 +19,5 @@ QWEN3 = Family(
         "use_sliding_window": False,
         "sliding_window": 4096,
     },
+    sliding="window_after_first",
 )

@@ -28,6 +28,7 @@ QWEN3_MOE = Family(
         "rms_norm_eps": 1e-6,
         "moe_intermediate_size": 768,
         "use_sliding_window": False,
+        "sliding_window": 4096,
         "num_local_experts": 128,
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
@@ -36,4 +37,5 @@ QWEN3_MOE = Family(
     },
     aliases={"num_experts": "num_local_experts"},
     fused=FUSED_EXPERTS,
+    sliding="window_if_used",
 )
