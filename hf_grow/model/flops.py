@@ -53,11 +53,15 @@ class Cost:
         return Cost(self.token * times, {w: n * times for w, n in self.pair.items()})
 
     def of(self, batch: Batch) -> int:
-        return self.token * batch.tokens + sum(n * batch.pairs[w] for w, n in self.pair.items())
+        return self.token * batch.tokens + (sum(n * batch.pairs[w] for w, n in self.pair.items()) if batch.tokens else 0)
 
-    def rows(self, rows: int, length: int) -> int:
-        """Of whole rows, all pairs of positions computed."""
-        return self.token * rows * length + sum(self.pair.values()) * rows * length**2
+    def rows(self, rows: int, length: int, attention: str = "eager") -> int:
+        """Of rows of one document each. ``attention``: the implementation."""
+        return self.of(Batch(rows * length, row_pairs(rows, length, self.pair, attention)))
+
+    def tokens(self, tokens: int, length: int, attention: str = "eager") -> int:
+        """Of about as many rows of this length as hold so many tokens."""
+        return self.rows(1, length, attention) * tokens // length
 
 
 def _sum(a: Mapping[Window, int], b: Mapping[Window, int]) -> dict[Window, int]:
@@ -133,6 +137,12 @@ class Training:
 def skips_masked_pairs(attention: str) -> bool:
     """Whether an attention implementation computes only the scores that are not masked (apart from the edges of its blocks)."""
     return any(name in attention for name in _SKIPPING)
+
+
+def row_pairs(rows: int, length: int, windows: Iterable[Window], attention: str) -> dict[Window, int]:
+    """Pairs whose scores are computed in rows of one document each, for each window."""
+    skips = skips_masked_pairs(attention)
+    return {w: rows * (causal_pairs(length, w) if skips else length**2) for w in windows}
 
 
 def causal_pairs(length: int, window: Window = None) -> int:

@@ -27,6 +27,24 @@ def meta_model(config: Mapping[str, Any]) -> PreTrainedModel:
     return model
 
 
+def check_runs(model: Any) -> None:
+    """Runs a model on the meta device (adapters too) on two tokens. Raises SourceError where transformers loads a config and cannot run it."""
+    import torch
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention = base.config._attn_implementation
+    base.set_attn_implementation("eager")
+    base.set_experts_implementation("batched_mm")  # independent of the routing, which meta tensors do not have
+    for module in base.modules():
+        if isinstance(getattr(module, "rope_type", None), str):
+            module.rope_type = "default"  # dynamic types read position values
+    # An explicit mask, since transformers would read tensor values to build one.
+    ids, mask = torch.zeros(1, 2, dtype=torch.int64, device="meta"), torch.zeros(1, 1, 2, 2, device="meta")
+    with transformers_errors("the model", does="run"), torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    base.set_attn_implementation(attention)
+
+
 def to_memory_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Renames tensors from names on disk to the model's parameter names (experts fused), by loading them as weights."""
     import torch

@@ -24,7 +24,7 @@ from hf_grow.common.extras import require_packages
 from hf_grow.common.safe_files import to_json
 from hf_grow.errors import InputError, OutputError
 from hf_grow.growth.plan import GrowthPlan, check_source
-from hf_grow.model import flops
+from hf_grow.model.flops import Training, count_flops
 from hf_grow.model.meta_model import meta_model
 from hf_grow.model.param_count import count_parameters
 from hf_grow.options import raise_errors, unmet_requirements
@@ -192,7 +192,7 @@ def _dry_run(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) ->
     memory = _memory(checkpoint, {"bfloat16": 2, "float64": 8}.get(options.dtype, 4))
     return {
         **facts, "tokens": options.tokens, "memory_bytes": {**memory, "total": sum(memory.values())},
-        "flops": flops.training_flops(meta_model(checkpoint.info.config), length) * options.tokens,
+        "flops": count_flops(checkpoint.info.architecture).train.tokens(options.tokens, length),
         "note": "activations of one batch are not included",
     }  # fmt: skip
 
@@ -356,6 +356,9 @@ def _estimate(
         "model": checkpoint.ref, "revision": checkpoint.revision,
         **({"intra_document_masking": True} if options.intra_document_masking else {}),
     }  # fmt: skip
+    again = range(arch.layers if options.activation_checkpointing else 0)
+    flops = count_flops(arch, Training(attention=model.config._attn_implementation, checkpointed=again))
+    spent = (flops.train + flops.recompute).rows(len(rows), length, model.config._attn_implementation)
     if earlier is not None:
         metadata |= {"merged": earlier.metadata.get("model", ""), "decay": files.decay}
 
@@ -367,6 +370,7 @@ def _estimate(
     fingerprint = model_fingerprint(model)
     write_importance_rows(out, shapes, written, {**metadata, "sample": fingerprint}, storage=options.storage, processes=processes)
     facts: dict[str, Any] = dict(metadata)
+    facts["flops"] = spent
     facts["mean"] = sum(processes.gather(sum(float(t.sum().double()) for _, _, t in parts()))) / sum(map(math.prod, shapes.values()))
     facts["bytes"] = out.stat().st_size
     if files.utility is not None:

@@ -43,7 +43,9 @@ class TrainResult:
     output: Path
     steps: int
     tokens: int
-    flops: float
+    flops: int
+    flops_by_purpose: Mapping[str, int]
+    """Of the ledger: train, recompute, teacher, evaluation, sampling, discarded."""
     seconds: float
     loss: float
     """Mean training loss of the steps of this call."""
@@ -124,10 +126,11 @@ def _finish(trainer: BaseGrowTrainer, setup: TrainSetup, loss: float, seconds: f
         trainer.evaluate()
     if recipe.monitor.contribution_steps and state.contributed_at != step:
         trainer.contributions()
+    trainer.store_flos()  # with the last evaluation
     stopped = "" if step >= trainer.state.max_steps else "early stopping"
     if stopped:
         events.write("stop", step, reason=stopped)
-    hooks.after_training = {"flops": trainer.state.total_flos, "train_loss": loss}
+    hooks.after_training = {"flops": trainer.state.total_flos, **trainer.ledger_facts(), "train_loss": loss}
     if recipe.lora is not None:
         merge_adapters(trainer)
         _round_result(trainer)
@@ -137,7 +140,7 @@ def _finish(trainer: BaseGrowTrainer, setup: TrainSetup, loss: float, seconds: f
     old = recipe.old_set
     forgetting = state.last_losses[old] - state.baseline(old) if old in state.last_losses and old in state.start_losses else None
     result = TrainResult(
-        out, step, step * setup.tokens_per_step, float(trainer.state.total_flos), seconds, loss, dict(state.start_losses),
+        out, step, step * setup.tokens_per_step, trainer.state.total_flos, trainer.growth.ledger.by_purpose(), seconds, loss, dict(state.start_losses),
         dict(state.last_losses), dict(state.source_losses), forgetting, stopped,
     )  # fmt: skip
     events.write("end", step, output=str(out), loss=loss)

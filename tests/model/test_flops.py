@@ -10,10 +10,12 @@ import pytest
 from models import BY_NAME, real_config
 from trained import grown, recipe, run
 
-from hf_grow.model import flops
+from hf_grow.model.flops import Training, count_flops
 from hf_grow.model.meta_model import meta_model
 from hf_grow.training.config.distill_options import DistillOptions, Teacher
 from hf_grow.training.dry_run import memory
+from hf_grow.training.param_updates.param_flops import training_of
+from hf_grow.training.trainer.events import EVENTS_FILE, read_events
 
 LENGTH = 12
 
@@ -37,16 +39,8 @@ def test_forward_and_everything_trained(case: str) -> None:
     config = real_config(BY_NAME[case])
     p = parts(config)
     once = config.num_hidden_layers * block(p) + p["head"]
-    assert flops.forward_flops(config.to_dict(), LENGTH) == once
-    assert flops.training_flops(meta_model(config.to_dict()), LENGTH) == 3 * once
-
-
-def test_rotary_frequencies_that_follow_the_length_are_no_more_work() -> None:
-    """Which are in force is asked of the positions' numbers, and the model on the meta device has none."""
-    config = real_config(BY_NAME["llama"]).to_dict()
-    dynamic = {**config, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
-    assert flops.forward_flops(dynamic, LENGTH) == flops.forward_flops(config, LENGTH)
-    assert flops.training_flops(meta_model(dynamic), LENGTH) == 3 * flops.forward_flops(config, LENGTH)
+    flops = count_flops(config.to_dict())
+    assert (flops.forward.rows(1, LENGTH), flops.train.rows(1, LENGTH)) == (LENGTH * once, LENGTH * 3 * once)
 
 
 def test_of_a_mixture_the_experts_of_a_token_count() -> None:
@@ -54,7 +48,7 @@ def test_of_a_mixture_the_experts_of_a_token_count() -> None:
     p = parts(config)
     routed = config.num_experts_per_tok * p["ffn"] + 2 * config.hidden_size * config.num_local_experts
     once = config.num_hidden_layers * (p["projections"] + p["attention"] + routed) + p["head"]
-    assert flops.training_flops(meta_model(config.to_dict()), LENGTH) == 3 * once
+    assert count_flops(config.to_dict()).train.rows(1, LENGTH) == LENGTH * 3 * once
 
 
 @pytest.mark.parametrize("what", ["head", "last block", "norms of the last block", "first block"])
@@ -71,35 +65,50 @@ def test_the_backward_pass_goes_as_far_as_something_trains(what: str) -> None:
     }[what]
     for name, weight in model.named_parameters():
         weight.requires_grad_(wanted[0] in name)
-    assert flops.training_flops(model, LENGTH) == wanted[1]
+    assert count_flops(config.to_dict(), training_of(model)).train.rows(1, LENGTH) == LENGTH * wanted[1]
 
 
 def test_a_run_counts_what_its_recipe_trains_and_its_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path)
     config, source = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("grown", "source"))
-    whole, teacher = flops.training_flops(meta_model(config), 16), flops.forward_flops(source, 16)
+    whole, teacher = count_flops(config).train.rows(1, 16) // 16, count_flops(source).forward.rows(1, 16) // 16
     tokens = 6 * 2 * 16
     assert run(capsys, "train", recipe(tmp_path, model), "--dry-run")["flops"] == whole * tokens
     path = recipe(tmp_path, model, train="new", distill={})
     dry = run(capsys, "train", path, "--dry-run")["flops"]
     assert teacher * tokens < dry < (whole + teacher) * tokens
-    assert run(capsys, "train", path, "-o", tmp_path / "ran")["flops"] == pytest.approx(dry, rel=1e-3)  # Trainer counts whole numbers
-    kept = run(capsys, "train", recipe(tmp_path, model, train="new", distill={"top_k": 4}), "--dry-run")["flops"]
-    assert kept == dry, "the teacher reads every row once, here as often as the training"
-    beside = run(capsys, "train", recipe(tmp_path, model, monitor={"baseline": "source"}, kl_rows=2), "--dry-run")
-    evals = [t["tokens"] for t in beside["texts"] if t["use"].startswith("eval")]
-    sequences = [e.get("sequences", 256) if isinstance(e, dict) else 256 for e in beside["recipe"]["data"]["eval"].values()]
-    measured = sum(min(t, s * 16) for t, s in zip(evals, sequences, strict=True)) + 2 * 16
-    assert beside["flops"] == whole * tokens + teacher * measured
+    assert run(capsys, "train", path, "-o", tmp_path / "ran")["flops"] == dry
+    path = recipe(tmp_path, model, train="new", distill={"top_k": 4})
+    assert run(capsys, "train", path, "--dry-run")["flops"] == dry, "the teacher reads every row once, here as often as the training"
+    assert run(capsys, "train", path, "-o", tmp_path / "kept")["flops"] == dry
+
+
+def test_a_run_counts_what_it_measures_and_computes_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Evaluated at the start and after steps 3 and 6, and the source once: four rows of each set, and two on which both models are compared."""
+    model = grown(tmp_path)
+    config, source = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("grown", "source"))
+    path = recipe(tmp_path, model, monitor={"baseline": "source"}, kl_rows=2, activation_checkpointing=True)
+    flops = count_flops(config, Training(checkpointed=range(4), attention="sdpa"))
+    wanted = {
+        "train": flops.train.rows(6 * 2, 16), "recompute": flops.recompute.rows(6 * 2, 16),
+        "evaluation": 3 * flops.forward.rows(4 + 4 + 2, 16) + count_flops(source).forward.rows(4 + 4 + 2, 16),
+    }  # fmt: skip
+    dry = run(capsys, "train", path, "--dry-run")
+    assert (dry["flops"], dry["flops_by_purpose"]) == (wanted["train"], wanted)
+    ran = run(capsys, "train", path)
+    assert (ran["flops"], ran["flops_by_purpose"]) == (wanted["train"], wanted)
+    logs = [e for e in read_events(tmp_path / "out" / EVENTS_FILE) if e["event"] == "log"]
+    assert [e["flops"] for e in logs] == [flops.train.rows(2 * (i + 1), 16) for i in range(6)]
+    assert logs[-1]["flops_by_purpose"]["train"] == wanted["train"]
 
 
 def test_lora_adds_its_products_and_spares_gradients_of_what_is_frozen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = grown(tmp_path)
-    whole = flops.training_flops(meta_model(json.loads((model / "config.json").read_text())), 16) * 6 * 2 * 16
+    whole = count_flops(json.loads((model / "config.json").read_text())).train.rows(6 * 2, 16)
     path = recipe(tmp_path, model, lora={"r": 2})
     dry = run(capsys, "train", path, "--dry-run")["flops"]
     assert whole / 2 < dry < whole
-    assert run(capsys, "train", path)["flops"] == pytest.approx(dry, rel=1e-3)
+    assert run(capsys, "train", path)["flops"] == dry
 
 
 def test_the_logits_of_distillation_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

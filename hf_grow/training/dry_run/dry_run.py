@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +12,20 @@ from hf_grow.common.free_memory import available_memory
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import ExecutionError, GrowError
 from hf_grow.growth.source_info import DTYPE_BYTES
-from hf_grow.model import flops
 from hf_grow.model.meta_model import meta_model
-from hf_grow.training.config.distill_options import Teacher
 from hf_grow.training.config.train_config import DEFAULTS, RecipeData, tokens_per_step
 from hf_grow.training.data import survey
 from hf_grow.training.distributed.launch import Launch, current_launch
+from hf_grow.training.dry_run.compute import planned_flops
 from hf_grow.training.dry_run.memory import distillation_bytes, estimate_memory
 from hf_grow.training.param_updates.updates import STEPPED_BY_PARAMETER
 from hf_grow.training.regularizers.build import penalty_bytes
 from hf_grow.training.setup.activation_checkpointing import checkpointed_layers
-from hf_grow.training.setup.model_setup import make_residual_scale, plan_updates, weights_dtype, with_lora
+from hf_grow.training.setup.model_setup import attention_of, make_residual_scale, plan_updates, step_flops, weights_dtype, with_lora
 from hf_grow.training.setup.option_checks import resolve_teacher
 from hf_grow.training.setup.recipe_checks import check_recipe
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
+from hf_grow.training.trainer.ledger import TRAINING
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -87,7 +87,8 @@ def dry_run(
     counts = [t["tokens"] for t in texts if t["use"] == "train"]
     epoch = sum(counts) if counts and all(counts) else None
     tokens = step * arguments.max_steps if arguments.max_steps > 0 else epoch and round(epoch * arguments.num_train_epochs)
-    facts = {
+    steps = arguments.max_steps if arguments.max_steps > 0 else tokens and max(1, tokens // step)
+    facts: dict[str, Any] = {
         "output": str(setup.out),
         "model": setup.checkpoint.ref,
         "recipe": resolved_recipe(setup),
@@ -101,10 +102,13 @@ def dry_run(
         "memory": memory.to_json(),
         "tokens_a_step": step,
         "tokens": tokens,
-        "steps": arguments.max_steps if arguments.max_steps > 0 else tokens and max(1, tokens // step),
-        "flops": tokens
-        and tokens * flops.training_flops(trained_model, length) + _forward_only_flops(setup, texts, tokens, epoch or tokens),
+        "steps": steps,
+        "flops": None,
     }
+    if tokens and steps:
+        own, attention = step_flops(setup, trained_model), attention_of(trained_model, recipe)
+        spent = planned_flops(setup, own, attention, texts, tokens=tokens, epoch=epoch or tokens, steps=steps)
+        facts |= {"flops": sum(spent.get(p, 0) for p in TRAINING), "flops_by_purpose": spent}
     if timed:
         facts["time"] = _time_steps(setup, facts, notify)
     return facts
@@ -149,27 +153,6 @@ def _teacher_memory(setup: TrainSetup, launch: Launch) -> tuple[int, int]:
     held = 0 if options.top_k is not None else sum(t.info.nbytes for c in teachers for t in c.tensors.values())
     shards = launch.processes if (launch.sharing == "fsdp2" if options.shard is None else options.shard) else launch.shards("weights")
     return held // shards, logits
-
-
-def _forward_only_flops(setup: TrainSetup, texts: Sequence[Mapping[str, Any]], tokens: int, epoch: int) -> float:
-    """FLOPs of forward passes of other models: teachers (each row once if their logits are cached), and the source as a baseline.
-
-    ``tokens``: tokens trained on; ``epoch``: tokens of one pass over the texts.
-    """
-    recipe, total = setup.recipe, 0.0
-    length = recipe.data.seq_length
-
-    def per_token(teacher: Teacher) -> float:
-        ref, revision = resolve_teacher(teacher, setup.plan)
-        return flops.forward_flops(open_source(ref, revision=revision, weights=False).info.config, length)
-
-    if recipe.distill is not None:
-        teacher_tokens = tokens if recipe.distill.top_k is None else min(tokens, epoch)
-        total += teacher_tokens * sum(per_token(t) for t in recipe.distill.teachers)
-    evaluated = recipe.kl_rows * length
-    if recipe.monitor.baseline == "source":
-        evaluated += sum(t["tokens"] or 0 for t in texts if t["use"].startswith("eval "))
-    return total + (evaluated * per_token(Teacher()) if evaluated else 0.0)
 
 
 def device_free_memory(arguments: TrainingArguments) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ from hf_grow.training.setup import result_dtype
 from hf_grow.training.setup.activation_checkpointing import checkpointed_layers
 from hf_grow.training.setup.growth_at_load import grown_rows
 from hf_grow.training.setup.model_setup import (
-    flops_per_token,
+    attention_of,
     load_model,
     make_residual_scale,
     plan_updates,
     residual_writers_of_new_blocks,
+    step_flops,
     weights_dtype,
     with_lora,
     zero_new_blocks,
@@ -36,6 +37,7 @@ from hf_grow.training.setup.train_setup import Notify, TrainSetup
 from hf_grow.training.sharding.row_source import RowSource, StoredRows, ZeroedRows
 from hf_grow.training.sharding.sharded_model import empty_model, fill_model
 from hf_grow.training.trainer.events import EVENTS_FILE, EventLog
+from hf_grow.training.trainer.ledger import Ledger, TrainerFlops
 from hf_grow.training.trainer.state import GrowthSettings, TrainingHooks
 
 if TYPE_CHECKING:
@@ -125,16 +127,16 @@ def make_parts(setup: TrainSetup, model: str | PreTrainedModel, revision: str | 
 def make_settings(setup: TrainSetup, parts: ModelParts, data: TrainData, notify: Notify) -> GrowthSettings:
     """Loads the teachers and opens the event log."""
     options, arguments = setup.options, setup.arguments
-    events = EventLog(setup.out / EVENTS_FILE if arguments.should_save else None, notify)
+    events, ledger = EventLog(setup.out / EVENTS_FILE if arguments.should_save else None, notify), Ledger()
     with local_main_process_first(arguments, "the teachers"):
-        distiller, teacher_flops, teacher_facts = make_distiller(setup, data, notify)
+        distiller, teacher_flops, teacher_facts = make_distiller(setup, data, ledger, notify)
     for facts in teacher_facts:
         events.write("teacher", 0, **facts)
     return GrowthSettings(
         updates=parts.updates, residual_scale=parts.residual_scale, warmup=options.warmup, phases=options.phases,
         after_growth=options.after_growth, penalty=parts.penalty, weights=parts.weights, distiller=distiller, aux_loss=_aux_loss(setup, parts.model),
         monitor=options.monitor, events=events, old_set=options.old_set if options.old_set in data.evals else None,
-        flops_per_token=flops_per_token(setup) + teacher_flops, given_arguments=frozenset(setup.given_arguments),
+        flops=TrainerFlops(step_flops(setup), attention_of(parts.model, options), teacher_flops), ledger=ledger, given_arguments=frozenset(setup.given_arguments),
         checkpointed_layers=checkpointed_layers(options, arguments, setup.plan, setup.checkpoint.info.architecture.layers),
         trained_parts=[*options.train, *(f"but {p}" for p in options.freeze)], model_ref=setup.checkpoint.ref,
     )  # fmt: skip
@@ -166,11 +168,15 @@ class SetupHooks(TrainingHooks):
             self.notify(warning)
 
     def before_training(self, trainer: BaseGrowTrainer, resumed: bool) -> None:
-        losses, self._kl = measure_source(self.setup, self.data, trainer.growth.events, self.notify, trainer.accelerator, resumed=resumed)
+        g = trainer.growth
+        losses, self._kl = measure_source(self.setup, self.data, g.events, g.ledger, self.notify, trainer.accelerator, resumed=resumed)
         trainer.growth_state.source_losses |= losses
 
     def source_kl(self, model: Any) -> float | None:
         return None if self._kl is None else self._kl(model)
+
+    def kl_inputs(self) -> Sequence[Mapping[str, Any]]:
+        return () if self._kl is None else self._kl.inputs
 
     def growth_record(self, trainer: BaseGrowTrainer) -> Mapping[str, Any] | None:
         step, state = int(trainer.state.global_step), trainer.growth_state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.reader import Checkpoint
@@ -11,18 +11,19 @@ from hf_grow.checkpoint.source import open_source
 from hf_grow.convert.in_memory import untie_config
 from hf_grow.errors import InputError, SourceError
 from hf_grow.growth.plan import GrowthPlan
-from hf_grow.model import flops
+from hf_grow.model.flops import ModelFlops, count_flops
 from hf_grow.model.loading import reset_output_flags, transformers_errors
-from hf_grow.model.meta_model import meta_model
+from hf_grow.model.meta_model import check_runs, meta_model
 from hf_grow.training.config.lora_options import LoraOptions
 from hf_grow.training.config.train_options import TrainOptions
 from hf_grow.training.param_updates import param_provenance
 from hf_grow.training.param_updates.masks import EVERYTHING, Mask, select
+from hf_grow.training.param_updates.param_flops import training_of
 from hf_grow.training.param_updates.parameter_map import parameter_map
 from hf_grow.training.param_updates.residual_scale import ResidualScale
 from hf_grow.training.param_updates.updates import ParamUpdates
 from hf_grow.training.peft import lora
-from hf_grow.training.setup.activation_checkpointing import new_layers
+from hf_grow.training.setup.activation_checkpointing import checkpointed_layers, new_layers
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
 from hf_grow.training.sharding.row_source import RowSource, StoredRows
 from hf_grow.training.sharding.sharded_model import empty_model
@@ -134,11 +135,28 @@ def with_lora(model: PreTrainedModel, new: Mapping[str, Mask], options: LoraOpti
     return wrapped, ParamUpdates(names, {n: n in full for n in names})
 
 
-def flops_per_token(setup: TrainSetup) -> float:
-    """FLOPs of forward and backward per token, with what the options freeze or add."""
-    model: Any = meta_model(setup.checkpoint.info.config)
-    planned = plan_updates(model, setup.plan, setup.options)
-    planned.updates.freeze(model)
-    if setup.options.lora is not None:
-        model, _ = with_lora(model, planned.new, setup.options.lora)
-    return flops.training_flops(model, setup.seq_length)
+def step_flops(setup: TrainSetup, model: Any = None) -> ModelFlops:
+    """The matrix products of a training, with what the options freeze, add or compute again. Raises SourceError for a model that cannot be run.
+
+    ``model``: as it trains, on the meta device; default: made here.
+    """
+    config, arguments = setup.checkpoint.info.config, setup.arguments
+    if model is None:
+        model = meta_model(config)
+        planned = plan_updates(model, setup.plan, setup.options)
+        planned.updates.freeze(model)
+        if setup.options.lora is not None:
+            model, _ = with_lora(model, planned.new, setup.options.lora)
+    check_runs(model)
+    training = replace(
+        training_of(model, attention=attention_of(model, setup.options)),
+        checkpointed=checkpointed_layers(setup.options, arguments, setup.plan, setup.checkpoint.info.architecture.layers),
+        embeddings_require_grad=bool(arguments.activation_checkpointing),
+        reentrant=bool((arguments.activation_checkpointing_kwargs or {}).get("use_reentrant")),
+    )
+    return count_flops(config, training)
+
+
+def attention_of(model: Any, options: TrainOptions) -> str:
+    """The attention implementation: the options', else the model's own."""
+    return str(options.attn_implementation or model.config._attn_implementation)

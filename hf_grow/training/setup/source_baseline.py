@@ -6,11 +6,12 @@ memory only for that; for KL its log-probabilities on those rows are kept: rows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import GrowError, SourceError
+from hf_grow.model.flops import count_flops
 from hf_grow.training.config.distill_options import Teacher
 from hf_grow.training.data.document_masking import forward_arguments
 from hf_grow.training.distillation.distill import check_teacher
@@ -19,6 +20,7 @@ from hf_grow.training.setup.model_setup import frozen_model
 from hf_grow.training.setup.option_checks import resolve_teacher
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
 from hf_grow.training.sharding.sharded_model import shard_frozen
+from hf_grow.training.trainer.ledger import Ledger, TrainerFlops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def measure_source(
-    setup: TrainSetup, data: TrainData, events: EventLog, notify: Notify, accelerator: Any, *, resumed: bool
+    setup: TrainSetup, data: TrainData, events: EventLog, ledger: Ledger, notify: Notify, accelerator: Any, *, resumed: bool
 ) -> tuple[dict[str, float], SourceKL | None]:
     """Loads the source model temporarily if its losses on the named sets or its distribution are needed; returns both.
 
@@ -56,14 +58,22 @@ def measure_source(
         source.to(arguments.device)
     else:
         shard_frozen(source, weights, accelerator)
+    flops = TrainerFlops(count_flops(source.config.to_dict()), source.config._attn_implementation)
+
+    def seen(inputs: Mapping[str, Any]) -> None:
+        flops.evaluated(ledger, inputs)
+
     losses: dict[str, float] = {}
     if measured:
-        losses = mean_losses(source, data.evals, data.collator, arguments)
+        losses = mean_losses(source, data.evals, data.collator, arguments, seen)
         events.write("baseline", 0, losses=losses, of=ref)
     if not options.kl_rows:
         return losses, None
     old = data.evals[options.old_set]
-    return losses, SourceKL(source, [old[i] for i in range(min(options.kl_rows, len(old)))], data.collator, arguments.device)
+    kl = SourceKL(source, [old[i] for i in range(min(options.kl_rows, len(old)))], data.collator, arguments.device)
+    for inputs in kl.inputs:
+        seen(inputs)
+    return losses, kl
 
 
 def _check_source(setup: TrainSetup, ref: str, revision: str | None) -> None:
@@ -77,8 +87,17 @@ def _check_source(setup: TrainSetup, ref: str, revision: str | None) -> None:
     check_teacher(ref, source.info.architecture.size("vocab"), setup.vocabulary, None)
 
 
-def mean_losses(model: PreTrainedModel, sets: Mapping[str, Any], collate: Any, arguments: TrainingArguments) -> dict[str, float]:
-    """Mean loss of each set in nats per token, as Trainer computes it: over the tokens of a batch of all processes, then over batches by their rows."""
+def mean_losses(
+    model: PreTrainedModel,
+    sets: Mapping[str, Any],
+    collate: Any,
+    arguments: TrainingArguments,
+    seen: Callable[[Mapping[str, Any]], None] = lambda inputs: None,
+) -> dict[str, float]:
+    """Mean loss of each set in nats per token, as Trainer computes it: over the tokens of a batch of all processes, then over batches by their rows.
+
+    ``seen`` gets every batch.
+    """
     import torch
 
     model.eval()
@@ -92,6 +111,7 @@ def mean_losses(model: PreTrainedModel, sets: Mapping[str, Any], collate: Any, a
             for part in parts:
                 inputs = {k: v.to(arguments.device) for k, v in part.items()}
                 inputs |= {"use_cache": False, "num_items_in_batch": tokens, **forward_arguments(model.config, inputs.get("position_ids"))}
+                seen(part)
                 with torch.no_grad():
                     total += float(model(**inputs).loss) * (stop - start)
         out[name] = total / len(rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError
-from hf_grow.model import flops
+from hf_grow.model.flops import Cost, count_flops
 from hf_grow.training.config.distill_options import DistillOptions, Teacher
 from hf_grow.training.distillation.distill import Distiller, ModelTeacher
 from hf_grow.training.distillation.logit_cache import write_logit_cache
@@ -17,25 +17,26 @@ from hf_grow.training.distributed.launch import current_launch
 from hf_grow.training.setup.model_setup import frozen_model, load_model
 from hf_grow.training.setup.option_checks import resolve_teacher
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
+from hf_grow.training.trainer.ledger import Ledger, batch_of, on_host
 
 
-def make_distiller(setup: TrainSetup, data: Any, notify: Notify) -> tuple[Distiller | None, float, list[dict[str, Any]]]:
-    """Returns the distiller, the FLOPs per token of teachers in memory, and the facts of one event per teacher."""
+def make_distiller(setup: TrainSetup, data: Any, ledger: Ledger, notify: Notify) -> tuple[Distiller | None, Cost, list[dict[str, Any]]]:
+    """Returns the distiller, what a forward pass of the teachers in memory costs, and the facts of one event per teacher."""
     options = setup.options.distill
     if options is None:
-        return None, 0.0, []
+        return None, Cost(), []
     teachers: list[Any] = []
-    cost, events = 0.0, []
+    cost, events = Cost(), []
     for i, teacher in enumerate(options.teachers):
         ref, revision = resolve_teacher(teacher, setup.plan)
         if options.top_k is None:
             attention = setup.options.attn_implementation
             teachers.append(ModelTeacher(*frozen_model(ref, revision, options.dtype, attention, notify, sharded=_sharded(options))))
-            cost += flops.forward_flops(open_source(ref, revision=revision, weights=False).info.config, setup.seq_length)
+            cost += count_flops(open_source(ref, revision=revision, weights=False).info.config).forward
             events.append({"model": ref, "cache": "", "covered": 1.0})
             continue
         folder = _cache_folder(options, setup.out, i)
-        cache = _logit_cache(setup, options, teacher, data, folder, notify)
+        cache = _logit_cache(setup, options, teacher, data, folder, ledger, notify)
         teachers.append(cache)
         events.append({"model": ref, "cache": str(folder), "covered": cache.meta.get("covered")})
     return Distiller(options, teachers), cost, events
@@ -49,7 +50,9 @@ def _cache_folder(options: DistillOptions, out: Path, number: int) -> Path:
     return (Path(options.cache) if options.cache else out / "teacher-logits") / f"teacher-{number}"
 
 
-def _logit_cache(setup: TrainSetup, options: DistillOptions, teacher: Teacher, data: Any, folder: Path, notify: Notify) -> Any:
+def _logit_cache(
+    setup: TrainSetup, options: DistillOptions, teacher: Teacher, data: Any, folder: Path, ledger: Ledger, notify: Notify
+) -> Any:
     assert options.top_k is not None
     if not hasattr(data.train, "__len__"):
         raise InputError(
@@ -64,7 +67,14 @@ def _logit_cache(setup: TrainSetup, options: DistillOptions, teacher: Teacher, d
     model = load_model(ref, revision, options.dtype, setup.options.attn_implementation, notify)
     model.to(setup.arguments.device)
     rows = Collated(data.train, data.collator)
-    return write_logit_cache(model, rows, folder, top_k=options.top_k, dtype=options.cache_dtype, identity=identity)
+    new = not folder.is_dir()
+    cache = write_logit_cache(model, rows, folder, top_k=options.top_k, dtype=options.cache_dtype, identity=identity)
+    if new:
+        cost, attention = count_flops(source.info.config).forward, model.config._attn_implementation
+        for row in data.train:
+            batch = on_host(batch_of(data.collator([row]), attention, frozenset(cost.pair)))
+            ledger.add("teacher", cost.of(batch), tokens=batch.tokens)
+    return cache
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ class CheckpointTrainer(ShardedStartTrainer):
 
     growth_state: GrowthState
     hooks: TrainingHooks
+    rolled_back = False
+    """Whether the checkpoint that is loaded next is one that training goes back to."""
     _saved_dtypes: Mapping[str, Any] = MappingProxyType({})
 
     @property
@@ -65,9 +67,10 @@ class CheckpointTrainer(ShardedStartTrainer):
         if self.growth.penalty is not None:
             self._save_penalty(Path(output_dir))
         self.save_data_position(Path(output_dir))
+        self.store_flos()
         if self.args.should_save:
             state = self.growth_state.to_json(int(self.state.global_step), self.growth.after_growth.consolidate_steps)
-            write_json(Path(output_dir) / GROWTH_STATE, state)
+            write_json(Path(output_dir) / GROWTH_STATE, {**state, "ledger": self.growth.ledger.to_json()})
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -120,10 +123,18 @@ class CheckpointTrainer(ShardedStartTrainer):
             if differing:
                 facts = {k: list(v) for k, v in differing.items()}
                 self.growth.events.write("settings", int(self.state.global_step), checkpoint=checkpoint, **facts)
-        if (folder / GROWTH_STATE).is_file():
-            self.growth_state.load(read_json(folder / GROWTH_STATE))
+        saved = read_json(folder / GROWTH_STATE) if (folder / GROWTH_STATE).is_file() else None
+        if saved is not None:
+            self.growth_state.load(saved)
         else:
             self.growth_state.begin(int(self.state.global_step), self.state.log_history)
+        self._load_ledger((saved or {}).get("ledger"))
+
+    def _load_ledger(self, saved: Any) -> None:
+        ledger = self.growth.ledger
+        spent = saved or {"flops": {"train": int(self.state.total_flos)}}  # a checkpoint of a plain Trainer
+        (ledger.roll_back if self.rolled_back else ledger.load)(spent)
+        self.rolled_back = False
 
     def load_penalty(self, checkpoint: Path) -> None:
         import torch

@@ -13,6 +13,7 @@ from hf_grow.training.distillation.distill import Distiller
 from hf_grow.training.param_updates.residual_scale import ResidualScale
 from hf_grow.training.param_updates.updates import ParamUpdates
 from hf_grow.training.trainer.events import EventLog
+from hf_grow.training.trainer.ledger import Ledger, TrainerFlops
 from hf_grow.training.trainer.monitor import Monitor
 
 if TYPE_CHECKING:
@@ -39,8 +40,10 @@ class GrowthSettings:
     events: EventLog = field(default_factory=lambda: EventLog(None))
     old_set: str | None = None
     """The named evaluation set that forgetting is measured on."""
-    flops_per_token: float | None = None
-    """Of forward and backward; None for Trainer's estimate, which counts every expert."""
+    flops: TrainerFlops | None = None
+    """What the passes cost; None for Trainer's estimate, which counts every expert and no attention."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """What was spent, before the training too (self-replay, logits of teachers)."""
     given_arguments: frozenset[str] = frozenset()
     """Optimizer arguments that override a checkpoint's: those that the user named."""
     checkpointed_layers: Collection[int] | None = None
@@ -116,6 +119,10 @@ class TrainingHooks:
     def source_kl(self, model: Any) -> float | None:
         """KL(source || model) in nats per token; None where it is not measured."""
         return None
+
+    def kl_inputs(self) -> Sequence[Mapping[str, Any]]:
+        """The batches that `source_kl` runs the model on."""
+        return ()
 
     def growth_record(self, trainer: Any) -> Mapping[str, Any] | None:
         """growth.json of the model as it is now; None for a model that was not grown."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.common.safe_files import read_json
 from hf_grow.errors import ExecutionError, InputError
+from hf_grow.model.flops import Batch
 from hf_grow.training.config.schedules import phase_at
 from hf_grow.training.data.document_masking import forward_arguments
 from hf_grow.training.growth_state.state_files import GROWTH_STATE
@@ -25,6 +26,7 @@ from hf_grow.training.param_updates.shards import local
 from hf_grow.training.param_updates.updates import LrFactors, unwrapped
 from hf_grow.training.trainer.callbacks import GrowthCallback
 from hf_grow.training.trainer.checkpointing import last_checkpoint, write_json
+from hf_grow.training.trainer.ledger import sum_over_processes
 from hf_grow.training.trainer.monitor import Monitor
 from hf_grow.training.trainer.saving import CheckpointTrainer
 from hf_grow.training.trainer.state import GrowthSettings, GrowthState, TrainingHooks
@@ -65,6 +67,8 @@ class BaseGrowTrainer(CheckpointTrainer):
         self.opening_event = ""
         self.last_factors = LrFactors()
         """Multiples of the learning rate in the last step."""
+        self._trained, self._evaluated = Batch(), Batch()
+        """Batches that the ledger does not have yet."""
         self.add_callback(GrowthCallback(self))
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -84,6 +88,8 @@ class BaseGrowTrainer(CheckpointTrainer):
     def training_step(self, model: Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        if self.growth.flops is not None:
+            self._trained += self.growth.flops.batch(inputs)
         if self.accelerator.sync_gradients:
             g = self.growth
             if g.penalty is not None:
@@ -161,10 +167,35 @@ class BaseGrowTrainer(CheckpointTrainer):
         warmup_step = since - m.warmup_from if m.extra_warmup else since
         return LrFactors(g.after_growth.factor(since) * m.lr_factor_at(since), g.warmup.lr_factor(warmup_step, m.extra_warmup))
 
+    # ---- what it costs ------------------------------------------------------------------------------------------------------------------
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        if self.growth.flops_per_token is None:
-            return int(super().floating_point_ops(inputs))
-        return int(self.growth.flops_per_token * inputs["input_ids"].numel())
+        flops = self.growth.flops
+        return int(super().floating_point_ops(inputs) if flops is None else flops.training(flops.batch(inputs)))
+
+    def prediction_step(self, model: Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        self.count_evaluation(inputs)
+        return super().prediction_step(model, inputs, *args, **options)
+
+    def count_evaluation(self, inputs: Mapping[str, Any]) -> None:
+        """Notes a forward pass over these inputs that measures something."""
+        if self.growth.flops is not None:
+            self._evaluated += self.growth.flops.batch(inputs)
+
+    def store_flos(self) -> None:
+        """Called by Trainer before logs and checkpoints, in all processes."""
+        g = self.growth
+        if g.flops is None:
+            super().store_flos()
+            return
+        g.flops.spend(g.ledger, self._trained, self._evaluated)
+        self._trained, self._evaluated = Batch(), Batch()
+        g.ledger.collect(lambda counts: sum_over_processes(self.accelerator, counts))
+        self.state.total_flos, self.current_flos = g.ledger.training, 0
+
+    def ledger_facts(self) -> dict[str, Any]:
+        """FLOPs by purpose, for events and results; nothing without a count."""
+        return {} if self.growth.flops is None else {"flops_by_purpose": self.growth.ledger.by_purpose()}
 
     # ---- logs and evaluations -----------------------------------------------------------------------------------------------------------
 
@@ -183,7 +214,7 @@ class BaseGrowTrainer(CheckpointTrainer):
             logs |= {name: float(value) for name, value in self._routing.items()}
         super().log(logs, start_time)
         if "loss" in logs:
-            g.events.write("log", self.state.global_step, **logs, flops=self.state.total_flos)
+            g.events.write("log", self.state.global_step, **logs, flops=self.state.total_flos, **self.ledger_facts())
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -202,6 +233,8 @@ class BaseGrowTrainer(CheckpointTrainer):
             facts["forgetting"] = losses[g.old_set] - growth_state.baseline(g.old_set)
         if (kl := self.hooks.source_kl(self.model)) is not None:
             facts["kl"] = kl
+            for inputs in self.hooks.kl_inputs():
+                self.count_evaluation(inputs)
         extra_metrics = {f"eval_{k}": v for k, v in facts.items() if k != "losses"}
         metrics |= extra_metrics
         if extra_metrics:
@@ -264,6 +297,8 @@ class BaseGrowTrainer(CheckpointTrainer):
             except Rollback as rollback:
                 checkpoint = rollback.checkpoint
                 self._step_loss = None
+                self.store_flos()
+                self.rolled_back = True
 
     def monitor_step(self) -> None:
         """Gives the monitor the last step's loss and gradient norm, and carries out the reaction."""

@@ -325,6 +325,19 @@ def test_a_broken_installation_is_one_sentence(tmp_path: Path, capsys: pytest.Ca
 
 def test_json_results_are_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run(capsys, "train", recipe(tmp_path, grown(tmp_path), max_steps=1))
-    assert found.keys() == {"output", "steps", "tokens", "flops", "seconds", "loss", "start", "end", "source", "forgetting", "stopped"}
+    assert found.keys() == {
+        "output",
+        "steps",
+        "tokens",
+        "flops",
+        "flops_by_purpose",
+        "seconds",
+        "loss",
+        "start",
+        "end",
+        "source",
+        "forgetting",
+        "stopped",
+    }
     kept = json.loads((tmp_path / "out" / "training.json").read_text())["result"]
     assert kept == found
