@@ -86,10 +86,9 @@ class BaseGrowTrainer(CheckpointTrainer):
     # ---- one step ---------------------------------------------------------------------------------------------------------------------
 
     def training_step(self, model: Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self._trained += self._batch(inputs)  # before context parallelism cuts it
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
-        if self.growth.flops is not None:
-            self._trained += self.growth.flops.batch(inputs)
         if self.accelerator.sync_gradients:
             g = self.growth
             if g.penalty is not None:
@@ -179,8 +178,12 @@ class BaseGrowTrainer(CheckpointTrainer):
 
     def count_evaluation(self, inputs: Mapping[str, Any]) -> None:
         """Notes a forward pass over these inputs that measures something."""
-        if self.growth.flops is not None:
-            self._evaluated += self.growth.flops.batch(inputs)
+        self._evaluated += self._batch(inputs)
+
+    def _batch(self, inputs: Mapping[str, Any]) -> Batch:
+        """What the ledger counts of a batch in this process: nothing in all but one of those that share its sequences."""
+        flops = self.growth.flops
+        return Batch() if flops is None or self.args.process_index % self.get_cp_size() else flops.batch(inputs)
 
     def store_flos(self) -> None:
         """Called by Trainer before logs and checkpoints, in all processes."""
