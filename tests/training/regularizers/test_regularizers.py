@@ -591,6 +591,15 @@ def test_ewc_overhead_benchmark_runs(tmp_path: Path) -> None:
     assert all(f"| {arm} |" in text for arm in ("none", "EWC", "EWC, proximal step", "L2-SP", "SI, following the path"))
 
 
+@pytest.mark.slow
+def test_trainer_overhead_benchmark_runs(tmp_path: Path) -> None:
+    script = Path(__file__).parents[3] / "benchmarks" / "trainer_overhead.py"
+    words = ["--size", "tiny", "--rounds", "1", "--steps", "2", "--batch", "2"]
+    subprocess.run([sys.executable, script, *words, "--out", tmp_path / "r.md"], check=True)
+    text = (tmp_path / "r.md").read_text()
+    assert all(f"| {arm} |" in text for arm in ("plain Trainer", "EWC", "warm-up of new rows", "EWC and warm-up", "copies of a step"))
+
+
 def test_test_models_route_tokens_to_every_expert() -> None:
     """Gradients of zero would make some of the tests above say nothing."""
     model = small("mixtral")
