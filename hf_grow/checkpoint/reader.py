@@ -23,6 +23,8 @@ from hf_grow.growth.source_info import SourceInfo
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GROWTH = "growth.json"
+SHARDED_WEIGHTS = ("weights", "pytorch_model_fsdp_0")
+"""Subfolders with the weights of a checkpoint of a sharded training: of `hf-grow train`, and of accelerate."""
 TEMPLATES = "additional_chat_templates"
 CHUNK_SIZE = 1 << 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
@@ -167,6 +169,9 @@ def no_safetensors_error(names: list[str], ref: str) -> SourceError:
     """The error for a checkpoint without safetensors weights, depending on the files it has."""
     if any(n.startswith("adapter_model") for n in names):
         return SourceError(f"{ref} is a PEFT adapter (LoRA), not a model.", hint=_merge_hint(ref, "adapter_model.safetensors" in names))
+    if any(n in SHARDED_WEIGHTS for n in names):
+        merge = shlex.join(["hf-grow", "merge", ref, "-o", f"{Path(ref).name}-merged"])
+        return SourceError(f"{ref} is a checkpoint of a sharded training (FSDP2), not a plain model.", hint=f"Merge its shards: {merge}")
     if any(n.endswith((".bin", ".pt", ".pth")) for n in names):
         return SourceError(
             f"{ref} has only pickled weights (.bin), which can run code and are never loaded.",

@@ -31,7 +31,7 @@ COMMANDS = {
     "replay": ("replay", "sample text from a model, to replay it in further training"),
     "fisher": ("fisher", "per-parameter importance (Fisher) on old data, for a penalty (EWC)"),
     "train": ("train", "continued pretraining without forgetting, by a recipe (YAML)"),
-    "merge": ("merge", "merge a LoRA adapter, replicated layers included, into a plain checkpoint"),
+    "merge": ("merge", "merge a LoRA adapter, or the shards of an FSDP2 checkpoint, into a plain checkpoint"),
     "demo": ("demo", "train a small model, grow it, go on training; nothing to download"),
 }
 

@@ -47,8 +47,6 @@ class Launch:
     processes: int = 1
     sharing: str = "one"
     """A key of SHARDED, or fsdp1, which is refused."""
-    full_state_dict: bool = True
-    """FSDP: whether models are saved as plain safetensors (FULL_STATE_DICT)."""
     cpu_ram_efficient_loading: bool = False
     """FSDP: whether only one process per machine loads the weights."""
     parallelism: Mapping[str, int] = field(default_factory=dict)
@@ -94,15 +92,12 @@ def current_launch(environment: Mapping[str, str] | None = None) -> Launch:
         stage = _zero_stage(Path(file)) if file.lower() not in ("", "none") else env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         return Launch(processes, f"zero{stage}" if str(stage) != "0" else "ddp")
     if _flag(env, "ACCELERATE_USE_FSDP"):
-        full = env.get("FSDP_STATE_DICT_TYPE") == "FULL_STATE_DICT"
         sizes = {}
         if _flag(env, "ACCELERATE_USE_PARALLELISM_CONFIG"):
             sizes = _parallelism(
                 {name: env.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", 1) for name in PARALLELISM}, "PARALLELISM_CONFIG"
             )
-        return Launch(
-            processes, f"fsdp{env.get('FSDP_VERSION', '1')}", full, _flag(env, "FSDP_CPU_RAM_EFFICIENT_LOADING"), parallelism=sizes
-        )
+        return Launch(processes, f"fsdp{env.get('FSDP_VERSION', '1')}", _flag(env, "FSDP_CPU_RAM_EFFICIENT_LOADING"), parallelism=sizes)
     return Launch(processes, "ddp" if processes > 1 else "one")
 
 
@@ -146,11 +141,10 @@ def launch_from_file(path: Path, processes: int | None = None) -> Launch:
         return Launch()
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise InputError(f"{path}: num_processes is {count!r}.", hint="Set it in the file, or with --processes.")
-    sharing, full, efficient = sharing_of[kind], True, False
+    sharing, efficient = sharing_of[kind], False
     if sharing == "fsdp":
         section = _section(path, data, "fsdp_config")
         sharing += str(section.get("fsdp_version", 1))
-        full = section.get("fsdp_state_dict_type") == "FULL_STATE_DICT"
         efficient = bool(section.get("fsdp_cpu_ram_efficient_loading", True))
     elif sharing == "zero":
         section = _section(path, data, "deepspeed_config")
@@ -163,7 +157,7 @@ def launch_from_file(path: Path, processes: int | None = None) -> Launch:
         raise InputError(f"{path}: {sharing} does not exist.", hint="FSDP has versions 1 and 2, ZeRO stages 0 to 3.")
     given = _section(path, data, "parallelism_config")
     sizes = _parallelism({n: given.get(f"parallelism_config_{n}_size", 1) for n in PARALLELISM}, str(path)) if given else {}
-    return Launch(count, sharing, full, efficient, parallelism=sizes)
+    return Launch(count, sharing, efficient, parallelism=sizes)
 
 
 def _parallelism(given: Mapping[str, Any], where: str) -> dict[str, int]:

@@ -1,28 +1,19 @@
-"""Optimizer state of a Trainer checkpoint: read without executing pickled code, and fitted to the optimizer of this run.
-
-    optimizer.pt    Trainer's own: parameters are numbers, group after group
-    optimizer.bin   accelerate's, under FSDP with FULL_STATE_DICT: parameters are names, everything whole
-
-A checkpoint is loaded in either form, sharded run or not: one may train on one GPU, grow, and continue under FSDP2.
-"""
+"""Names of the files of a training state in a checkpoint folder, and the error where there is none that can be read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_grow.errors import SourceError
-from hf_grow.model.meta_model import trainer_param_groups
-from hf_grow.training.param_updates.updates import GROUP_KIND
 
-POSITIONS, NAMES = "optimizer.pt", "optimizer.bin"
+POSITIONS, NAMES, SHARDS = "optimizer.pt", "optimizer.bin", "optimizer.json"
 SCHEDULER, SCALER, TRAINER_STATE = "scheduler.pt", "scaler.pt", "trainer_state.json"
 
 
 def optimizer_file(folder: Path) -> Path | None:
     """Path of the optimizer state; None if there is none that can be read."""
-    return next((folder / name for name in (POSITIONS, NAMES) if (folder / name).is_file()), None)
+    return next((folder / name for name in (POSITIONS, SHARDS, NAMES) if (folder / name).is_file()), None)
 
 
 def missing_optimizer_error(folder: Path) -> SourceError:
@@ -45,166 +36,8 @@ def missing_optimizer_error(folder: Path) -> SourceError:
     return SourceError(f"{folder} has no {POSITIONS} and no {NAMES}.", hint="Give a folder that Trainer saved, such as checkpoint-500.")
 
 
-def read_optimizer(path: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:
-    """Groups and state, on the CPU. Raises SourceError for a file that holds anything else."""
-    import torch
-
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        groups, state = [dict(g) for g in saved["param_groups"]], dict(saved["state"])
-        if not all(isinstance(g["params"], list) for g in groups) or not all(isinstance(s, dict) for s in state.values()):
-            raise ValueError("unexpected types in param_groups or state")
-    except Exception as error:  # whatever a damaged or hostile file raises under weights_only
-        raise SourceError(f"{path} cannot be read: {(str(error).splitlines() or ['?'])[0]}") from None
-    return groups, state
-
-
-def by_name(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """A state by position as one by parameter name. ``names``: of the parameters of each group."""
-    name_of = {i: n for g, members in zip(groups, names, strict=True) for i, n in zip(g["params"], members, strict=True)}
-    named = [{**g, "params": list(members)} for g, members in zip(groups, names, strict=True)]
-    return {"state": {name_of[i]: s for i, s in state.items()}, "param_groups": named}
-
-
-def regroup(groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """Groups by parameter name as those that hold the parameters `names`, with the same settings. Raises ValueError, KeyError where they differ."""
-    settings = {n: {k: v for k, v in g.items() if k not in _PARAMETER_KEYS} for g in groups for n in g["params"]}
-    for members in names:
-        different = next((n for n in members if settings[n] != settings[members[0]]), None)
-        if different is not None:
-            raise ValueError(f"it has {members[0]} and {different} in different groups")
-    return [{**(settings[members[0]] if members else groups[0]), "params": list(members)} for members in names]
-
-
-def by_position(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """A state by name as one by position, for an optimizer whose groups hold the parameters `names`. Raises as `regroup` does."""
-    numbered, at = [], 0
-    for group in regroup(groups, names):
-        count = len(group["params"])
-        numbered.append({**group, "params": list(range(at, at + count))})
-        at += count
-    flat = [n for members in names for n in members]
-    return {"state": {i: state[n] for i, n in enumerate(flat) if n in state}, "param_groups": numbered}
-
-
-_LABELS = ("param_names", "name", GROUP_KIND)
-_PARAMETER_KEYS = ("params", *_LABELS)
-"""Keys of a group that describe its parameters, not their update."""
-
-
 def initial_state(shape: tuple[int, ...]) -> dict[str, Any]:
     """AdamW's state before the first step."""
     import torch
 
     return {"step": torch.zeros(()), "exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape)}
-
-
-def load_optimizer(path: Path, model: Any, optimizer: Any) -> None:
-    """Loads a checkpoint's state into the optimizer of a model, sharded (FSDP2) or not; groups need not be divided alike.
-
-    Raises SourceError where it does not fit.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-    from torch.distributed.tensor import DTensor
-
-    groups, state = read_optimizer(path)
-    sharded = any(isinstance(p, DTensor) for p in model.parameters())
-    try:
-        param_names_of = {p: n for n, p in model.named_parameters()}
-        own = [[param_names_of[p] for p in g["params"]] for g in optimizer.param_groups]
-        saved: dict[str, Any] = (
-            {"state": state, "param_groups": groups} if path.name == NAMES else by_name(groups, state, _saved_names(groups, model, own))
-        )
-        own_keys = [{k: g[k] for k in _LABELS if k in g} for g in optimizer.param_groups]
-        if not sharded:
-            loaded = by_position(saved["param_groups"], saved["state"], own)
-            loaded["param_groups"] = [{**g, **keys} for g, keys in zip(loaded["param_groups"], own_keys, strict=True)]
-            optimizer.load_state_dict(loaded)
-            return
-        saved["param_groups"] = [{**g, **keys} for g, keys in zip(regroup(saved["param_groups"], own), own_keys, strict=True)]
-        # torch requires a state of every parameter here; AdamW's starts with zeros.
-        saved["state"] |= {
-            n: initial_state(tuple(p.shape)) for p, n in param_names_of.items() if p.requires_grad and n not in saved["state"]
-        }
-        set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise SourceError(
-            f"{path} is not the state of this optimizer: {' '.join(str(error).split())[:200]}.",
-            hint="It belongs to other parameters or groups (those of --exact-steps fit trajectory.param_groups only). Grow with --optimizer-policy reset.",
-        ) from None
-
-
-def _saved_names(groups: Sequence[Mapping[str, Any]], model: Any, own: list[list[str]]) -> list[list[str]]:
-    """The parameter names of a state by position: those it holds, else the optimizer's own, else Trainer's. Raises ValueError where none fits."""
-    if all(g.get("param_names") for g in groups):
-        return [list(g["param_names"]) for g in groups]
-    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-    all_names = trainer_param_groups(model)
-    sizes = [len(g["params"]) for g in groups]
-    for names in (own, [[n for n in g if n not in frozen] for g in all_names], all_names):
-        if [len(n) for n in names] == sizes:
-            return names
-    raise ValueError(f"its groups have {sizes} parameters, those of this optimizer {[len(n) for n in own]}")
-
-
-# ---- resuming ----------------------------------------------------------------------------------------------------------------------------
-
-SETTINGS = {
-    "learning_rate": ("initial_lr", None), "weight_decay": ("weight_decay", None), "adam_beta1": ("betas", 0), "adam_beta2": ("betas", 1),
-    "adam_epsilon": ("eps", None),
-}  # fmt: skip
-"""TrainingArguments -> key and index in a parameter group. (A scheduler stores its peak learning rate as initial_lr.)"""
-IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
-"""Keys of a group that always come from this run, never from the checkpoint."""
-
-
-def load_optimizer_and_scheduler(
-    folder: Path, model: Any, optimizer: Any, scheduler: Any, given: frozenset[str]
-) -> dict[str, tuple[float, str]]:
-    """Loads moments, groups and schedule of a checkpoint, as far as they exist.
-
-    Where the checkpoint's settings differ from this run's arguments, those in ``given`` are this run's, the others the checkpoint's. Shape and
-    length of the schedule are always this run's. Returns what differed: argument -> (value that holds, 'recipe' or 'checkpoint').
-    Raises SourceError for a state that does not fit.
-    """
-    import torch
-
-    own = [dict(g) for g in optimizer.param_groups]
-    file = optimizer_file(folder)
-    if file is not None:
-        load_optimizer(file, model, optimizer)
-    if (folder / SCHEDULER).is_file():
-        schedule = torch.load(folder / SCHEDULER, map_location="cpu", weights_only=True)
-        rates = schedule.get("base_lrs", ())
-        if file is None and len(rates) == len(own):  # as loaded groups would have it
-            for group, peak, rate in zip(optimizer.param_groups, rates, schedule["_last_lr"], strict=True):
-                group |= {"initial_lr": peak, "lr": rate}
-        count = len(schedule.get("_last_lr", own))
-        if count != len(own):  # other groups: `apply_settings` sets the learning rates
-            schedule = {k: [v[0]] * len(own) if isinstance(v, list) and len(v) == count else v for k, v in schedule.items()}
-        scheduler.load_state_dict(schedule)
-    return apply_settings(optimizer, scheduler, own, given)
-
-
-def apply_settings(optimizer: Any, scheduler: Any, own: Sequence[Mapping[str, Any]], given: frozenset[str]) -> dict[str, tuple[float, str]]:
-    """Puts this run's settings back into loaded groups, as `load_optimizer_and_scheduler` says. ``own``: the groups as they were before."""
-    differing: dict[str, tuple[float, str]] = {}
-    for group, ours in zip(optimizer.param_groups, own, strict=True):
-        group |= {k: v for k, v in ours.items() if k in IMPLEMENTATION or not group["params"]}
-        for name, (key, at) in SETTINGS.items():
-            if key not in group or key not in ours:
-                continue
-            theirs, mine = (g[key] if at is None else g[key][at] for g in (group, ours))
-            if theirs == mine:
-                continue
-            differing.setdefault(name, (float(mine), "recipe") if name in given else (float(theirs), "checkpoint"))
-            if name not in given:
-                continue
-            group[key] = mine if at is None else tuple(mine if i == at else old for i, old in enumerate(group[key]))
-    if hasattr(scheduler, "lr_lambdas"):  # as it will compute them at its next step
-        scheduler.base_lrs = [g["initial_lr"] for g in optimizer.param_groups]
-        factors = [f(scheduler.last_epoch) for f in scheduler.lr_lambdas]
-        scheduler._last_lr = [b * f for b, f in zip(scheduler.base_lrs, factors, strict=True)]
-        for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["lr"] = rate
-    return differing

@@ -3,6 +3,7 @@
 optimizer.pt    Trainer's own: parameters are numbers, group after group
 optimizer.bin   accelerate's, under FSDP with FULL_STATE_DICT: parameters are names
 optimizer_0/    accelerate's, under FSDP with SHARDED_STATE_DICT: torch.distributed.checkpoint
+optimizer.json  of `hf-grow train` under FSDP2 (`sharded_state`)
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.common.safe_files import read_bytes
 from hf_grow.errors import SourceError
 from hf_grow.model.meta_model import trainer_param_groups
-from hf_grow.training.growth_state.optimizer_files import TRAINER_STATE, optimizer_file
+from hf_grow.training.growth_state.optimizer_files import SHARDS, TRAINER_STATE, optimizer_file
 from hf_grow.training.growth_state.optimizer_state import MemoryTensor, OptimizerState
+from hf_grow.training.growth_state.sharded_state import read_sharded_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,15 +46,23 @@ def _universal(folder: Path) -> Path | None:
     return next(iter(found), None)
 
 
+def read_optimizer(path: Path, model: PreTrainedModel) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:
+    """Groups and state at one of the paths above, with RowTensors: of a .pt file by position, else by name. Raises SourceError."""
+    if path.name == UNIVERSAL:
+        found = _read_universal(path, model)
+        return found.groups, {n: dict(s) for n, s in found.state.items()}
+    if path.name == SHARDS:
+        return read_sharded_state(path)
+    return _read_sharded(path) if path.name == SHARDED else _read_file(path)
+
+
 def open_optimizer(path: Path, model: PreTrainedModel, names: Sequence[Sequence[str]] | None = None) -> OptimizerState:
     """The state at one of the paths above. ``model``: whose parameters it holds, on any device.
 
     ``names``: the parameter names of each group, where the optimizer was not created by Trainer and its groups hold no names.
     Raises SourceError for a damaged state, and for that of another model.
     """
-    if path.name == UNIVERSAL:
-        return _read_universal(path, model)
-    return named_state(*(_read_sharded(path) if path.name == SHARDED else _read_file(path)), model, names)
+    return _read_universal(path, model) if path.name == UNIVERSAL else named_state(*read_optimizer(path, model), model, names)
 
 
 def _read_file(path: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:

@@ -35,12 +35,11 @@ def launch_mistakes(launch: Launch, options: TrainOptions, arguments: TrainingAr
         )
     if launch.sharing == "fsdp1":
         errors.append("launch: FSDP1 flattens the parameters, so single parameters cannot be frozen or scaled. Set fsdp_version: 2.")
-    if launch.sharing == "fsdp2" and not launch.full_state_dict:
-        errors.append(
-            "launch: the model would be saved in shards that from_pretrained cannot read. Set fsdp_state_dict_type: FULL_STATE_DICT."
-        )
     if launch.sharing == "fsdp2" and launch.cpu_ram_efficient_loading:
-        errors.append("launch: every process needs the initial weights. Set fsdp_cpu_ram_efficient_loading: false.")
+        errors.append(
+            "launch: every process reads the rows that it holds, and with fsdp_cpu_ram_efficient_loading all but the first would load "
+            "teachers without weights. Set it to false."
+        )
     if launch.sharing in ("fsdp2", "zero3") and options.regularizer.collapsed:
         errors.append(
             f"regularizer.collapsed: needs whole matrices, and {launch} shards them. Map the Fisher instead (hf-grow fisher --from-growth)."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.errors import ExecutionError, SourceError
 from hf_grow.training.param_updates.parameter_map import ParameterRows
-from hf_grow.training.param_updates.shards import Window, as_sharded, local_window
+from hf_grow.training.param_updates.shards import Window, as_sharded, local, local_window
 from hf_grow.training.sharding.row_source import RowSource, row_step
 
 if TYPE_CHECKING:
@@ -27,6 +27,11 @@ def by_parameter(places: Places) -> Mapping[str, Places]:
     return found
 
 
+def whole_parameters(shapes: Mapping[str, Sequence[int]]) -> dict[str, ParameterRows]:
+    """The places of tensors that are stored as they are held: whole, under the parameter's name."""
+    return {n: ParameterRows(n, 0, math.prod(s if len(s) == 1 else s[:-1])) for n, s in shapes.items()}
+
+
 def read_local(out: Tensor, shape: Sequence[int], window: Window, places: Places, source: RowSource) -> Tensor:
     """Fills `out`, the part `window` of a parameter of shape `shape`, with the rows that it holds; returns it.
 
@@ -35,18 +40,10 @@ def read_local(out: Tensor, shape: Sequence[int], window: Window, places: Places
     if out.numel() == 0:
         return out
     columns = window[-1] if len(shape) > 1 else range(1)
-    matrix, at = out.view(-1, len(columns)), 0
+    matrix = out.view(-1, len(columns))
     _check_shapes(shape, places, source)
-    for start, stop in _row_runs(shape, window):
-        filled = 0
-        for name, place in places.items():
-            low, high = max(start, place.start), min(stop, place.stop)
-            if low < high:
-                _read_rows(matrix[at + low - start : at + high - start], name, low - place.start, high - place.start, columns, source)
-                filled += high - low
-        if filled != stop - start:
-            raise ExecutionError(f"Rows {start} to {stop} of a parameter {list(shape)} are not covered by {', '.join(places)}.")
-        at += stop - start
+    for at, name, start, stop in local_parts(shape, window, places):
+        read_rows(matrix[at : at + stop - start], name, start, stop, columns, source)
     return out
 
 
@@ -60,6 +57,31 @@ def _check_shapes(shape: Sequence[int], places: Places, source: RowSource) -> No
         width = stored[-1] if len(stored) > 1 else 1
         if (math.prod(stored) // max(1, width), width) != (place.stop - place.start, columns):
             raise SourceError(f"{name} has shape {list(stored)}, which is not that of the model.")
+
+
+def fill_tensors(tensors: Mapping[str, Tensor], places: Places, source: RowSource) -> None:
+    """Fills this process's part of every tensor, in place. Raises as `read_local`."""
+    import torch
+
+    of = by_parameter(places)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            read_local(local(tensor), tensor.shape, local_window(tensor), of[name], source)
+
+
+def local_parts(shape: Sequence[int], window: Window, places: Places) -> Iterator[tuple[int, str, int, int]]:
+    """What the part `window` of a parameter consists of: its row (as a matrix of its columns), and rows [start, stop) of a tensor on disk."""
+    at = 0
+    for start, stop in _row_runs(shape, window):
+        filled = 0
+        for name, place in places.items():
+            low, high = max(start, place.start), min(stop, place.stop)
+            if low < high:
+                yield at + low - start, name, low - place.start, high - place.start
+                filled += high - low
+        if filled != stop - start:
+            raise ExecutionError(f"Rows {start} to {stop} of a parameter {list(shape)} are not covered by {', '.join(places)}.")
+        at += stop - start
 
 
 def _row_runs(shape: Sequence[int], window: Window) -> Iterator[tuple[int, int]]:
@@ -82,7 +104,7 @@ def _row_runs(shape: Sequence[int], window: Window) -> Iterator[tuple[int, int]]
         yield (base + last.start) * unit, (base + last.stop) * unit
 
 
-def _read_rows(out: Tensor, name: str, start: int, stop: int, columns: range, source: RowSource) -> None:
+def read_rows(out: Tensor, name: str, start: int, stop: int, columns: range, source: RowSource) -> None:
     """Rows [start, stop) of a tensor on disk, as a matrix of its last dimension, into `out`."""
     shape = source.shape(name)
     width = shape[-1] if len(shape) > 1 else 1

@@ -6,8 +6,8 @@ A process that holds a shard of a parameter reads the rows of that shard and not
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import SourceError
@@ -16,6 +16,7 @@ from hf_grow.growth.tensormap import Quantity
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 READ_BYTES = 16 << 20
 """About how much is read, or computed, at a time."""
@@ -83,6 +84,24 @@ class GrownRows:
                 hint="Write the model with hf-grow grow, which says where they come from.",
             )
         return rounded
+
+
+class HeldRows:
+    """Tensors by name, each of them a RowTensor: anything with a dtype, a shape and rows."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self.tensors = tensors
+
+    def names(self) -> Collection[str]:
+        return self.tensors.keys()
+
+    def shape(self, name: str) -> Sequence[int]:
+        shape: Sequence[int] = self.tensors[name].shape
+        return shape
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        found: Tensor = self.tensors[name].rows(start, stop)
+        return found
 
 
 class ZeroedRows:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import SourceError
 from hf_grow.model.loading import reset_output_flags, transformers_errors
-from hf_grow.training.param_updates.parameter_map import bare, parameter_map
+from hf_grow.training.param_updates.parameter_map import bare, parameter_map, parameters
 from hf_grow.training.param_updates.residual_scale import decoder_layers
 from hf_grow.training.sharding.local_rows import Places, by_parameter, local_tensor
 from hf_grow.training.sharding.row_source import RowSource
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -129,6 +130,14 @@ def gathered_head(model: Any) -> Iterator[None]:
         yield
     finally:
         unit.reshard()
+
+
+def held_tensors(model: Any) -> dict[str, Tensor]:
+    """Parameters and saved buffers of a model by bare names, tied ones once; of a sharded model DTensors."""
+    # First: after an evaluation FSDP2 still shows gathered parameters, already freed, until this.
+    saved = {bare(n) for n in model.state_dict()}
+    held: dict[str, Tensor] = {n: p.detach() for n, p in parameters(model).items()}
+    return held | {bare(n): b for n, b in model.named_buffers() if bare(n) in saved}
 
 
 def places_of(checkpoint: Checkpoint) -> Places:

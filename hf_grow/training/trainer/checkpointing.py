@@ -12,8 +12,8 @@ from hf_grow.common.safe_files import read_bytes, replace_nonfinite
 from hf_grow.errors import SourceError
 from hf_grow.training.growth_state.state_files import GROWTH_STATE
 
-PENALTY = "penalty.pt"
-"""In every checkpoint of a training with a penalty: the state of the penalty."""
+PENALTY, PENALTY_SHARDS = "penalty.pt", "penalty.json"
+"""In every checkpoint of a training with a penalty: its state, whole; of a sharded training what is no tensor, the tensors in penalty/."""
 
 
 def last_checkpoint(folder: Path) -> Path | None:

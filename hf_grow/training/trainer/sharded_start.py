@@ -31,6 +31,15 @@ class ShardedStartTrainer(DataPositionTrainer):
             self.growth.penalty.take_anchors(self.model)  # before a checkpoint replaces the weights
         self.hooks.weights_loaded(self)
 
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        result = super().evaluation_loop(*args, **options)
+        if self.is_fsdp_enabled:
+            # FSDP2 shows the parameters of the last units gathered, and freed, until a backward pass; penalties and checkpoints need the shards.
+            for module in self.model.modules():
+                if hasattr(module, "reshard"):
+                    module.reshard()
+        return result
+
     def _prepare_for_training(self, *args: Any, **options: Any) -> Any:
         self.shard_model()  # before the optimizer is made
         prepared = super()._prepare_for_training(*args, **options)

@@ -22,7 +22,8 @@ from hf_grow.convert.in_memory import grow_model
 from hf_grow.errors import InputError, SourceError
 from hf_grow.model.meta_model import trainer_param_groups
 from hf_grow.training.growth_state.grow_optimizer import grow_trainer_state
-from hf_grow.training.growth_state.optimizer_files import NAMES, POSITIONS, by_name, by_position, read_optimizer
+from hf_grow.training.growth_state.optimizer_files import NAMES, POSITIONS
+from hf_grow.training.growth_state.resume import by_name, by_position
 from hf_grow.training.trainer.events import read_events
 from hf_grow.training.trainer.weights import load_weights
 
@@ -41,6 +42,11 @@ def grow(capsys: Any, checkpoint: Path, out: Path, *words: str) -> Path:
     depth = ["depth", checkpoint, "--method", "identity", "--layers-to", "4", "-o", out, "--with-optimizer", checkpoint]
     run(capsys, *depth, *words)
     return out
+
+
+def read_optimizer(path: Path) -> tuple[Any, Any]:
+    saved = torch.load(path, weights_only=True)
+    return saved["param_groups"], saved["state"]
 
 
 def logged_learning_rates(out: Path) -> dict[int, float]:
@@ -222,7 +228,7 @@ def test_optimizer_state_by_name_grows_like_state_by_position(case: Any, growth:
     larger = grow_model(model, plan)
     names = trainer_param_groups(larger)
     groups, state = read_optimizer(tmp_path / "by-position" / POSITIONS)
-    expected = by_name(groups, state, names)["state"]
+    expected = by_name(groups, state, names)[1]
     found_groups, found = read_optimizer(tmp_path / "by-name" / NAMES)
     fresh = found.keys() - expected.keys()
     assert all(not v.any() for n in fresh for v in found[n].values()), "new state is AdamW's initial state"
@@ -243,7 +249,8 @@ def test_one_process_resumes_from_state_by_name(tmp_path: Path, capsys: pytest.C
     path = recipe(tmp_path, start, resume_from_checkpoint=str(start), **{**SMALL, "max_steps": 8})
     run(capsys, "train", path, "-o", tmp_path / "one")
     groups, state = read_optimizer(start / POSITIONS)
-    torch.save(by_name(groups, state, trainer_param_groups(AutoModelForCausalLM.from_pretrained(start))), start / NAMES)
+    named, by_names = by_name(groups, state, trainer_param_groups(AutoModelForCausalLM.from_pretrained(start)))
+    torch.save({"state": by_names, "param_groups": named}, start / NAMES)
     (start / POSITIONS).unlink()
     run(capsys, "train", path, "-o", tmp_path / "two")
     one, two = (load_file(tmp_path / f / "model.safetensors") for f in ("one", "two"))
