@@ -37,8 +37,8 @@ def launch_mistakes(launch: Launch, options: TrainOptions, arguments: TrainingAr
         errors.append("launch: FSDP1 flattens the parameters, so single parameters cannot be frozen or scaled. Set fsdp_version: 2.")
     if launch.sharing == "fsdp2" and launch.cpu_ram_efficient_loading:
         errors.append(
-            "launch: every process reads the rows that it holds, and with fsdp_cpu_ram_efficient_loading all but the first would load "
-            "teachers without weights. Set it to false."
+            "launch: every process reads the rows that it holds. With fsdp_cpu_ram_efficient_loading, what transformers loads would have no "
+            "weights on all processes but the first. Set it to false."
         )
     if launch.sharing in ("fsdp2", "zero3") and options.regularizer.collapsed:
         errors.append(
