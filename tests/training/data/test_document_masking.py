@@ -148,6 +148,19 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(case: str, attention
         assert (model(batch["input_ids"], use_cache=False).logits - expected).abs().max() > 1e-3  # what is compared does differ without
 
 
+@pytest.mark.slow
+def test_flex_attention_keeps_to_documents() -> None:
+    """In fp32: it is compiled, and computes in what it is given."""
+    rows = random_rows()
+    with torch.no_grad():
+        model, plain = make(BY_NAME["llama"], head_dim=16), make(BY_NAME["llama"], head_dim=16)
+        model.set_attn_implementation("flex_attention")
+        batch = Collator(0)(rows)
+        found = model(input_ids=batch["input_ids"], **forward_arguments(model.config, batch["position_ids"])).logits
+        expected = alone(plain, rows)
+    assert (found - expected).abs().max() < 1e-4 < (plain(batch["input_ids"], use_cache=False).logits - expected).abs().max()
+
+
 def test_flash_attention_is_told_every_document_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernel is replaced by a loop here; transformers' own detection works for batches of one row only."""
     from transformers import modeling_flash_attention_utils as flash
