@@ -76,6 +76,8 @@ class TrainData:
     parts: tuple[DataPart, ...]
     collator: Collator
     seq_length: int
+    sampling_flops: int = 0
+    """Of sampling the old text, in this process."""
 
     @property
     def sequences(self) -> int | None:
@@ -117,11 +119,12 @@ def build(
     builder = _Builder(options, DocumentEncoder(tokenizer, options.bos), cache_root(options, cache), vocab_size, notify)
     new = [find_text(s, notify=notify) for s in options.train]
     eval_sources = {name: find_text(s, notify=notify) for name, s in options.eval.items()}
-    old = builder.replay(model)
+    old, flops = builder.replay(model)
     sets = {name: builder.eval_set(name, source) for name, source in eval_sources.items()}
     train, parts = builder.stream(new, old) if options.streaming else builder.mix(new, old, sequences)
     evals = {name: data for name, (data, _) in sets.items()}
-    return TrainData(train, evals, (*parts, *(part for _, part in sets.values())), Collator(tokenizer.eos_token_id), options.seq_length)
+    every = (*parts, *(part for _, part in sets.values()))
+    return TrainData(train, evals, every, Collator(tokenizer.eos_token_id), options.seq_length, flops)
 
 
 def survey(
@@ -170,19 +173,19 @@ class _Builder:
     vocab_size: int | None
     notify: Notify
 
-    def replay(self, model: str | None) -> TextSource | None:
-        """The old text; self-replay is sampled first."""
-        old = self.options.replay
+    def replay(self, model: str | None) -> tuple[TextSource | None, int]:
+        """The old text, and the FLOPs of sampling it: self-replay is sampled first."""
+        old, flops = self.options.replay, 0
         if old is None:
-            return None
+            return None, 0
         if old.self is not None:
             from hf_grow.training.data.self_replay import sample_from_source
 
-            folder = sample_from_source(
+            folder, flops = sample_from_source(
                 old.self, self.root / "replay", seq_length=self.options.seq_length, trained=model, notify=self.notify
             )
             old = old.model_copy(update={"path": [str(folder)], "self": None})
-        return find_text(old, notify=self.notify)
+        return find_text(old, notify=self.notify), flops
 
     def pack(self, source: TextSource, remainder: str) -> tuple[Dataset, PackingStats]:
         last = monotonic()

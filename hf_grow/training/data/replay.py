@@ -44,6 +44,8 @@ class ReplayResult:
     """Of this run."""
     sampled_tokens: int
     """In this run."""
+    flops: int = 0
+    """In this run."""
 
     def to_json(self) -> dict[str, Any]:
         rate = self.sampled_tokens / self.seconds if self.seconds else 0.0
@@ -129,7 +131,7 @@ def sample_replay(
             _sample(sampler, file, out, record, seen, progress)
     except OSError as error:
         raise ExecutionError(f"Cannot write to {out}: {error.strerror}.", hint="What was sampled so far is kept.") from None
-    return ReplayResult(out, record, time.perf_counter() - started, record["counts"]["sampled_tokens"] - before)
+    return ReplayResult(out, record, time.perf_counter() - started, record["counts"]["sampled_tokens"] - before, sampler.flops)
 
 
 def _sample(

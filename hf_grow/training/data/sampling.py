@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_grow.errors import InputError
+from hf_grow.model.flops import count_flops
 from hf_grow.model.loading import transformers_errors
 from hf_grow.training.config.data_options import TextOptions
 from hf_grow.training.config.replay_options import ReplayOptions
@@ -69,6 +70,9 @@ class Sampler:
         on_token: Callable[[int, int], None] = lambda token, max_new_tokens: None,
     ) -> None:
         self.model, self.on_token = model.eval(), on_token
+        self._cost = count_flops(model.config.to_dict())
+        self.flops = 0
+        """Of all samples so far, and of measuring their surprise."""
         self.tokenizer = tokenizer
         self.options = options = resolve_options(model, tokenizer, options)
         assert options.max_length is not None and options.batch_size is not None and options.chat_share is not None
@@ -153,6 +157,7 @@ class Sampler:
         with torch.inference_mode(), _default_generation_config(self.model), transformers_errors("the model", does="sample from"):
             out = self.model.generate(prefixes, attention_mask=mask, generation_config=config, logits_processor=callbacks)
         rows: list[list[int]] = out[:, prefixes.shape[1] :].tolist()
+        self.flops += self._cost.generation(len(rows), prefixes.shape[1], out.shape[1] - prefixes.shape[1])
         return [row[: next((n for n, i in enumerate(row) if i in self.ends), len(row) - 1) + 1] for row in rows]
 
     def _ended(self, ids: Sequence[int]) -> bool:
@@ -226,6 +231,7 @@ class Sampler:
         means: list[float] = []
         with torch.inference_mode():
             for rows, used in zip(torch.split(ids, _SURPRISE_ROWS), torch.split(mask, _SURPRISE_ROWS), strict=True):
+                self.flops += self._cost.forward.rows(*rows.shape)
                 logits = self.model(rows, attention_mask=used, use_cache=False).logits[:, :-1].float()
                 nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none") * used[:, 1:]
                 means += (nats.sum(1) / used[:, 1:].sum(1).clamp(min=1)).tolist()

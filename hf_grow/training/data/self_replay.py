@@ -35,8 +35,8 @@ def source_model(options: SelfReplay, trained: str | None) -> tuple[str, str | N
     return ref, revision or None
 
 
-def sample_from_source(options: SelfReplay, root: Path, *, seq_length: int, trained: str | None, notify: Notify) -> Path:
-    """The replay folder under `root` for these options; sampled now if it is missing or unfinished.
+def sample_from_source(options: SelfReplay, root: Path, *, seq_length: int, trained: str | None, notify: Notify) -> tuple[Path, int]:
+    """The replay folder under `root` for these options, sampled now if it is missing or unfinished, and the FLOPs that this took.
 
     ``seq_length``: of the training; default for max_length. ``trained``: the checkpoint to be trained.
     Raises SourceError, OutputError, ExecutionError.
@@ -54,7 +54,7 @@ def sample_from_source(options: SelfReplay, root: Path, *, seq_length: int, trai
     sampling = sampling.model_copy(update={"max_length": sampling.max_length or seq_length})
     files = {name: dict(facts) for name, facts in checkpoint.files.items()}
     parts = {"format": FORMAT_VERSION, "files": files, "config": dict(checkpoint.config), "options": sampling.model_dump(mode="json")}
-    folder = root / cache.key(parts)
+    folder, flops = root / cache.key(parts), 0
     with cache.locked(folder):
         record = read_record(folder)
         if record is None or not record["complete"]:
@@ -62,7 +62,7 @@ def sample_from_source(options: SelfReplay, root: Path, *, seq_length: int, trai
             checkpoint = open_source(checkpoint.ref, revision=checkpoint.revision or None, weights=True, notify=notify)
             model, tokenizer = load_with_tokenizer(checkpoint, sampling.dtype)
             with token_progress("sampling", sampling.tokens, note=notify) as progress:
-                sample_replay(
+                flops = sample_replay(
                     model, tokenizer, folder, sampling, ref=ref, revision=revision or "", progress=progress, on_token=progress.within
-                )
-    return folder
+                ).flops
+    return folder, flops

@@ -128,6 +128,7 @@ def make_settings(setup: TrainSetup, parts: ModelParts, data: TrainData, notify:
     """Loads the teachers and opens the event log."""
     options, arguments = setup.options, setup.arguments
     events, ledger = EventLog(setup.out / EVENTS_FILE if arguments.should_save else None, notify), Ledger()
+    ledger.add("sampling", data.sampling_flops)
     with local_main_process_first(arguments, "the teachers"):
         distiller, teacher_flops, teacher_facts = make_distiller(setup, data, ledger, notify)
     for facts in teacher_facts:

@@ -138,3 +138,15 @@ def test_a_rollback_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     once = plain["evaluation"] // 5  # at steps 0, 3, 6, 9 and 10; the way from step 4 begins with one more
     wanted = {"evaluation": 6 * once, "discarded": (plain["train"] + plain["recompute"]) // 10 * 2}
     assert found["flops_by_purpose"] == plain | wanted
+
+
+def test_sampling_is_booked_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second run finds the samples."""
+    changes: dict[str, Any] = {
+        "data": {"replay": {"self": {"tokens": 400, "max_length": 24, "batch_size": 8, "min_tokens": 4, "max_surprise": 9.0}, "share": 0.5}}
+    }
+    path = recipe(tmp_path, grown(tmp_path), **changes)
+    first = run(capsys, "train", path, "-o", tmp_path / "first")["flops_by_purpose"]
+    second = run(capsys, "train", path, "-o", tmp_path / "second")["flops_by_purpose"]
+    assert first["sampling"] > 0
+    assert second == {k: v for k, v in first.items() if k != "sampling"}
