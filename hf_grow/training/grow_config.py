@@ -49,6 +49,9 @@ class GrowConfig(TrainingArguments):  # type: ignore[misc]
         default=None, metadata={"help": "settle_steps, settle_lr, restore_steps, consolidate_steps."}
     )
     distill: dict[str, Any] | str | None = field(default=None, metadata={"help": "Teachers; {} for the source of the growth."})
+    chunked_loss: bool | None = field(
+        default=None, metadata={"help": "Compute the loss in chunks of tokens, without the logits of a batch. Default: with distill."}
+    )
     lora: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "LoRA on old layers: r, alpha, dropout, target_modules, new_in_full; {} for the defaults."}
     )

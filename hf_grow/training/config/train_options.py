@@ -41,6 +41,8 @@ class TrainOptions(Options):
     """Penalty on the distance from the initial weights: kind, lambda, fisher, form (docs/regularizers.md)."""
     distill: DistillOptions | None = None
     """Teachers: {} takes the source of the growth."""
+    chunked_loss: bool | None = None
+    """Compute the loss in chunks of tokens, without the logits of a batch, the model's or a teacher's. Default: with `distill`, where it works."""
     lora: LoraOptions | None = None
     """LoRA on old layers; {} takes the defaults."""
     moe: MoeOptions = MoeOptions()
@@ -65,6 +67,17 @@ class TrainOptions(Options):
     """Minimum change that counts as an improvement."""
 
 
+_NEED_LOGITS = ("use_liger_kernel", "label_smoothing_factor", "torch_compile")
+"""TrainingArguments with which the loss is not computed in chunks: they replace it, or the model's code."""
+
+
+def uses_chunked_loss(options: TrainOptions, arguments: Any, *, deepspeed: bool) -> bool:
+    """``arguments``: TrainingArguments. By default with distillation, where nothing else needs the logits."""
+    if options.chunked_loss is not None:
+        return options.chunked_loss
+    return options.distill is not None and not deepspeed and not any(getattr(arguments, a) for a in _NEED_LOGITS)
+
+
 def contradictions(options: TrainOptions, arguments: Mapping[str, Any], eval_sets: Collection[str]) -> list[str]:
     """What cannot hold together, one line each. ``arguments``: TrainingArguments that were given; ``eval_sets``: names of the evaluation sets."""
     errors = []
@@ -79,6 +92,8 @@ def contradictions(options: TrainOptions, arguments: Mapping[str, Any], eval_set
         errors.append("warmup.zero_init: changes the weights that the Fisher was estimated at; grow with method identity instead.")
     if options.distill and arguments.get("use_liger_kernel"):
         errors.append("distill: needs the logits, and use_liger_kernel computes the loss without them. Remove one of them.")
+    if options.chunked_loss and (found := [a for a in _NEED_LOGITS if arguments.get(a)]):
+        errors.append(f"chunked_loss: does not work with {found[0]}. Remove one of them.")
     if options.dtype == "float16" and arguments.get("fp16"):
         errors.append("dtype: float16 does not work with fp16, which keeps the weights in float32. Remove dtype.")
     if "old_set" in options.model_fields_set and options.old_set not in eval_sets:

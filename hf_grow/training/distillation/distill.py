@@ -7,18 +7,21 @@ A teacher is a model in memory, or a cache of its top-k logits (`logit_cache`), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hf_grow.errors import InputError
 from hf_grow.training.config.distill_options import DistillOptions
 from hf_grow.training.data.document_masking import forward_arguments
 from hf_grow.training.sharding.row_source import RowSource
-from hf_grow.training.sharding.sharded_model import shard_frozen
+from hf_grow.training.sharding.sharded_model import gathered_head, shard_frozen
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+ChunkOf = Callable[["Tensor"], tuple["Tensor", "Tensor | None"]]
 
 
 class Teacher(Protocol):
@@ -30,6 +33,10 @@ class Teacher(Protocol):
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Input ids [B, L] and their positions (None: attention is over the whole row) -> logits [B, L, V] and None, or logits [B, L, k] and
         their token ids [B, L, k]."""
+        ...
+
+    def in_chunks(self, input_ids: Tensor, position_ids: Tensor | None = None) -> AbstractContextManager[ChunkOf]:
+        """The same for chosen positions, numbered through all rows; nothing of [B, L, V] is held."""
         ...
 
 
@@ -111,3 +118,26 @@ class ModelTeacher:
         documents = forward_arguments(self.model.config, position_ids)
         with torch.no_grad():
             return self.model(**{"input_ids": input_ids, "use_cache": False, **documents}).logits, None
+
+    @contextmanager
+    def in_chunks(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Iterator[ChunkOf]:
+        import torch
+
+        from hf_grow.training.distillation.chunked_loss import Head
+
+        head, states = Head(self.model), []
+
+        def keep(hidden: Tensor) -> Tensor:
+            states.append(hidden)
+            return hidden[..., :1]  # no logits
+
+        with head.replaced(keep):
+            self(input_ids, position_ids)
+        hidden = states.pop().flatten(0, 1)
+
+        def chunk(positions: Tensor) -> tuple[Tensor, None]:
+            with torch.no_grad():
+                return head.logits(hidden[positions]), None
+
+        with gathered_head(self.model):
+            yield chunk

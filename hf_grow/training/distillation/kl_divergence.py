@@ -32,6 +32,15 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float, token_id
     return (log_p.exp() * (log_p - log_q)).sum(-1) * temperature**2
 
 
+def kl_gradient(student: Tensor, teacher: Tensor, temperature: float, token_ids: Tensor | None = None) -> Tensor:
+    """The gradient of `kl_divergence` at every position with respect to ``student``, a new tensor."""
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    gradient = (student.to(dtype) / temperature).softmax(-1)
+    p = (teacher.to(dtype) / temperature).softmax(-1)
+    gradient = gradient.sub_(p) if token_ids is None else gradient.scatter_add_(-1, token_ids, -p)
+    return gradient.mul_(temperature)
+
+
 def summed_kl_divergence(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor, token_ids: Tensor | None = None) -> Tensor:
     """`kl_divergence` summed over the positions where ``mask`` [B, L] is true, differentiable once with respect to ``student`` [B, L, V]."""
     apply: Callable[..., Tensor] = _SummedKLDivergence.apply
@@ -53,10 +62,7 @@ class _SummedKLDivergence(torch.autograd.Function):
                 total += (kl_divergence(student[chunk], teacher[chunk], temperature, ids)[:, None] * weight).sum()
                 if gradient is None:
                     continue
-                grad_chunk = (student[chunk].to(dtype) / temperature).softmax(-1)
-                p = (teacher[chunk].to(dtype) / temperature).softmax(-1)
-                grad_chunk = grad_chunk.sub_(p) if ids is None else grad_chunk.scatter_add_(-1, ids, -p)
-                gradient[chunk] = grad_chunk.mul_(temperature * weight)
+                gradient[chunk] = kl_gradient(student[chunk], teacher[chunk], temperature, ids).mul_(weight)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,12 @@ class LogitCache:
             ) from None
         logits, token_ids = np.stack([self.logits[r] for r in rows]), np.stack([self.token_ids[r] for r in rows])
         return torch.from_numpy(logits).to(input_ids.device), torch.from_numpy(token_ids).to(input_ids.device, torch.int64)
+
+    @contextmanager
+    def in_chunks(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        """Logits and token ids [n, k] of positions that are numbered through all rows."""
+        logits, token_ids = (found.flatten(0, 1) for found in self(input_ids, position_ids) if found is not None)
+        yield lambda positions: (logits[positions], token_ids[positions])
 
 
 def hash_rows(input_ids: np.ndarray[Any, Any], position_ids: np.ndarray[Any, Any] | None) -> list[bytes]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.checkpoint.source import TOKENIZER_CONFIG, companion_bytes, companions, open_source
 from hf_grow.model.meta_model import meta_model
 from hf_grow.training.config.train_config import tokens_per_step
+from hf_grow.training.config.train_options import uses_chunked_loss
 from hf_grow.training.data import build as build_data
 from hf_grow.training.distributed.launch import current_launch, data_processes
 from hf_grow.training.distributed.process_order import local_main_process_first
@@ -135,7 +136,8 @@ def make_settings(setup: TrainSetup, parts: ModelParts, data: TrainData, notify:
         events.write("teacher", 0, **facts)
     return GrowthSettings(
         updates=parts.updates, residual_scale=parts.residual_scale, warmup=options.warmup, phases=options.phases,
-        after_growth=options.after_growth, penalty=parts.penalty, weights=parts.weights, distiller=distiller, aux_loss=_aux_loss(setup, parts.model),
+        after_growth=options.after_growth, penalty=parts.penalty, weights=parts.weights, distiller=distiller,
+        chunked_loss=uses_chunked_loss(options, arguments, deepspeed=current_launch().deepspeed), aux_loss=_aux_loss(setup, parts.model),
         monitor=options.monitor, events=events, old_set=options.old_set if options.old_set in data.evals else None,
         flops=TrainerFlops(step_flops(setup), attention_of(parts.model, options), teacher_flops), ledger=ledger, given_arguments=frozenset(setup.given_arguments),
         checkpointed_layers=checkpointed_layers(options, arguments, setup.plan, setup.checkpoint.info.architecture.layers),

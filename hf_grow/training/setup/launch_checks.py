@@ -53,6 +53,8 @@ def launch_mistakes(launch: Launch, options: TrainOptions, arguments: TrainingAr
             f"{key}: does not work under {launch}, which gives no access to gradients and to the optimizer step. Use FSDP2 or DDP."
             for key in _keys_inside_a_step(options)
         ]
+        if options.chunked_loss:
+            errors.append(f"chunked_loss: does not work under {launch}, which holds the head in pieces. Remove it.")
         if resume:
             errors.append("--resume: DeepSpeed's checkpoints are pickles, which hf-grow does not load. Use FSDP2 or DDP.")
     return errors

@@ -34,6 +34,8 @@ class GrowthSettings:
     after_growth: AfterGrowth = field(default_factory=AfterGrowth)
     penalty: Penalty | None = None
     distiller: Distiller | None = None
+    chunked_loss: bool = False
+    """Whether the loss of training is computed in chunks of tokens, without the logits of a batch (`distillation.chunked_loss`)."""
     aux_loss: float | None = None
     """Coefficient of the router's load-balancing loss; None for a dense model."""
     monitor: MonitorOptions = field(default_factory=MonitorOptions)

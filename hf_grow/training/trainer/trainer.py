@@ -13,6 +13,7 @@ The parts of one optimizer step:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,11 +107,12 @@ class BaseGrowTrainer(CheckpointTrainer):
         if g.aux_loss is not None:
             # Only in training: with the router loss, an evaluation loss would be no cross-entropy.
             inputs = {**inputs, "output_router_logits": bool(model.training)}
-        if not model.training or (g.aux_loss is None and g.distiller is None):
+        if not model.training or (g.aux_loss is None and g.distiller is None and not g.chunked_loss):
             result: Tensor | tuple[Tensor, Any] = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             return result
         labels: Any = inputs.get("labels")
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with self._in_chunks(inputs, num_items_in_batch) if g.chunked_loss else nullcontext():
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # With a token count the micro-batches are summed and (across processes) their mean is taken of losses scaled by the process count.
         summed = num_items_in_batch is not None and self.model_accepts_loss_kwargs
         processes = self.accelerator.num_processes if summed and self.args.average_tokens_across_devices else 1
@@ -119,12 +121,21 @@ class BaseGrowTrainer(CheckpointTrainer):
             aux = g.aux_loss * outputs.aux_loss.to(loss.device)
             loss = loss - processes * aux
             self._note_routing(outputs)
-        if g.distiller is not None:
+        if g.distiller is not None and not g.chunked_loss:
             distill_loss = g.distiller.loss(outputs.logits, inputs["input_ids"], labels, num_items_in_batch, inputs.get("position_ids"))
             loss = (1 - g.distiller.alpha) * loss + g.distiller.alpha * processes * distill_loss
         if g.aux_loss is not None:
             loss = loss + aux / steps
         return (loss, outputs) if return_outputs else loss
+
+    def _in_chunks(self, inputs: Mapping[str, Any], tokens: Any) -> AbstractContextManager[None]:
+        """Inside, the model's forward returns the loss of text and teachers together."""
+        from hf_grow.training.distillation.chunked_loss import Head, chunked_loss
+
+        return chunked_loss(
+            Head(self.model), inputs["labels"], tokens, distiller=self.growth.distiller, input_ids=inputs["input_ids"],
+            position_ids=inputs.get("position_ids"), scale=self.loss_scale(),
+        )  # fmt: skip
 
     def _note_routing(self, outputs: Any) -> None:
         """Expert load of the last micro-batch: router loss (top_k when balanced), largest load (1 when balanced), dead experts."""

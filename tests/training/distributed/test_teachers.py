@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from models import BY_NAME, make, save
 from sharded import free_port
 from sharded_teacher import measure
-from trained import logged, recipe, run
+from trained import logged, recipe, run, tokenizer
 from two_processes import assert_same_weights, model, together
 
 from hf_grow.training.trainer.events import read_events
@@ -41,6 +41,27 @@ def test_sharded_teachers_give_the_losses_of_one_process(
     run(capsys, "train", recipe(tmp_path, grown, distill=teachers, **settings))
     assert measured(tmp_path / "together") == pytest.approx(measured(tmp_path / "out"), abs=2e-6)  # Trainer adds losses up in fp32
     assert_same_weights(tmp_path / "out", tmp_path / "together", 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("case", ["llama", "llama-tied"])
+def test_chunked_loss_on_two_processes(case: str, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gradients of the head, tied or not, are reduced as always: the weights of one process, and of the loss over all logits."""
+    old = save(make(BY_NAME[case], num_hidden_layers=2).double(), tmp_path / "source")
+    tokenizer().save_pretrained(old)
+    settings = {
+        "gradient_accumulation_steps": 2,
+        "distill": {"teachers": [{"model": str(old)}]},
+        "gradient_checkpointing": True,
+        **LARGE_EPSILON,
+    }
+    path = recipe(tmp_path, old, **settings)
+    together(how, path, tmp_path / "together")
+    run(capsys, "train", path)
+    assert_same_weights(tmp_path / "out", tmp_path / "together", 1e-9)
+    run(capsys, "train", recipe(tmp_path, old, **settings, chunked_loss=False), "-o", tmp_path / "whole")
+    assert_same_weights(tmp_path / "out", tmp_path / "whole", 1e-5)  # transformers computes cross entropy in fp32
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is told by /proc")
