@@ -123,7 +123,7 @@ class ModelTeacher:
     def in_chunks(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Iterator[ChunkOf]:
         import torch
 
-        from hf_grow.training.distillation.chunked_loss import Head
+        from hf_grow.training.distillation.head import Head
 
         head, states = Head(self.model), []
 

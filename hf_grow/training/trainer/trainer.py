@@ -130,7 +130,8 @@ class BaseGrowTrainer(CheckpointTrainer):
 
     def _in_chunks(self, inputs: Mapping[str, Any], tokens: Any) -> AbstractContextManager[None]:
         """Inside, the model's forward returns the loss of text and teachers together."""
-        from hf_grow.training.distillation.chunked_loss import Head, chunked_loss
+        from hf_grow.training.distillation.chunked_loss import chunked_loss
+        from hf_grow.training.distillation.head import Head
 
         return chunked_loss(
             Head(self.model), inputs["labels"], tokens, distiller=self.growth.distiller, input_ids=inputs["input_ids"],

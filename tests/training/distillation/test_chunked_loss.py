@@ -14,8 +14,9 @@ from trainers import gradients_of_first_step
 
 from hf_grow.training.config.distill_options import DistillOptions, Teacher
 from hf_grow.training.distillation import chunked_loss as module
-from hf_grow.training.distillation.chunked_loss import Head, chunked_loss
+from hf_grow.training.distillation.chunked_loss import chunked_loss
 from hf_grow.training.distillation.distill import Distiller, ModelTeacher
+from hf_grow.training.distillation.head import Head
 from hf_grow.training.distillation.kl_divergence import kl_divergence
 from hf_grow.training.distillation.logit_cache import write_logit_cache
 from hf_grow.training.trainer.events import read_events
