@@ -100,7 +100,7 @@ def compare(runs: Mapping[str, Run]) -> dict[str, Compared]:
 
 def memory_held(run: Run) -> int:
     """Bytes held during the whole training: weights, gradients, optimizer, penalty, teachers."""
-    return int(sum(v for k, v in run["memory"].items() if k not in ("activations", "total")))
+    return int(sum(v for k, v in run["memory"].items() if k not in ("activations", "step", "total")))
 
 
 def relative_forgetting(one: Run, other: Run) -> float | None:

@@ -175,7 +175,13 @@ def _show_plan(facts: dict[str, Any]) -> None:
     memory.add_column("", justify="right")
     for purpose, nbytes in facts["memory"].items():
         if nbytes:
-            memory.add_row(f"{purpose} (estimated)" if purpose in ("activations", "gathered") else purpose, format_bytes(nbytes))
+            names = {
+                "activations": "activations (estimated)",
+                "gathered": "gathered (estimated)",
+                "step": "optimizer step",
+                "total": "peak",
+            }
+            memory.add_row(names.get(purpose, purpose), format_bytes(nbytes))
     out.print(memory)
     for text in facts["texts"]:
         size = "size unknown" if text["tokens"] is None else f"about {format_count(text['tokens'])} tokens"

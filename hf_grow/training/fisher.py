@@ -206,7 +206,7 @@ def _memory(checkpoint: Checkpoint, width: int) -> dict[str, int]:
     shards = launch.shards("weights")
     memory = {"weights": sum(sizes) * width // shards, "gradients": 0, "squares": sum(sizes) * 4 // shards}
     if launch.sharing == "fsdp2":
-        return {**memory, "gathered": gathered_bytes(checkpoint.info.architecture, launch, width, 0)}
+        return {**memory, "gathered": gathered_bytes(checkpoint.info.architecture, launch, width)}
     return {**memory, "gradients": sum(sizes[-2:]) * width}
 
 

@@ -11,17 +11,27 @@ from hf_grow.common.extras import require_packages
 from hf_grow.common.free_memory import available_memory
 from hf_grow.common.units import format_bytes
 from hf_grow.errors import ExecutionError, GrowError
+from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.source_info import DTYPE_BYTES
+from hf_grow.model.architecture import Architecture
 from hf_grow.model.meta_model import meta_model
-from hf_grow.training.config.train_config import DEFAULTS, RecipeData, tokens_per_step
+from hf_grow.training.config.train_config import DEFAULTS, RecipeData, TrainRecipe, tokens_per_step
 from hf_grow.training.data import survey
 from hf_grow.training.distributed.launch import Launch, current_launch
 from hf_grow.training.dry_run.compute import planned_flops
-from hf_grow.training.dry_run.memory import distillation_bytes, estimate_memory
+from hf_grow.training.dry_run.memory import MemoryEstimate, distillation_bytes, estimate_memory
 from hf_grow.training.param_updates.updates import STEPPED_BY_PARAMETER
 from hf_grow.training.regularizers.build import penalty_bytes
 from hf_grow.training.setup.activation_checkpointing import checkpointed_layers
-from hf_grow.training.setup.model_setup import attention_of, make_residual_scale, plan_updates, step_flops, weights_dtype, with_lora
+from hf_grow.training.setup.model_setup import (
+    ModelUpdates,
+    attention_of,
+    make_residual_scale,
+    plan_updates,
+    step_flops,
+    weights_dtype,
+    with_lora,
+)
 from hf_grow.training.setup.option_checks import resolve_teacher
 from hf_grow.training.setup.recipe_checks import check_recipe
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
@@ -73,15 +83,9 @@ def dry_run(
         trainable = sum(p.numel() for p in trained_model.parameters() if p.requires_grad)
         parameters = sum(p.numel() for p in trained_model.parameters())
     teachers, logits = _teacher_memory(setup, started)
-    has_warmup = recipe.warmup.lr != 1.0 or recipe.warmup.steps > 0
-    at_once = recipe.regularizer.form == "proximal" or str(getattr(arguments.optim, "value", arguments.optim)) not in STEPPED_BY_PARAMETER
-    copies = 0
-    if recipe.lora is None:
-        copies = planned.updates.copied_bytes(model, width, new_lr=has_warmup, shards=started.shards("rows"), at_once=at_once)
-    memory = estimate_memory(
-        info.architecture, arguments, parameters=parameters, trainable=trainable, width=width, length=length,
-        penalty=penalty_bytes(recipe.regularizer, meta_model(info.config), setup.plan), rows=copies, teachers=teachers,
-        distillation=logits, launch=started, checkpointed=checkpointed_layers(recipe, arguments, setup.plan, info.architecture.layers),
+    memory = recipe_memory(
+        recipe, arguments, info.architecture, setup.plan, width=width, length=length, planned=planned, parameters=parameters,
+        trainable=trainable, teachers=teachers, logits=logits, launch=started,
     )  # fmt: skip
     step = tokens_per_step(arguments, length, started.data_processes)
     counts = [t["tokens"] for t in texts if t["use"] == "train"]
@@ -112,6 +116,35 @@ def dry_run(
     if timed:
         facts["time"] = _time_steps(setup, facts, notify)
     return facts
+
+
+def recipe_memory(
+    recipe: TrainRecipe,
+    arguments: TrainingArguments,
+    arch: Architecture,
+    plan: GrowthPlan | None,
+    *,
+    width: int,
+    length: int,
+    planned: ModelUpdates,
+    parameters: int,
+    trainable: int,
+    teachers: int = 0,
+    logits: int = 0,
+    launch: Launch,
+) -> MemoryEstimate:
+    """`estimate_memory` of a recipe. ``parameters``, ``trainable``: with adapters."""
+    model = meta_model(arch.config)
+    has_warmup = recipe.warmup.lr != 1.0 or recipe.warmup.steps > 0
+    at_once = recipe.regularizer.form == "proximal" or str(getattr(arguments.optim, "value", arguments.optim)) not in STEPPED_BY_PARAMETER
+    copies = 0
+    if recipe.lora is None:
+        copies = planned.updates.copied_bytes(model, width, new_lr=has_warmup, shards=launch.shards("rows"), at_once=at_once)
+    return estimate_memory(
+        arch, arguments, parameters=parameters, trainable=trainable, width=width, length=length,
+        penalty=penalty_bytes(recipe.regularizer, model, plan), rows=copies, teachers=teachers,
+        distillation=logits, launch=launch, checkpointed=checkpointed_layers(recipe, arguments, plan, arch.layers),
+    )  # fmt: skip
 
 
 def _survey_texts(setup: TrainSetup, notify: Notify, *, required: bool) -> list[dict[str, Any]]:

@@ -1,13 +1,19 @@
-"""Estimated memory of each training process by purpose, from shapes alone.
+"""Estimated peak memory of each training process, and what it consists of, from shapes alone.
 
-Weights, gradients, optimizer state, penalty and row copies are counted, and divided where the launch shards them. Activations are estimated as what
-PyTorch keeps for the backward pass of a Llama block and of the loss with fused attention (no score matrix); tests/training/trainer/test_train.py
-compares them with what is kept. `gathered` is an upper bound of what each library holds unsharded at a time (docs/scale.md).
+Weights, optimizer state, penalty and teachers are held all the time. The rest is what the largest of these moments of a step holds (`step_moments`):
+
+    loss, forward       activations of all blocks, logits
+    loss, backward      activations of all blocks, three fp32 tensors of the logits' size: log-softmax and two gradients
+    a block, backward   activations up to this block, gradients after it, and a quarter of its MLP again for gradients of activations
+    optimizer step      all gradients, saved rows, temporaries of the optimizer
+
+With gradient accumulation all gradients are there at each of them. Activations are what PyTorch keeps for the backward pass of a Llama block with
+fused attention (no score matrix). tests/training/dry_run/test_tracked_memory.py compares the sum with torch's memory tracker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -23,13 +29,17 @@ if TYPE_CHECKING:
 OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "sgd": 0, "adagrad": 1, "adafactor": 0}
 """State tensors of each parameter by the first word of the optimizer's name, in the parameter's dtype (8-bit optimizers: one byte per value)."""
 
+FOREACH = ("adamw_torch", "adafactor")
+"""Optimizers that compute on all parameters at a time: one temporary of all of them. The fused ones have none."""
+DISTILLATION_CHUNK = 1 << 24
+"""Logits that distillation's loss computes on at a time."""
 ZERO3_MAX_LIVE_PARAMETERS = 1_000_000_000
 """Default of DeepSpeed's stage3_max_live_parameters."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the device of each process."""
+    """Bytes on the device of each process: the most that each purpose holds, and the peak of their sum, which is less where they do not coincide."""
 
     weights: int
     gradients: int
@@ -41,42 +51,131 @@ class MemoryEstimate:
     distillation: int
     """Logits of one teacher for a micro-batch, and one gradient of the student's logits per teacher."""
     activations: int
+    """With the logits and their gradients; under autocast (bf16, fp16) also 16-bit copies of weights in fp32."""
     gathered: int
     """Unsharded parameters and gradients at a time (FSDP2, ZeRO), or gradient buckets (DDP)."""
-
-    @property
-    def total(self) -> int:
-        return sum(asdict(self).values())
+    step: int
+    """Temporaries of the optimizer and the penalty."""
+    total: int
+    """The peak."""
 
     def to_json(self) -> dict[str, int]:
-        return {**asdict(self), "total": self.total}
+        return asdict(self)
 
 
-def block_activation_bytes(arch: Architecture, layer: int, width: int) -> int:
-    """Bytes per token that a decoder layer keeps for its backward pass. ``width``: bytes per value of the compute dtype."""
-    hidden = arch.size("hidden")
+@dataclass(frozen=True)
+class Moment:
+    """What a moment of a step holds beside weights, optimizer state, penalty and teachers, in bytes."""
+
+    gradients: int = 0
+    activations: int = 0
+    distillation: int = 0
+    gathered: int = 0
+    rows: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes per value."""
+
+    compute: int
+    """Of matrix products."""
+    residual: int
+    """Of the residual stream."""
+    casts: bool = False
+    """Weights and inputs of a linear layer are cast for it (autocast): each layer keeps a copy of its input, and there is a copy of its weights."""
+
+
+def compute_widths(arguments: TrainingArguments, launch: Launch, width: int) -> Widths:
+    """``width``: bytes per weight. FSDP2 and DeepSpeed gather weights in 16 bits; otherwise autocast casts those in fp32."""
+    if not (arguments.bf16 or arguments.fp16):
+        return Widths(width, width)
+    casts = launch.sharing in ("one", "ddp") and width > 2
+    return Widths(2, width if casts else 2, casts)
+
+
+def block_activation_bytes(arch: Architecture, layer: int, widths: Widths) -> int:
+    """Bytes per token that a decoder layer keeps for its backward pass."""
+    hidden, w = arch.size("hidden"), widths.compute
     q, kv = arch.heads * arch.size("head_dim"), arch.size("kv") * arch.size("head_dim")
-    norms = 2 * (4 * hidden + 2 * width * hidden)  # fp32 inputs, normalised values, and inputs of the projections
-    attention = width * (2 * q + 2 * kv) + 4 * arch.heads  # q, k, v after rotation, the output, and one fp32 number per head
+    norms = 2 * (4 + widths.residual) * hidden  # inputs in fp32, normalised values
+    inputs = (5 if widths.casts else 2) * w * hidden  # of q, k, v, gate and up: cast for each, or one for all
+    attention = w * (2 * q + 2 * kv) + 4 * arch.heads  # q, k, v after rotation, the output, and one fp32 number per head
+    return norms + inputs + attention + mlp_bytes(arch, layer, w) * 4
+
+
+def mlp_bytes(arch: Architecture, layer: int, width: int) -> int:
+    """Bytes per token of one of the tensors inside an MLP, of which four are kept: gate, its activation, up, and their product."""
     experts = arch.top_k * (arch.size("expert_inter") or arch.size("inter"))
-    return norms + attention + 4 * width * (experts if arch.is_sparse(layer) else arch.size("inter"))
+    return width * (experts if arch.is_sparse(layer) else arch.size("inter"))
 
 
-def activation_bytes(
-    arch: Architecture, batch: int, length: int, width: int, *, checkpointed: Collection[int], offloaded: bool = False
-) -> int:
-    """Bytes kept for the backward pass of one micro-batch of [batch, length] tokens.
+def step_moments(
+    arch: Architecture,
+    tokens: int,
+    widths: Widths,
+    *,
+    launch: Launch = Launch(),  # noqa: B008 - immutable
+    trained_share: float = 1.0,
+    gradient_width: int = 4,
+    accumulated: bool = False,
+    checkpointed: Collection[int] = (),
+    offloaded: bool = False,
+    distillation: int = 0,
+    teachers: int = 0,
+) -> Iterator[Moment]:
+    """The moments of forward and backward pass that may be the peak.
 
-    ``width``: bytes per value of the compute dtype. ``checkpointed``: layers of which only the input is kept (``offloaded``: in main memory); one of
-    them at a time, or the loss, is held whole.
+    Args:
+        arch: of the model.
+        tokens: of a micro-batch.
+        widths: bytes per value.
+        launch: the processes.
+        trained_share: of the parameters.
+        gradient_width: bytes per gradient.
+        accumulated: whether gradients of an earlier micro-batch are there.
+        checkpointed: layers of which only the input is kept (``offloaded``: in main memory), and which are computed again one at a time.
+        distillation: bytes of logits of a micro-batch.
+        teachers: how many teachers' gradients of the logits are among them.
     """
-    hidden = arch.size("hidden")
-    blocks = [block_activation_bytes(arch, layer, width) for layer in range(arch.layers)]
-    kept = sum(nbytes for layer, nbytes in enumerate(blocks) if layer not in checkpointed)
-    inputs = 0 if offloaded else len(checkpointed) * hidden * width
-    loss = arch.size("vocab") * (width + 4 + 4) + 4 * hidden + 2 * width * hidden
-    # The loss is freed before the first block is recomputed.
-    return batch * length * (kept + inputs + max([loss, *(blocks[layer] for layer in checkpointed)]))
+    hidden, vocabulary = arch.size("hidden"), arch.size("vocab")
+    blocks, head = block_parameters(arch), hidden * vocabulary
+    embedding = 0 if arch.tied else head
+    whole = [tokens * block_activation_bytes(arch, layer, widths) for layer in range(arch.layers)]
+    source = 0 if offloaded else tokens * widths.residual * hidden
+    kept = [source if layer in checkpointed else nbytes for layer, nbytes in enumerate(whole)]
+    last_norm = tokens * hidden * (4 + widths.residual + widths.compute)
+
+    def gradient(parameters: int) -> int:
+        return int(parameters * trained_share) * gradient_width // launch.shards("gradients")
+
+    def copies(layers: Collection[int]) -> int:
+        return widths.compute * (head + sum(blocks[layer] for layer in layers)) if widths.casts else 0
+
+    fsdp2, w = launch.sharing == "fsdp2", widths.compute
+    everything = gradient(sum(blocks) + head + embedding)
+    before = everything if accumulated else 0
+    logits = tokens * vocabulary
+    student = 4 if w == 2 else w
+    copied = range(arch.layers) if trained_share == 1 else [layer for layer in range(arch.layers) if layer not in checkpointed]
+    forward = (w + (0 if w == 4 else 4) + 4) * logits
+    if distillation:  # beside the log-softmax; of a chunk of logits about four tensors in fp32
+        forward = (4 + student) * logits + 16 * min(logits, DISTILLATION_CHUNK)
+    backward = (12 + (student if teachers else 0)) * logits
+    unsharded = w * head if fsdp2 else 0
+    yield Moment(before, sum(kept) + last_norm + forward + copies(copied), distillation, unsharded)
+    remaining = copies([layer for layer in range(arch.layers) if layer not in checkpointed])
+    yield Moment(before, sum(kept) + last_norm + backward + remaining, 0, unsharded)
+    behind, done = head, 0 if accumulated else gradient(head)
+    for layer in reversed(range(arch.layers)):
+        own = whole[layer] + (source if layer in checkpointed else 0) + 2 * tokens * mlp_bytes(arch, layer, w)
+        own += remaining + (copies([layer]) - copies([]) if layer in checkpointed else 0)
+        if fsdp2:  # this block and the next, which is prefetched; gradients of this one; those of the last one, being sent
+            unsharded = w * (2 * blocks[layer] + (blocks[layer - 1] if layer else embedding) + behind)
+        yield Moment(before + done, sum(kept[:layer]) + own, 0, unsharded)
+        behind, done = blocks[layer], done + (0 if accumulated else gradient(blocks[layer]))
+    yield Moment(everything, 0, 0, w * (3 * embedding + blocks[0]) if fsdp2 else gradient_width * embedding if accumulated else 0)
 
 
 def estimate_memory(
@@ -96,14 +195,13 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """The memory of one process.
 
-    ``parameters`` and ``trainable`` are parameter counts, ``width`` bytes per parameter, ``length`` tokens per sequence. ``penalty`` and ``rows``
-    are bytes for the whole model, before sharding; ``teachers`` and ``distillation`` bytes per process. ``checkpointed``: layers whose activations
+    ``parameters`` and ``trainable`` are parameter counts, ``width`` bytes per parameter, ``length`` tokens per sequence. ``penalty``: bytes for the
+    whole model, before sharding; ``rows``, ``teachers`` and ``distillation``: bytes per process. ``checkpointed``: layers whose activations
     are computed again.
     """
     optim = str(getattr(arguments.optim, "value", arguments.optim))
     states = OPTIMIZER_STATES.get(optim.split("_")[0], 2)
     mixed_precision = bool(arguments.bf16 or arguments.fp16)
-    compute_width = 2 if mixed_precision else width
     # Under mixed precision FSDP2 and DeepSpeed train in fp32, whatever dtype was loaded.
     train_width = 4 if mixed_precision and launch.sharing not in ("one", "ddp") else width
     unsharded = {
@@ -111,42 +209,60 @@ def estimate_memory(
         "gradients": trainable * train_width,
         "optimizer": trainable * states * (1 if "8bit" in optim else train_width),
         "penalty": penalty,
-        "rows": rows,
     }
     if launch.deepspeed and mixed_precision:  # a 16-bit module, and fp32 master weights in the optimizer
         unsharded |= {"weights": parameters * 2, "gradients": trainable * 2, "optimizer": unsharded["optimizer"] + trainable * 4}
-    return MemoryEstimate(
-        **{purpose: nbytes // launch.shards(purpose) for purpose, nbytes in unsharded.items()},
-        teachers=teachers,
-        distillation=distillation,
-        activations=activation_bytes(
+    held = {purpose: nbytes // launch.shards(purpose) for purpose, nbytes in unsharded.items()}
+    widths = compute_widths(arguments, launch, width)
+    buffers = library_buffers(arch, launch, widths.compute, trainable * train_width)
+    largest = max(arch.size("hidden") * arch.size("vocab"), arch.size("hidden") * arch.size("inter")) // launch.shards("penalty")
+    temporaries = (held["optimizer"] // max(1, states) if optim in FOREACH else 0) + (2 * train_width * largest if penalty else 0)
+    moments = [
+        *step_moments(
             arch,
-            arguments.per_device_train_batch_size,
-            -(-length // launch.context_parallel),
-            compute_width,
+            arguments.per_device_train_batch_size * -(-length // launch.context_parallel),
+            widths,
+            launch=launch,
+            trained_share=trainable / parameters,
+            gradient_width=2 if launch.deepspeed and mixed_precision else train_width,
+            accumulated=arguments.gradient_accumulation_steps > 1,
             checkpointed=checkpointed,
             offloaded=arguments.device.type != "cpu" and bool((arguments.activation_checkpointing_kwargs or {}).get("offload")),
+            distillation=distillation,
+            teachers=int(bool(distillation)),
         ),
-        gathered=gathered_bytes(arch, launch, compute_width, trainable * train_width),
+        Moment(held["gradients"], rows=rows, step=temporaries),
+    ]
+    most = {purpose: max(getattr(m, purpose) for m in moments) for purpose in ("activations", "gathered")}
+    peak = max(sum(asdict(m).values()) for m in moments)
+    return MemoryEstimate(
+        **held,
+        rows=rows,
+        teachers=teachers,
+        distillation=distillation,
+        activations=most["activations"],
+        gathered=most["gathered"] + buffers,
+        step=temporaries,
+        total=held["weights"] + held["optimizer"] + held["penalty"] + teachers + buffers + peak,
     )
 
 
-def gathered_bytes(arch: Architecture, launch: Launch, width: int, gradients: int) -> int:
-    """Bytes held unsharded at a time. ``width``: bytes per value of the compute dtype; ``gradients``: bytes of all gradients.
+def gathered_bytes(arch: Architecture, launch: Launch, width: int) -> int:
+    """The most that FSDP2 holds unsharded in a forward and backward pass. ``width``: bytes per value of the compute dtype."""
+    return max(m.gathered for m in step_moments(arch, 0, Widths(width, width), launch=launch))
 
-    FSDP2: two blocks (the next is prefetched) and the head, with the gradients of the two largest units. DDP: buckets as large as all gradients.
-    ZeRO-3: up to ZERO3_MAX_LIVE_PARAMETERS and buckets of hidden^2 values (transformers' default).
+
+def library_buffers(arch: Architecture, launch: Launch, width: int, gradients: int) -> int:
+    """Bytes that DDP and DeepSpeed hold all the time. ``width``: bytes per value of the compute dtype; ``gradients``: bytes of all gradients.
+
+    DDP: buckets as large as all gradients. ZeRO-3: up to ZERO3_MAX_LIVE_PARAMETERS and buckets of hidden^2 values (transformers' default); DeepSpeed's
+    own documentation, not measured.
     """
     if launch.sharing == "ddp" and launch.processes > 1:
         return gradients
     if launch.sharing == "zero3":
         return width * (min(count_parameters(arch).total, ZERO3_MAX_LIVE_PARAMETERS) + 4 * arch.size("hidden") ** 2)
-    if launch.sharing in ("zero1", "zero2"):
-        return width * 2 * arch.size("hidden") ** 2
-    if launch.sharing != "fsdp2":
-        return 0
-    block, head = max(block_parameters(arch)), arch.size("hidden") * arch.size("vocab")
-    return width * (2 * block + head + 2 * max(block, head))
+    return width * 2 * arch.size("hidden") ** 2 if launch.sharing in ("zero1", "zero2") else 0
 
 
 def distillation_bytes(options: DistillOptions, vocabulary: int, tokens: int, teacher: int, student: int) -> int:

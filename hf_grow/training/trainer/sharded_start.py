@@ -17,6 +17,12 @@ class ShardedStartTrainer(DataPositionTrainer):
     hooks: TrainingHooks
     _groups: list[list[Any]]
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if getattr(self.accelerator, "is_fsdp2", False):
+            # Otherwise a process holds all gradients of its micro-batches, unsharded, until the last one.
+            self.accelerator.gradient_state.plugin_kwargs.setdefault("sync_each_batch", True)
+
     def shard_model(self) -> None:
         """Cuts a model on the meta device as accelerate does, and fills this process's shards. Does nothing the second time."""
         source = self.growth.weights
