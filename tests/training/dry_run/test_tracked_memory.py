@@ -92,3 +92,19 @@ def test_estimate_is_near_what_is_tracked(name: str, tracked: dict[str, int], tm
     found = estimate(QUICK[name], tmp_path)
     print(name, f"{found.total / tracked[name] - 1:+.1%}", found)
     assert 0.85 < found.total / tracked[name] < 1.15, (tracked[name], found)
+
+
+SOLAR = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
+LARGE = {
+    "blocks of SOLAR's size": {**case("fsdp2", SOLAR, 4096, **BF16, **SAVING), "launch": (8, "fsdp2")},
+    "SOLAR": {**case("fsdp2", SOLAR | {"num_hidden_layers": 48}, 4096, **BF16, **SAVING, **ACCUMULATED), "launch": (8, "fsdp2")},
+    "SOLAR, whole": case("one", SOLAR | {"num_hidden_layers": 48}, 4096, regularizer={**EWC, "storage": "bf16"}, **BF16),
+}
+
+
+@pytest.mark.slow
+def test_estimates_of_large_models(tmp_path: Path) -> None:
+    for (name, given), found in zip(LARGE.items(), peaks(list(LARGE.values())), strict=True):
+        total = estimate(given, tmp_path).total
+        print(name, f"{found['Total'] / 1e9:.2f} GB tracked, {total / 1e9:.2f} estimated")
+        assert 0.85 < total / found["Total"] < 1.15, name
