@@ -121,7 +121,7 @@ class Importances:
 def settings(case: dict[str, Any], recipe: Any, model: Any, plan: Any, config: dict[str, Any], planned: Any) -> tuple[Any, Any]:
     """The model that trains (with adapters, if any) and GrowthSettings, as `setup.build` makes them."""
     from hf_grow.model.architecture import Architecture
-    from hf_grow.training.distillation.distill import Distiller, teacher_from_model
+    from hf_grow.training.distillation.distill import Distiller, ModelTeacher
     from hf_grow.training.regularizers import build
     from hf_grow.training.setup.model_setup import with_lora
     from hf_grow.training.trainer.state import GrowthSettings
@@ -138,7 +138,7 @@ def settings(case: dict[str, Any], recipe: Any, model: Any, plan: Any, config: d
         model, updates = with_lora(model, planned.new, recipe.lora)
     distiller = None
     if recipe.distill is not None:
-        distiller = Distiller(recipe.distill, [teacher_from_model(make_model(case["config"], "bfloat16")) for _ in recipe.distill.teachers])
+        distiller = Distiller(recipe.distill, [ModelTeacher(make_model(case["config"], "bfloat16")) for _ in recipe.distill.teachers])
     aux = float(model.config.router_aux_loss_coef) if recipe.moe.aux_loss and hasattr(model.config, "router_aux_loss_coef") else None
     made = GrowthSettings(updates=updates, warmup=recipe.warmup, penalty=penalty, distiller=distiller, aux_loss=aux)
     return model, made
@@ -269,7 +269,7 @@ def tensors_of(growth: Any) -> list[Any]:
         values = getattr(penalty, name, {})
         found += values.values() if isinstance(values, dict) else []
     for _, teacher in growth.distiller.teachers if growth.distiller is not None else ():
-        found += next(c.cell_contents for c in teacher.__closure__ if hasattr(c.cell_contents, "parameters")).parameters()
+        found += teacher.model.parameters()
     return [t.to_local() if hasattr(t, "to_local") else t for t in found]
 
 

@@ -175,7 +175,8 @@ def step_moments(
             unsharded = w * (2 * blocks[layer] + (blocks[layer - 1] if layer else embedding) + behind)
         yield Moment(before + done, sum(kept[:layer]) + own, 0, unsharded)
         behind, done = blocks[layer], done + (0 if accumulated else gradient(blocks[layer]))
-    yield Moment(everything, 0, 0, w * (3 * embedding + blocks[0]) if fsdp2 else gradient_width * embedding if accumulated else 0)
+    added = gradient_width * embedding if accumulated and not fsdp2 else 0
+    yield Moment(everything, added, 0, w * (3 * embedding + blocks[0]) if fsdp2 else 0)
 
 
 def estimate_memory(
