@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hf_grow.training.distributed.processes import ALONE
 from hf_grow.training.param_updates.parameter_map import parameter_map, shapes_on_disk
 from hf_grow.training.param_updates.shards import full_tensor, is_first_holder, is_sharded, local, local_window, processes, shard_like
 from hf_grow.training.regularizers.fisher import Part, accumulation_dtype
@@ -128,8 +129,11 @@ class SynapticIntelligence(QuadraticPenalty):
             return
         self.consolidate()
         metadata = {"kind": "si", "steps": self.steps, "xi": self.xi, "model": str(folder), "sample": model_fingerprint(model)}
-        shapes = shapes_on_disk(model, parameter_map(model))
-        write_importance_rows(folder / IMPORTANCE_FILE, shapes, self._on_disk(model), metadata, processes=processes())
+        shapes, together = shapes_on_disk(model, parameter_map(model)), any(is_sharded(h.importance) for h in self.held.values())
+        if together or processes().index == 0:
+            write_importance_rows(
+                folder / IMPORTANCE_FILE, shapes, self._on_disk(model), metadata, processes=processes() if together else ALONE
+            )
 
     def _on_disk(self, model: PreTrainedModel) -> Iterator[Part]:
         """What this process writes of F: the rows that it holds, if it is the first of those that hold them."""
