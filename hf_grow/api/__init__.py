@@ -23,6 +23,7 @@ from hf_grow.publish.push import Destination, PushResult
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from hf_grow.training.stages.runner import RunResult
     from hf_grow.training.train import TrainResult
     from hf_grow.verification import Report
 
@@ -164,18 +165,23 @@ def train(
     overwrite: bool = False,
     notify: Notify = ignore,
     **changes: Any,
-) -> TrainResult:
-    """Carries out a training recipe: a YAML file, or its content. ``changes`` replace keys of it, nested ones with dots in a mapping's name.
+) -> TrainResult | RunResult:
+    """Carries out a training recipe: a YAML file, or its content; with `stages`, all of them. ``changes`` replace keys of it, nested ones with dots in a mapping's name.
 
     Raises InputError, with every mistake, before anything is written.
     """
     from hf_grow.training import train as run
-    from hf_grow.training.config import recipe_files, train_config
+    from hf_grow.training.config import recipe_files, stage_options, train_config
 
     read = (
         train_config.read_recipe({**recipe, **changes}) if isinstance(recipe, Mapping) else recipe_files.load_recipe(Path(recipe), changes)
     )
-    return run.train(read, output=None if output is None else str(output), resume=resume, overwrite=overwrite, notify=notify)
+    folder = None if output is None else str(output)
+    if stage_options.is_staged(read.given):
+        from hf_grow.training.stages.runner import train_stages
+
+        return train_stages(read, output=folder, resume=resume, overwrite=overwrite, notify=notify)
+    return run.train(read, output=folder, resume=resume, overwrite=overwrite, notify=notify)
 
 
 def _grown_from(old: str, new: Checkpoint) -> str | None:

@@ -16,9 +16,9 @@ from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, out_of_memory_errors, print_json, show_next
 from hf_grow.common import yaml_io
 from hf_grow.common.units import format_bytes, format_duration
-from hf_grow.errors import ExecutionError
+from hf_grow.errors import ExecutionError, InputError
 from hf_grow.model.param_count import format_count
-from hf_grow.options import Excludes, Options, Requires, find_yaml, parse
+from hf_grow.options import Excludes, Options, Requires, find_yaml, parse, raise_errors
 from hf_grow.training.config.recipe_files import RECIPES, load_recipe, parse_overrides
 from hf_grow.training.distributed.launch import is_main_process
 
@@ -74,6 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     if is_main_process() and not arguments.json:
         render.note(f"Reading {path} ...")  # what comes next imports torch and transformers, which takes seconds
     from hf_grow.common.safe_files import replace_nonfinite
+    from hf_grow.training.config.stage_options import is_staged
+    from hf_grow.training.stages.dry_run import dry_run_stages
+    from hf_grow.training.stages.runner import RunResult, train_stages
     from hf_grow.training.train import dry_run, train
 
     run_options = parse(RunOptions, flags.given(arguments, RunOptions), where="The command line", strict=False)
@@ -81,6 +84,16 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(path, parse_overrides(arguments.overrides))
     settings: dict[str, Any] = {"output": run_options.output, "resume": run_options.resume, "overwrite": run_options.overwrite}
     first = is_main_process()
+    if run_options.dry_run and is_staged(recipe.given):
+        if run_options.time or run_options.accelerate is not None or run_options.processes is not None:
+            raise InputError(
+                "--time, --accelerate and --processes plan one training, not stages.", hint="Remove them, or dry-run one stage's recipe."
+            )
+        raise_errors(recipe.where, recipe.mistakes)
+        stages = dry_run_stages(recipe, output=run_options.output, notify=render.note if first else _ignore)
+        if first:
+            print_json(stages) if arguments.json else _show_stages(stages)
+        return 0
     if run_options.dry_run:
         with training_resource_errors():
             facts = dry_run(
@@ -94,7 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
             _show_plan(facts)
         return 0
     with training_resource_errors():
-        result = train(
+        carry_out = train_stages if is_staged(recipe.given) else train
+        result = carry_out(
             recipe, notify=render.note if first else _ignore, show=_ignore if arguments.json or not first else _print_line, **settings
         )
     if not first:
@@ -102,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(replace_nonfinite(result.to_json(), nonfinite=str))
     else:
-        _show_result(result)
+        _show_result(result.last if isinstance(result, RunResult) else result)
     return 0
 
 
@@ -151,6 +165,21 @@ def _silence_transformers() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def _show_stages(facts: dict[str, Any]) -> None:
+    """The stages of a run, a row each."""
+    from rich.table import Table
+
+    table = Table(title=f"{facts['max_steps']:,} steps in {len(facts['stages'])} stages", title_justify="left", title_style="bold")
+    for column in ("stage", "grows by", "layers", "parameters", "FLOPs a token", "until"):
+        table.add_column(column, justify="right" if column in ("layers", "parameters", "FLOPs a token") else "left")
+    for row in facts["stages"]:
+        growth = "" if row["grow"] is None else ", ".join(f"{k} {v}" if k != "method" else str(v) for k, v in row["grow"].items())
+        until = "the end of the run" if row["until"] is None else yaml_io.dumps(row["until"]).strip().replace("\n", "; ")
+        table.add_row(row["name"], growth, str(row["layers"]), format_count(row["parameters"]), f"{row['flops_a_token']:.3g}", until)
+    render.console.print(f"{'output':<12} {Path(facts['output']).absolute()} (nothing written: --dry-run)", markup=False)
+    render.console.print(table)
 
 
 def _show_plan(facts: dict[str, Any]) -> None:

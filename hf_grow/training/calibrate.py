@@ -86,6 +86,8 @@ def plan_trials(files: FisherFileOptions, options: FisherOptions, out: Path, not
     )
     raise_errors(data.where, data.mistakes)
     assert data.recipe is not None
+    if data.recipe.stages is not None:
+        raise InputError(f"{files.recipe}: --calibrate runs one training, not stages.", hint="Remove stages from a copy of the recipe.")
     penalty = data.recipe.regularizer if files.recipe is not None else PenaltyOptions()
     if penalty.collapsed or penalty.kind in ("si", "online-ewc"):
         raise InputError(f"{files.recipe}: --calibrate supports ewc and l2sp, not {'collapsed' if penalty.collapsed else penalty.kind}.")

@@ -27,6 +27,8 @@ from hf_grow.training.trainer.checkpointing import last_checkpoint, write_json
 from hf_grow.training.trainer.events import EVENTS_FILE
 
 if TYPE_CHECKING:
+    from hf_grow.training.regularizers.origin import PenaltyOrigin
+    from hf_grow.training.trainer.state import StopCondition
     from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
 __all__ = ["TrainResult", "dry_run", "train"]
@@ -71,11 +73,14 @@ def train(
     overwrite: bool = False,
     notify: Notify = lambda message: None,
     show: Callable[[str], None] = lambda line: None,
+    stop: Callable[[TrainSetup], StopCondition] | None = None,
+    origin: PenaltyOrigin | None = None,
 ) -> TrainResult:
     """Carries a recipe out. Raises InputError before anything is written if something is wrong with it.
 
     ``resume`` goes on from the newest whole checkpoint in the output (from the start where there is none yet). ``notify`` gets what the user
-    should know, ``show`` the progress where there is no terminal.
+    should know, ``show`` the progress where there is no terminal. ``stop``: makes what may end the training before its last step. ``origin``:
+    where a regularizer's anchors and importances come from, if the model was grown since.
     """
     require_packages("accelerate", "datasets")
     start_time = time.perf_counter()
@@ -86,7 +91,7 @@ def train(
         _check_same_run(setup, notify)
         if checkpoint is None:
             notify(f"{out} has no complete checkpoint yet; training starts from the beginning.")
-    parts = make_parts(setup, setup.recipe.model, setup.recipe.revision, notify)
+    parts = make_parts(setup, setup.recipe.model, setup.recipe.revision, notify, origin)
     data = read_texts(setup, notify)
     with arguments.main_process_first(desc="the output folder"):
         if arguments.should_save:
@@ -95,7 +100,7 @@ def train(
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / RECORD, {"recipe": recorded_settings(setup.given), "model": setup.checkpoint.ref, "made_by": versions()})
             (out / EVENTS_FILE).touch()
-    trainer = make_recipe_trainer(setup, parts, data, notify, show)
+    trainer = make_recipe_trainer(setup, parts, data, notify, show, stop(setup) if stop is not None else None)
     trained = trainer.train(resume_from_checkpoint=str(checkpoint or arguments.resume_from_checkpoint or "") or None)
     return _finish(trainer, setup, float(trained.training_loss), time.perf_counter() - start_time)
 
@@ -128,6 +133,8 @@ def _finish(trainer: BaseGrowTrainer, setup: TrainSetup, loss: float, seconds: f
         trainer.contributions()
     trainer.store_flos()  # with the last evaluation
     stopped = "" if step >= trainer.state.max_steps else "early stopping"
+    if trainer.growth.stop is not None and trainer.growth.stop.reason:
+        stopped = trainer.growth.stop.reason
     if stopped:
         events.write("stop", step, reason=stopped)
     hooks.after_training = {"flops": trainer.state.total_flos, **trainer.ledger_facts(), "train_loss": loss}

@@ -32,6 +32,8 @@ class _ModelAndData(Options):
     """Grow `model` as it is loaded, without writing the grown checkpoint: method and its options, as in a growth recipe (docs/training.md)."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository."""
+    stages: list[dict[str, Any]] | None = None
+    """Stages with a growth between them: what ends each (`until`), how it grows (`grow`), and the keys that it changes (docs/stages.md)."""
     output: str | None = None
     """Folder for the trained model, its checkpoints and events.jsonl (also -o). Default: the model's name with -trained, in the current folder."""
     tokenizer: str | None = None
@@ -134,6 +136,8 @@ def read_recipe(data: Mapping[str, Any], where: str = "The recipe") -> RecipeDat
     own = {k: v for k, v in data.items() if k in TrainRecipe.model_fields}
     known = training_arguments_model().model_fields
     # YAML parses `no` as false.
+    if own.get("stages") and isinstance(own.get("model"), Mapping):
+        own["model"] = ""  # a fresh model, which the run makes
     theirs = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in data.items() if k in known}
     recipe, errors = validate(TrainRecipe, own)
     errors += unmet_requirements(recipe) if recipe else []

@@ -116,6 +116,19 @@ def grow_trainer_state(
     return GrownState(policy, len(grown.state), count - len(grown.state) if grown.state else 0, step)
 
 
+def grown_optimizer_state(folder: Path, plan: GrowthPlan, policy: Policy) -> OptimizerState | None:
+    """The grown optimizer state of a checkpoint, computed as its rows are read; None where the checkpoint has none and `policy` is reset.
+
+    Raises SourceError as `grow_trainer_state` does.
+    """
+    check_trainer_checkpoint(folder, policy)
+    path = optimizer_path(folder)
+    if path is None:
+        return None
+    source, target = meta_model(plan.source.config), meta_model(plan.growth.config)
+    return _grow(plan, open_optimizer(path, source), source, target, policy)
+
+
 def _grow(plan: GrowthPlan, state: OptimizerState, source: PreTrainedModel, target: PreTrainedModel, policy: Policy) -> OptimizerState:
     """The state of the grown model's optimizer; its tensors are computed when their rows are read."""
     moments: Mapping[str, Any] = {}

@@ -9,13 +9,13 @@ A FileTensor, a ChunkedTensor and a tensor of a growth (`moments`) are RowTensor
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.errors import SourceError
 from hf_grow.training.param_updates.parameter_map import ParameterRows
+from hf_grow.training.sharding.row_source import DiskRows
 
 if TYPE_CHECKING:
     import torch
@@ -88,32 +88,12 @@ class OptimizerState:
         return float(found) if isinstance(found, (int, float)) else float(found.whole())
 
 
-class MomentRows:
+class MomentRows(DiskRows):
     """One tensor of every parameter's state, such as exp_avg, by the names of the model's tensors on disk.
 
     ``places``: `parameter_map` of the model. Tensors whose parameter has no state are missing in `names()`.
     """
 
-    writable = True
-
     def __init__(self, state: OptimizerState, key: str, places: Mapping[str, ParameterRows], shapes: Mapping[str, Sequence[int]]) -> None:
-        self._state, self._key, self._places = state, key, places
-        self._shapes = {n: tuple(shapes[n]) for n, p in places.items() if state.state.get(p.parameter, {}).get(key) is not None}
-
-    def names(self) -> Collection[str]:
-        return self._shapes.keys()
-
-    def shape(self, name: str) -> Sequence[int]:
-        return self._shapes[name]
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of dimension 0 of a tensor on disk, as a new tensor."""
-        place, shape = self._places[name], self._shapes[name]
-        held = self._state.tensor(place.parameter, self._key)
-        if len(shape) == 1 and len(held.shape) == 1:
-            return held.rows(place.start + start, place.start + stop)
-        inner = math.prod(shape[1:-1])  # rows of the matrix in one row of dimension 0, on disk and in memory
-        outer = math.prod(held.shape[1:-1])
-        low, high = place.start + start * inner, place.start + stop * inner
-        block = held.rows(low // outer, -(-high // outer)).reshape(-1, held.shape[-1])
-        return block[low - low // outer * outer :][: high - low].reshape(stop - start, *shape[1:])
+        having = {n: p for n, p in places.items() if state.state.get(p.parameter, {}).get(key) is not None}
+        super().__init__({p.parameter: state.tensor(p.parameter, key) for p in having.values()}, having, shapes)

@@ -10,7 +10,7 @@ from hf_grow.errors import SourceError
 from hf_grow.model.meta_model import trainer_param_groups
 from hf_grow.training.growth_state.optimizer_files import POSITIONS, SCHEDULER
 from hf_grow.training.growth_state.optimizer_sources import optimizer_path, read_optimizer
-from hf_grow.training.growth_state.optimizer_state import materialized
+from hf_grow.training.growth_state.optimizer_state import OptimizerState, materialized
 from hf_grow.training.param_updates.parameter_map import bare, parameters
 from hf_grow.training.param_updates.updates import GROUP_KIND
 from hf_grow.training.sharding.local_rows import local_tensor, whole_parameters
@@ -59,22 +59,37 @@ def load_optimizer(path: Path, model: Any, optimizer: Any) -> None:
 
     Of a sharded parameter only the rows of this process are read. Raises SourceError where the state does not fit.
     """
+    groups, state = read_optimizer(path, model)
+    if path.name == POSITIONS:
+        names = {p: n for n, p in parameters(model).items()}
+        own = [[names[p] for p in g["params"]] for g in optimizer.param_groups]
+        try:
+            groups, state = by_name(groups, state, _saved_names(groups, model, own))
+        except ValueError as error:
+            raise _unfit(path, error) from None
+    load_named(OptimizerState(groups, state), model, optimizer, path)
+
+
+def load_named(saved: OptimizerState, model: Any, optimizer: Any, path: Path) -> None:
+    """Loads a state by parameter name. ``path``: where it came from, for the error. Raises SourceError where it does not fit."""
     names = {p: n for n, p in parameters(model).items()}
     own = [[names[p] for p in g["params"]] for g in optimizer.param_groups]
-    groups, state = read_optimizer(path, model)
+    groups, state = saved.groups, saved.state
     try:
-        if path.name == POSITIONS:
-            groups, state = by_name(groups, state, _saved_names(groups, model, own))
         held = {n: {k: _local(v, p, f"{k} of {n}") for k, v in state[n].items()} for p, n in names.items() if n in state}
         loaded = by_position(groups, held, own)
         labels = [{k: g[k] for k in _LABELS if k in g} for g in optimizer.param_groups]
         loaded["param_groups"] = [{**g, **keys} for g, keys in zip(loaded["param_groups"], labels, strict=True)]
         optimizer.load_state_dict(loaded)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise SourceError(
-            f"{path} is not the state of this optimizer: {' '.join(str(error).split())[:200]}.",
-            hint="It belongs to other parameters or groups (those of --exact-steps fit trajectory.param_groups only). Grow with --optimizer-policy reset.",
-        ) from None
+        raise _unfit(path, error) from None
+
+
+def _unfit(path: Path, error: Exception) -> SourceError:
+    return SourceError(
+        f"{path} is not the state of this optimizer: {' '.join(str(error).split())[:200]}.",
+        hint="It belongs to other parameters or groups (those of --exact-steps fit trajectory.param_groups only). Grow with --optimizer-policy reset.",
+    )
 
 
 def _local(value: Any, p: Any, name: str) -> Any:
@@ -111,19 +126,21 @@ IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
 
 
 def load_optimizer_and_scheduler(
-    folder: Path, model: Any, optimizer: Any, scheduler: Any, given: frozenset[str]
+    folder: Path, model: Any, optimizer: Any, scheduler: Any, given: frozenset[str], grown: OptimizerState | None = None
 ) -> dict[str, tuple[float, str]]:
     """Loads moments, groups and schedule of a checkpoint, as far as they exist.
 
     Where the checkpoint's settings differ from this run's arguments, those in ``given`` are this run's, the others the checkpoint's. Shape and
     length of the schedule are always this run's. Returns what differed: argument -> (value that holds, 'recipe' or 'checkpoint').
-    Raises SourceError for a state that does not fit.
+    ``grown``: the state of a smaller model's checkpoint, grown; loaded in its place. Raises SourceError for a state that does not fit.
     """
     import torch
 
     own = [dict(g) for g in optimizer.param_groups]
     file = optimizer_path(folder)
-    if file is not None:
+    if grown is not None:
+        load_named(grown, model, optimizer, folder)
+    elif file is not None:
         load_optimizer(file, model, optimizer)
     if (folder / SCHEDULER).is_file():
         schedule = torch.load(folder / SCHEDULER, map_location="cpu", weights_only=True)

@@ -26,7 +26,7 @@ from hf_grow.training.regularizers.importance_file import (
     rows_fingerprint,
     sample_values,
 )
-from hf_grow.training.regularizers.importance_growth import GrownImportances, is_of_source
+from hf_grow.training.regularizers.origin import PenaltyOrigin
 from hf_grow.training.regularizers.penalty import STORAGE_DTYPES, Penalty, QuadraticPenalty
 from hf_grow.training.regularizers.si import SynapticIntelligence
 from hf_grow.training.regularizers.source_coordinates import SourceCoordinatePenalty, whole_parameters
@@ -44,7 +44,7 @@ def make_penalty(
     model: PreTrainedModel,
     plan: GrowthPlan | None = None,
     weights: RowSource | None = None,
-    source: RowSource | None = None,
+    origin: PenaltyOrigin | None = None,
 ) -> Penalty | None:
     """The penalty anchored at the current weights of ``model``; None for kind none.
 
@@ -53,7 +53,7 @@ def make_penalty(
         model: not wrapped, without adapters, with the weights that training starts from (on resume, before the checkpoint is loaded).
         plan: of a grown model, for `over: inherited` and `collapsed`.
         weights: of a model on the meta device; its anchors are those of `Penalty.take_anchors`.
-        source: weights of the source of a growth at load: a Fisher of the source is grown as it is read.
+        origin: of a model that was grown at load, or in stages of one run: anchors and importances of the smaller model are grown as they are read.
 
     Raises InputError for a Fisher that is missing, damaged or of another model.
     """
@@ -72,29 +72,36 @@ def make_penalty(
     for i, file in enumerate(files):
         # Of several tasks, only the newest Fisher was estimated at the weights that training starts from.
         newest = i == len(files) - 1
-        if plan is not None and source is not None and is_of_source(file, plan):
-            check_same_model(file, file.shapes, rows_fingerprint(source, file.shapes) if newest else None)
-            importances[i] = GrownImportances(plan, file)
+        if origin is not None and origin.holds(file):
+            importances[i] = origin.grown_importances(file, newest)
         else:
             check_same_model(file, shapes, fingerprint if newest else None)
     free = _free_masks(options, model, plan)
     anchors = {n: p.detach().to(dtype=storage, copy=True) for n, p in parameters(model).items()}
     proximal = options.form == "proximal"
+    penalty: QuadraticPenalty
     if options.kind == "si":
         importance = _importance_reader(DecayedImportances(importances), rows, free, storage) if files else None
         collect = not files or options.consolidate_every is not None
-        return SynapticIntelligence(
+        penalty = SynapticIntelligence(
             options.lambda_, anchors, importance, xi=options.xi, every=options.consolidate_every, collect=collect,
             proximal=proximal, storage=storage,
         )  # fmt: skip
-    if options.kind == "l2sp":
+    elif options.kind == "l2sp":
         mean = _mean_importance(files[0]) if files else 1.0
-        return QuadraticPenalty(
+        penalty = QuadraticPenalty(
             "l2sp", options.lambda_, anchors, lambda n, p: _masked_scalar(mean, free.get(n, False), p),
             proximal=proximal, storage=storage, scalar_importance=options.over == "all",
         )  # fmt: skip
-    importance = _importance_reader(DecayedImportances(importances, options.decay), rows, free, storage)
-    return QuadraticPenalty(options.kind, options.lambda_, anchors, importance, proximal=proximal, storage=storage)
+    else:
+        importance = _importance_reader(DecayedImportances(importances, options.decay), rows, free, storage)
+        penalty = QuadraticPenalty(options.kind, options.lambda_, anchors, importance, proximal=proximal, storage=storage)
+    if origin is not None and (anchor_rows := origin.anchors()) is not None:
+        places = by_parameter(rows)
+        penalty.read_anchor = lambda n, p: local_tensor(p, places[n], anchor_rows, p.dtype, local(p).device)
+        if weights is None:
+            penalty.take_anchors(model)
+    return penalty
 
 
 def penalty_bytes(options: PenaltyOptions, model: PreTrainedModel, plan: GrowthPlan | None = None) -> int:

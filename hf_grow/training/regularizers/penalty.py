@@ -145,11 +145,15 @@ class AnchoredPenalty(Penalty):
     anchors: dict[str, Tensor]
     """w* by name, sharded as the parameter is (before `attach`, perhaps not yet)."""
 
+    read_anchor: Callable[[str, nn.Parameter], Tensor] | None = None
+    """w* of a parameter, given its bare name and itself, sharded as it is. None: the weights that training starts from."""
+
     @torch.no_grad()
     def take_anchors(self, model: nn.Module) -> None:
         for name, p in parameters(model).items():
             if name in self.anchors:
-                self.anchors[name] = p.detach().to(self.anchors[name].dtype, copy=True)
+                anchor = p.detach() if self.read_anchor is None else self.read_anchor(name, p)
+                self.anchors[name] = anchor.to(self.anchors[name].dtype, copy=self.read_anchor is None)
 
     def state_dict(self) -> dict[str, Any]:
         # Not the anchors, which a resumed run loads as its initial weights, but a fingerprint of them.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.checkpoint.source import TOKENIZER_CONFIG, companion_bytes, companions, open_source
+from hf_grow.checkpoint.source import TOKENIZER_CONFIG, companion_bytes, companions
 from hf_grow.model.meta_model import meta_model
 from hf_grow.training.config.train_config import tokens_per_step
 from hf_grow.training.config.train_options import uses_chunked_loss
@@ -17,9 +17,10 @@ from hf_grow.training.distributed.process_order import local_main_process_first
 from hf_grow.training.param_updates.parameter_map import parameter_map
 from hf_grow.training.peft import lora
 from hf_grow.training.regularizers.build import make_penalty
+from hf_grow.training.regularizers.origin import PenaltyOrigin
 from hf_grow.training.setup import result_dtype
 from hf_grow.training.setup.activation_checkpointing import checkpointed_layers
-from hf_grow.training.setup.growth_at_load import grown_rows
+from hf_grow.training.setup.growth_at_load import grown_rows, growth_at_resume
 from hf_grow.training.setup.model_setup import (
     attention_of,
     load_model,
@@ -35,11 +36,12 @@ from hf_grow.training.setup.provenance import finish_result, growth_record
 from hf_grow.training.setup.source_baseline import SourceKL, measure_source
 from hf_grow.training.setup.teachers import make_distiller
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
-from hf_grow.training.sharding.row_source import RowSource, StoredRows, ZeroedRows
+from hf_grow.training.sharding.row_source import RowSource, ZeroedRows
+from hf_grow.training.sharding.sharded_checkpoint import open_checkpoint, rows_of
 from hf_grow.training.sharding.sharded_model import empty_model, fill_model
 from hf_grow.training.trainer.events import EVENTS_FILE, EventLog
 from hf_grow.training.trainer.ledger import Ledger, TrainerFlops
-from hf_grow.training.trainer.state import GrowthSettings, TrainingHooks
+from hf_grow.training.trainer.state import GrowthSettings, StopCondition, TrainingHooks
 
 if TYPE_CHECKING:
     import torch
@@ -80,10 +82,13 @@ def read_texts(setup: TrainSetup, notify: Notify) -> TrainData:
     return data
 
 
-def make_parts(setup: TrainSetup, model: str | PreTrainedModel, revision: str | None, notify: Notify) -> ModelParts:
+def make_parts(
+    setup: TrainSetup, model: str | PreTrainedModel, revision: str | None, notify: Notify, origin: PenaltyOrigin | None = None
+) -> ModelParts:
     """``model``: folder or Hub id (with ``revision``), or a model in memory.
 
-    Its weights are those that training starts from, also where a run is resumed: the penalty holds it near those.
+    ``origin``: where a penalty comes from, if the model was grown since. The weights are those that
+    training starts from, also where a run is resumed: the penalty holds it near those.
     """
     import torch
     from transformers import set_seed
@@ -91,15 +96,14 @@ def make_parts(setup: TrainSetup, model: str | PreTrainedModel, revision: str | 
     options, plan = setup.options, setup.plan
     set_seed(setup.arguments.seed)  # adapters are drawn before Trainer does this
     weights: RowSource | None = None
-    source: RowSource | None = None
     if isinstance(model, str):
         dtype, attention = weights_dtype(options.dtype, setup.checkpoint), options.attn_implementation
         sharded = current_launch().sharing == "fsdp2"
         if sharded or setup.source is not None:
-            checkpoint = open_source(model, revision=revision, weights=True, notify=notify)
-            if setup.source is not None:
-                source = StoredRows(checkpoint)
-            weights = StoredRows(checkpoint) if source is None else grown_rows(setup, checkpoint)
+            checkpoint = open_checkpoint(model, revision=revision, weights=True, notify=notify)
+            weights = rows_of(checkpoint) if setup.source is None else grown_rows(setup, checkpoint)
+            if setup.source is not None and plan is not None:
+                origin = (origin or PenaltyOrigin(rows_of(checkpoint), ())).then(plan)
             config = checkpoint.config if setup.source is None else setup.checkpoint.config
             model = empty_model(config, getattr(torch, dtype), checkpoint.folder, attention)
             if not sharded:
@@ -115,7 +119,7 @@ def make_parts(setup: TrainSetup, model: str | PreTrainedModel, revision: str | 
             zero_new_blocks(model, plan)
         else:
             weights = ZeroedRows(weights, residual_writers_of_new_blocks(plan))
-    penalty = make_penalty(options.regularizer, model, plan, weights, source)
+    penalty = make_penalty(options.regularizer, model, plan, weights, origin)
     parts = ModelParts(model, planned.updates, scale, penalty, weights)
     if options.lora is not None:
         wrapped, updates = with_lora(model, planned.new, options.lora)
@@ -125,8 +129,10 @@ def make_parts(setup: TrainSetup, model: str | PreTrainedModel, revision: str | 
     return parts
 
 
-def make_settings(setup: TrainSetup, parts: ModelParts, data: TrainData, notify: Notify) -> GrowthSettings:
-    """Loads the teachers and opens the event log."""
+def make_settings(
+    setup: TrainSetup, parts: ModelParts, data: TrainData, notify: Notify, stop: StopCondition | None = None
+) -> GrowthSettings:
+    """Loads the teachers and opens the event log. ``stop``: what may end the training before its last step."""
     options, arguments = setup.options, setup.arguments
     events, ledger = EventLog(setup.out / EVENTS_FILE if arguments.should_save else None, notify), Ledger()
     ledger.add("sampling", data.sampling_flops)
@@ -140,6 +146,7 @@ def make_settings(setup: TrainSetup, parts: ModelParts, data: TrainData, notify:
         chunked_loss=uses_chunked_loss(options, arguments, deepspeed=current_launch().deepspeed), aux_loss=_aux_loss(setup, parts.model),
         monitor=options.monitor, events=events, old_set=options.old_set if options.old_set in data.evals else None,
         flops=TrainerFlops(step_flops(setup), attention_of(parts.model, options), teacher_flops), ledger=ledger, given_arguments=frozenset(setup.given_arguments),
+        stop=stop, growth_at_resume=growth_at_resume(setup),
         checkpointed_layers=checkpointed_layers(options, arguments, setup.plan, setup.checkpoint.info.architecture.layers),
         trained_parts=[*options.train, *(f"but {p}" for p in options.freeze)], model_ref=setup.checkpoint.ref,
     )  # fmt: skip
@@ -242,9 +249,14 @@ class RecipeHooks(SetupHooks):
 
 
 def make_recipe_trainer(
-    setup: TrainSetup, parts: ModelParts, data: TrainData, notify: Notify, show: Callable[[str], None]
+    setup: TrainSetup,
+    parts: ModelParts,
+    data: TrainData,
+    notify: Notify,
+    show: Callable[[str], None],
+    stop: StopCondition | None = None,
 ) -> BaseGrowTrainer:
-    """The trainer of a recipe. ``show`` gets the progress where there is no terminal."""
+    """The trainer of a recipe. ``show`` gets the progress where there is no terminal; ``stop`` may end the training before its last step."""
     from transformers import PrinterCallback, ProgressCallback
 
     from hf_grow.training.trainer.trainer import BaseGrowTrainer
@@ -256,7 +268,7 @@ def make_recipe_trainer(
         train_dataset=data.train,
         eval_dataset=data.evals or None,
         data_collator=data.collator,
-        growth=make_settings(setup, parts, data, notify),
+        growth=make_settings(setup, parts, data, notify, stop),
         hooks=hooks,
     )
     for replaced in (PrinterCallback, ProgressCallback):

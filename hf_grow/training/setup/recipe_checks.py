@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.reader import Checkpoint
-from hf_grow.checkpoint.source import open_source
 from hf_grow.convert.metadata import unwritten_checkpoint
 from hf_grow.errors import InputError, OutputError
 from hf_grow.growth.plan import GrowthPlan
@@ -29,6 +28,7 @@ from hf_grow.training.setup.launch_checks import launch_mistakes, parallelism_mi
 from hf_grow.training.setup.option_checks import TOKENIZER_FILES, check_options, load_tokenizer, plan_of
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
 from hf_grow.training.setup.warnings import warn_recipe
+from hf_grow.training.sharding.sharded_checkpoint import open_checkpoint
 from hf_grow.training.trainer.events import EVENTS_FILE
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def check_recipe(
     tokenizer = None
     if isinstance(name, str):
         revision = recipe.revision if recipe else None
-        checkpoint = collect_mistakes(errors, "model", lambda: open_source(name, revision=revision, weights=False, notify=notify))
+        checkpoint = collect_mistakes(errors, "model", lambda: open_checkpoint(name, revision=revision, weights=False, notify=notify))
     source: Checkpoint | None = None
     if checkpoint is not None and recipe is not None and recipe.grow is not None:
         source, asked = checkpoint, recipe.grow

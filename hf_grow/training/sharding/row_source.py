@@ -13,6 +13,7 @@ from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import SourceError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.tensormap import Quantity
+from hf_grow.training.param_updates.parameter_map import ParameterRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,12 +58,12 @@ class GrownRows:
     ``quantity``: what goes through the map. Weights are rounded to the dtype of the target; gradients and their squares stay in the compute dtype.
     """
 
-    def __init__(self, plan: GrowthPlan, source: Checkpoint, quantity: Quantity = "weight") -> None:
+    def __init__(self, plan: GrowthPlan, source: Checkpoint | RowSource, quantity: Quantity = "weight") -> None:
         from hf_grow.checkpoint.stored_tensors import StoredTensors
         from hf_grow.growth.evaluate import Evaluator
 
         self.plan = plan
-        self._evaluator = Evaluator(plan, StoredTensors(source), quantity)
+        self._evaluator = Evaluator(plan, StoredTensors(source) if isinstance(source, Checkpoint) else _SourceTensors(source), quantity)
 
     def names(self) -> Collection[str]:
         return self.plan.targets.keys()
@@ -102,6 +103,46 @@ class HeldRows:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         found: Tensor = self.tensors[name].rows(start, stop)
         return found
+
+
+class DiskRows:
+    """Tensors by parameter name, each with `rows`, by the names of the model's tensors on disk.
+
+    ``places``: `parameter_map` of the model; ``shapes``: of the tensors on disk.
+    """
+
+    writable = True
+
+    def __init__(self, tensors: Mapping[str, Any], places: Mapping[str, ParameterRows], shapes: Mapping[str, Sequence[int]]) -> None:
+        self._tensors, self._places = tensors, places
+        self._shapes = {n: tuple(shapes[n]) for n in places}
+
+    def names(self) -> Collection[str]:
+        return self._shapes.keys()
+
+    def shape(self, name: str) -> Sequence[int]:
+        return self._shapes[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        place, shape = self._places[name], self._shapes[name]
+        held = self._tensors[place.parameter]
+        if len(shape) == 1 and len(held.shape) == 1:
+            vector: Tensor = held.rows(place.start + start, place.start + stop)
+            return vector
+        inner = math.prod(shape[1:-1])  # rows of the matrix in one row of dimension 0, on disk and in memory
+        outer = math.prod(held.shape[1:-1])
+        low, high = place.start + start * inner, place.start + stop * inner
+        block: Tensor = held.rows(low // outer, -(-high // outer)).reshape(-1, held.shape[-1])
+        return block[low - low // outer * outer :][: high - low].reshape(stop - start, *shape[1:])
+
+
+class _SourceTensors:
+    """A RowSource as an evaluator reads it."""
+
+    writable = True
+
+    def __init__(self, source: RowSource) -> None:
+        self.rows = source.rows
 
 
 class ZeroedRows:

@@ -41,6 +41,8 @@ EVENTS: dict[str, dict[str, str]] = {
     "overflow": {"reason": "why the result is not saved in the configured dtype"},
     "checkpoint": {"folder": "name of the checkpoint"},
     "stop": {"reason": "why training ended before its last step"},
+    "stage": {"stage": "number of the stage that begins", "name": "its name", "grow": "how its model grows from that of the stage before, or null"},
+    "stage_end": {"stage": "number of the stage", "reason": "what ended it", "tokens": "tokens of the run so far", "flops": "FLOPs of the run so far"},
     "end": {"output": "folder of the model", "loss": "mean training loss"},
 }  # fmt: skip
 """Kind of event -> its keys besides event, step and time."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_grow.checkpoint.reader import GROWTH, SHARDED_WEIGHTS
 from hf_grow.common.safe_files import read_json
+from hf_grow.training.growth_state.grow_optimizer import SOURCE_KEYS, grown_optimizer_state
 from hf_grow.training.growth_state.optimizer_files import SCHEDULER, SHARDS, TRAINER_STATE
 from hf_grow.training.growth_state.resume import load_optimizer_and_scheduler
 from hf_grow.training.growth_state.sharded_state import sharded_state
@@ -116,6 +117,7 @@ class CheckpointTrainer(ShardedStartTrainer):
         self.store_flos()
         if self.args.should_save:
             state = self.growth_state.to_json(int(self.state.global_step), self.growth.after_growth.consolidate_steps)
+            state |= {"stop": self.growth.stop.state()} if self.growth.stop is not None else {}
             write_json(Path(output_dir) / GROWTH_STATE, {**state, "ledger": self.growth.ledger.to_json()})
 
     def _save_optimizer_shards(self, folder: Path) -> None:
@@ -148,8 +150,15 @@ class CheckpointTrainer(ShardedStartTrainer):
 
     # ---- resuming ---------------------------------------------------------------------------------------------------------------
 
+    def _grows_from(self, folder: Path) -> bool:
+        """Whether this is the checkpoint of the smaller model: its weights are grown already."""
+        growth = self.growth.growth_at_resume
+        return growth is not None and growth.checkpoint.resolve() == folder.resolve()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
+        if self._grows_from(folder):
+            return
         if self._loaded_by_trainer(folder):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
@@ -178,16 +187,27 @@ class CheckpointTrainer(ShardedStartTrainer):
         if self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
         else:
-            given = self.growth.given_arguments
-            differing = load_optimizer_and_scheduler(folder, self.model, self.optimizer, self.lr_scheduler, given)
+            given, growth = self.growth.given_arguments, self.growth.growth_at_resume
+            grown = None
+            if growth is not None and self._grows_from(folder):
+                grown = grown_optimizer_state(folder, growth.plan, growth.policy)
+            differing = load_optimizer_and_scheduler(folder, self.model, self.optimizer, self.lr_scheduler, given, grown)
             if differing:
                 facts = {k: list(v) for k, v in differing.items()}
                 self.growth.events.write("settings", int(self.state.global_step), checkpoint=checkpoint, **facts)
         saved = read_json(folder / GROWTH_STATE) if (folder / GROWTH_STATE).is_file() else None
-        if saved is not None:
+        if saved is not None and not self._grows_from(folder):
             self.growth_state.load(saved)
+            own = folder.resolve().parent == Path(self.args.output_dir).resolve()
+            if self.growth.stop is not None and "stop" in saved and own:
+                self.growth.stop.load(saved["stop"])
         else:
             self.growth_state.begin(int(self.state.global_step), self.state.log_history)
+        if self._grows_from(folder):
+            for key in SOURCE_KEYS:  # of the smaller model
+                setattr(self.state, key, None)
+            if saved is not None:  # forgetting is counted from the beginning of the run, through its growths
+                self.growth_state.start_losses = dict(saved["start_losses"])
         self._load_ledger((saved or {}).get("ledger"))
 
     def _load_ledger(self, saved: Any) -> None:
@@ -200,7 +220,7 @@ class CheckpointTrainer(ShardedStartTrainer):
         import torch
 
         penalty = self.growth.penalty
-        if penalty is None:
+        if penalty is None or checkpoint.resolve().parent != Path(self.args.output_dir).resolve():  # another run's, of other weights
             return
         if (checkpoint / PENALTY_SHARDS).is_file():
             penalty.load_state_dict(read_json(checkpoint / PENALTY_SHARDS))

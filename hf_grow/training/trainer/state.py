@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from hf_grow.growth.plan import GrowthPlan
 from hf_grow.training.config.monitor_options import MonitorOptions
 from hf_grow.training.config.schedules import AfterGrowth, Phase, Warmup
 from hf_grow.training.distillation.distill import Distiller
+from hf_grow.training.growth_state.moments import Policy
 from hf_grow.training.param_updates.residual_scale import ResidualScale
 from hf_grow.training.param_updates.updates import ParamUpdates
 from hf_grow.training.trainer.events import EventLog
@@ -21,6 +23,29 @@ if TYPE_CHECKING:
 
     from hf_grow.training.regularizers.penalty import Penalty
     from hf_grow.training.sharding.row_source import RowSource
+
+
+class StopCondition(Protocol):
+    """Ends a training before its last step."""
+
+    reason: str
+    """Why it ends; empty until then."""
+
+    def observe(self, *, step: int, flops: float, loss: float, grad_norm: float | None, evaluation: Mapping[str, float]) -> bool:
+        """Called after every optimizer step, with its evaluation if there was one. Whether training ends here: the same in every process."""
+        ...
+
+    def state(self) -> dict[str, Any]: ...
+    def load(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class GrowthAtResume:
+    """The checkpoint of a smaller model, whose training state is grown with its weights."""
+
+    checkpoint: Path
+    plan: GrowthPlan
+    policy: Policy
 
 
 @dataclass(frozen=True)
@@ -52,6 +77,8 @@ class GrowthSettings:
     """Decoder layers whose activations are computed again in the backward pass; None for what Trainer's arguments say."""
     trained_parts: Sequence[str] = ("everything",)
     """What trains after the phases, for the event log."""
+    stop: StopCondition | None = None
+    growth_at_resume: GrowthAtResume | None = None
     weights: RowSource | None = None
     """Where the weights of a model on the meta device are read from (FSDP2)."""
     model_ref: str = ""

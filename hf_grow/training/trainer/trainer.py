@@ -64,6 +64,8 @@ class BaseGrowTrainer(CheckpointTrainer):
         self._grad_norm: float | None = None
         self._scale_before_step = 1.0
         self._routing: dict[str, Tensor] = {}
+        self._pending: tuple[float, float | None] | None = None
+        """Loss and gradient norm of the last step, until the stop condition was asked about it."""
         self.resumed_from: Any = None
         self.opening_event = ""
         self.last_factors = LrFactors()
@@ -257,6 +259,7 @@ class BaseGrowTrainer(CheckpointTrainer):
         if self.args.metric_for_best_model in extra_metrics:  # Trainer calls on_evaluate once per set, without these
             self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, extra_metrics)
         g.events.write("evaluation", step, **facts)
+        self._check_stop({**losses, **{k: v for k, v in facts.items() if k != "losses"}})
         self.hooks.after_evaluation(self.state, metrics)
         for name, loss in losses.items():
             if loss > growth_state.baseline(name) + g.monitor.regression:
@@ -337,6 +340,20 @@ class BaseGrowTrainer(CheckpointTrainer):
                         hint="Lower learning_rate (or lambda of the regularizer), or use more warmup_steps. "
                         + (f"The last checkpoint before it is {last.name}." if last is not None else "There is no earlier checkpoint."),
                     )
+        self._pending = (loss, norm)
+        if not self.control.should_evaluate:
+            self._check_stop({})
+
+    def _check_stop(self, evaluation: Mapping[str, float]) -> None:
+        """Asks the stop condition about the last step, once; of a step that is evaluated, after its evaluation."""
+        stop, pending = self.growth.stop, self._pending
+        self._pending = None
+        if stop is None or pending is None:
+            return
+        loss, norm = pending
+        flops = float(self.state.total_flos) + float(self.current_flos) * self.accelerator.num_processes
+        if stop.observe(step=int(self.state.global_step), flops=flops, loss=loss, grad_norm=norm, evaluation=evaluation):
+            self.control.should_training_stop = self.control.should_save = True
 
     def all_finite(self) -> bool:
         """Whether all weights, of all processes, are finite."""

@@ -1,0 +1,1 @@
+"""Training in stages, with a growth between one and the next."""

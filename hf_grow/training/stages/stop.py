@@ -1,0 +1,92 @@
+"""Ends the training of a stage when its trigger says so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hf_grow.training.config.trigger_options import Trigger, Until
+from hf_grow.training.stages.forecast import Curve, StageGrowth
+from hf_grow.training.stages.triggers import Observation, StageEnd
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a run has spent: since its beginning, over all processes."""
+
+    step: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class StageStop:
+    """A `StopCondition` of the trainer.
+
+    ``start``: what was spent before the stage. ``max_steps``: of the whole run.
+    """
+
+    def __init__(self, until: Until | None, start: Spent, tokens_per_step: int, max_steps: int, growth: StageGrowth | None = None) -> None:
+        self.start, self.tokens_per_step, self.max_steps = start, tokens_per_step, max_steps
+        self.end = StageEnd(until, growth) if until is not None else None
+        self.reason = ""
+        self._uses_time = until is not None and _uses_time(until)
+        self._seconds, self._since = 0.0, time.monotonic()
+
+    def seconds(self) -> float:
+        """Wall time of this stage, also before it was interrupted."""
+        return self._seconds + time.monotonic() - self._since
+
+    def spent(self, step: int, flops: float) -> Spent:
+        """What the run has spent after a step of this stage."""
+        tokens = self.start.tokens + (step - self.start.step) * self.tokens_per_step
+        return Spent(step, tokens, flops, self.start.seconds + self.seconds())
+
+    def observe(self, *, step: int, flops: float, loss: float, grad_norm: float | None, evaluation: Mapping[str, float]) -> bool:
+        """After an optimizer step, once. Whether the stage ends here; every process gets the same answer."""
+        if self.end is None:
+            return False
+        steps = step - self.start.step
+        seen = Observation(
+            steps, steps * self.tokens_per_step, flops - self.start.flops, self._common_seconds(), step / self.max_steps, loss, grad_norm,
+            evaluation,
+        )  # fmt: skip
+        if not self.end.observe(seen):
+            return False
+        self.reason = self.end.reason
+        return True
+
+    def _common_seconds(self) -> float:
+        """The first process's clock."""
+        if not self._uses_time:
+            return 0.0
+        from accelerate.utils import broadcast_object_list
+
+        return float(broadcast_object_list([self.seconds()])[0])
+
+    def curve(self) -> Curve | None:
+        """The loss curve of the stage, where its trigger keeps it."""
+        return self.end.curve() if self.end is not None else None
+
+    def state(self) -> dict[str, Any]:
+        return {"seconds": self.seconds(), "reason": self.reason, "end": self.end.state() if self.end is not None else {}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._seconds, self._since = float(state["seconds"]), time.monotonic()
+        self.reason = str(state["reason"])
+        if self.end is not None:
+            self.end.load(state["end"])
+
+
+def _uses_time(options: Trigger) -> bool:
+    bounds = [getattr(options, n, None) for n in ("not_before", "at_latest")]
+    return (
+        options.time is not None
+        or any(b is not None and b.time is not None for b in bounds)
+        or any(_uses_time(o) for o in (*(options.any or ()), *(options.all or ())))
+    )
