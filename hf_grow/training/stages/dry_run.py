@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_grow.model.flops import training_flops
-from hf_grow.model.meta_model import meta_model
+from hf_grow.model.flops import count_flops
 from hf_grow.model.param_count import count_parameters
 from hf_grow.training.config.data_options import DataOptions
 from hf_grow.training.config.stage_options import read_stages
@@ -32,7 +31,7 @@ def dry_run_stages(read: RecipeData, *, output: str | None, notify: Notify) -> d
                 else None,
                 "parameters": count_parameters(model.info.architecture).total,
                 "layers": model.info.architecture.layers,
-                "flops_a_token": training_flops(meta_model(model.info.config), length),
+                "flops_a_token": count_flops(model.info.config).train.rows(1, length) / length,
             }
         )
     return {"output": str(run.folder), "max_steps": read.given["max_steps"], "stages": rows}

@@ -27,8 +27,7 @@ from hf_grow.convert.metadata import unwritten_checkpoint
 from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.source_info import DTYPE_NAMES
-from hf_grow.model.flops import training_flops
-from hf_grow.model.meta_model import meta_model
+from hf_grow.model.flops import count_flops
 from hf_grow.model.param_count import count_parameters
 from hf_grow.options import parse, raise_errors
 from hf_grow.training.config.data_options import DataOptions
@@ -147,7 +146,7 @@ class StagedRun:
         pair = self.models[stage.index], self.models[following]
         first, second = (count_parameters(m.info.architecture).active for m in pair)
         length = int(stage.recipe["data"].get("seq_length") or DataOptions.model_fields["seq_length"].default)
-        cost, dearer = (training_flops(meta_model(m.config), length) for m in pair)
+        cost, dearer = (count_flops(m.config).train.rows(1, length) / length for m in pair)
         return StageGrowth((first, second), (cost, dearer), spent, earlier)
 
     def begin(self, *, resume: bool, overwrite: bool) -> None:

@@ -35,7 +35,8 @@ class StageStop:
         self.start, self.tokens_per_step, self.max_steps = start, tokens_per_step, max_steps
         self.end = StageEnd(until, growth) if until is not None else None
         self.reason = ""
-        self._uses_time = until is not None and _uses_time(until)
+        self._uses_time = until is not None and _uses(until, "time")
+        self.uses_flops = until is not None and (_uses(until, "flops") or _uses(until, "forecast"))
         self._seconds, self._since = 0.0, time.monotonic()
 
     def seconds(self) -> float:
@@ -83,10 +84,7 @@ class StageStop:
             self.end.load(state["end"])
 
 
-def _uses_time(options: Trigger) -> bool:
-    bounds = [getattr(options, n, None) for n in ("not_before", "at_latest")]
-    return (
-        options.time is not None
-        or any(b is not None and b.time is not None for b in bounds)
-        or any(_uses_time(o) for o in (*(options.any or ()), *(options.all or ())))
-    )
+def _uses(options: Trigger, key: str) -> bool:
+    """Whether a key is set, here or in what belongs to it."""
+    parts = [options, getattr(options, "not_before", None), getattr(options, "at_latest", None)]
+    return any(getattr(p, key, None) is not None for p in parts) or any(_uses(o, key) for o in (*(options.any or ()), *(options.all or ())))

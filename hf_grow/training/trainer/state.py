@@ -30,6 +30,8 @@ class StopCondition(Protocol):
 
     reason: str
     """Why it ends; empty until then."""
+    uses_flops: bool
+    """Whether it needs the FLOPs after every step; they are summed over the processes for it."""
 
     def observe(self, *, step: int, flops: float, loss: float, grad_norm: float | None, evaluation: Mapping[str, float]) -> bool:
         """Called after every optimizer step, with its evaluation if there was one. Whether training ends here: the same in every process."""

@@ -351,7 +351,9 @@ class BaseGrowTrainer(CheckpointTrainer):
         if stop is None or pending is None:
             return
         loss, norm = pending
-        flops = float(self.state.total_flos) + float(self.current_flos) * self.accelerator.num_processes
+        if stop.uses_flops:
+            self.store_flos()
+        flops = float(self.state.total_flos)
         if stop.observe(step=int(self.state.global_step), flops=flops, loss=loss, grad_norm=norm, evaluation=evaluation):
             self.control.should_training_stop = self.control.should_save = True
 
