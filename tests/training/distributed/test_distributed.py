@@ -125,12 +125,12 @@ def trained_by(how: str, processes: int, path: Path, out: Path, *words: object, 
 SI = {"kind": "si", "lambda": 0.5, "consolidate_every": 3}
 
 
-def assert_resumed(path: Path, cut: Path, how: str, processes: int, whole: Path) -> None:
+def assert_resumed(path: Path, cut: Path, how: str, processes: int, whole: Path, tolerance: float) -> None:
     out = cut.with_name(f"{cut.name}-{how}-{processes}")
     shutil.copytree(cut, out)
     trained_by(how, processes, path, out, "--resume")
     assert logged(out) == pytest.approx(logged(whole), abs=1e-6)  # computed in fp32
-    assert_same_weights(whole, out, 1e-9)
+    assert_same_weights(whole, out, tolerance)
 
 
 def test_sharded_run_is_resumed_by_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,16 +150,18 @@ def test_sharded_run_is_resumed_by_one_process(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["deeper", "experts"])
 def test_run_is_resumed_by_any_number_of_processes(kind: str, tmp_path: Path) -> None:
-    changes = {"regularizer": SI} if kind == "deeper" else {"moe": {"aux_loss": False}, "dtype": "float64"}
+    # Experts in fp32 (torch's grouped multiplication knows no fp64), where Adam would magnify rounding.
+    changes = {"regularizer": SI} if kind == "deeper" else {"moe": {"aux_loss": False}, "optim": "sgd", "learning_rate": 0.1}
+    tolerance = 1e-9 if kind == "deeper" else 1e-6
     path = recipe(tmp_path, model(tmp_path, kind), max_steps=8, save_steps=4, **LARGE_EPSILON, **changes)
     trained_by("one_gpu", 1, path, tmp_path / "whole")
     trained_by("fsdp2", 2, path, tmp_path / "two", stop=5, status=9)
     for how, processes in (("fsdp2", 4), ("one_gpu", 1), ("ddp", 2)):
-        assert_resumed(path, tmp_path / "two", how, processes, tmp_path / "whole")
+        assert_resumed(path, tmp_path / "two", how, processes, tmp_path / "whole", tolerance)
     trained_by("one_gpu", 1, path, tmp_path / "one", stop=5, status=9)
-    assert_resumed(path, tmp_path / "one", "fsdp2", 4, tmp_path / "whole")
+    assert_resumed(path, tmp_path / "one", "fsdp2", 4, tmp_path / "whole", tolerance)
     trained_by("fsdp2", 4, path, tmp_path / "four", stop=5, status=9)
-    assert_resumed(path, tmp_path / "four", "fsdp2", 2, tmp_path / "whole")
+    assert_resumed(path, tmp_path / "four", "fsdp2", 2, tmp_path / "whole", tolerance)
 
 
 @pytest.mark.slow
