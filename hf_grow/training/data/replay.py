@@ -21,8 +21,9 @@ from typing import IO, TYPE_CHECKING, Any
 from hf_grow._version import __version__
 from hf_grow.errors import ExecutionError
 from hf_grow.training.config.replay_options import ReplayOptions
-from hf_grow.training.data.replay_files import FORMAT_VERSION, TEXTS_FILE, Document, append_texts, open_record, write_record
+from hf_grow.training.data.replay_files import FORMAT_VERSION, TEXTS_FILE, Document, append_texts, open_record, read_record, write_record
 from hf_grow.training.data.sample_filters import dedup_key
+from hf_grow.training.data.shared_batches import Batch, SharedBatches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,7 +75,11 @@ def estimate_sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     sampler = Sampler(model, tokenizer, options)
     sampler.warm_up()
     started = time.perf_counter()
-    samples = [s for chat in sampler.kinds for s in sampler.draw(0, sampler.batch_size, chat=chat)]
+    samples = []
+    for chat in sampler.kinds:
+        drawn = sampler.draw(0, sampler.batch_size, chat=chat)
+        sampler.measure_surprise(drawn, chat=chat)
+        samples += drawn
     seconds = time.perf_counter() - started
     sampled = max(1, sum(s.tokens for s in samples))
     kept = sum(s.tokens for s in samples if sampler.drop_reason(s) is None) / sampled
@@ -93,6 +98,7 @@ def sample_replay(
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda tokens: None,
     on_token: Callable[[int, int], None] = lambda token, max_new_tokens: None,
+    shared: SharedBatches | None = None,
 ) -> ReplayResult:
     """Samples into the folder `out` until it holds `options.tokens` tokens of text; continues what an earlier run left unfinished.
 
@@ -100,6 +106,7 @@ def sample_replay(
         ref, revision: name of the model, for the record.
         progress: called with the number of tokens that were added.
         on_token: see `Sampler`.
+        shared: batches that other processes sample, in `help_sampling`. The texts are the same.
 
     A folder that already has enough tokens is complete, even if an earlier run was to sample more. Raises OutputError if `out` holds other
     files, or samples of another model or with other settings; ExecutionError if the filters keep nothing; InputError as `Sampler` does.
@@ -128,20 +135,39 @@ def sample_replay(
             progress(record["counts"]["tokens"])
             file.seek(0)
             seen = {dedup_key(json.loads(line)["text"]) for line in file}
-            _sample(sampler, file, out, record, seen, progress)
+            _sample(sampler, file, out, record, seen, progress, shared)
     except OSError as error:
         raise ExecutionError(f"Cannot write to {out}: {error.strerror}.", hint="What was sampled so far is kept.") from None
     return ReplayResult(out, record, time.perf_counter() - started, record["counts"]["sampled_tokens"] - before, sampler.flops)
 
 
+def help_sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ReplayOptions, shared: SharedBatches) -> int:
+    """Samples batches ahead for the first process of the group, which runs `sample_replay`, until its texts are complete; returns FLOPs."""
+    from hf_grow.training.data.sampling import Sampler
+
+    sampler = Sampler(model, tokenizer, options)
+    while (record := read_record(shared.out)) is None or not record["complete"]:
+        if record is None or not shared.sample_one(sampler, _next_batches(sampler, record, 2 * shared.group.count)):
+            shared.wait()
+    return sampler.flops
+
+
 def _sample(
-    sampler: Sampler, file: IO[bytes], out: Path, record: dict[str, Any], seen: set[bytes], progress: Callable[[int], None]
+    sampler: Sampler,
+    file: IO[bytes],
+    out: Path,
+    record: dict[str, Any],
+    seen: set[bytes],
+    progress: Callable[[int], None],
+    shared: SharedBatches | None,
 ) -> None:
     """Samples, filters and records batches until the record's number of tokens is reached."""
     counts, wanted, empty_batches = record["counts"], record["tokens"], 0
     while not record["complete"]:
-        chat = counts["chat_tokens"] < sampler.chat_share * (counts["tokens"] + 1)
-        samples, kept = sampler.draw(record["batches"], _next_batch_size(sampler, counts, wanted), chat=chat), []
+        batch, *ahead = _next_batches(sampler, record, 1 if shared is None else 2 * shared.group.count)
+        samples = sampler.draw(batch.number, batch.size, chat=batch.chat) if shared is None else shared.draw(sampler, batch, ahead)
+        sampler.measure_surprise(samples, chat=batch.chat)
+        chat, kept = batch.chat, []
         for sample in samples:
             if counts["tokens"] >= wanted:
                 break
@@ -175,8 +201,22 @@ def _sample(
             )
 
 
-def _next_batch_size(sampler: Sampler, counts: Mapping[str, Any], wanted: int) -> int:
-    """A full batch, or the estimated number of texts that is still needed. Computed from the record alone, so that a resumed run gets the same texts."""
-    per_text: float = counts["tokens"] / counts["sampled_texts"] if counts["tokens"] else sampler.length
-    needed: int = math.ceil((wanted - counts["tokens"]) / per_text)
-    return min(sampler.batch_size, max(1, needed))
+def _next_batches(sampler: Sampler, record: Mapping[str, Any], count: int) -> list[Batch]:
+    """The next batch, computed from the record alone, so that a resumed run gets the same texts; and up to ``count`` - 1 that probably follow.
+
+    A batch is full, or has the estimated number of texts that is still needed.
+    """
+    counts, wanted = dict(record["counts"]), record["tokens"]
+    batches: list[Batch] = []
+    for number in range(record["batches"], record["batches"] + count):
+        per_text: float = counts["tokens"] / counts["sampled_texts"] if counts["tokens"] else sampler.length
+        needed = math.ceil((wanted - counts["tokens"]) / per_text)
+        size = min(sampler.batch_size, max(1, needed))
+        if batches and size < sampler.batch_size:
+            break  # how many texts it will have is not known
+        chat = counts["chat_tokens"] < sampler.chat_share * (counts["tokens"] + 1)
+        batches.append(Batch(number, size, chat))
+        counts["sampled_texts"] += size
+        counts["tokens"] += size * per_text
+        counts["chat_tokens"] += size * per_text * chat
+    return batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -16,6 +17,8 @@ from hf_grow.training.config.replay_options import ReplayOptions
 TEXTS_FILE = "texts.jsonl"
 RECORD_FILE = "replay.json"
 FORMAT_VERSION = 2
+BATCHES_FOLDER = ".batches"
+"""What several processes have sampled and the first one has not filtered yet."""
 FRAMES = ("document", "cut", "verbatim")
 """document: a complete text; cut: one that reached the maximum length before its end; verbatim: a conversation with the tokens of its template."""
 
@@ -78,12 +81,12 @@ def check_output(out: Path, *, overwrite: bool) -> dict[str, Any] | None:
     if not out.is_dir():
         return None
     if overwrite:
-        if any(p.name not in (TEXTS_FILE, RECORD_FILE) for p in out.iterdir()):
+        if any(p.name not in (TEXTS_FILE, RECORD_FILE, BATCHES_FOLDER) for p in out.iterdir()):
             raise OutputError(f"{out} contains files other than sampled texts.", hint="Give a new folder with -o.")
         return None
     record = read_record(out)
     # texts.jsonl alone: a run was killed before it recorded its first batch.
-    if record is None and any(p.name != TEXTS_FILE for p in out.iterdir()):
+    if record is None and any(p.name not in (TEXTS_FILE, BATCHES_FOLDER) for p in out.iterdir()):
         raise OutputError(f"{out} is not empty, and contains no sampled texts.", hint="Give a new folder with -o.")
     return record
 
@@ -108,6 +111,7 @@ def open_record(out: Path, fresh: Mapping[str, Any], *, overwrite: bool) -> dict
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / RECORD_FILE).unlink(missing_ok=True)
+        shutil.rmtree(out / BATCHES_FOLDER, ignore_errors=True)  # of other settings
         (out / TEXTS_FILE).write_bytes(b"")
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror}.") from None

@@ -84,7 +84,7 @@ class Sampler:
         self.ends = _eos_ids(model, tokenizer) | turn_tokens | ({start} if start is not None and start not in (bos, eos) else set())
         self.special = special_ids(tokenizer) | self.ends
         self.surprise: dict[str, tuple[float, float]] = {}
-        """'plain' and 'chat' -> median and spread of nats per token of the first batch of that kind, once it was sampled."""
+        """'plain' and 'chat' -> median and spread of nats per token of the first batch of that kind, once it was measured."""
         vocab = model.get_input_embeddings().num_embeddings
         self._prompts = _read_prompts(tokenizer, options) if options.prompts else None
         if max(max(p) for p in self._prompts or [[0]]) >= vocab:
@@ -119,9 +119,13 @@ class Sampler:
             samples = self._conversations(size) if chat else self._documents(self._prefixes(rng, size))
         if self.options.max_surprise is not None:
             samples = self._with_surprise(samples)
+        return samples
+
+    def measure_surprise(self, samples: Sequence[Sample], *, chat: bool) -> None:
+        """Takes the median and the spread of a kind from its first batch."""
+        if self.options.max_surprise is not None:
             stats = _median_and_spread([s.surprise for s in samples if s.surprise is not None])
             self.surprise.setdefault("chat" if chat else "plain", stats)
-        return samples
 
     def drop_reason(self, sample: Sample) -> str | None:
         """Which filter drops a sample, or None."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hf_grow.checkpoint.reader import GROWTH
+from hf_grow.checkpoint.reader import GROWTH, Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.common.progress_bars import token_progress
 from hf_grow.common.safe_files import read_json
@@ -12,9 +15,13 @@ from hf_grow.errors import InputError, SourceError
 from hf_grow.training.config.data_options import SelfReplay
 from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.data import cache
-from hf_grow.training.data.replay import sample_replay
+from hf_grow.training.data.replay import help_sampling, sample_replay
 from hf_grow.training.data.replay_files import FORMAT_VERSION, read_record
+from hf_grow.training.data.shared_batches import SamplingGroup, SharedBatches
 from hf_grow.training.data.sources import Notify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _NAME_MODEL = "Name it: replay: {self: {model: FOLDER_OR_ID}}."
 
@@ -35,14 +42,15 @@ def source_model(options: SelfReplay, trained: str | None) -> tuple[str, str | N
     return ref, revision or None
 
 
-def sample_from_source(options: SelfReplay, root: Path, *, seq_length: int, trained: str | None, notify: Notify) -> tuple[Path, int]:
-    """The replay folder under `root` for these options, sampled now if it is missing or unfinished, and the FLOPs that this took.
+def sample_from_source(
+    options: SelfReplay, root: Path, *, seq_length: int, trained: str | None, notify: Notify, group: SamplingGroup | None = None
+) -> tuple[Path, int]:
+    """The replay folder under `root` for these options, sampled now if it is missing or unfinished, and the FLOPs that this took in this process.
 
-    ``seq_length``: of the training; default for max_length. ``trained``: the checkpoint to be trained.
+    ``seq_length``: of the training; default for max_length. ``trained``: the checkpoint to be trained. ``group``: processes that sample together, all of
+    which call this.
     Raises SourceError, OutputError, ExecutionError.
     """
-    from hf_grow.training.data.source_model import load_with_tokenizer
-
     ref, revision = source_model(options, trained)
     try:
         checkpoint = open_source(ref, revision=revision, weights=False, notify=notify)
@@ -54,15 +62,57 @@ def sample_from_source(options: SelfReplay, root: Path, *, seq_length: int, trai
     sampling = sampling.model_copy(update={"max_length": sampling.max_length or seq_length})
     files = {name: dict(facts) for name, facts in checkpoint.files.items()}
     parts = {"format": FORMAT_VERSION, "files": files, "config": dict(checkpoint.config), "options": sampling.model_dump(mode="json")}
-    folder, flops = root / cache.key(parts), 0
-    with cache.locked(folder):
-        record = read_record(folder)
-        if record is None or not record["complete"]:
-            notify(f"Sampling {sampling.tokens:,} tokens from {ref} into {folder}.")
-            checkpoint = open_source(checkpoint.ref, revision=checkpoint.revision or None, weights=True, notify=notify)
-            model, tokenizer = load_with_tokenizer(checkpoint, sampling.dtype)
-            with token_progress("sampling", sampling.tokens, note=notify) as progress:
-                flops = sample_replay(
-                    model, tokenizer, folder, sampling, ref=ref, revision=revision or "", progress=progress, on_token=progress.within
-                ).flops
-    return folder, flops
+    folder = root / cache.key(parts)
+    shared = None if group is None or group.count == 1 else SharedBatches(folder, group)
+    if shared is None or shared.group.index == 0:
+        with cache.locked(folder):
+            return folder, _sample(ref, revision, checkpoint, folder, sampling, shared, notify)
+    if _is_complete(folder):
+        return folder, 0
+    model, tokenizer = _load(checkpoint, sampling, notify)
+    with _failure_told(shared):
+        return folder, help_sampling(model, tokenizer, sampling, shared)
+
+
+def _sample(
+    ref: str,
+    revision: str | None,
+    checkpoint: Checkpoint,
+    folder: Path,
+    sampling: ReplayOptions,
+    shared: SharedBatches | None,
+    notify: Notify,
+) -> int:
+    if _is_complete(folder):
+        return 0
+    notify(f"Sampling {sampling.tokens:,} tokens from {ref} into {folder}.")
+    model, tokenizer = _load(checkpoint, sampling, notify)
+    with token_progress("sampling", sampling.tokens, note=notify) as progress, _failure_told(shared):
+        sampled = sample_replay(
+            model, tokenizer, folder, sampling, ref=ref, revision=revision or "", progress=progress, on_token=progress.within, shared=shared
+        )
+    if shared is not None:
+        shared.clear()
+    return sampled.flops
+
+
+def _is_complete(folder: Path) -> bool:
+    record = read_record(folder)
+    return record is not None and bool(record["complete"])
+
+
+def _load(checkpoint: Checkpoint, sampling: ReplayOptions, notify: Notify) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from hf_grow.training.data.source_model import load_with_tokenizer
+
+    whole = open_source(checkpoint.ref, revision=checkpoint.revision or None, weights=True, notify=notify)
+    return load_with_tokenizer(whole, sampling.dtype)
+
+
+@contextmanager
+def _failure_told(shared: SharedBatches | None) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if shared is not None:
+            shared.fail()
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from hf_grow.checkpoint.source import TOKENIZER_CONFIG, companion_bytes, companions
 from hf_grow.model.meta_model import meta_model
+from hf_grow.training.config.data_options import SelfReplay
 from hf_grow.training.config.train_config import tokens_per_step
 from hf_grow.training.config.train_options import uses_chunked_loss
 from hf_grow.training.data import build as build_data
+from hf_grow.training.data.assemble import cache_root
+from hf_grow.training.data.self_replay import sample_from_source
+from hf_grow.training.data.shared_batches import sampling_group
 from hf_grow.training.distributed.launch import current_launch, data_processes
 from hf_grow.training.distributed.process_order import local_main_process_first
+from hf_grow.training.distributed.processes import Processes
 from hf_grow.training.param_updates.parameter_map import parameter_map
 from hf_grow.training.peft import lora
 from hf_grow.training.regularizers.build import make_penalty
@@ -74,12 +80,24 @@ def read_texts(setup: TrainSetup, notify: Notify) -> TrainData:
     rows = None
     if arguments.max_steps > 0:
         rows = arguments.max_steps * tokens_per_step(arguments, 1, data_processes(arguments))
+    model = str(setup.checkpoint.folder or recipe.model)
+    flops = 0
+    if arguments.world_size > 1 and recipe.data.replay is not None and recipe.data.replay.self is not None:
+        flops = _sample_together(setup, model, recipe.data.replay.self, notify)
     with local_main_process_first(arguments, "the texts"):
-        model = str(setup.checkpoint.folder or recipe.model)
         data = build_data(recipe.data, tokenizer, notify=notify, vocab_size=setup.vocabulary, sequences=rows, model=model)
     if rows is None and data.sequences is not None and data.sequences < arguments.per_device_train_batch_size:
         notify(f"There are only {data.sequences} training sequences; one batch has {arguments.per_device_train_batch_size}.")
-    return data
+    return replace(data, sampling_flops=data.sampling_flops + flops)
+
+
+def _sample_together(setup: TrainSetup, model: str, options: SelfReplay, notify: Notify) -> int:
+    """Self-replay by all processes, which leaves the texts in the cache; returns the FLOPs of this one."""
+    arguments, data = setup.arguments, setup.recipe.data
+    root = cache_root(data) / "replay"
+    local = Processes(arguments.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE") or arguments.world_size))
+    group = sampling_group(Processes(arguments.process_index, arguments.world_size), local, root)
+    return sample_from_source(options, root, seq_length=data.seq_length, trained=model, notify=notify, group=group)[1]
 
 
 def make_parts(

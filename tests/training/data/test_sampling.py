@@ -158,6 +158,7 @@ def test_duplicates_are_dropped_ignoring_white_space(model, tokenizer, tmp_path:
 def test_surprise_equals_model_nats_per_token(model, tokenizer) -> None:
     sampler = Sampler(model, tokenizer, replay_options(max_surprise=1.0))
     drawn = sampler.draw(0, 12)
+    sampler.measure_surprise(drawn, chat=False)
     for s in drawn:
         ids = torch.tensor([s.ids])
         if len(s.ids) > 1:
