@@ -34,8 +34,9 @@ from hf_grow.training.regularizers.penalty import QuadraticPenalty
 from hf_grow.training.setup.launch_checks import launch_mistakes
 from hf_grow.training.setup.recipe_checks import arguments_for
 from hf_grow.training.setup.train_setup import Notify
+from hf_grow.training.trainer.evaluation import set_losses
 from hf_grow.training.trainer.state import GrowthSettings
-from hf_grow.training.trainer.trainer import BaseGrowTrainer, set_losses
+from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments

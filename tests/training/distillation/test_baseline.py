@@ -15,7 +15,7 @@ from trainers import trainer as trainer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_grow.publish.card import render_card
-from hf_grow.training.trainer import trainer as trainer_module
+from hf_grow.training.trainer import evaluation as evaluation_module
 from hf_grow.training.trainer.events import read_events
 from hf_grow.training.trainer.state import GrowthSettings
 
@@ -137,7 +137,7 @@ def test_early_stopping_on_forgetting(tmp_path: Path, capsys: pytest.CaptureFixt
         times[0] += 1
         return {"old": 3.0 + 0.1 * times[0], "new": 2.0}
 
-    monkeypatch.setattr(trainer_module, "set_losses", rising)
+    monkeypatch.setattr(evaluation_module, "set_losses", rising)
     path = recipe(tmp_path, grown(tmp_path), max_steps=20, eval_steps=2, save_steps=2, early_stopping_patience=2,
                   metric_for_best_model="eval_forgetting", greater_is_better=False)  # fmt: skip
     found = run(capsys, "train", path)
