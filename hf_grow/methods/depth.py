@@ -22,7 +22,7 @@ from pydantic import Field
 from hf_grow.errors import PlanError
 from hf_grow.growth.growth import Growth, Guarantee, LayerOrigin, Method
 from hf_grow.growth.tensormap import Expr, Fill, Noise, Source, Sum
-from hf_grow.methods.layer_config import rederived
+from hf_grow.methods.layer_config import derives_layer_types, rederived
 from hf_grow.model.architecture import Architecture, Entry
 from hf_grow.model.config_compat import portable_config
 from hf_grow.model.param_count import block_parameters, check_target, count_parameters, format_count
@@ -246,7 +246,7 @@ def _build(arch: Architecture, method: str, options: DepthOptions, layers: list[
         guarantee=guarantee,
         layers=tuple(layers),
         dropped={n: "its layer is not in the list" for n, e in arch.tensors.items() if e.layer >= 0 and e.layer not in used},
-        warnings=tuple(_warnings(arch, layers)),
+        warnings=tuple(_warnings(arch, target, layers)),
         seed=options.seed,
     )
 
@@ -263,24 +263,26 @@ def _tensor(arch: Architecture, entry: Entry, layers: Sequence[LayerOrigin], noi
             f"Layers {' and '.join(map(str, origin.sources))} cannot be averaged: one is dense, the other has experts.",
             hint="Use --seam-average 0.",
         )
+    if len({arch.window(i) for i in origin.sources}) > 1:
+        raise PlanError(
+            f"Layers {' and '.join(map(str, origin.sources))} cannot be averaged: the attention of one has a sliding window.",
+            hint="Use --seam-average 0.",
+        )
     expr: Expr = Source(names[0]) if len(names) == 1 else Sum(tuple(map(Source, names)), origin.weights)
     if noise and origin.new and len(entry.shape) > 1:
         expr = Sum((expr, Noise(entry.shape, noise, entry.name, expr)), (1.0, 1.0))
     return expr
 
 
-def _warnings(arch: Architecture, layers: Sequence[LayerOrigin]) -> list[str]:
+def _warnings(arch: Architecture, target: Architecture, layers: Sequence[LayerOrigin]) -> list[str]:
     out = []
     if len(layers) < arch.layers:
         out.append(f"The target is smaller than the source: {len(layers)} of {arch.layers} layers.")
-    first = [o.sources[0] for o in layers]
-    window = arch.get("max_window_layers")
-    if arch.get("use_sliding_window") and window is not None:
-        full = [i < window for i in first]
-        if full != sorted(full, reverse=True):
-            out.append(
-                "Full and sliding attention alternate in the target: only readers of layer_types get it right (transformers 4.53 and later)."
-            )
+    if not derives_layer_types(target):
+        out.append(
+            "Full and sliding attention alternate in the target: only readers of layer_types get it right "
+            "(of Qwen2 and Qwen3, transformers 4.53 and later)."
+        )
     return out
 
 

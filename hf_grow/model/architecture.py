@@ -108,7 +108,10 @@ class Architecture:
             dense = self.get("mlp_only_layers")
             if dense is not None and not (isinstance(dense, list) and all(map(is_int, dense))):
                 reject("mlp_only_layers", "a list of layers")
-        if self.get("max_window_layers") is not None and not is_int(self.get("max_window_layers")):
+        if self.family.sliding and not (self.get("sliding_window") is None or is_int(self.get("sliding_window"))):
+            reject("sliding_window", "a number of positions")
+        ends = self.get("max_window_layers")
+        if not is_int(ends) and (ends is not None or ("max_window_layers" in self.family.defaults and self.get("use_sliding_window"))):
             reject("max_window_layers", "a number of layers")
         types = self.get("layer_types")
         if types is not None and not (isinstance(types, list) and len(types) == self.layers and all(isinstance(t, str) for t in types)):
@@ -140,12 +143,22 @@ class Architecture:
             return self.is_moe
         return layer not in (self.get("mlp_only_layers") or ()) and (layer + 1) % self.get("decoder_sparse_step") == 0
 
+    @cached_property
+    def layer_types(self) -> list[str] | None:
+        """The attention of each block, as the family's config class reads or derives it; None: all blocks of the family attend alike."""
+        if "max_window_layers" not in self.family.defaults:
+            return None
+        given: list[str] | None = self.get("layer_types")
+        return given or ["sliding_attention" if self._slides(i) else "full_attention" for i in range(self.layers)]
+
+    def _slides(self, layer: int) -> bool:
+        """Whether the attention of this block has a sliding window where config.json has no layer_types."""
+        return self.family.sliding is not None and PREDICATES[self.family.sliding](self, layer)
+
     def window(self, layer: int) -> int | None:
         """Positions that the attention of this block reaches back at most, its own included; None without a sliding window."""
-        types = self.get("layer_types") if "max_window_layers" in self.family.defaults else None
-        slides = self.family.sliding is not None and PREDICATES[self.family.sliding](self, layer)
-        if types is not None:
-            slides = types[layer] == "sliding_attention" and bool(self.get("use_sliding_window"))
+        types = self.layer_types
+        slides = self._slides(layer) if types is None else types[layer] == "sliding_attention" and bool(self.get("use_sliding_window"))
         return self.get("sliding_window") if slides else None
 
     def size(self, axis: str) -> int:

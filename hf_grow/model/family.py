@@ -87,7 +87,9 @@ PREDICATES: dict[str, Callable[[ModelFacts, int], bool]] = {
     "dense": lambda a, i: not a.is_sparse(i),
     "window": lambda a, i: a.get("sliding_window") is not None,
     "window_if_used": lambda a, i: bool(a.get("use_sliding_window")),
-    "window_after_first": lambda a, i: bool(a.get("use_sliding_window")) and i >= a.get("max_window_layers"),
+    "window_after_first": lambda a, i: (
+        bool(a.get("use_sliding_window")) and a.get("sliding_window") is not None and i >= a.get("max_window_layers")
+    ),
     "window_alternating": lambda a, i: bool(a.get("use_sliding_window")) and i % 2 == 0 and i < a.get("max_window_layers"),
 }
 """Conditions on a tensor's existence, or on a layer's sliding window, given the model and the layer (-1 outside the blocks)."""

@@ -16,7 +16,7 @@ import torch
 from exact import logits
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import BY_NAME, CASES, SIZES, WINDOW, Case, each_case, from_disk, make, on_disk, real_config, tokens
+from models import ALTERNATING, BY_NAME, CASES, SIZES, WINDOW, WINDOWED, Case, each_case, from_disk, make, on_disk, real_config, tokens
 from transformers import AutoModelForCausalLM
 
 from hf_grow.errors import InputError, PlanError, SourceError
@@ -345,20 +345,57 @@ def test_a_cross_faded_model_computes_with_averaged_layers(case: Case, exact_mat
     assert (logits(target, ids) - logits(running(model, listed, [0, 1, 2, 3, 2, 3]), ids)).abs().max() < 1e-10
 
 
+each_windowed = pytest.mark.parametrize("case", WINDOWED, ids=str)
+
+
+@each_windowed
+@pytest.mark.parametrize("written_by", ["hand", "transformers"])
+def test_blocks_keep_their_windows(case: Case, written_by: str, exact_math):
+    """With windows shorter than the text, the lossless growths change no logit, and the others run the listed layers, each with its window."""
+    model = make(case, dtype=torch.float64)
+    ids, state = tokens(model), on_disk(model)
+    config = case.config if written_by == "hand" else model.config.to_dict()
+    before = logits(model, ids)
+    unlimited = make({**case.config, "layer_types": None}, dtype=torch.float64, sliding_window=64)
+    assert (logits(unlimited, ids) - before).abs().max() > 1e-3  # the windows matter
+    for method, options in (*VARIANTS.values(), ("layers", {"layers": "0-3"}), ("identity", {})):
+        growth = grow(config, method, **options)
+        wanted = before
+        if not growth.guarantee.lossless:
+            wanted = logits(running(model, [model.model.layers[i] for i in order(growth)], order(growth)), ids)
+        assert (logits(grown(growth, state), ids) - wanted).abs().max() < 1e-10, (method, options)
+
+
+@each_windowed
+def test_windows_of_a_grown_model_are_counted_as_those_of_its_layers(case: Case):
+    source = Architecture(case.config)
+    assert any(source.window(i) for i in range(source.layers))
+    for variant in VARIANTS:
+        growth = variant_of(case, variant)
+        target = Architecture(growth.config)
+        assert [target.window(t) for t in range(target.layers)] == [source.window(i) for i in order(growth)]
+
+
+def test_layers_with_and_without_a_window_are_not_averaged():
+    with pytest.raises(PlanError, match="Layers 2 and 0 cannot be averaged: the attention of one has a sliding window"):
+        grow(BY_NAME["qwen2-window"].config, "dus", drop=1, seam_average=1)
+    grow({**BY_NAME["qwen2-window"].config, "max_window_layers": 0}, "dus", drop=1, seam_average=1)
+
+
 # ---- config keys that speak of single layers -------------------------------------------------------------------------------------------
 
 ORDERS = [[0, 1, 2, 3, 2, 3], [0, 1, 2, 1, 2, 3], [0, 0, 1, 1], [3, 2, 1, 0], [2, 3], [0, 1], [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("layers", ORDERS, ids=str)
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen2_moe"])
 @pytest.mark.parametrize(
     "window",
     [WINDOW, {**WINDOW, "max_window_layers": 0}, {**WINDOW, "max_window_layers": 4}, {**WINDOW, "max_window_layers": 99},
      {**WINDOW, "use_sliding_window": False}, {"use_sliding_window": True}, {"use_sliding_window": True, "max_window_layers": 1}, {},
      {**WINDOW, "sliding_window": None},
-     {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]}],
-    ids=["2", "0", "4", "99", "off", "default-window", "1-default-window", "none", "null-window", "listed"],
+     {**WINDOW, "layer_types": ALTERNATING}, {**WINDOW, "use_sliding_window": False, "layer_types": ALTERNATING}],
+    ids=["2", "0", "4", "99", "off", "default-window", "1-default-window", "none", "null-window", "listed", "listed-off"],
 )  # fmt: skip
 @pytest.mark.parametrize("written_by", ["hand", "transformers"])
 def test_every_target_layer_attends_as_its_source_layer_does(family: str, window: dict, layers: list[int], written_by: str):
@@ -372,11 +409,18 @@ def test_every_target_layer_attends_as_its_source_layer_does(family: str, window
 
 
 @pytest.mark.parametrize("layers", ORDERS, ids=str)
-def test_readers_that_know_only_max_window_layers_are_right_or_warned_of(layers: list[int]):
-    growth = grow({"model_type": "qwen2", **SIZES, **WINDOW}, "layers", layers=layers)
+@pytest.mark.parametrize("case", [c for c in WINDOWED if c.family.startswith("qwen2")], ids=str)
+def test_readers_that_know_only_max_window_layers_are_right_or_warned_of(case: Case, layers: list[int]):
+    growth = grow(case.config, "layers", layers=layers)
     wanted = real_config(growth.config).layer_types
     old = {k: v for k, v in growth.config.items() if k != "layer_types"}
     assert (real_config(old).layer_types == wanted) != any("alternate" in w for w in growth.warnings)
+
+
+def test_a_family_without_layer_types_gets_none():
+    """qwen3_moe: the cache of a model would follow a list that its attention ignores."""
+    config = {**BY_NAME["qwen3_moe"].config, **WINDOW}
+    assert "layer_types" not in grow(config, "stack").config
 
 
 SPARSE = {

@@ -225,6 +225,13 @@ def test_the_config_keeps_what_the_families_default_differently(tmp_path: Path) 
         assert config.router_aux_loss_coef == 0.01
 
 
+def test_a_window_that_the_family_of_the_source_ignores_is_none() -> None:
+    growth = api.find_method("experts").build(
+        Architecture({**BY_NAME["llama"].config, "sliding_window": 4}), api.find_method("experts").options(experts=4)
+    )
+    assert growth.config["sliding_window"] is None
+
+
 def test_a_size_gives_the_number_of_experts() -> None:
     model = make(BY_NAME["llama"])
     eight = api.plan(model, "experts", experts=8).sizes[1]

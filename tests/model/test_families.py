@@ -261,6 +261,8 @@ def test_junk_in_a_config_is_a_source_error_or_understood(case: Case, data):
         ({"head_dim": 7}, "head_dim is 7"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, got yes"),
         ({"layer_types": ["full_attention"]}, "layer_types must be a list of 4 names"),
+        ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window must be a number of positions, got 4096"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": None}, "max_window_layers must be a number of layers"),
         ({"rope_scaling": "linear"}, "rotary settings must be an object"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",

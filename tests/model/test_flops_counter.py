@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import BY_NAME, Case, each_case, make, real_config, tokens
+from models import BY_NAME, CASES, WINDOWED, Case, each_case, make, real_config, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import GenerationConfig
@@ -174,7 +174,7 @@ def test_sampling(case: Case) -> None:
     assert count_flops(model.config.to_dict()).generation(ROWS, LENGTH, 5) == wanted
 
 
-@each_case
+@pytest.mark.parametrize("case", [*CASES, *(c for c in WINDOWED if c not in CASES)], ids=str)
 def test_sliding_windows_are_those_of_the_model(case: Case) -> None:
     """Kernels that skip masked scores compute those that transformers' mask lets through."""
     model = make(case)

@@ -91,6 +91,19 @@ CASES = [
     Case("qwen3_moe-bias", "qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 20, "attention_bias": True, **MOE, **WIDE_HEADS}),
 ]  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}
+ALTERNATING = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+WINDOWED = [
+    *(case for case in CASES if case.name in ("mistral-tied", "qwen2-window", "qwen3-window")),
+    Case("mixtral-window", "mixtral", {"num_local_experts": 4, "sliding_window": 4, **MOE}),
+    Case("qwen2-listed", "qwen2", {**WINDOW, "layer_types": ALTERNATING}),
+    Case("qwen3-listed", "qwen3", {**WINDOW, **WIDE_HEADS, "layer_types": ALTERNATING}),
+    Case("qwen2_moe-window", "qwen2_moe", {**BY_NAME["qwen2_moe"].options, **WINDOW}),
+    Case("qwen2_moe-window-99", "qwen2_moe", {**BY_NAME["qwen2_moe"].options, **WINDOW, "max_window_layers": 99}),
+    Case("qwen2_moe-listed", "qwen2_moe", {**BY_NAME["qwen2_moe"].options, **WINDOW, "layer_types": ALTERNATING}),
+    # max_window_layers and layer_types are no keys of this family: every layer has the window.
+    Case("qwen3_moe-window", "qwen3_moe", {**BY_NAME["qwen3_moe"].options, **WINDOW}),
+]
+"""Every family that knows sliding windows, with one that is shorter than `tokens`, in every way that a config says which layers have it."""
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 

@@ -135,7 +135,7 @@ def upcycled_config(arch: Architecture, experts: int, top_k: int, shards: int) -
         "model_type": model_type,
         "architectures": [architecture],
         "rms_norm_eps": arch.get("rms_norm_eps"),
-        "sliding_window": arch.get("sliding_window"),
+        "sliding_window": arch.window(0),  # that of every layer; a key that the source's family ignores is none
         "num_experts_per_tok": top_k,
         "router_aux_loss_coef": 0.01,
         "output_router_logits": False,

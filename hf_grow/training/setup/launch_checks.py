@@ -95,8 +95,8 @@ def parallelism_mistakes(
         "use_liger_kernel": "shifts labels within the part of a process",
     }
     errors += [f"{key}: does not work with context parallelism: it {reasons[key]}." for key, used in in_use.items() if used]
-    config = checkpoint.config
-    if config.get("sliding_window") and config.get("use_sliding_window", True):
+    arch = checkpoint.info.architecture
+    if any(arch.window(layer) is not None for layer in range(arch.layers)):
         errors.append("launch: context parallelism does not support sliding-window attention, which this model has.")
     if seq_length % (2 * cp):
         errors.append(

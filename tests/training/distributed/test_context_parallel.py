@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,14 @@ def test_sliding_windows_and_router_losses_are_refused(tmp_path: Path, capsys: p
     for case, message in (("mistral-tied", "does not support sliding-window attention"), ("mixtral", "moe.aux_loss: does not work")):
         path = recipe(tmp_path, source(tmp_path / case, case))
         assert message in run(capsys, "train", path, "--dry-run", "--accelerate", launch_file(tmp_path, dp_shard=1), status=2)["error"]
+
+
+def test_a_window_that_is_the_default_of_the_family_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = source(tmp_path / "mistral", "mistral")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "sliding_window"}))
+    found = run(capsys, "train", recipe(tmp_path, folder), "--dry-run", "--accelerate", launch_file(tmp_path, dp_shard=1), status=2)
+    assert "does not support sliding-window attention" in found["error"]
 
 
 @pytest.mark.slow
