@@ -88,10 +88,11 @@ LayerList = Annotated[tuple[int, ...], BeforeValidator(parse_layers)]
 
 @dataclass(frozen=True)
 class Requires:
-    """Field metadata: the option requires `other` to be truthy, or one of ``values`` if any are given."""
+    """Field metadata: the option requires `other` (or `or_else`) to be truthy, or one of ``values`` if any are given."""
 
     other: str
     values: tuple[Any, ...] = ()
+    or_else: str = ""
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,9 @@ def unmet_requirements(*options: BaseModel) -> list[str]:
                         errors.append(f"{label}: cannot be combined with {other}. Remove one of them.")
                 elif rule.values and value not in rule.values:
                     errors.append(f"{label}: requires {other} {' or '.join(map(str, rule.values))}, not {value}.")
-                elif not rule.values and not value:
-                    errors.append(f"{label}: requires {other}. Add {other}, or remove {label}.")
+                elif not rule.values and not value and not values.get(rule.or_else):
+                    needed = f"{other} or {rule.or_else}" if rule.or_else else other
+                    errors.append(f"{label}: requires {needed}. Add {needed}, or remove {label}.")
             errors += [f"{label}.{line}" for line in _unmet_nested(values[name])]
     return errors
 

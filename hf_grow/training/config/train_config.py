@@ -192,8 +192,8 @@ def _contradictions(recipe: TrainRecipe, arguments: Mapping[str, Any]) -> list[s
         errors.append("max_steps: is missing; the length of streamed text is unknown.")
     if recipe.data.streaming and isinstance(workers := arguments.get("dataloader_num_workers"), int) and workers > 1:
         errors.append(f"dataloader_num_workers: streamed text cannot be read by {workers} workers. Use 1.")
-    if recipe.data.streaming and recipe.distill and recipe.distill.top_k is not None:
-        errors.append("distill.top_k: does not work with streaming; the teacher reads the text beforehand.")
+    if recipe.data.streaming and recipe.distill and recipe.distill.cached:
+        errors.append(f"distill.{recipe.distill.cached}: does not work with streaming; the teacher reads the text beforehand.")
     if not recipe.data.eval:
         errors += missing_eval_set(recipe, arguments, "data.eval")
     metric = arguments.get("metric_for_best_model")

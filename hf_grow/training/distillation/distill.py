@@ -2,7 +2,7 @@
 
     L = (1 - alpha) CE + alpha T^2 sum_i w_i KL(p_i^T || q^T)        p^T = softmax(z / T), summed over the vocabulary, averaged over tokens
 
-A teacher is a model in memory, or a cache of its top-k logits (`logit_cache`), over which p and q are then compared.
+A teacher is a model in memory, or a cache (`logit_cache`): of its top-k logits, over which p and q are then compared, or of draws from p.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Teacher(Protocol):
         """Before the first batch, in every process."""
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Input ids [B, L] and their positions (None: attention is over the whole row) -> logits [B, L, V] and None, or logits [B, L, k] and
-        their token ids [B, L, k]."""
+        """Input ids [B, L] and their positions (None: attention is over the whole row) -> logits [B, L, V] and None, or logits [B, L, k],
+        or counts of draws (integers), and their token ids [B, L, k]."""
         ...
 
     def in_chunks(self, input_ids: Tensor, position_ids: Tensor | None = None) -> AbstractContextManager[ChunkOf]:

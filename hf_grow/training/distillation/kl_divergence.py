@@ -22,23 +22,33 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float, token_id
 
     Args:
         student: logits [..., V].
-        teacher: logits [..., V], or [..., k] of the tokens ``token_ids`` [..., k], over which both distributions are compared.
+        teacher: logits [..., V], or [..., k] of the tokens ``token_ids`` [..., k], over which both distributions are compared; integers are counts of
+            draws from the teacher's distribution (at this temperature), whose shares take its place.
     """
     dtype = torch.promote_types(student.dtype, torch.float32)
     log_q = (student.to(dtype) / temperature).log_softmax(-1)
     if token_ids is not None:
         log_q = log_q.gather(-1, token_ids)
-    log_p = (teacher.to(dtype) / temperature).log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1) * temperature**2
+    if teacher.is_floating_point():
+        log_p = (teacher.to(dtype) / temperature).log_softmax(-1)
+        p = log_p.exp()
+    else:
+        p = _shares(teacher, dtype)
+        log_p = p.clamp_min(torch.finfo(dtype).tiny).log()
+    return (p * (log_p - log_q)).sum(-1) * temperature**2
 
 
 def kl_gradient(student: Tensor, teacher: Tensor, temperature: float, token_ids: Tensor | None = None) -> Tensor:
     """The gradient of `kl_divergence` at every position with respect to ``student``, a new tensor."""
     dtype = torch.promote_types(student.dtype, torch.float32)
     gradient = (student.to(dtype) / temperature).softmax(-1)
-    p = (teacher.to(dtype) / temperature).softmax(-1)
+    p = (teacher.to(dtype) / temperature).softmax(-1) if teacher.is_floating_point() else _shares(teacher, dtype)
     gradient = gradient.sub_(p) if token_ids is None else gradient.scatter_add_(-1, token_ids, -p)
     return gradient.mul_(temperature)
+
+
+def _shares(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    return counts.to(dtype) / counts.sum(-1, keepdim=True).to(dtype)
 
 
 def summed_kl_divergence(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor, token_ids: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
-"""A teacher's top-k logits on disk, for distillation without the teacher in memory.
+"""What a teacher says on disk, for distillation without the teacher in memory: its top-k logits, or draws from its distribution (`sampled_tokens`).
 
-Memory-mapped .npy files, found by a hash of each row of token ids, so that any order and mixture of rows is served. Logits are stored relative to the
-largest of their position. With k = vocabulary size nothing is left out.
+Memory-mapped .npy files, found by a hash of each row of token ids, so that any order and mixture of rows is served. Top-k logits are stored relative
+to the largest of their position. With k = vocabulary size nothing is left out; with less, the gradient is that of another distribution.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from hf_grow.common.safe_files import read_json, to_json
 from hf_grow.errors import ExecutionError, InputError, SourceError
 from hf_grow.training.data.document_masking import forward_arguments
+from hf_grow.training.distillation.sampled_tokens import SampledTokens, SampledTokensWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,14 +28,13 @@ _FORMAT = 1
 
 
 class LogitCache:
-    """keys.npy [rows], logits.npy and chosen.npy (token ids) [rows, length, k], meta.json. Raises InputError if one cannot be read."""
+    """keys.npy [rows], meta.json, and the files of `TopKLogits` or `SampledTokens`. Raises InputError if one cannot be read."""
 
     def __init__(self, folder: Path) -> None:
         try:
             self.meta = read_json(folder / "meta.json")
             keys = np.load(folder / "keys.npy", allow_pickle=False)
-            self.logits = np.load(folder / "logits.npy", mmap_mode="r", allow_pickle=False)
-            self.token_ids = np.load(folder / "chosen.npy", mmap_mode="r", allow_pickle=False)
+            self.said = SampledTokens(folder) if "samples" in self.meta else TopKLogits(folder)
         except (SourceError, OSError, ValueError) as error:
             raise InputError(
                 f"The teacher's logits in {folder} cannot be read: {error}.", hint="Delete the folder; the logits are then computed again."
@@ -46,7 +46,7 @@ class LogitCache:
         """Nothing: each batch is read from disk."""
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits and token ids [B, L, k] of rows [B, L]. Raises ExecutionError for a row that is not in the cache."""
+        """Logits, or counts of draws, and token ids [B, L, k] of rows [B, L]. Raises ExecutionError for a row that is not in the cache."""
         import torch
 
         try:
@@ -58,14 +58,51 @@ class LogitCache:
                 f"{self.folder} has no logits for a training row.",
                 hint="The data changed since: delete the folder to compute the logits again.",
             ) from None
-        logits, token_ids = np.stack([self.logits[r] for r in rows]), np.stack([self.token_ids[r] for r in rows])
-        return torch.from_numpy(logits).to(input_ids.device), torch.from_numpy(token_ids).to(input_ids.device, torch.int64)
+        said, token_ids = self.said.rows(rows)
+        return torch.from_numpy(said).to(input_ids.device), torch.from_numpy(token_ids).to(input_ids.device, torch.int64)
 
     @contextmanager
     def in_chunks(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
-        """Logits and token ids [n, k] of positions that are numbered through all rows."""
-        logits, token_ids = (found.flatten(0, 1) for found in self(input_ids, position_ids) if found is not None)
-        yield lambda positions: (logits[positions], token_ids[positions])
+        """The same, [n, k], of positions that are numbered through all rows."""
+        said, token_ids = (found.flatten(0, 1) for found in self(input_ids, position_ids) if found is not None)
+        yield lambda positions: (said[positions], token_ids[positions])
+
+
+class TopKLogits:
+    """logits.npy and chosen.npy (token ids) [rows, length, k]."""
+
+    def __init__(self, folder: Path) -> None:
+        self.logits, self.token_ids = (np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in ("logits", "chosen"))
+
+    def rows(self, numbers: list[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Logits and token ids [B, L, k] of rows."""
+        return np.stack([self.logits[r] for r in numbers]), np.stack([self.token_ids[r] for r in numbers])
+
+
+class TopKLogitsWriter:
+    """Writes them, row after row."""
+
+    def __init__(self, folder: Path, shape: tuple[int, int], k: int, dtype: str) -> None:
+        self.logits, self.token_ids = (
+            np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.dtype(of), shape=(*shape, k))
+            for name, of in (("logits", dtype), ("chosen", "int32"))
+        )
+        self.done, self.covered = 0, 0.0
+
+    def add(self, logits: Tensor) -> None:
+        """The next rows, [B, L, V]."""
+        logits, rows = logits.float(), slice(self.done, self.done + len(logits))
+        top = logits.topk(self.logits.shape[-1], dim=-1)
+        self.covered += float((top.values.logsumexp(-1) - logits.logsumexp(-1)).exp().mean(-1).sum())
+        self.logits[rows] = (top.values - top.values[..., :1]).cpu().numpy()
+        self.token_ids[rows] = top.indices.cpu().numpy()
+        self.done = rows.stop
+
+    def finish(self) -> dict[str, float]:
+        """Returns the mean probability of a position's tokens."""
+        self.logits.flush()
+        self.token_ids.flush()
+        return {"covered": self.covered / self.done}
 
 
 def hash_rows(input_ids: np.ndarray[Any, Any], position_ids: np.ndarray[Any, Any] | None) -> list[bytes]:
@@ -79,8 +116,10 @@ def write_logit_cache(
     rows: Sequence[Mapping[str, Any]],
     folder: Path,
     *,
-    top_k: int,
-    dtype: str,
+    top_k: int | None = None,
+    dtype: str = "float16",
+    samples: int | None = None,
+    temperature: float = 1.0,
     identity: str,
     batch: int = 8,
     progress: Callable[[int], None] = lambda rows: None,
@@ -91,8 +130,8 @@ def write_logit_cache(
         model: the teacher.
         rows: {"input_ids": [length]}, all of one length; also "position_ids" where attention stays within documents.
         folder: appears when it is complete.
-        top_k: logits per position.
-        dtype: of the stored logits, float16 or float32.
+        top_k: logits per position, stored in ``dtype``, float16 or float32.
+        samples: tokens drawn per position from softmax(z / ``temperature``), in place of top_k.
         identity: names the teacher and its weights.
         batch: rows per forward pass.
         progress: called with the number of rows done.
@@ -101,13 +140,18 @@ def write_logit_cache(
     """
     import torch
 
-    k = min(top_k, model.config.vocab_size)
+    vocabulary = model.config.vocab_size
     data_hash = hashlib.blake2b(digest_size=16)
     for ids, positions in _batches(rows, 256):
         data_hash.update(ids.astype("<i8").tobytes())
         if positions is not None:
             data_hash.update(positions.astype("<i8").tobytes())
-    meta = {"format": _FORMAT, "teacher": identity, "rows": len(rows), "top_k": k, "dtype": dtype, "data": data_hash.hexdigest()}
+    meta: dict[str, Any] = {"format": _FORMAT, "teacher": identity, "rows": len(rows), "data": data_hash.hexdigest()}
+    if samples is not None:
+        meta |= {"samples": samples, "temperature": temperature}
+    else:
+        assert top_k is not None
+        meta |= {"top_k": min(top_k, vocabulary), "dtype": dtype}
     if folder.exists():
         cache = LogitCache(folder)
         if {key: cache.meta.get(key) for key in meta} == meta:
@@ -115,29 +159,26 @@ def write_logit_cache(
         raise InputError(
             f"{folder} contains logits of another teacher, other data or other settings.", hint="Delete it, or set another `distill.cache`."
         )
-    shape = (len(rows), len(rows[0]["input_ids"]), k)
+    shape = (len(rows), len(rows[0]["input_ids"]))
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    logits_file = np.lib.format.open_memmap(partial / "logits.npy", mode="w+", dtype=np.dtype(dtype), shape=shape)
-    ids_file = np.lib.format.open_memmap(partial / "chosen.npy", mode="w+", dtype=np.dtype(np.int32), shape=shape)
-    keys, covered, done = [], 0.0, 0
+    writer: SampledTokensWriter | TopKLogitsWriter
+    if samples is not None:
+        writer = SampledTokensWriter(partial, shape, vocabulary, samples, temperature, to_json(meta, indent=None))
+    else:
+        writer = TopKLogitsWriter(partial, shape, meta["top_k"], dtype)
+    keys = []
     model.eval()
     for ids, positions in _batches(rows, batch):
         documents = forward_arguments(model.config, None if positions is None else torch.from_numpy(positions).to(model.device))
         with torch.no_grad():
-            logits = model(**{"input_ids": torch.from_numpy(ids).to(model.device), "use_cache": False, **documents}).logits.float()
-        top = logits.topk(k, dim=-1)
-        covered += float((top.values.logsumexp(-1) - logits.logsumexp(-1)).exp().mean(-1).sum())
-        logits_file[done : done + len(ids)] = (top.values - top.values[..., :1]).cpu().numpy()
-        ids_file[done : done + len(ids)] = top.indices.cpu().numpy()
+            writer.add(model(**{"input_ids": torch.from_numpy(ids).to(model.device), "use_cache": False, **documents}).logits)
         keys += hash_rows(ids, positions)
-        done += len(ids)
         progress(len(ids))
-    logits_file.flush()
-    ids_file.flush()
+    facts = writer.finish()
     np.save(partial / "keys.npy", np.frombuffer(b"".join(keys), dtype="V16"), allow_pickle=False)
-    (partial / "meta.json").write_text(to_json({**meta, "covered": covered / len(rows)}, indent=None))
+    (partial / "meta.json").write_text(to_json({**meta, **facts}, indent=None))
     partial.rename(folder)
     return LogitCache(folder)
 

@@ -33,7 +33,7 @@ def planned_flops(
         "evaluation": own.forward.tokens(evaluations(setup, steps) * (evaluated + compared), length, attention),
     }
     if recipe.distill is not None:
-        read = tokens if recipe.distill.top_k is None else min(tokens, epoch)
+        read = min(tokens, epoch) if recipe.distill.cached else tokens
         spent["teacher"] = sum(forward(t).tokens(read, length, attention) for t in recipe.distill.teachers)
     of_source = compared + (evaluated if recipe.monitor.baseline == "source" else 0)
     if of_source:

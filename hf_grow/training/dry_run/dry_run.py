@@ -183,7 +183,7 @@ def _teacher_memory(setup: TrainSetup, launch: Launch) -> tuple[int, int]:
     student_width = 4 if arguments.bf16 or arguments.fp16 else widths.get(weights_dtype(setup.recipe.dtype, setup.checkpoint), 8)
     tokens = arguments.per_device_train_batch_size * setup.recipe.data.seq_length
     logits = distillation_bytes(options, setup.vocabulary, tokens, teacher_width, student_width)
-    held = 0 if options.top_k is not None else sum(t.info.nbytes for c in teachers for t in c.tensors.values())
+    held = 0 if options.cached else sum(t.info.nbytes for c in teachers for t in c.tensors.values())
     shards = launch.processes if (launch.sharing == "fsdp2" if options.shard is None else options.shard) else launch.shards("weights")
     return held // shards, logits
 

@@ -268,7 +268,9 @@ def library_buffers(arch: Architecture, launch: Launch, width: int, gradients: i
 
 def distillation_bytes(options: DistillOptions, vocabulary: int, tokens: int, teacher: int, student: int) -> int:
     """Bytes of logits for a micro-batch of ``tokens`` tokens. ``teacher``, ``student``: bytes per logit."""
-    if options.top_k is None:
+    if options.samples is not None:
+        per_token = min(options.samples, vocabulary) * (4 + 8)  # counts and token ids; fewer where a token is drawn twice
+    elif options.top_k is None:
         per_token = vocabulary * teacher
     else:
         per_token = min(options.top_k, vocabulary) * ({"float16": 2, "float32": 4}[options.cache_dtype] + 8)  # and int64 token ids

@@ -113,7 +113,7 @@ def not_timed(setup: TrainSetup) -> list[str]:
     activities = {
         "reading the texts": True,
         "sampling from the source": recipe.data.replay is not None and recipe.data.replay.self is not None,
-        "computing the teachers' logits": recipe.distill is not None and recipe.distill.top_k is not None,
+        "computing the teachers' logits": recipe.distill is not None and recipe.distill.cached is not None,
         "evaluations": bool(recipe.data.eval),
         "checkpoints": setup.arguments.save_strategy.value != "no",
     }

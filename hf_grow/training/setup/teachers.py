@@ -1,4 +1,4 @@
-"""Distillation teachers: models in memory, or their top-k logits cached on disk."""
+"""Distillation teachers: models in memory, or cached on disk: top-k logits, or draws from their distribution."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_distiller(setup: TrainSetup, data: Any, ledger: Ledger, notify: Notify)
     cost, events = Cost(), []
     for i, teacher in enumerate(options.teachers):
         ref, revision = resolve_teacher(teacher, setup.plan)
-        if options.top_k is None:
+        if not options.cached:
             attention = setup.options.attn_implementation
             teachers.append(ModelTeacher(*frozen_model(ref, revision, options.dtype, attention, notify, sharded=_sharded(options))))
             cost += count_flops(open_source(ref, revision=revision, weights=False).info.config).forward
@@ -53,22 +53,25 @@ def _cache_folder(options: DistillOptions, out: Path, number: int) -> Path:
 def _logit_cache(
     setup: TrainSetup, options: DistillOptions, teacher: Teacher, data: Any, folder: Path, ledger: Ledger, notify: Notify
 ) -> Any:
-    assert options.top_k is not None
     if not hasattr(data.train, "__len__"):
         raise InputError(
-            "distill.top_k does not work with a streamed dataset: the teacher's logits are computed before the training.",
-            hint="Remove top_k.",
+            f"distill.{options.cached} does not work with a streamed dataset: the teacher's logits are computed before the training.",
+            hint=f"Remove {options.cached}.",
         )
     ref, revision = resolve_teacher(teacher, setup.plan)
     source = open_source(ref, revision=revision, weights=False)
     identity = f"{ref}@{revision or ''} {sorted((f, str(sorted(facts.items()))) for f, facts in source.files.items())}"
     if not folder.is_dir():
-        notify(f"{ref} is run on the training text; its {options.top_k} largest logits per position are written to {folder}.")
+        what = f"{options.samples} draws from its distribution" if options.samples else f"its {options.top_k} largest logits"
+        notify(f"{ref} is run on the training text; {what} per position are written to {folder}.")
     model = load_model(ref, revision, options.dtype, setup.options.attn_implementation, notify)
     model.to(setup.arguments.device)
     rows = Collated(data.train, data.collator)
     new = not folder.is_dir()
-    cache = write_logit_cache(model, rows, folder, top_k=options.top_k, dtype=options.cache_dtype, identity=identity)
+    cache = write_logit_cache(
+        model, rows, folder, top_k=options.top_k, dtype=options.cache_dtype, samples=options.samples, temperature=options.temperature,
+        identity=identity,
+    )  # fmt: skip
     if new:
         cost, attention = count_flops(source.info.config).forward, model.config._attn_implementation
         for row in data.train:

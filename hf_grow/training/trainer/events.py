@@ -37,7 +37,7 @@ EVENTS: dict[str, dict[str, str]] = {
                  "extra_warmup": "steps added to the warm-up of new parameters", "checkpoint": "checkpoint of a rollback, or empty",
                  "skipped": "steps whose batches a rollback skips"},
     "contribution": {"set": "named set", "loss": "loss with all blocks", "blocks": "block -> loss without it minus loss"},
-    "teacher": {"model": "teacher", "cache": "folder of its logits, or empty", "covered": "mean probability that the cached logits hold"},
+    "teacher": {"model": "teacher", "cache": "folder of its logits, or empty", "covered": "mean probability of the tokens in the cache"},
     "overflow": {"reason": "why the result is not saved in the configured dtype"},
     "checkpoint": {"folder": "name of the checkpoint"},
     "stop": {"reason": "why training ended before its last step"},

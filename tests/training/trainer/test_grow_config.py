@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eager": {"attn_implementation": "eager"},
     "distilled": {"distill": {"alpha": 0.3}, "kl_rows": 2, "monitor": {"baseline": "source"}},
     "cached logits": {"distill": {"top_k": 8}},
+    "cached draws": {"distill": {"samples": 8}},
 }
 
 
