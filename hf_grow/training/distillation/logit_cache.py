@@ -89,8 +89,8 @@ class TopKLogitsWriter:
         )
         self.done, self.covered = 0, 0.0
 
-    def add(self, logits: Tensor) -> None:
-        """The next rows, [B, L, V]."""
+    def add(self, logits: Tensor, keys: list[bytes]) -> None:
+        """The next rows, [B, L, V], and their keys."""
         logits, rows = logits.float(), slice(self.done, self.done + len(logits))
         top = logits.topk(self.logits.shape[-1], dim=-1)
         self.covered += float((top.values.logsumexp(-1) - logits.logsumexp(-1)).exp().mean(-1).sum())
@@ -120,6 +120,7 @@ def write_logit_cache(
     dtype: str = "float16",
     samples: int | None = None,
     temperature: float = 1.0,
+    seed: int = 0,
     identity: str,
     batch: int = 8,
     progress: Callable[[int], None] = lambda rows: None,
@@ -131,7 +132,7 @@ def write_logit_cache(
         rows: {"input_ids": [length]}, all of one length; also "position_ids" where attention stays within documents.
         folder: appears when it is complete.
         top_k: logits per position, stored in ``dtype``, float16 or float32.
-        samples: tokens drawn per position from softmax(z / ``temperature``), in place of top_k.
+        samples: tokens drawn per position from softmax(z / ``temperature``), in place of top_k; the draws of a row are those of its text and ``seed``.
         identity: names the teacher and its weights.
         batch: rows per forward pass.
         progress: called with the number of rows done.
@@ -148,7 +149,7 @@ def write_logit_cache(
             data_hash.update(positions.astype("<i8").tobytes())
     meta: dict[str, Any] = {"format": _FORMAT, "teacher": identity, "rows": len(rows), "data": data_hash.hexdigest()}
     if samples is not None:
-        meta |= {"samples": samples, "temperature": temperature}
+        meta |= {"samples": samples, "temperature": temperature, "seed": seed}
     else:
         assert top_k is not None
         meta |= {"top_k": min(top_k, vocabulary), "dtype": dtype}
@@ -165,16 +166,17 @@ def write_logit_cache(
     partial.mkdir(parents=True)
     writer: SampledTokensWriter | TopKLogitsWriter
     if samples is not None:
-        writer = SampledTokensWriter(partial, shape, vocabulary, samples, temperature, to_json(meta, indent=None))
+        writer = SampledTokensWriter(partial, shape, vocabulary, samples, temperature, seed)
     else:
         writer = TopKLogitsWriter(partial, shape, meta["top_k"], dtype)
-    keys = []
+    keys: list[bytes] = []
     model.eval()
     for ids, positions in _batches(rows, batch):
         documents = forward_arguments(model.config, None if positions is None else torch.from_numpy(positions).to(model.device))
         with torch.no_grad():
-            writer.add(model(**{"input_ids": torch.from_numpy(ids).to(model.device), "use_cache": False, **documents}).logits)
-        keys += hash_rows(ids, positions)
+            logits = model(**{"input_ids": torch.from_numpy(ids).to(model.device), "use_cache": False, **documents}).logits
+        keys += (found := hash_rows(ids, positions))
+        writer.add(logits, found)
         progress(len(ids))
     facts = writer.finish()
     np.save(partial / "keys.npy", np.frombuffer(b"".join(keys), dtype="V16"), allow_pickle=False)

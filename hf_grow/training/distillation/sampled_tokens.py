@@ -7,7 +7,6 @@ E[c / N] = p, and the gradient of KL with respect to the student is linear in p:
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,10 +48,10 @@ class SampledTokens:
 
 
 class SampledTokensWriter:
-    """Writes them, row after row. The draws of a row depend on ``identity`` and the row's number, not on what is computed beside it."""
+    """Writes them, row after row. The draws of a row depend on ``seed`` and the row's key alone, whatever is computed beside it."""
 
-    def __init__(self, folder: Path, shape: tuple[int, int], vocabulary: int, samples: int, temperature: float, identity: str) -> None:
-        self.folder, self.samples, self.temperature, self.identity = folder, samples, temperature, identity
+    def __init__(self, folder: Path, shape: tuple[int, int], vocabulary: int, samples: int, temperature: float, seed: int) -> None:
+        self.folder, self.samples, self.temperature, self.seed = folder, samples, temperature, seed
         self.types = {"chosen": np.min_scalar_type(vocabulary - 1), "counts": np.min_scalar_type(samples)}
         self.files = {name: (folder / f"{name}.npy").open("wb") for name in self.types}
         self.distinct = np.lib.format.open_memmap(
@@ -61,12 +60,11 @@ class SampledTokensWriter:
         self.starts, self.covered = [0], 0.0
         self._write_headers()
 
-    def add(self, logits: Tensor) -> None:
-        """The next rows, [B, L, V]."""
-        for row in logits:
+    def add(self, logits: Tensor, keys: list[bytes]) -> None:
+        """The next rows, [B, L, V], and their keys."""
+        for row, key in zip(logits, keys, strict=True):
             number = len(self.starts) - 1
-            seed = int.from_bytes(hashlib.blake2b(f"{number} {self.identity}".encode(), digest_size=16).digest(), "big")
-            uniform = np.random.Generator(np.random.PCG64(seed)).random((len(row), self.samples))
+            uniform = np.random.Generator(np.random.PCG64([self.seed, int.from_bytes(key, "big")])).random((len(row), self.samples))
             tokens, probability = draw(row, self.temperature, uniform)
             first = np.diff(tokens, axis=1, prepend=-1) != 0
             self.distinct[number] = first.sum(1)

@@ -10,7 +10,7 @@ from typing import Any
 from hf_grow.checkpoint.source import open_source
 from hf_grow.errors import InputError
 from hf_grow.model.flops import Cost, count_flops
-from hf_grow.training.config.distill_options import DistillOptions, Teacher
+from hf_grow.training.config.distill_options import DistillOptions
 from hf_grow.training.distillation.distill import Distiller, ModelTeacher
 from hf_grow.training.distillation.logit_cache import write_logit_cache
 from hf_grow.training.distributed.launch import current_launch
@@ -36,7 +36,7 @@ def make_distiller(setup: TrainSetup, data: Any, ledger: Ledger, notify: Notify)
             events.append({"model": ref, "cache": "", "covered": 1.0})
             continue
         folder = _cache_folder(options, setup.out, i)
-        cache = _logit_cache(setup, options, teacher, data, folder, ledger, notify)
+        cache = _logit_cache(setup, options, i, data, folder, ledger, notify)
         teachers.append(cache)
         events.append({"model": ref, "cache": str(folder), "covered": cache.meta.get("covered")})
     return Distiller(options, teachers), cost, events
@@ -50,15 +50,13 @@ def _cache_folder(options: DistillOptions, out: Path, number: int) -> Path:
     return (Path(options.cache) if options.cache else out / "teacher-logits") / f"teacher-{number}"
 
 
-def _logit_cache(
-    setup: TrainSetup, options: DistillOptions, teacher: Teacher, data: Any, folder: Path, ledger: Ledger, notify: Notify
-) -> Any:
+def _logit_cache(setup: TrainSetup, options: DistillOptions, number: int, data: Any, folder: Path, ledger: Ledger, notify: Notify) -> Any:
     if not hasattr(data.train, "__len__"):
         raise InputError(
             f"distill.{options.cached} does not work with a streamed dataset: the teacher's logits are computed before the training.",
             hint=f"Remove {options.cached}.",
         )
-    ref, revision = resolve_teacher(teacher, setup.plan)
+    ref, revision = resolve_teacher(options.teachers[number], setup.plan)
     source = open_source(ref, revision=revision, weights=False)
     identity = f"{ref}@{revision or ''} {sorted((f, str(sorted(facts.items()))) for f, facts in source.files.items())}"
     if not folder.is_dir():
@@ -70,7 +68,7 @@ def _logit_cache(
     new = not folder.is_dir()
     cache = write_logit_cache(
         model, rows, folder, top_k=options.top_k, dtype=options.cache_dtype, samples=options.samples, temperature=options.temperature,
-        identity=identity,
+        seed=number, identity=identity,
     )  # fmt: skip
     if new:
         cost, attention = count_flops(source.info.config).forward, model.config._attn_implementation

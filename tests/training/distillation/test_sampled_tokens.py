@@ -55,13 +55,13 @@ def test_mean_gradient_over_all_outcomes_is_that_of_whole_distribution(
 ) -> None:
     """Each of the V^N outcomes is written to a cache and trained on, in fp64; top-k of as many tokens is another gradient."""
     model, teacher = (make(BY_NAME["llama"], dtype=torch.float64, seed=s, num_hidden_layers=2, vocab_size=VOCABULARY) for s in (0, 1))
-    teacher.lm_head.weight.data.mul_(30)  # far from uniform
+    teacher.lm_head.weight.data.mul_(2)  # far from uniform
     ids, labels = torch.tensor([[3, 5, 4]]), torch.tensor([[-100, -100, 4]])
     options = DistillOptions(teachers=[Teacher(model="t")], alpha=1.0, temperature=TEMPERATURE)
     full, expected = gradients(model, Distiller(options, [ModelTeacher(teacher)]), ids, labels, in_chunks)
     with torch.no_grad():
         p = (teacher(ids).logits[0, 1] / TEMPERATURE).softmax(-1)
-    assert float(p.max()) > 0.3
+    assert 0.3 < float(p.max()) < 0.9
     mean, total, loss = [torch.zeros_like(g) for g in expected], 0.0, 0.0
     for i, outcome in enumerate(itertools.product(range(VOCABULARY), repeat=DRAWS)):
         tokens = np.sort(np.tile(np.array(outcome), (3, 1)), axis=1)
@@ -75,8 +75,9 @@ def test_mean_gradient_over_all_outcomes_is_that_of_whole_distribution(
             summed += probability * gradient
         total, loss = total + probability, loss + probability * value
     assert total == pytest.approx(1, abs=1e-12)
-    for summed, gradient in zip(mean, expected, strict=True):
-        torch.testing.assert_close(summed, gradient, rtol=0, atol=1e-12)
+    for (name, _), summed, gradient in zip(model.named_parameters(), mean, expected, strict=True):
+        # What lies below the head gets its gradient through norms, which compute in fp32.
+        torch.testing.assert_close(summed, gradient, rtol=0, atol=1e-12 if name == "lm_head.weight" else 1e-6)
     assert loss > full + 1e-3, "the loss itself is not unbiased: draws have less entropy than their distribution"
     monkeypatch.undo()
     top = write_logit_cache(teacher, [{"input_ids": ids[0].numpy()}], tmp_path / "top", top_k=DRAWS, dtype="float32", identity="t")
@@ -103,10 +104,9 @@ def test_draws_follow_the_distribution() -> None:
 
 
 def test_cache_holds_the_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same whatever the batch and the chunks; N per position; others for another row, teacher; small integers."""
+    """The same whatever the batch and the chunks; N per position; others for another text or seed; small integers."""
     teacher = make(BY_NAME["llama"], num_hidden_layers=2).double()
     some = rows()
-    some[4] = some[0]  # the same text in another row
     one = write_logit_cache(teacher, some, tmp_path / "one", samples=7, temperature=2.0, identity="t", batch=1)
     monkeypatch.setattr(sampled_tokens, "CHUNK", 64 * 3)
     five = write_logit_cache(teacher, some, tmp_path / "five", samples=7, temperature=2.0, identity="t", batch=5)
@@ -131,8 +131,10 @@ def test_cache_holds_the_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         found: list[int] = cache.said.token_ids[cache.said.starts[row] : cache.said.starts[row + 1]].tolist()  # type: ignore[union-attr]
         return found
 
-    other = write_logit_cache(teacher, some, tmp_path / "other", samples=7, temperature=2.0, identity="u")
-    assert said(0, one) != said(4, one) and said(0, one) != said(0, other)
+    other = write_logit_cache(teacher, some, tmp_path / "other", samples=7, temperature=2.0, seed=1, identity="t")
+    fewer = write_logit_cache(teacher, some[2:], tmp_path / "fewer", samples=7, temperature=2.0, identity="u")
+    assert said(0, one) != said(1, one) and said(0, one) != said(0, other)
+    assert [said(r, one) for r in (2, 3, 4)] == [said(r, fewer) for r in range(3)]
 
 
 def test_cache_is_reused_only_if_it_matches(tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_cache_is_reused_only_if_it_matches(tmp_path: Path) -> None:
     stamp = (folder / "chosen.npy").stat().st_mtime_ns
     write_logit_cache(teacher, some, folder, **settings)
     assert (folder / "chosen.npy").stat().st_mtime_ns == stamp
-    for changed in ({"identity": "u"}, {"samples": 5}, {"temperature": 2.0}, {"samples": None, "top_k": 4}):
+    for changed in ({"identity": "u"}, {"samples": 5}, {"temperature": 2.0}, {"seed": 1}, {"samples": None, "top_k": 4}):
         with pytest.raises(InputError, match="other settings"):
             write_logit_cache(teacher, some, folder, **{**settings, **changed})
     write_logit_cache(teacher, some, tmp_path / "top", top_k=4, identity="t")
