@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 from hf_grow.checkpoint.source import open_source
@@ -10,10 +11,12 @@ from hf_grow.cli import flags, render
 from hf_grow.cli.commands import add_json, add_source, out_of_memory_errors, print_json
 from hf_grow.common.extras import require_packages
 from hf_grow.common.units import format_duration
+from hf_grow.errors import InputError
 from hf_grow.options import Options, parse
 from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.data.replay import ReplayResult, SamplingEstimate, estimate_sampling, sample_replay
 from hf_grow.training.data.replay_files import check_output
+from hf_grow.training.data.vllm_engine import check_engine, engine_of, with_engine
 
 
 class ReplayRunOptions(Options):
@@ -38,25 +41,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    options = parse(ReplayOptions, flags.given(arguments, ReplayOptions), where="The command line", strict=False)
+    options = with_engine(parse(ReplayOptions, flags.given(arguments, ReplayOptions), where="The command line", strict=False))
     run_options = parse(ReplayRunOptions, flags.given(arguments, ReplayRunOptions), where="The command line", strict=False)
     if options.prompts is not None:
         require_packages("datasets")
+    check_engine(options, arguments.source)
+    if options.engine == "vllm" and run_options.device is not None:
+        raise InputError(
+            "vLLM chooses its device itself.", hint="Omit --device (CUDA_VISIBLE_DEVICES hides GPUs), or use --engine transformers."
+        )
     out = Path(run_options.output).expanduser()
     if not run_options.dry_run:
         check_output(out, overwrite=run_options.overwrite)
     checkpoint = open_source(arguments.source, revision=arguments.revision, weights=True, notify=render.note)
     from hf_grow.training.data.source_model import load_with_tokenizer
 
-    model, tokenizer = load_with_tokenizer(checkpoint, options.dtype, run_options.device)
+    engine = engine_of(options, checkpoint)
+    model, tokenizer = load_with_tokenizer(checkpoint, options.dtype, run_options.device if engine is None else "cpu")
     if run_options.dry_run:
-        return _show_estimate(estimate_sampling(model, tokenizer, options), options, run_options, as_json=arguments.json)
+        with engine or nullcontext():
+            estimate = estimate_sampling(model, tokenizer, options, engine=engine)
+        return _show_estimate(estimate, options, run_options, as_json=arguments.json)
     memory_errors = out_of_memory_errors("Use a smaller --batch-size, or --device cpu.")
-    with memory_errors, render.tokens_bar("sampling", options.tokens, quiet=arguments.json) as progress:
+    with memory_errors, engine or nullcontext(), render.tokens_bar("sampling", options.tokens, quiet=arguments.json) as progress:
         try:
             replay = sample_replay(
                 model, tokenizer, out, options, ref=checkpoint.ref, revision=checkpoint.revision or "", overwrite=run_options.overwrite, progress=progress,
-                on_token=progress.within,
+                on_token=progress.within, engine=engine,
             )  # fmt: skip
         except KeyboardInterrupt:
             render.note("Finished batches are kept: repeat the command to continue.")

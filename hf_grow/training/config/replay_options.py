@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -42,5 +42,11 @@ class ReplayOptions(Options):
     """Drop texts with a higher zlib compression ratio."""
     max_surprise: float | None = Field(default=None, gt=0)
     """Drop texts whose nats per token differ from the median of the first batch by more than this many standard deviations. Default: off."""
+    engine: Literal["auto", "transformers", "vllm"] = "transformers"
+    """What generates; texts differ between engines. vllm: vLLM, much faster on a GPU, in one process; auto: vLLM where it is installed, else transformers."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the computation. Default: the model's own (auto)."""
+
+    def identity(self) -> dict[str, Any]:
+        """All options as JSON data, for records and names of caches; the engine only if it is not transformers, the only one that earlier versions had."""
+        return self.model_dump(mode="json", exclude={"engine"} if self.engine == "transformers" else None)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_grow.training.data.sampling import Sampler
+    from hf_grow.training.data.vllm_engine import VllmEngine
 
 MAX_EMPTY_BATCHES = 8
 """Consecutive batches of which the filters keep nothing, after which sampling fails."""
@@ -68,11 +69,13 @@ class SamplingEstimate:
         return {k: round(v, 4) for k, v in vars(self).items()}
 
 
-def estimate_sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ReplayOptions) -> SamplingEstimate:
+def estimate_sampling(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ReplayOptions, *, engine: VllmEngine | None = None
+) -> SamplingEstimate:
     """Samples one batch of each kind and writes nothing. Raises InputError as `Sampler` does."""
     from hf_grow.training.data.sampling import Sampler
 
-    sampler = Sampler(model, tokenizer, options)
+    sampler = Sampler(model, tokenizer, options, engine=engine)
     sampler.warm_up()
     started = time.perf_counter()
     samples = []
@@ -99,13 +102,14 @@ def sample_replay(
     progress: Callable[[int], None] = lambda tokens: None,
     on_token: Callable[[int, int], None] = lambda token, max_new_tokens: None,
     shared: SharedBatches | None = None,
+    engine: VllmEngine | None = None,
 ) -> ReplayResult:
     """Samples into the folder `out` until it holds `options.tokens` tokens of text; continues what an earlier run left unfinished.
 
     Args:
         ref, revision: name of the model, for the record.
         progress: called with the number of tokens that were added.
-        on_token: see `Sampler`.
+        on_token, engine: see `Sampler`.
         shared: batches that other processes sample, in `help_sampling`. The texts are the same.
 
     A folder that already has enough tokens is complete, even if an earlier run was to sample more. Raises OutputError if `out` holds other
@@ -114,8 +118,9 @@ def sample_replay(
     from hf_grow.training.data.sampling import Sampler, prompts_identity
     from hf_grow.training.data.source_model import weights_digest
 
-    sampler = Sampler(model, tokenizer, options, on_token)
-    settings = sampler.options.model_dump(mode="json", exclude={"tokens"}) | {"prompts_identity": prompts_identity(options)}
+    sampler = Sampler(model, tokenizer, options, on_token, engine)
+    settings = sampler.options.identity() | {"prompts_identity": prompts_identity(options)}
+    del settings["tokens"]
     if sampler.chat_share and sampler.template is not None:
         settings["template"] = sampler.template.before + sampler.template.between + sampler.template.after
     fresh = {"format": FORMAT_VERSION, "model": ref, "digest": weights_digest(model), "settings": settings, "made_by": __version__}

@@ -25,6 +25,7 @@ from hf_grow.training.data.chat_template import (
 )  # fmt: skip
 from hf_grow.training.data.sample_filters import Sample, drop_reason
 from hf_grow.training.data.sources import TextSource, find_text
+from hf_grow.training.data.vllm_engine import VllmEngine
 
 _DEFAULT_LENGTH = 1024
 _DEFAULT_BATCH_TOKENS = 32_768
@@ -59,6 +60,7 @@ class Sampler:
     """Samples texts from one model; equal batch number, size and kind give equal texts.
 
     ``on_token``: called with (number of the next token, maximum number of new tokens) before each token of a batch.
+    ``engine``: samples instead of `model`, which then only tells what the model is, and measures surprise; it does not call ``on_token``.
     Raises InputError if the options do not fit the model, or the tokenizer does not belong to it.
     """
 
@@ -68,8 +70,14 @@ class Sampler:
         tokenizer: PreTrainedTokenizerBase,
         options: ReplayOptions,
         on_token: Callable[[int, int], None] = lambda token, max_new_tokens: None,
+        engine: VllmEngine | None = None,
     ) -> None:
-        self.model, self.on_token = model.eval(), on_token
+        if options.engine == "vllm" and engine is None:
+            raise InputError("vLLM samples from a checkpoint, not from a model in memory.", hint="Use the engine transformers.")
+        options = options.model_copy(update={"engine": "transformers" if engine is None else "vllm"})
+        self.model, self.on_token, self.engine = model.eval(), on_token, engine
+        self._seeds = np.random.default_rng(options.seed)
+        """Seeds of the sequences that the engine samples."""
         self._cost = count_flops(model.config.to_dict())
         self.flops = 0
         """Of all samples so far, and of measuring their surprise."""
@@ -114,7 +122,7 @@ class Sampler:
     def draw(self, batch: int, size: int, *, chat: bool = False) -> list[Sample]:
         """Samples `size` texts with the random numbers of batch number `batch`."""
         seed = np.random.SeedSequence([self.options.seed, batch])
-        rng = np.random.default_rng(seed)
+        rng, self._seeds = np.random.default_rng(seed), np.random.default_rng(seed.spawn(1)[0])
         with _seeded(int(seed.generate_state(1, np.uint64)[0] >> 1), self.model.device):
             samples = self._conversations(size) if chat else self._documents(self._prefixes(rng, size))
         if self.options.max_surprise is not None:
@@ -145,6 +153,8 @@ class Sampler:
 
     def _generate(self, prefixes: torch.Tensor, new: int, mask: torch.Tensor | None = None) -> list[list[int]]:
         """The new tokens after each row of `prefixes`: up to an end token (included), or `new` of them. ``mask``: 0 at padding."""
+        if self.engine is not None:
+            return [self._cut_after_end(row) for row in self._generate_by_engine(self.engine, prefixes, new, mask)]
         o = self.options
         config = GenerationConfig(
             do_sample=True,
@@ -162,7 +172,17 @@ class Sampler:
             out = self.model.generate(prefixes, attention_mask=mask, generation_config=config, logits_processor=callbacks)
         rows: list[list[int]] = out[:, prefixes.shape[1] :].tolist()
         self.flops += self._cost.generation(len(rows), prefixes.shape[1], out.shape[1] - prefixes.shape[1])
-        return [row[: next((n for n, i in enumerate(row) if i in self.ends), len(row) - 1) + 1] for row in rows]
+        return [self._cut_after_end(row) for row in rows]
+
+    def _cut_after_end(self, row: list[int]) -> list[int]:
+        return row[: next((n for n, i in enumerate(row) if i in self.ends), len(row) - 1) + 1]
+
+    def _generate_by_engine(self, engine: VllmEngine, prefixes: torch.Tensor, new: int, mask: torch.Tensor | None) -> list[list[int]]:
+        rows = prefixes.tolist() if mask is None else [row[used.bool()].tolist() for row, used in zip(prefixes, mask, strict=True)]
+        seeds, dtype = self._seeds.integers(1 << 62, size=len(rows)).tolist(), str(self.model.dtype).removeprefix("torch.")
+        found = engine.generate(rows, new, options=self.options, ends=self.ends, seeds=seeds, dtype=dtype)
+        self.flops += sum(self._cost.generation(1, len(row), len(made)) for row, made in zip(rows, found, strict=True))
+        return found
 
     def _ended(self, ids: Sequence[int]) -> bool:
         return bool(ids) and ids[-1] in self.ends

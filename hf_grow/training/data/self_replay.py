@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from hf_grow.training.data.replay import help_sampling, sample_replay
 from hf_grow.training.data.replay_files import FORMAT_VERSION, read_record
 from hf_grow.training.data.shared_batches import SamplingGroup, SharedBatches
 from hf_grow.training.data.sources import Notify
+from hf_grow.training.data.vllm_engine import VllmEngine, check_engine, engine_of, with_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,17 +60,19 @@ def sample_from_source(
             f"Self-replay cannot sample from {ref}: {error.message}", hint="Name the model: replay: {self: {model: FOLDER_OR_ID}}."
         ) from None
     sampling = ReplayOptions(**options.model_dump(exclude={"model", "revision"}))
-    sampling = sampling.model_copy(update={"max_length": sampling.max_length or seq_length})
+    sampling = with_engine(sampling.model_copy(update={"max_length": sampling.max_length or seq_length}))
     files = {name: dict(facts) for name, facts in checkpoint.files.items()}
-    parts = {"format": FORMAT_VERSION, "files": files, "config": dict(checkpoint.config), "options": sampling.model_dump(mode="json")}
+    parts = {"format": FORMAT_VERSION, "files": files, "config": dict(checkpoint.config), "options": sampling.identity()}
     folder = root / cache.key(parts)
+    if not _is_complete(folder):
+        check_engine(sampling, ref)
     shared = None if group is None or group.count == 1 else SharedBatches(folder, group)
     if shared is None or shared.group.index == 0:
         with cache.locked(folder):
             return folder, _sample(ref, revision, checkpoint, folder, sampling, shared, notify)
     if _is_complete(folder):
         return folder, 0
-    model, tokenizer = _load(checkpoint, sampling, notify)
+    model, tokenizer, _ = _load(checkpoint, sampling, notify)
     with _failure_told(shared):
         return folder, help_sampling(model, tokenizer, sampling, shared)
 
@@ -86,11 +89,12 @@ def _sample(
     if _is_complete(folder):
         return 0
     notify(f"Sampling {sampling.tokens:,} tokens from {ref} into {folder}.")
-    model, tokenizer = _load(checkpoint, sampling, notify)
-    with token_progress("sampling", sampling.tokens, note=notify) as progress, _failure_told(shared):
+    model, tokenizer, engine = _load(checkpoint, sampling, notify)
+    with token_progress("sampling", sampling.tokens, note=notify) as progress, _failure_told(shared), engine or nullcontext():
         sampled = sample_replay(
-            model, tokenizer, folder, sampling, ref=ref, revision=revision or "", progress=progress, on_token=progress.within, shared=shared
-        )
+            model, tokenizer, folder, sampling, ref=ref, revision=revision or "", progress=progress, on_token=progress.within, shared=shared,
+            engine=engine,
+        )  # fmt: skip
     if shared is not None:
         shared.clear()
     return sampled.flops
@@ -101,11 +105,14 @@ def _is_complete(folder: Path) -> bool:
     return record is not None and bool(record["complete"])
 
 
-def _load(checkpoint: Checkpoint, sampling: ReplayOptions, notify: Notify) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    checkpoint: Checkpoint, sampling: ReplayOptions, notify: Notify
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, VllmEngine | None]:
     from hf_grow.training.data.source_model import load_with_tokenizer
 
     whole = open_source(checkpoint.ref, revision=checkpoint.revision or None, weights=True, notify=notify)
-    return load_with_tokenizer(whole, sampling.dtype)
+    engine = engine_of(sampling, whole)
+    return *load_with_tokenizer(whole, sampling.dtype, None if engine is None else "cpu"), engine
 
 
 @contextmanager
