@@ -17,6 +17,8 @@ from typing import Any
 
 from hf_grow.errors import OutputError
 
+CACHE_HINT = "Free some disk space, or choose another folder (data.cache)."
+
 
 def default_root() -> Path:
     """The cache folder of hf-grow: in HF_HOME if that is set, else in XDG_CACHE_HOME (~/.cache)."""
@@ -60,5 +62,5 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"The cache {folder.parent} cannot be written: {error.strerror or error}.",
-            hint="Free some disk space, or choose another folder (data.cache).",
+            hint=CACHE_HINT,
         ) from None

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -130,19 +131,16 @@ def sample_replay(
         return ReplayResult(out, record, 0.0, 0)
     sampler.surprise = {kind: (median, spread) for kind, (median, spread) in record["surprise"].items()}
     started, before = time.perf_counter(), record["counts"]["sampled_tokens"]
-    try:
-        with (out / TEXTS_FILE).open("r+b") as file:
-            file.seek(record["bytes"])
-            file.truncate()  # a batch that was written, but not recorded
-            write_record(out, record)  # first: a folder that is being extended is no longer complete
-            if record["complete"]:
-                return ReplayResult(out, record, 0.0, 0)
-            progress(record["counts"]["tokens"])
-            file.seek(0)
-            seen = {dedup_key(json.loads(line)["text"]) for line in file}
-            _sample(sampler, file, out, record, seen, progress, shared)
-    except OSError as error:
-        raise ExecutionError(f"Cannot write to {out}: {error.strerror}.", hint="What was sampled so far is kept.") from None
+    with _write_errors(out), (out / TEXTS_FILE).open("r+b") as file:
+        file.seek(record["bytes"])
+        file.truncate()  # a batch that was written, but not recorded
+        write_record(out, record)  # first: a folder that is being extended is no longer complete
+        if record["complete"]:
+            return ReplayResult(out, record, 0.0, 0)
+        progress(record["counts"]["tokens"])
+        file.seek(0)
+        seen = {dedup_key(json.loads(line)["text"]) for line in file}
+        _sample(sampler, file, out, record, seen, progress, shared)
     return ReplayResult(out, record, time.perf_counter() - started, record["counts"]["sampled_tokens"] - before, sampler.flops)
 
 
@@ -151,10 +149,19 @@ def help_sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, op
     from hf_grow.training.data.sampling import Sampler
 
     sampler = Sampler(model, tokenizer, options)
-    while (record := read_record(shared.out)) is None or not record["complete"]:
-        if record is None or not shared.sample_one(sampler, _next_batches(sampler, record, 2 * shared.group.count)):
-            shared.wait()
+    with _write_errors(shared.out):
+        while (record := read_record(shared.out)) is None or not record["complete"]:
+            if record is None or not shared.sample_one(sampler, _next_batches(sampler, record, 2 * shared.group.count)):
+                shared.wait()
     return sampler.flops
+
+
+@contextmanager
+def _write_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ExecutionError(f"Cannot write to {out}: {error.strerror or error}.", hint="What was sampled so far is kept.") from None
 
 
 def _sample(

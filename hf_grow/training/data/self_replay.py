@@ -11,7 +11,7 @@ from hf_grow.checkpoint.reader import GROWTH, Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.common.progress_bars import token_progress
 from hf_grow.common.safe_files import read_json
-from hf_grow.errors import InputError, SourceError
+from hf_grow.errors import ExecutionError, GrowError, InputError, SourceError
 from hf_grow.training.config.data_options import SelfReplay
 from hf_grow.training.config.replay_options import ReplayOptions
 from hf_grow.training.data import cache
@@ -72,8 +72,8 @@ def sample_from_source(
             return folder, _sample(ref, revision, checkpoint, folder, sampling, shared, notify)
     if _is_complete(folder):
         return folder, 0
-    model, tokenizer, _ = _load(checkpoint, sampling, notify)
     with _failure_told(shared):
+        model, tokenizer, _ = _load(checkpoint, sampling, notify)
         return folder, help_sampling(model, tokenizer, sampling, shared)
 
 
@@ -89,12 +89,13 @@ def _sample(
     if _is_complete(folder):
         return 0
     notify(f"Sampling {sampling.tokens:,} tokens from {ref} into {folder}.")
-    model, tokenizer, engine = _load(checkpoint, sampling, notify)
-    with token_progress("sampling", sampling.tokens, note=notify) as progress, _failure_told(shared), engine or nullcontext():
-        sampled = sample_replay(
-            model, tokenizer, folder, sampling, ref=ref, revision=revision or "", progress=progress, on_token=progress.within, shared=shared,
-            engine=engine,
-        )  # fmt: skip
+    with _failure_told(shared):
+        model, tokenizer, engine = _load(checkpoint, sampling, notify)
+        with token_progress("sampling", sampling.tokens, note=notify) as progress, engine or nullcontext():
+            sampled = sample_replay(
+                model, tokenizer, folder, sampling, ref=ref, revision=revision or "", progress=progress, on_token=progress.within,
+                shared=shared, engine=engine,
+            )  # fmt: skip
     if shared is not None:
         shared.clear()
     return sampled.flops
@@ -117,9 +118,14 @@ def _load(
 
 @contextmanager
 def _failure_told(shared: SharedBatches | None) -> Iterator[None]:
+    """Tells the other processes what ends this one. Raises ExecutionError for an InputError that the first process need not have."""
     try:
         yield
-    except BaseException:
-        if shared is not None:
-            shared.fail()
+    except BaseException as error:
+        if shared is None:
+            raise
+        message = error.message if isinstance(error, GrowError) else f"{type(error).__name__}: {error}"
+        shared.fail(message)
+        if isinstance(error, InputError) and shared.group.index:  # the command line leaves an InputError to the first process
+            raise ExecutionError(f"Process {shared.group.index} cannot sample: {message}", hint=error.hint) from None
         raise

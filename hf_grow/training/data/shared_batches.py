@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from hf_grow.errors import ExecutionError
+from hf_grow.errors import ExecutionError, OutputError
+from hf_grow.training.data.cache import CACHE_HINT
 from hf_grow.training.data.replay_files import BATCHES_FOLDER
 from hf_grow.training.data.sample_filters import Sample
 from hf_grow.training.distributed.processes import Processes
@@ -48,16 +49,22 @@ class SamplingGroup:
 
 
 def sampling_group(processes: Processes, local: Processes, root: Path) -> SamplingGroup:
-    """All processes if they share the folder `root`, else those of each machine. A collective."""
+    """All processes if they share the folder `root`, else those of each machine. A collective. Raises OutputError, in all."""
     session = str(processes.gather(uuid.uuid4().hex)[0])
     marker = root / f".{session}"
+    problem = None
     if processes.index == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        marker.touch()
-    processes.gather(None)  # the marker is there before any process looks for it
-    shared = all(processes.gather(marker.exists()))
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+        except OSError as error:
+            problem = error.strerror or str(error)
+    problem = processes.gather(problem)[0]  # the marker is there before any process looks for it
+    if problem is not None:
+        raise OutputError(f"The cache {root} cannot be written: {problem}.", hint=CACHE_HINT)
+    shared = all(processes.gather(os.path.exists(marker)))  # False, unlike Path.exists, where it may not look
     if processes.index == 0:
-        marker.unlink()
+        marker.unlink(missing_ok=True)
     group = processes if shared else local
     return SamplingGroup(group.index, group.count, session)
 
@@ -118,14 +125,22 @@ class SharedBatches:
     def wait(self) -> None:
         """Raises ExecutionError if another process failed."""
         if self._failure.exists():
-            raise ExecutionError("Another process failed while sampling.", hint="See the error message of that process.")
+            message = self._failure.read_text(encoding="utf-8")
+            raise ExecutionError(f"Another process failed while sampling: {message}", hint="What was sampled so far is kept.")
         time.sleep(_POLL_SECONDS)
 
-    def fail(self) -> None:
-        """Tells the others that this process does not go on."""
+    def fail(self, message: str) -> None:
+        """Tells the others that this process does not go on, and why, unless another one failed before."""
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._failure.touch()
+            if self._failure.exists():
+                return
+            new = self._folder / f"failing-{self.group.session}.{self.group.index}"
+            try:
+                new.write_text(message, encoding="utf-8")
+                os.replace(new, self._failure)
+            except OSError:
+                self._failure.touch()  # a full disk may still take an empty file
 
     def clear(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -11,12 +11,14 @@ import torch
 from models import BY_NAME, make
 from replay_samples import base_model, base_tokenizer, chat_tokenizer, replay_options, sampled_texts
 
-from hf_grow.errors import ExecutionError
-from hf_grow.training.data import replay
+from hf_grow.errors import ExecutionError, GrowError, InputError, OutputError
+from hf_grow.training.config.data_options import SelfReplay
+from hf_grow.training.data import replay, self_replay
 from hf_grow.training.data.replay import help_sampling, sample_replay
 from hf_grow.training.data.replay_files import BATCHES_FOLDER, TEXTS_FILE
 from hf_grow.training.data.sampling import Sampler
-from hf_grow.training.data.shared_batches import Batch, SamplingGroup, SharedBatches
+from hf_grow.training.data.shared_batches import Batch, SamplingGroup, SharedBatches, sampling_group
+from hf_grow.training.distributed.processes import ALONE
 
 
 def chat_model() -> Any:
@@ -63,6 +65,51 @@ def test_batches_of_others_give_the_same_texts(chat: bool, tmp_path: Path, monke
 
 def test_a_process_that_fails_ends_the_others(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    shared(tmp_path / "out", 0).fail()
-    with pytest.raises(ExecutionError, match="Another process failed"):
+    shared(tmp_path / "out", 0).fail("The disk is full.")
+    shared(tmp_path / "out", 1).fail("Another process failed.")
+    with pytest.raises(ExecutionError, match="Another process failed while sampling: The disk is full"):
         help_sampling(base_model(), base_tokenizer(), replay_options(), shared(tmp_path / "out", 1))
+
+
+@pytest.mark.parametrize(("index", "kind"), [(0, InputError), (1, ExecutionError)])
+def test_a_model_that_one_process_cannot_load_is_told(
+    index: int, kind: type[GrowError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command line prints no InputError of a process after the first, so it becomes another error there; the others are told why."""
+
+    def full(*args: Any, **more: Any) -> Any:
+        raise InputError("No memory for the model.", hint="Use a smaller one.")
+
+    base_model().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("hf_grow.training.data.source_model.load_with_tokenizer", full)
+    group = SamplingGroup(index, 2, "now")
+
+    def sample() -> Any:
+        options = SelfReplay(model=str(tmp_path / "model"), tokens=100)
+        return self_replay.sample_from_source(options, tmp_path / "cache", seq_length=32, trained=None, notify=print, group=group)
+
+    with pytest.raises(GrowError, match="No memory for the model") as caught:
+        sample()
+    assert type(caught.value) is kind and caught.value.hint == "Use a smaller one."
+    (failure,) = (tmp_path / "cache").rglob("failed-now")
+    with pytest.raises(ExecutionError, match="Another process failed while sampling: No memory for the model"):
+        SharedBatches(failure.parents[1], SamplingGroup(1 - index, 2, "now")).wait()
+
+
+def test_a_full_disk_in_a_helping_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **more: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SharedBatches, "_claim", full)
+    monkeypatch.setattr(replay, "read_record", lambda out: {"complete": False})
+    monkeypatch.setattr(replay, "_next_batches", lambda *args: [Batch(0, 8, False)])
+    with pytest.raises(ExecutionError, match="No space left on device"):
+        help_sampling(base_model(), base_tokenizer(), replay_options(), shared(tmp_path, 1))
+
+
+def test_a_cache_that_cannot_be_written_is_told_to_all(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written") as caught:
+        sampling_group(ALONE, ALONE, tmp_path / "file" / "replay")
+    assert "data.cache" in caught.value.hint
+    assert sampling_group(ALONE, ALONE, tmp_path / "replay").count == 1 and not list((tmp_path / "replay").iterdir())
