@@ -24,14 +24,13 @@ from hf_grow.common.extras import require_packages
 from hf_grow.common.safe_files import to_json
 from hf_grow.errors import InputError
 from hf_grow.growth.plan import GrowthPlan, check_source
-from hf_grow.model.flops import Training, count_flops
 from hf_grow.model.meta_model import meta_model
 from hf_grow.training.calibrate import MAX_EVAL_ROWS, MIN_ROWS, TrialSettings, calibrate, plan_trials
 from hf_grow.training.config.fisher_options import FisherFileOptions, FisherOptions
 from hf_grow.training.data.source_model import load_tokenizer_of, load_with_tokenizer
 from hf_grow.training.distributed.launch import Launch, current_launch
 from hf_grow.training.distributed.processes import ALONE, Processes
-from hf_grow.training.fisher_checks import check_fisher_options, fisher_dry_run, fisher_file_bytes
+from hf_grow.training.fisher_checks import check_fisher_options, compute_dtype, fisher_dry_run, fisher_file_bytes, fisher_flops
 from hf_grow.training.growth_state.optimizer_sources import open_optimizer, optimizer_path
 from hf_grow.training.growth_state.second_moments import importance_from_moments, recorded_tokens_per_step
 from hf_grow.training.param_updates.param_provenance import check_plan_matches
@@ -96,7 +95,7 @@ def write_fisher(
             )
     check_disk_space(out, fisher_file_bytes(checkpoint, options))
     if files.dry_run:
-        return fisher_dry_run(checkpoint, options, mapped=files.text is None)
+        return fisher_dry_run(checkpoint, options, files.device, mapped=files.text is None)
     start = time.perf_counter()
     if files.from_growth is not None:
         facts = _map_fisher(checkpoint, files.from_growth, options, out)
@@ -173,7 +172,7 @@ def _load(checkpoint: Checkpoint, options: FisherOptions, device: str | None) ->
     """The whole model, in every process; under FSDP2, shards that were filled from the rows that each process holds."""
     launch = current_launch()
     if launch == Launch():
-        model, tokenizer = load_with_tokenizer(checkpoint, _compute_dtype(options, device), device)
+        model, tokenizer = load_with_tokenizer(checkpoint, compute_dtype(options, device), device)
         return _Loaded(model, tokenizer, parameter_map(model), False, ALONE)
     from accelerate import Accelerator
 
@@ -183,7 +182,7 @@ def _load(checkpoint: Checkpoint, options: FisherOptions, device: str | None) ->
             f"{launch.processes} processes were started, but this machine has no GPU: each would work on its own.", hint="Add --device cpu."
         )
     processes = Processes(accelerator.process_index, accelerator.num_processes)
-    dtype = _compute_dtype(options, accelerator.device.type)
+    dtype = compute_dtype(options, accelerator.device.type)
     if launch.sharing != "fsdp2":
         model, tokenizer = load_with_tokenizer(checkpoint, dtype, str(accelerator.device))
         return _Loaded(model, tokenizer, parameter_map(model), False, processes)
@@ -253,9 +252,7 @@ def _estimate(
         "model": checkpoint.ref, "revision": checkpoint.revision,
         **({"intra_document_masking": True} if options.intra_document_masking else {}),
     }  # fmt: skip
-    again = range(arch.layers if options.activation_checkpointing else 0)
-    flops = count_flops(arch, Training(attention=model.config._attn_implementation, checkpointed=again))
-    spent = (flops.train + flops.recompute).rows(len(rows), length, model.config._attn_implementation)
+    spent = fisher_flops(checkpoint, model, options, len(rows), length)
     if earlier is not None:
         metadata |= {"merged": earlier.metadata.get("model", ""), "decay": files.decay}
 
@@ -290,9 +287,3 @@ def _estimate(
             )  # fmt: skip
         facts["calibration"] = {**calibration.to_json(), **trials.to_json(), "tolerated": files.calibrate}
     return facts
-
-
-def _compute_dtype(options: FisherOptions, device: str | None) -> str:
-    if options.dtype != "auto":
-        return options.dtype
-    return "bfloat16" if (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda") else "float32"

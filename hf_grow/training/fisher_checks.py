@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import OutputError
-from hf_grow.model.flops import count_flops
+from hf_grow.model.flops import Training, count_flops
 from hf_grow.model.meta_model import meta_model
 from hf_grow.model.param_count import count_parameters
 from hf_grow.options import raise_errors, unmet_requirements
@@ -20,6 +22,9 @@ from hf_grow.training.distributed.launch import Launch, current_launch
 from hf_grow.training.dry_run.memory import gathered_bytes
 from hf_grow.training.regularizers.importance_file import open_importance
 from hf_grow.training.setup.train_setup import Notify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_fisher_options(files: FisherFileOptions, options: FisherOptions, out: Path, notify: Notify) -> None:
@@ -93,28 +98,43 @@ def fisher_file_bytes(checkpoint: Checkpoint, options: FisherOptions) -> int:
     return count_parameters(checkpoint.info.architecture).total * (4 if options.storage == "fp32" else 2)
 
 
-def fisher_dry_run(checkpoint: Checkpoint, options: FisherOptions, *, mapped: bool) -> dict[str, Any]:
+def fisher_dry_run(checkpoint: Checkpoint, options: FisherOptions, device: str | None, *, mapped: bool) -> dict[str, Any]:
     parameters = count_parameters(checkpoint.info.architecture).total
     facts = {"dry_run": True, "parameters": parameters, "file_bytes": fisher_file_bytes(checkpoint, options)}
     if mapped:
         return {**facts, "note": "mapped tensor by tensor; no model is loaded"}
     length = min(options.seq_length, checkpoint.config.get("max_position_embeddings") or options.seq_length)
-    memory = fisher_memory(checkpoint, {"bfloat16": 2, "float64": 8}.get(options.dtype, 4))
+    model = meta_model(checkpoint.info.config)
+    memory = fisher_memory(checkpoint, model, getattr(torch, compute_dtype(options, device)).itemsize)
     return {
         **facts, "tokens": options.tokens, "memory_bytes": {**memory, "total": sum(memory.values())},
-        "flops": count_flops(checkpoint.info.architecture).train.tokens(options.tokens, length),
+        "flops": fisher_flops(checkpoint, model, options, -(-options.tokens // length), length),
         "note": "activations of one batch are not included",
     }  # fmt: skip
 
 
-def fisher_memory(checkpoint: Checkpoint, width: int) -> dict[str, int]:
-    """Bytes of one process without activations: weights, squares in fp32, and the gradients that exist at a time; under FSDP2 also what is gathered.
+def compute_dtype(options: FisherOptions, device: str | None) -> str:
+    """The name of the dtype that the model computes in; ``device``: None for the first GPU, where there is one."""
+    if options.dtype != "auto":
+        return options.dtype
+    return "bfloat16" if (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda") else "float32"
+
+
+def fisher_flops(checkpoint: Checkpoint, model: PreTrainedModel, options: FisherOptions, rows: int, length: int) -> int:
+    """FLOPs of an estimation, with what the backward pass computes again. ``model``: may be without weights."""
+    arch, attention = checkpoint.info.architecture, model.config._attn_implementation
+    flops = count_flops(arch, Training(attention=attention, checkpointed=range(arch.layers if options.activation_checkpointing else 0)))
+    return (flops.train + flops.recompute).rows(rows, length, attention)
+
+
+def fisher_memory(checkpoint: Checkpoint, model: PreTrainedModel, width: int) -> dict[str, int]:
+    """Bytes of one process without activations: weights, squares in fp32 (fp64 for fp64), and the gradients that exist at a time; under FSDP2 also what is gathered.
 
     Gradients: of the two largest parameters, because a tied embedding's is complete at the end only.
     """
-    launch, sizes = current_launch(), sorted(p.numel() for p in meta_model(checkpoint.info.config).parameters())
+    launch, sizes = current_launch(), sorted(p.numel() for p in model.parameters())
     shards = launch.shards("weights")
-    memory = {"weights": sum(sizes) * width // shards, "gradients": 0, "squares": sum(sizes) * 4 // shards}
+    memory = {"weights": sum(sizes) * width // shards, "gradients": 0, "squares": sum(sizes) * max(4, width) // shards}
     if launch.sharing == "fsdp2":
         return {**memory, "gathered": gathered_bytes(checkpoint.info.architecture, launch, width)}
     return {**memory, "gradients": sum(sizes[-2:]) * width}

@@ -108,8 +108,8 @@ def estimate_fisher(
     predictions within a document count then). A model that FSDP2 has sharded gives F of the local shards, and every batch is
     computed by all processes; of any other model each process computes whole batches, and gets the whole F.
 
-    The model is left as it was; dropout is off meanwhile. Memory: F in fp32, and the gradients of one layer. Raises ExecutionError, in all processes,
-    if a value is not finite.
+    The model is left as it was; dropout is off meanwhile. Memory: F in fp32, and the gradients of one layer. Raises ExecutionError if a value is not
+    finite: of several processes in all of them, at the end.
     """
     sharded = any(map(is_sharded, model.parameters()))
     single = options.exact or options.kind == "empirical"
@@ -117,7 +117,7 @@ def estimate_fisher(
     total = 0
     with _prepared(model, options), _squared_gradients(model, squares, processes, reduced=sharded and single):
         for step in _steps(len(rows), options.batch, processes, sharded=sharded, single=single):
-            total += _backward(model, rows, positions, step, options)
+            total += _backward(model, rows, positions, step, options, alone=processes.count == 1)
             progress(len(step.all) * rows.shape[1])
     if not sharded:
         total = sum(processes.gather(total))
@@ -218,13 +218,13 @@ class _SquaredReduceScatter:
         return reduce_scatter(output_tensor, input_tensor.square_(), op, group, async_op)
 
 
-def _backward(model: PreTrainedModel, rows: Tensor, positions: Tensor | None, step: _Step, options: FisherOptions) -> int:
-    """Gradients of the summed loss over the tokens of a step; returns the number of its labels."""
+def _backward(model: PreTrainedModel, rows: Tensor, positions: Tensor | None, step: _Step, options: FisherOptions, *, alone: bool) -> int:
+    """Gradients of the summed loss over the tokens of a step; returns the number of its labels. ``alone``: see `_sample_labels`."""
     ids, own = ((t if t is None else (t[list(step.mine)] if step.mine else t[:1, :2]).to(model.device)) for t in (rows, positions))
     assert ids is not None
     logits = model(**{"input_ids": ids, "use_cache": False, **forward_arguments(model.config, own)}).logits
     if options.kind == "true":
-        labels = _sample_labels(logits.detach(), [sequence_seed(options.seed, i) for i in step.mine or [0]])
+        labels = _sample_labels(logits.detach(), [sequence_seed(options.seed, i) for i in step.mine or [0]], alone=alone)
     else:
         logits, labels = logits[:, :-1], ids[:, 1:]
     count = len(step.all) * (rows.shape[1] - (options.kind == "empirical"))
@@ -243,13 +243,19 @@ def sequence_seed(seed: int, sequence: int) -> int:
     return int(np.random.SeedSequence([seed, sequence]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _sample_labels(logits: Tensor, seeds: Sequence[int]) -> Tensor:
-    """A label for every position from softmax(logits): [B, L, V] -> [B, L]; one sequence at a time to save memory."""
+def _sample_labels(logits: Tensor, seeds: Sequence[int], *, alone: bool = True) -> Tensor:
+    """A label for every position from softmax(logits): [B, L, V] -> [B, L]; one sequence at a time to save memory.
+
+    Raises ExecutionError for logits that are not finite, in a process that is ``alone``. Others would wait for one that raises; there F is not finite
+    either, which all find in the end.
+    """
     labels, generator = [], torch.Generator(logits.device)
     for row, seed in zip(logits, seeds, strict=True):
         probabilities = row.float().softmax(-1)
         if not bool(torch.isfinite(probabilities).all()):
-            raise ExecutionError("The model's logits are not finite.", hint=_NOT_FINITE_HINT)
+            if alone:
+                raise ExecutionError("The model's logits are not finite.", hint=_NOT_FINITE_HINT)
+            probabilities = torch.ones_like(probabilities)  # any label: the loss, and with it F, is not finite
         labels.append(torch.multinomial(probabilities, 1, generator=generator.manual_seed(seed)).squeeze(-1))
     return torch.stack(labels)
 

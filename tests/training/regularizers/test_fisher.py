@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hf_grow.training.config.fisher_options import FisherOptions
 from hf_grow.training.config.regularizer_options import PenaltyOptions
 from hf_grow.training.data.document_masking import forward_arguments, position_ids
 from hf_grow.training.data.source_model import load_with_tokenizer
+from hf_grow.training.distributed.processes import Processes
 from hf_grow.training.regularizers.build import make_penalty
 from hf_grow.training.regularizers.fisher import _sample_labels, estimate_fisher, sample_sequences, sequence_seed
 from hf_grow.training.regularizers.fisher import by_names_on_disk as by_disk_names
@@ -401,7 +403,7 @@ def test_expert_utility_is_sum_over_expert_tensors(tmp_path: Path, capsys: Any) 
 
 def test_fisher_dry_run_writes_nothing(folder: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "f.safetensors"
-    assert fisher(folder, "--text", text(tmp_path / "t.txt", 0), "-o", out, "--dry-run", "--json") == 0
+    assert fisher(folder, "--text", text(tmp_path / "t.txt", 0), "-o", out, "--dtype", "float32", "--dry-run", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     sizes = sorted(p.numel() for p in small().parameters())
     weights, gradients = 4 * sum(sizes), 4 * sum(sizes[-2:])
@@ -409,6 +411,51 @@ def test_fisher_dry_run_writes_nothing(folder: Path, tmp_path: Path, capsys: Any
     random_importance(small(), tmp_path / "source.safetensors")
     assert fisher(folder, "--from-growth", tmp_path / "source.safetensors", "-o", out, "--dry-run") == 0
     assert not out.exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--activation-checkpointing"]])
+def test_fisher_dry_run_counts_the_flops_of_the_run(more: list[str], folder: Path, tmp_path: Path, capsys: Any) -> None:
+    told = []
+    for last in ("--dry-run", "--overwrite"):
+        words = ["--text", text(tmp_path / "t.txt", 0), "-o", tmp_path / "f.safetensors", "--tokens", "60", "--seq-length", "16"]
+        assert fisher(folder, *words, *more, "--json", last) == 0
+        told.append(json.loads(capsys.readouterr().out)["flops"])
+    assert told[0] == told[1]
+
+
+def test_fisher_dry_run_counts_the_width_of_auto(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = []
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert fisher(folder, "--text", text(tmp_path / "t.txt", 0), "-o", tmp_path / "f.safetensors", "--dry-run", "--json") == 0
+        weights.append(json.loads(capsys.readouterr().out)["memory_bytes"]["weights"])
+    assert weights[0] == 2 * weights[1]
+
+
+@dataclass(frozen=True)
+class OneOfTwo(Processes):
+    """A process whose partner has nothing to say."""
+
+    count: int = 2
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def test_logits_that_are_not_finite_do_not_end_one_process_of_several() -> None:
+    """It raises after the last collective, where the others raise too."""
+    model = small()
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    done = list[int]()
+    with pytest.raises(ExecutionError, match=r"Fisher of .* is not finite"):
+        estimate_fisher(model, rows(model, 4), options(batch=1), processes=OneOfTwo(), progress=done.append)
+    assert len(done) == 2
+    with pytest.raises(ExecutionError, match="logits are not finite"):
+        estimate_fisher(model, rows(model, 4), options(batch=1))
 
 
 @pytest.mark.parametrize(
