@@ -12,7 +12,6 @@ from launched import FILES
 from trained import grown, recipe, run, source
 
 from hf_grow.cli import main
-from hf_grow.training.distillation.distill import Distiller
 from hf_grow.training.dry_run import dry_run, step_time
 from hf_grow.training.regularizers.penalty import QuadraticPenalty
 from hf_grow.training.trainer.trainer import BaseGrowTrainer
@@ -107,7 +106,7 @@ def test_timed_steps_use_the_recipe(
 ) -> None:
     """Whatever acts on a step acts on these."""
     acted: dict[str, int] = {"penalty": 0, "teacher": 0, "adapters": 0}
-    penalty, taught, step = QuadraticPenalty.add_gradient, Distiller.loss, BaseGrowTrainer.training_step
+    penalty, chunks, step = QuadraticPenalty.add_gradient, BaseGrowTrainer._in_chunks, BaseGrowTrainer.training_step
 
     def counted(what: str, real: Any) -> Any:
         def call(self: Any, *a: Any, **k: Any) -> Any:
@@ -121,7 +120,12 @@ def test_timed_steps_use_the_recipe(
         return step(self, *a, **k)
 
     monkeypatch.setattr(QuadraticPenalty, "add_gradient", counted("penalty", penalty))
-    monkeypatch.setattr(Distiller, "loss", counted("teacher", taught))
+
+    def taught(self: BaseGrowTrainer, *a: Any, **k: Any) -> Any:
+        acted["teacher"] += self.growth.distiller is not None
+        return chunks(self, *a, **k)
+
+    monkeypatch.setattr(BaseGrowTrainer, "_in_chunks", taught)
     monkeypatch.setattr(BaseGrowTrainer, "training_step", trained)
     more = {k: {**v, "cache": str(tmp_path / "logits")} if k == "distill" and "cache" in v else v for k, v in more.items()}
     path = recipe(tmp_path, grown(tmp_path, case, method), **more)
