@@ -84,7 +84,7 @@ def train(
     """
     require_packages("accelerate", "datasets")
     start_time = time.perf_counter()
-    setup = check_recipe(read, output=output, resume=resume, overwrite=overwrite, notify=notify)
+    setup = check_recipe(read, output=output, resume=resume, overwrite=overwrite, notify=notify, origin=origin)
     out, arguments = setup.out, setup.arguments
     checkpoint = last_checkpoint(out) if resume else None
     if resume:

@@ -19,6 +19,14 @@ PER_RUN = ("model", "revision", "output", "tokenizer", "max_steps", "num_train_e
 """Keys that a stage cannot change."""
 
 
+NOT_IN_STAGES: Mapping[str, str] = {
+    "early_stopping_patience": "ends a training by its best checkpoint. In stages use until: {plateau: ...}.",
+    "load_best_model_at_end": "a stage goes on from its last weights.",
+    "save_only_model": "a stage needs the optimizer's state of the one before.",
+}
+"""Keys of a recipe that have no meaning in stages."""
+
+
 class FreshModel(Options):
     """A model that starts from random weights."""
 
@@ -82,6 +90,9 @@ def read_stages(data: Mapping[str, Any]) -> tuple[Stage, ...]:
         mistakes += [f"{k}: cannot change in a stage." for k in changes if k in PER_RUN]
         recipe = merged(base, {k: v for k, v in changes.items() if k not in PER_RUN})
         mistakes += read_recipe({**recipe, "model": "."}).mistakes
+        mistakes += [f"{k}: {why}" for k, why in NOT_IN_STAGES.items() if recipe.get(k)]
+        if recipe.get("save_strategy") in ("no", False):
+            mistakes.append("save_strategy: a stage starts from the last checkpoint of the one before. Use steps.")
         if keys is not None and i < len(given) - 1 and keys.until is None:
             mistakes.append("until: is missing; every stage but the last needs it.")
         errors += [f"stages.{i}.{m}" for m in mistakes]

@@ -75,7 +75,8 @@ def make_penalty(
         if origin is not None and origin.holds(file):
             importances[i] = origin.grown_importances(file, newest)
         else:
-            check_same_model(file, shapes, fingerprint if newest else None)
+            first = origin is not None and not origin.plans and file.metadata["sample"] == rows_fingerprint(origin.weights, rows)
+            check_same_model(file, shapes, fingerprint if newest and not first else None)
     free = _free_masks(options, model, plan)
     anchors = {n: p.detach().to(dtype=storage, copy=True) for n, p in parameters(model).items()}
     proximal = options.form == "proximal"
@@ -88,7 +89,7 @@ def make_penalty(
             proximal=proximal, storage=storage,
         )  # fmt: skip
     elif options.kind == "l2sp":
-        mean = _mean_importance(files[0]) if files else 1.0
+        mean = _mean_importance(importances[0]) if files else 1.0
         penalty = QuadraticPenalty(
             "l2sp", options.lambda_, anchors, lambda n, p: _masked_scalar(mean, free.get(n, False), p),
             proximal=proximal, storage=storage, scalar_importance=options.over == "all",
@@ -153,9 +154,9 @@ def _masked_scalar(value: float, free: Mask, p: nn.Parameter) -> Tensor | float:
     return as_sharded(part, p)
 
 
-def _mean_importance(file: ImportanceFile) -> float:
-    total = sum(float(file.read(n).double().sum()) for n in file.shapes)
-    return total / sum(math.prod(s) for s in file.shapes.values())
+def _mean_importance(source: RowSource) -> float:
+    total = sum(float(source.rows(n, 0, source.shape(n)[0]).double().sum()) for n in source.names())
+    return total / sum(math.prod(source.shape(n)) for n in source.names())
 
 
 def _source_coordinate_penalty(

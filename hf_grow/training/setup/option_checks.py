@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from hf_grow.training.param_updates import param_provenance
 from hf_grow.training.param_updates.masks import EVERYTHING
 from hf_grow.training.regularizers.importance_file import check_same_model, checkpoint_fingerprint, open_importance
 from hf_grow.training.regularizers.importance_growth import is_of_source
+from hf_grow.training.regularizers.origin import PenaltyOrigin
 from hf_grow.training.setup.train_setup import Notify
 
 if TYPE_CHECKING:
@@ -29,14 +30,20 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 
 def check_options(
-    options: TrainOptions, checkpoint: Checkpoint | None, plan: GrowthPlan | None, tokenizer: Any, errors: list[str], notify: Notify
+    options: TrainOptions,
+    checkpoint: Checkpoint | None,
+    plan: GrowthPlan | None,
+    tokenizer: Any,
+    errors: list[str],
+    notify: Notify,
+    origin: PenaltyOrigin | None = None,
 ) -> None:
     """Adds a line to `errors` for each mistake. ``checkpoint``: None where it could not be opened; ``tokenizer``: compared with the teachers'."""
     known = (EVERYTHING, *param_provenance.PARTS)
     for key, wanted in (("train", options.train), ("freeze", options.freeze), *(("phases.train", p.train) for p in options.phases)):
         errors += [f"{key}: there is no part {part!r}. Parts: {', '.join(known)}." for part in wanted if part not in known]
     if checkpoint is not None:
-        _check_regularizer(options, checkpoint, plan, errors)
+        _check_regularizer(options, checkpoint, plan, origin, errors)
         _check_teachers(options, checkpoint, plan, tokenizer, errors, notify)
 
 
@@ -49,7 +56,9 @@ def plan_of(checkpoint: Checkpoint) -> GrowthPlan | None:
     return plan
 
 
-def _check_regularizer(options: TrainOptions, checkpoint: Checkpoint, plan: GrowthPlan | None, errors: list[str]) -> None:
+def _check_regularizer(
+    options: TrainOptions, checkpoint: Checkpoint, plan: GrowthPlan | None, origin: PenaltyOrigin | None, errors: list[str]
+) -> None:
     """Every file is of this model (of its source, for collapsed coordinates): its tensors, and for the newest its very weights."""
     penalty = options.regularizer
     if penalty.kind == "none":
@@ -69,13 +78,14 @@ def _check_regularizer(options: TrainOptions, checkpoint: Checkpoint, plan: Grow
         at_load = checkpoint.folder is not None and not checkpoint.files
         newest = i == len(penalty.fisher) - 1 and not penalty.collapsed and checkpoint.folder is not None and not at_load
         identity = checkpoint_fingerprint(checkpoint) if newest else None
-        collect_mistakes(errors, "regularizer.fisher", partial(_check_fisher, path, shapes, identity, plan if at_load else None))
+        plans = [*(origin.plans if origin is not None else ()), *([plan] if at_load and plan is not None else [])]
+        collect_mistakes(errors, "regularizer.fisher", partial(_check_fisher, path, shapes, identity if origin is None else None, plans))
 
 
-def _check_fisher(path: Path, shapes: Mapping[str, tuple[int, ...]], identity: str | None, at_load: GrowthPlan | None) -> None:
-    """``at_load``: the plan of a growth at load, whose source the file may be of; `make_penalty` compares the weights."""
+def _check_fisher(path: Path, shapes: Mapping[str, tuple[int, ...]], identity: str | None, plans: Sequence[GrowthPlan]) -> None:
+    """``plans``: growths whose sources the file may be of; `make_penalty` compares the weights."""
     file = open_importance(path)
-    if at_load is None or not is_of_source(file, at_load):
+    if not any(is_of_source(file, plan) for plan in plans):
         check_same_model(file, shapes, identity)
 
 

@@ -22,6 +22,7 @@ from hf_grow.training.config.train_options import default_best_metric
 from hf_grow.training.data.document_masking import check_attention
 from hf_grow.training.data.sources import find_text
 from hf_grow.training.distributed import launch
+from hf_grow.training.regularizers.origin import PenaltyOrigin
 from hf_grow.training.setup.activation_checkpointing import checkpointed_layers
 from hf_grow.training.setup.growth_at_load import WRITE_FIRST, plan_growth
 from hf_grow.training.setup.launch_checks import launch_mistakes, parallelism_mistakes
@@ -44,10 +45,12 @@ def check_recipe(
     notify: Notify,
     started: launch.Launch | None = None,
     texts: bool = True,
+    origin: PenaltyOrigin | None = None,
 ) -> TrainSetup:
     """Raises InputError that lists every mistake, one line each.
 
-    ``started``: the processes; default: those of the launcher. ``texts``: whether the text files are checked.
+    ``started``: the processes; default: those of the launcher. ``texts``: whether the text files are checked. ``origin``: where a penalty
+    comes from, if the model was grown since.
     """
     errors = list(recipe_data.mistakes)
     started = started or launch.current_launch()
@@ -76,7 +79,7 @@ def check_recipe(
             _check_data(recipe, errors, notify)
         if recipe.data.intra_document_masking:
             collect_mistakes(errors, "attn_implementation", partial(check_attention, recipe.attn_implementation))
-        check_options(recipe, checkpoint, plan, tokenizer, errors, notify)
+        check_options(recipe, checkpoint, plan, tokenizer, errors, notify, origin)
     out = Path(output or (recipe.output if recipe else None) or default_output(str(name)))
     collect_mistakes(errors, "output", lambda: check_output(out, resume=resume, overwrite=overwrite))
     arguments = None

@@ -24,7 +24,7 @@ from hf_grow.checkpoint.reader import GROWTH, Checkpoint
 from hf_grow.checkpoint.source import open_source
 from hf_grow.common.safe_files import read_json
 from hf_grow.convert.metadata import unwritten_checkpoint
-from hf_grow.errors import InputError
+from hf_grow.errors import ExecutionError, InputError
 from hf_grow.growth.plan import GrowthPlan
 from hf_grow.growth.source_info import DTYPE_NAMES
 from hf_grow.model.flops import count_flops
@@ -119,13 +119,17 @@ class StagedRun:
         current: Checkpoint | None
         current = describe_fresh(self.fresh) if self.fresh is not None else open_source(self.model, revision=self.revision, weights=False)
         errors: list[str] = []
-        models = []
+        models, donors = [], False
         for stage in self.stages:
             growth = stage.keys.grow
             if growth is not None and current is not None:
                 before = current
                 plan = collect_mistakes(errors, f"stages.{stage.index}.grow", lambda: plan_growth(before, growth, self.notify))  # noqa: B023
                 current = unwritten_checkpoint(plan, before) if plan is not None else None
+                donors = donors or (plan is not None and bool(plan.source.donors))
+            kind = (stage.recipe.get("regularizer") or {}).get("kind", "none")
+            if donors and kind not in ("none", "si") and stage.keys.anchor == "run":
+                errors.append(f"stages.{stage.index}.anchor: run does not go through a growth with further sources. Set anchor: stage.")
             if current is None:
                 break
             models.append(current)
@@ -174,8 +178,11 @@ class StagedRun:
                 clear_output(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / EVENTS_FILE).touch()
-            if self.fresh is not None and not (self.folder / INITIAL / "model.safetensors").is_file():
-                write_fresh(self.fresh, self.folder / INITIAL, int(self.read.given.get("seed", 42)))
+            if self.fresh is not None and not (self.folder / INITIAL).is_dir():
+                partial_folder = self.folder / f"{INITIAL}.partial"
+                shutil.rmtree(partial_folder, ignore_errors=True)
+                write_fresh(self.fresh, partial_folder, int(self.read.given.get("seed", 42)))
+                partial_folder.rename(self.folder / INITIAL)
             self.log.write()
 
     def train_stage(self, stage: Stage) -> TrainResult:
@@ -185,6 +192,7 @@ class StagedRun:
         out, start = self.folder / stage.folder, self.log.spent
         if is_main_process():
             _remove_unfinished(out)
+        wait_for_everyone()  # all look for checkpoints after that
         previous = self.log.last_checkpoint
         changes: dict[str, Any] = {} if previous is None else {"resume_from_checkpoint": str(previous)}
         if stage.recipe.get("save_dtype", "auto") == "auto" and self.dtype != "float64":
@@ -210,8 +218,11 @@ class StagedRun:
         )  # fmt: skip
         gc.collect()  # the old model, before the next one is loaded
         wait_for_everyone()
-        checkpoint = last_checkpoint(out)
-        assert checkpoint is not None
+        checkpoint = last_checkpoint(out) or out
+        if checkpoint == out and stage.index < len(self.stages) - 1:
+            raise ExecutionError(
+                f"{out} has no checkpoint of the stage's end, from which the next stage starts.", hint="Keep save_strategy: steps."
+            )
         spent = stops[0].spent(result.steps, result.flops)
         reason = result.stopped or "the end of the run"
         facts: dict[str, Any] = {"losses": dict(result.end), "active": count_parameters(self.models[stage.index].info.architecture).active}
@@ -228,7 +239,7 @@ class StagedRun:
             for e in self.log.ended
             if self.stages[e["stage"]].keys.grow
         ]
-        if not plans and stage.keys.grow is None:
+        if not self.log.ended and stage.keys.grow is None:
             return None
         first = open_source(self.model, revision=self.revision, weights=True)
         kind = (stage.recipe.get("regularizer") or {}).get("kind", "none")
@@ -259,4 +270,5 @@ def _remove_unfinished(out: Path) -> None:
     if out.is_dir() and not (out / EVENTS_FILE).is_file():
         shutil.rmtree(out)
     while (last := last_checkpoint(out)) is not None and read_json(last / GROWTH_STATE).get("stop", {}).get("reason"):
+        (last / "trainer_state.json").unlink()
         shutil.rmtree(last)

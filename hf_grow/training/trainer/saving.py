@@ -155,6 +155,11 @@ class CheckpointTrainer(ShardedStartTrainer):
         growth = self.growth.growth_at_resume
         return growth is not None and growth.checkpoint.resolve() == folder.resolve()
 
+    def _begins_stage(self, folder: Path) -> bool:
+        """Whether training goes on here from the checkpoint of a smaller model, or of the stage before."""
+        own = folder.resolve().parent == Path(self.args.output_dir).resolve()
+        return self._grows_from(folder) or (self.growth.stop is not None and not own)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         if self._grows_from(folder):
@@ -198,14 +203,14 @@ class CheckpointTrainer(ShardedStartTrainer):
         saved = read_json(folder / GROWTH_STATE) if (folder / GROWTH_STATE).is_file() else None
         if saved is not None and not self._grows_from(folder):
             self.growth_state.load(saved)
-            own = folder.resolve().parent == Path(self.args.output_dir).resolve()
-            if self.growth.stop is not None and "stop" in saved and own:
+            if self.growth.stop is not None and "stop" in saved and not self._begins_stage(folder):
                 self.growth.stop.load(saved["stop"])
         else:
             self.growth_state.begin(int(self.state.global_step), self.state.log_history)
-        if self._grows_from(folder):
-            for key in SOURCE_KEYS:  # of the smaller model
+        if self._begins_stage(folder):
+            for key in SOURCE_KEYS:  # the best checkpoint so far is another training's
                 setattr(self.state, key, None)
+        if self._grows_from(folder):
             if saved is not None:  # forgetting is counted from the beginning of the run, through its growths
                 self.growth_state.start_losses = dict(saved["start_losses"])
         self._load_ledger((saved or {}).get("ledger"))
@@ -220,7 +225,7 @@ class CheckpointTrainer(ShardedStartTrainer):
         import torch
 
         penalty = self.growth.penalty
-        if penalty is None or checkpoint.resolve().parent != Path(self.args.output_dir).resolve():  # another run's, of other weights
+        if penalty is None or self._begins_stage(checkpoint):  # its state is of another model, or has been consolidated
             return
         if (checkpoint / PENALTY_SHARDS).is_file():
             penalty.load_state_dict(read_json(checkpoint / PENALTY_SHARDS))

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from penalties import random_importance
 from safetensors.torch import load_file
 from trained import logged, recipe, run, source, tokenizer
+from transformers import AutoModelForCausalLM
 from two_processes import together
 
 from hf_grow import api
@@ -156,6 +158,43 @@ def test_two_processes_as_one(how: str, tmp_path: Path, capsys: pytest.CaptureFi
             torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-9, msg=lambda m, name=f"stage {i}, {name}": f"{name}: {m}")
 
 
+STAGES: dict[str, list[dict[str, Any]]] = {
+    "two growths": [{"until": {"steps": 3}}, {"grow": GROWTHS[0], "until": {"steps": 2}}, {"grow": GROWTHS[1]}],
+    "a growth, and a stage without": [{"until": {"steps": 3}}, {"grow": GROWTHS[0], "until": {"steps": 2}}, {"learning_rate": 1e-3}],
+    "no growth": [{"until": {"steps": 3}}, {"learning_rate": 1e-3, "until": {"steps": 2}}, {"learning_rate": 1e-4}],
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_ewc_holds_the_first_weights_through_all_stages(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anchors and importances of the last stage against the first model and its Fisher, grown by the commands."""
+    from hf_grow.training.regularizers.penalty import QuadraticPenalty
+
+    old = source(tmp_path / "source")
+    random_importance(AutoModelForCausalLM.from_pretrained(old), tmp_path / "fisher.safetensors")
+    held: list[QuadraticPenalty] = []
+    attach = QuadraticPenalty.attach
+    monkeypatch.setattr(QuadraticPenalty, "attach", lambda self, model: (held.append(self), attach(self, model))[1])
+    penalty = {"kind": "ewc", "lambda": 3.0, "fisher": str(tmp_path / "fisher.safetensors")}
+    run(capsys, "train", recipe(tmp_path, old, **SCHEDULE | {"max_steps": 7}, stages=STAGES[name], regularizer=penalty))
+    first, fisher = old, tmp_path / "fisher.safetensors"
+    for i, stage in enumerate(STAGES[name]):
+        if (growth := stage.get("grow")) is not None:
+            grown, mapped = tmp_path / f"grown-{i}", tmp_path / f"fisher-{i}.safetensors"
+            api.grow(first, grown, growth["method"], **{k: v for k, v in growth.items() if k != "method"})
+            run(capsys, "fisher", grown, "--from-growth", fisher, "-o", mapped)
+            first, fisher = grown, mapped
+    weights, importances = load_file(first / "model.safetensors"), load_file(fisher)
+    last = {n: h for n, h in held[-1].held.items()}
+    assert last.keys() == weights.keys()
+    for tensor, parameter in last.items():
+        assert torch.equal(parameter.anchor, weights[tensor]), tensor
+        assert isinstance(parameter.importance, torch.Tensor)
+        torch.testing.assert_close(parameter.importance, importances[tensor], rtol=1e-6, atol=0)
+
+
 def error(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     assert main([str(w) for w in words]) == 2
     return capsys.readouterr().err
@@ -174,6 +213,9 @@ def test_mistakes_of_all_stages_are_reported_before_anything_is_written(tmp_path
     assert "stages.1.grow" in said([{"until": {"steps": 1}}, {"grow": {"method": "identity", "layers_to": 1}}])
     assert "max_steps: is missing" in said([{"until": {"steps": 1}}, {}], max_steps=None)
     assert "stages.0: should be" in said([1]) and "list of mappings" in said([])
+    assert "stages.0.early_stopping_patience" in said([{"until": {"steps": 1}}, {}], early_stopping_patience=1)
+    assert "stages.1.save_only_model" in said([{"until": {"steps": 1}}, {"save_only_model": True}])
+    assert "stages.0.save_strategy" in said([{"until": {"steps": 1}}, {}], save_strategy="no")
     assert not (tmp_path / "out").exists()
 
 
