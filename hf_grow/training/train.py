@@ -18,7 +18,7 @@ from hf_grow.convert.metadata import versions
 from hf_grow.errors import OutputError, SourceError
 from hf_grow.training.config.train_config import RecipeData
 from hf_grow.training.dry_run.dry_run import dry_run
-from hf_grow.training.setup.build import RecipeHooks, make_parts, make_recipe_trainer, merge_adapters, read_texts
+from hf_grow.training.setup.build import RecipeHooks, make_parts, make_recipe_trainer, merge_adapters, read_texts, trained_tokens
 from hf_grow.training.setup.provenance import recorded_settings
 from hf_grow.training.setup.recipe_checks import check_recipe, clear_output
 from hf_grow.training.setup.result_dtype import round_weights
@@ -88,7 +88,7 @@ def train(
     out, arguments = setup.out, setup.arguments
     checkpoint = last_checkpoint(out) if resume else None
     if resume:
-        _check_same_run(setup, notify)
+        _check_same_run(setup, notify, same_model=stop is None)
         if checkpoint is None:
             notify(f"{out} has no complete checkpoint yet; training starts from the beginning.")
     parts = make_parts(setup, setup.recipe.model, setup.recipe.revision, notify, origin)
@@ -105,7 +105,7 @@ def train(
     return _finish(trainer, setup, float(trained.training_loss), time.perf_counter() - start_time)
 
 
-def _check_same_run(setup: TrainSetup, notify: Notify) -> None:
+def _check_same_run(setup: TrainSetup, notify: Notify, *, same_model: bool) -> None:
     """Reports settings that differ from those a resumed run began with. Raises OutputError if it is the training of another model."""
     try:
         before = read_json(setup.out / RECORD)["recipe"]
@@ -113,7 +113,7 @@ def _check_same_run(setup: TrainSetup, notify: Notify) -> None:
         return
     current = recorded_settings(setup.given)
     changed = sorted(k for k in before.keys() | current.keys() if before.get(k) != current.get(k))
-    if "model" in changed:
+    if "model" in changed and same_model:  # a stage starts from a checkpoint of its run, whose folder may have been moved
         raise OutputError(
             f"{setup.out} contains a training of {before.get('model')}, not of {setup.recipe.model}.", hint="Choose another folder with -o."
         )
@@ -147,7 +147,7 @@ def _finish(trainer: BaseGrowTrainer, setup: TrainSetup, loss: float, seconds: f
     old = recipe.old_set
     forgetting = state.last_losses[old] - state.baseline(old) if old in state.last_losses and old in state.start_losses else None
     result = TrainResult(
-        out, step, step * setup.tokens_per_step, trainer.state.total_flos, trainer.growth.ledger.by_purpose(), seconds, loss, dict(state.start_losses),
+        out, step, trained_tokens(trainer, setup, step), trainer.state.total_flos, trainer.growth.ledger.by_purpose(), seconds, loss, dict(state.start_losses),
         dict(state.last_losses), dict(state.source_losses), forgetting, stopped,
     )  # fmt: skip
     events.write("end", step, output=str(out), loss=loss)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from hf_grow.errors import InputError
 from hf_grow.options import Options, validate
 from hf_grow.training.config.train_config import RecipeData, read_recipe
-from hf_grow.training.config.trigger_options import Until
+from hf_grow.training.config.trigger_options import Trigger, Until
 
 SCHEDULE: Mapping[str, Any] = {"lr_scheduler_type": "warmup_stable_decay"}
 """Default schedule of a run in stages: growth in its stable phase, one decay at the end of the run."""
@@ -81,20 +81,33 @@ def read_stages(data: Mapping[str, Any]) -> tuple[Stage, ...]:
             "stages: should be a list of mappings.", hint="As in: stages: [{until: {tokens: 20M}}, {grow: {method: identity}}]"
         )
     errors: list[str] = []
-    base = _with_schedule({k: v for k, v in data.items() if k not in ("stages", "model", "output")}, errors)
+    base = _with_schedule({k: v for k, v in data.items() if k not in ("stages", "model", "output", "revision")}, errors)
+    if data.get("grow") is not None:
+        errors.append("grow: belongs to a stage: stages: [{grow: ...}, ...].")
+        del base["grow"]
+    if isinstance(data.get("model"), Mapping) and data.get("revision") is not None:
+        errors.append("revision: a fresh model has none.")
+    sets = _eval_sets(data)
     stages = []
     for i, stage in enumerate(given):
         own = {k: v for k, v in stage.items() if k in StageKeys.model_fields}
         changes = {k: v for k, v in stage.items() if k not in own}
         keys, mistakes = validate(StageKeys, own)
         mistakes += [f"{k}: cannot change in a stage." for k in changes if k in PER_RUN]
+        if "lr_scheduler_type" in changes:
+            changes.setdefault("lr_scheduler_kwargs", None)  # those of the run are another schedule's
         recipe = merged(base, {k: v for k, v in changes.items() if k not in PER_RUN})
+        recipe = {k: v for k, v in recipe.items() if k != "lr_scheduler_kwargs" or v is not None}
         mistakes += read_recipe({**recipe, "model": "."}).mistakes
         mistakes += [f"{k}: {why}" for k, why in NOT_IN_STAGES.items() if recipe.get(k)]
         if recipe.get("save_strategy") in ("no", False):
             mistakes.append("save_strategy: a stage starts from the last checkpoint of the one before. Use steps.")
         if keys is not None and i < len(given) - 1 and keys.until is None:
             mistakes.append("until: is missing; every stage but the last needs it.")
+        if keys is not None and keys.grow is None and "optimizer_policy" in own:
+            mistakes.append("optimizer_policy: has no effect without grow.")
+        if keys is not None and keys.until is not None:
+            mistakes += [f"until: there is no {name!r}. Known: {', '.join(known)}." for name, known in _unknown_names(keys.until, sets)]
         errors += [f"stages.{i}.{m}" for m in mistakes]
         if keys is not None:
             stages.append(Stage(i, keys, recipe))
@@ -107,7 +120,7 @@ def recipe_of(stage: Stage, model: str, **changes: Any) -> RecipeData:
     """The recipe that a stage trains by. ``model``: what it starts from, or grows from."""
     growth: dict[str, Any] = {}
     if stage.keys.grow is not None:
-        growth["grow"] = {**stage.keys.grow, "optimizer_policy": stage.keys.optimizer_policy}
+        growth["grow"] = {"optimizer_policy": stage.keys.optimizer_policy, **stage.keys.grow}
     return read_recipe({**stage.recipe, "model": model, **growth, **changes}, f"Stage {stage.index} of the recipe")
 
 
@@ -128,7 +141,26 @@ def _with_schedule(data: dict[str, Any], errors: list[str]) -> dict[str, Any]:
         return data
     if "lr_scheduler_type" in data:
         return data
-    return {**data, **SCHEDULE, "lr_scheduler_kwargs": {"num_decay_steps": max(1, round(DECAY_SHARE * steps))}}
+    given = data.get("lr_scheduler_kwargs") or {}
+    return {**data, **SCHEDULE, "lr_scheduler_kwargs": {"num_decay_steps": max(1, round(DECAY_SHARE * steps)), **given}}
+
+
+def _eval_sets(data: Mapping[str, Any]) -> list[str]:
+    section = data.get("data")
+    sets = section.get("eval") if isinstance(section, Mapping) else None
+    return [str(n) for n in sets] if isinstance(sets, Mapping) else []
+
+
+def _unknown_names(trigger: Trigger, sets: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Names of losses and metrics that no training measures, with those that it does."""
+    losses, metrics = ["train", *sets], ["loss", "grad_norm", *sets, "forgetting", "kl"]
+    for part, known in ((trigger.plateau, losses), (trigger.forecast, losses)):
+        if part is not None and part.on not in known:
+            yield part.on, known
+    if trigger.metric is not None and trigger.metric.name not in metrics:
+        yield trigger.metric.name, metrics
+    for member in (*(trigger.any or ()), *(trigger.all or ())):
+        yield from _unknown_names(member, sets)
 
 
 def stage_names(stages: Sequence[Stage]) -> list[str]:

@@ -51,7 +51,7 @@ class Amount(Options):
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
-        if not self.model_fields_set:
+        if all(getattr(self, n) is None for n in type(self).model_fields if n != "not_before"):
             raise ValueError(f"is empty; give {', '.join(type(self).model_fields)}")
         return self
 
@@ -103,7 +103,7 @@ class Forecast(Options):
     """Points of the curve before a forecast is made."""
     margin: Annotated[float, Field(ge=0)] = 0.0
     """Nats per token by which the grown model must be better."""
-    skip: Share = 0.2
+    skip: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """First share of the stage's points to leave out: warm-up, and what a growth disturbed."""
 
 

@@ -181,6 +181,12 @@ def _aux_loss(setup: TrainSetup, model: Any) -> float | None:
     return coefficient
 
 
+def trained_tokens(trainer: BaseGrowTrainer, setup: TrainSetup, step: int) -> int:
+    """Tokens trained on in a run up to a step; stages may have had other batch sizes."""
+    stop = trainer.growth.stop
+    return step * setup.tokens_per_step if stop is None else stop.tokens(step)
+
+
 class SetupHooks(TrainingHooks):
     """growth.json, the files beside the weights, and the source of the growth as a baseline."""
 
@@ -210,7 +216,7 @@ class SetupHooks(TrainingHooks):
         step, state = int(trainer.state.global_step), trainer.growth_state
         losses = {"start": dict(state.start_losses), "end": dict(state.last_losses)}
         losses |= {"source": dict(state.source_losses)} if state.source_losses else {}
-        facts = {"steps": step, "tokens": step * self.setup.tokens_per_step, "data": self.data.describe(), "losses": losses}
+        facts = {"steps": step, "tokens": trained_tokens(trainer, self.setup, step), "data": self.data.describe(), "losses": losses}
         return growth_record(self.setup, facts | dict(self.after_training))
 
     def save_files(self, folder: Path) -> None:

@@ -76,7 +76,7 @@ def check_recipe(
             tokenizer = _check_tokenizer(recipe, checkpoint, errors)
             _check_positions(recipe, checkpoint, errors)
         if texts:
-            _check_data(recipe, errors, notify)
+            check_data(recipe, errors, notify)
         if recipe.data.intra_document_masking:
             collect_mistakes(errors, "attn_implementation", partial(check_attention, recipe.attn_implementation))
         check_options(recipe, checkpoint, plan, tokenizer, errors, notify, origin)
@@ -182,7 +182,7 @@ def _check_tokenizer(recipe: TrainRecipe, checkpoint: Checkpoint, errors: list[s
     return tokenizer
 
 
-def _check_data(recipe: TrainRecipe, errors: list[str], notify: Notify) -> None:
+def check_data(recipe: TrainRecipe, errors: list[str], notify: Notify) -> None:
     data = recipe.data
     sources: list[tuple[str, TextOptions]] = [(f"data.train.{i}", s) for i, s in enumerate(data.train)]
     sources += [(f"data.eval.{n}", s) for n, s in data.eval.items()]

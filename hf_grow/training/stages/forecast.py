@@ -90,7 +90,7 @@ class GrowthForecast:
     """What is known of a stage and of its growth.
 
     Attributes:
-        parameters: active parameters before and after the growth, without embeddings.
+        parameters: active parameters before and after the growth.
         flops_per_token: of training, before and after.
         budget: FLOPs left for this stage and everything after it, at the beginning of the stage.
         earlier: offset E by parameters, of earlier stages.
@@ -136,7 +136,7 @@ class StageGrowth:
     """A stage and the growth at its end, for a forecast.
 
     Attributes:
-        parameters: active parameters before and after, without embeddings.
+        parameters: active parameters before and after.
         flops_per_token: of training, before and after.
         spent: FLOPs before the stage.
         earlier: curves of earlier stages, each with the active parameters of its model.

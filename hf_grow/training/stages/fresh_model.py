@@ -34,6 +34,9 @@ def read_config(options: FreshModel) -> dict[str, Any]:
 def describe_fresh(options: FreshModel) -> Checkpoint:
     """The checkpoint that `write_fresh` makes, without its weights, to plan growths. Raises InputError."""
     config = read_config(options)
+    tokenizer = load_tokenizer(options.tokenizer, None)
+    if len(tokenizer) > int(config.get("vocab_size", 0)):
+        raise InputError(f"{options.tokenizer} has {len(tokenizer)} tokens, but vocab_size is {config.get('vocab_size')}.")
     info = describe_model(meta_model(config))
     tensors = {n: TensorLocation("", t.dtype, t.shape, 0, 0) for n, t in info.tensors.items()}
     return Checkpoint(options.config, "", info.config, tensors, {})
@@ -49,10 +52,8 @@ def write_fresh(options: FreshModel, folder: Path, seed: int) -> None:
         made = AutoConfig.for_model(**_without_dtype(config))
         set_seed(seed)
         model = AutoModelForCausalLM.from_config(made)
-    if len(tokenizer) > made.vocab_size:
-        raise InputError(f"{options.tokenizer} has {len(tokenizer)} tokens, but vocab_size is {made.vocab_size}.")
     tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)  # weights last: an interrupted run has none
+    model.save_pretrained(folder)
 
 
 def _without_dtype(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     RUN/initial/                    a fresh model, before the first stage
     RUN/stage-00/ ... stage-NN/     as `hf-grow train` writes them: checkpoints, events.jsonl, and at the stage's end a plain model with growth.json
     RUN/run.json                    the stages that have ended, and the checkpoint that the next one starts from
-    RUN/events.jsonl                one line for each stage that begins, each growth and each end
+    RUN/events.jsonl                one line for each stage that begins, and each that ends
 
 A growth has no files of its own, so there is nothing to repair: noise depends on seed and names alone, and a stage that was interrupted before its
 first checkpoint grows again from the checkpoint of the stage before, to the same weights.
@@ -35,10 +35,11 @@ from hf_grow.training.config.stage_options import FreshModel, Stage, read_stages
 from hf_grow.training.config.train_config import RecipeData, collect_mistakes
 from hf_grow.training.distributed.launch import is_main_process
 from hf_grow.training.growth_state.state_files import GROWTH_STATE
+from hf_grow.training.regularizers.importance_file import open_importance
 from hf_grow.training.regularizers.origin import PenaltyOrigin
 from hf_grow.training.regularizers.si import IMPORTANCE_FILE
 from hf_grow.training.setup.growth_at_load import plan_growth
-from hf_grow.training.setup.recipe_checks import arguments_for, check_output, clear_output, default_output
+from hf_grow.training.setup.recipe_checks import arguments_for, check_data, check_output, clear_output, default_output
 from hf_grow.training.setup.train_setup import Notify, TrainSetup
 from hf_grow.training.sharding.row_source import StoredRows
 from hf_grow.training.stages.forecast import StageGrowth
@@ -122,6 +123,13 @@ class StagedRun:
         models, donors = [], False
         for stage in self.stages:
             growth = stage.keys.grow
+            recipe = recipe_of(stage, self.model).recipe
+            if recipe is not None:
+                wrong: list[str] = []
+                check_data(recipe, wrong, self.notify)
+                for path in recipe.regularizer.fisher:
+                    collect_mistakes(wrong, "regularizer.fisher", partial(open_importance, path))
+                errors += [f"stages.{stage.index}.{line}" for line in wrong]
             if growth is not None and current is not None:
                 before = current
                 plan = collect_mistakes(errors, f"stages.{stage.index}.grow", lambda: plan_growth(before, growth, self.notify))  # noqa: B023
@@ -190,6 +198,11 @@ class StagedRun:
         from accelerate.utils import wait_for_everyone
 
         out, start = self.folder / stage.folder, self.log.spent
+        if start.step >= self.read.given["max_steps"]:
+            raise ExecutionError(
+                f"{stage.title} cannot begin: the stages before it took all {start.step} steps of the run.",
+                hint="Raise max_steps and go on with --resume, or let earlier stages end sooner (at_latest).",
+            )
         if is_main_process():
             _remove_unfinished(out)
         wait_for_everyone()  # all look for checkpoints after that
@@ -199,7 +212,7 @@ class StagedRun:
             changes["save_dtype"] = self.dtype  # not that of the checkpoint before, which holds weights as they are trained
         if previous is not None:
             changes["monitor"] = {"baseline": "start", **(stage.recipe.get("monitor") or {})}
-        if previous is None and self.revision is not None:
+        if previous is None and self.revision is not None and self.fresh is None:
             changes["revision"] = self.revision
         recipe = recipe_of(stage, str(previous or self.model), **changes, **self._regularizer(stage))
         raise_errors(recipe.where, recipe.mistakes)
@@ -207,7 +220,8 @@ class StagedRun:
 
         def stop(setup: TrainSetup) -> StageStop:
             growth = self._growth_after(stage, start.flops, [(e["active"], e["curve"]) for e in self.log.ended if e.get("curve")])
-            stops.append(StageStop(stage.keys.until, start, setup.tokens_per_step, setup.arguments.max_steps, growth))
+            blending = setup.options.warmup.alpha_steps if stage.keys.grow is not None else 0
+            stops.append(StageStop(stage.keys.until, start, setup.tokens_per_step, setup.arguments.max_steps, growth, blending))
             return stops[0]
 
         begun = (out / EVENTS_FILE).is_file()
@@ -239,19 +253,22 @@ class StagedRun:
             for e in self.log.ended
             if self.stages[e["stage"]].keys.grow
         ]
-        if not self.log.ended and stage.keys.grow is None:
-            return None
-        first = open_source(self.model, revision=self.revision, weights=True)
         kind = (stage.recipe.get("regularizer") or {}).get("kind", "none")
-        return PenaltyOrigin(StoredRows(first), plans, anchored=stage.keys.anchor == "run" and kind != "si")
+        if kind in ("none", "si") or (not self.log.ended and stage.keys.grow is None):
+            return None  # SI holds the weights at the last consolidation: those that the stage starts from
+        first = open_source(self.model, revision=self.revision, weights=True)
+        return PenaltyOrigin(StoredRows(first), plans, anchored=stage.keys.anchor == "run")
 
     def _regularizer(self, stage: Stage) -> dict[str, Any]:
-        """With SI, the importances of the stage before, which has consolidated them at its end."""
+        """With SI, the importances of the stage before, which has consolidated them at its end; each stage adds its own."""
         section = stage.recipe.get("regularizer")
         if not self.log.ended or not isinstance(section, Mapping) or section.get("kind") != "si":
             return {}
         file = self.folder / self.stages[self.log.ended[-1]["stage"]].folder / PENALTY_FOLDER / IMPORTANCE_FILE
-        return {"regularizer": {**section, "fisher": str(file)}} if file.is_file() else {}
+        if not file.is_file():
+            return {}
+        # With a file alone no path would be followed. No stage has as many steps as the run, so it consolidates at its end only.
+        return {"regularizer": {"consolidate_every": self.read.given["max_steps"], **section, "fisher": str(file)}}
 
 
 def _main_dtype(checkpoint: Checkpoint) -> str:

@@ -28,13 +28,16 @@ class Spent:
 class StageStop:
     """A `StopCondition` of the trainer.
 
-    ``start``: what was spent before the stage. ``max_steps``: of the whole run.
+    ``start``: what was spent before the stage. ``max_steps``: of the whole run. ``at_least``: steps of the stage before which it does not end,
+    whatever its trigger says: while new blocks blend in, the stored model is not the trained one.
     """
 
-    def __init__(self, until: Until | None, start: Spent, tokens_per_step: int, max_steps: int, growth: StageGrowth | None = None) -> None:
+    def __init__(
+        self, until: Until | None, start: Spent, tokens_per_step: int, max_steps: int, growth: StageGrowth | None = None, at_least: int = 0
+    ) -> None:
         self.start, self.tokens_per_step, self.max_steps = start, tokens_per_step, max_steps
         self.end = StageEnd(until, growth) if until is not None else None
-        self.reason = ""
+        self.reason, self.at_least = "", at_least
         self._uses_time = until is not None and _uses(until, "time")
         self.uses_flops = until is not None and (_uses(until, "flops") or _uses(until, "forecast"))
         self._seconds, self._since = 0.0, time.monotonic()
@@ -43,10 +46,13 @@ class StageStop:
         """Wall time of this stage, also before it was interrupted."""
         return self._seconds + time.monotonic() - self._since
 
+    def tokens(self, step: int) -> int:
+        """Of the whole run, after a step of this stage."""
+        return self.start.tokens + (step - self.start.step) * self.tokens_per_step
+
     def spent(self, step: int, flops: float) -> Spent:
         """What the run has spent after a step of this stage."""
-        tokens = self.start.tokens + (step - self.start.step) * self.tokens_per_step
-        return Spent(step, tokens, flops, self.start.seconds + self.seconds())
+        return Spent(step, self.tokens(step), flops, self.start.seconds + self.seconds())
 
     def observe(self, *, step: int, flops: float, loss: float, grad_norm: float | None, evaluation: Mapping[str, float]) -> bool:
         """After an optimizer step, once. Whether the stage ends here; every process gets the same answer."""
@@ -57,7 +63,7 @@ class StageStop:
             steps, steps * self.tokens_per_step, flops - self.start.flops, self._common_seconds(), step / self.max_steps, loss, grad_norm,
             evaluation,
         )  # fmt: skip
-        if not self.end.observe(seen):
+        if not self.end.observe(seen) or steps < self.at_least:
             return False
         self.reason = self.end.reason
         return True

@@ -210,9 +210,8 @@ class CheckpointTrainer(ShardedStartTrainer):
         if self._begins_stage(folder):
             for key in SOURCE_KEYS:  # the best checkpoint so far is another training's
                 setattr(self.state, key, None)
-        if self._grows_from(folder):
-            if saved is not None:  # forgetting is counted from the beginning of the run, through its growths
-                self.growth_state.start_losses = dict(saved["start_losses"])
+        if self._grows_from(folder) and saved is not None:  # forgetting is counted from the beginning of the run, through its growths
+            self.growth_state.start_losses = dict(saved["start_losses"])
         self._load_ledger((saved or {}).get("ledger"))
 
     def _load_ledger(self, saved: Any) -> None:

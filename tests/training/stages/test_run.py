@@ -158,6 +158,49 @@ def test_two_processes_as_one(how: str, tmp_path: Path, capsys: pytest.CaptureFi
             torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-9, msg=lambda m, name=f"stage {i}, {name}": f"{name}: {m}")
 
 
+def test_si_adds_up_over_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every stage starts with the importances of the one before (grown), and adds its own."""
+    old = source(tmp_path / "source")
+    stages = [{"until": {"steps": 2}}, {"until": {"steps": 2}, "learning_rate": 1e-3}, {"grow": GROWTHS[0], "until": {"steps": 2}}, {}]
+    path = recipe(tmp_path, old, **SCHEDULE | {"max_steps": 8}, stages=stages, regularizer={"kind": "si", "lambda": 0.5})
+    run(capsys, "train", path)
+    files = [load_file(tmp_path / "out" / f"stage-{i:02d}" / "penalty" / "importance.safetensors") for i in range(4)]
+    assert files[0].keys() == files[1].keys() < files[2].keys() == files[3].keys()
+    for before, after in ((0, 1), (2, 3)):
+        assert all(bool((files[after][n] >= t).all()) for n, t in files[before].items())
+        assert any(not torch.equal(files[after][n], t) for n, t in files[before].items())
+
+
+def test_a_run_whose_folder_was_moved_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = staged(tmp_path, source(tmp_path / "source"), GROWTHS[:1], max_steps=5, save_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "step", 5)
+        with pytest.raises(Killed):
+            main(["train", str(path)])
+    capsys.readouterr()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    result = run(capsys, "train", path, "--resume", "-o", tmp_path / "moved")
+    assert [e["spent"]["step"] for e in result["ended"]] == [3, 5]
+
+
+def test_stages_that_use_up_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = [{"until": {"steps": 50}}, {"grow": GROWTHS[0]}]
+    path = recipe(tmp_path, source(tmp_path / "source"), **SCHEDULE | {"max_steps": 4}, stages=stages)
+    assert "took all 4 steps" in run(capsys, "train", path, status=1)["error"]
+
+
+def test_a_stage_does_not_end_while_blocks_blend_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = [
+        {"until": {"steps": 1}},
+        {"grow": GROWTHS[0], "until": {"steps": 1}, "warmup": {"alpha_steps": 3}},
+        {"per_device_train_batch_size": 1},
+    ]
+    path = recipe(tmp_path, source(tmp_path / "source"), **SCHEDULE | {"max_steps": 6}, stages=stages)
+    result = run(capsys, "train", path)
+    assert [e["spent"]["step"] for e in result["ended"]] == [1, 4, 6]
+    assert [s["tokens"] for s in result["stages"]] == [32, 128, 160] == [e["spent"]["tokens"] for e in result["ended"]]
+
+
 STAGES: dict[str, list[dict[str, Any]]] = {
     "two growths": [{"until": {"steps": 3}}, {"grow": GROWTHS[0], "until": {"steps": 2}}, {"grow": GROWTHS[1]}],
     "a growth, and a stage without": [{"until": {"steps": 3}}, {"grow": GROWTHS[0], "until": {"steps": 2}}, {"learning_rate": 1e-3}],
@@ -187,7 +230,7 @@ def test_ewc_holds_the_first_weights_through_all_stages(
             run(capsys, "fisher", grown, "--from-growth", fisher, "-o", mapped)
             first, fisher = grown, mapped
     weights, importances = load_file(first / "model.safetensors"), load_file(fisher)
-    last = {n: h for n, h in held[-1].held.items()}
+    last = held[-1].held
     assert last.keys() == weights.keys()
     for tensor, parameter in last.items():
         assert torch.equal(parameter.anchor, weights[tensor]), tensor
@@ -213,6 +256,14 @@ def test_mistakes_of_all_stages_are_reported_before_anything_is_written(tmp_path
     assert "stages.1.grow" in said([{"until": {"steps": 1}}, {"grow": {"method": "identity", "layers_to": 1}}])
     assert "max_steps: is missing" in said([{"until": {"steps": 1}}, {}], max_steps=None)
     assert "stages.0: should be" in said([1]) and "list of mappings" in said([])
+    assert "there is no 'odl'" in said([{"until": {"plateau": {"on": "odl"}}}, {}])
+    assert "there is no 'forgot'" in said([{"until": {"any": [{"metric": {"name": "forgot", "below": 1.0}}]}}, {}])
+    assert "is empty" in said([{"until": {"not_before": {"steps": 2}}}, {}]) and "is empty" in said(
+        [{"until": {"any": [{"steps": None}]}}, {}]
+    )
+    assert "belongs to a stage" in said([{"until": {"steps": 1}}, {}], grow={"method": "identity"})
+    assert "optimizer_policy: has no effect" in said([{"until": {"steps": 1}}, {"optimizer_policy": "reset"}])
+    assert "stages.1.data.train" in said([{"until": {"steps": 1}}, {"data": {"train": str(tmp_path / "nowhere.jsonl")}}])
     assert "stages.0.early_stopping_patience" in said([{"until": {"steps": 1}}, {}], early_stopping_patience=1)
     assert "stages.1.save_only_model" in said([{"until": {"steps": 1}}, {"save_only_model": True}])
     assert "stages.0.save_strategy" in said([{"until": {"steps": 1}}, {}], save_strategy="no")
