@@ -128,9 +128,9 @@ def fisher_flops(checkpoint: Checkpoint, model: PreTrainedModel, options: Fisher
 
 
 def fisher_memory(checkpoint: Checkpoint, model: PreTrainedModel, width: int) -> dict[str, int]:
-    """Bytes of one process without activations: weights, squares in fp32 (fp64 for fp64), and the gradients that exist at a time; under FSDP2 also what is gathered.
+    """Bytes of one process without activations: weights, squares, and the gradients that exist at a time; under FSDP2 also what is gathered.
 
-    Gradients: of the two largest parameters, because a tied embedding's is complete at the end only.
+    Squares: in fp32, of a model in fp64 in fp64. Gradients: of the two largest parameters, because a tied embedding's is complete at the end only.
     """
     launch, sizes = current_launch(), sorted(p.numel() for p in model.parameters())
     shards = launch.shards("weights")
