@@ -30,8 +30,8 @@ class OutputOptions(Options):
     source_cache: Annotated[Bytes, Field(ge=0), Requires("stream_source")] = DEFAULT_SOURCE_CACHE
     """With --stream-source, disk space for tensors that are needed again later; others are fetched again. Default: 2GB."""
     with_optimizer: str | None = None
-    """Folder of a Trainer checkpoint of the source, with optimizer.pt, optimizer.bin, FSDP's optimizer_0, or DeepSpeed's state after
-    ds_to_universal: its optimizer state is grown too, so that training can resume from the result."""
+    """Folder of a Trainer checkpoint of the source, with optimizer.pt, optimizer.bin, FSDP's optimizer_0, optimizer.json (hf-grow train under
+    FSDP2), or DeepSpeed's state after ds_to_universal: its optimizer state is grown too, so that training can resume from the result."""
     optimizer_policy: Annotated[Literal["map", "keep-and-zero", "reset"], Requires("with_optimizer")] = "map"
     """Initial optimizer state of new entries: the mapped state (map), zero (keep-and-zero), or no moments for any parameter (reset)."""
     exact_steps: Annotated[bool, Requires("with_optimizer"), Requires("optimizer_policy", ("map", "keep-and-zero"))] = False

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hf_grow.errors import SourceError
 from hf_grow.growth.source_info import DTYPE_NAMES
 
 
@@ -58,3 +59,9 @@ class InMemoryTensors:
 def raw_bytes(block: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
     return block.view(torch.uint8).numpy().reshape(-1).data
+
+
+def overflow_error(name: str, dtype: torch.dtype) -> SourceError:
+    """The error for a tensor that a dtype cannot hold."""
+    return SourceError(f"{name} has values that {str(dtype).removeprefix('torch.')} cannot hold: they would be infinite.",
+                       hint="Choose --dtype bfloat16, float32 or auto.")  # fmt: skip

@@ -161,7 +161,3 @@ def _unknown_names(trigger: Trigger, sets: Sequence[str]) -> Iterator[tuple[str,
         yield trigger.metric.name, metrics
     for member in (*(trigger.any or ()), *(trigger.all or ())):
         yield from _unknown_names(member, sets)
-
-
-def stage_names(stages: Sequence[Stage]) -> list[str]:
-    return [s.title for s in stages]

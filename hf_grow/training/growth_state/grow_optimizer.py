@@ -36,7 +36,7 @@ from hf_grow.training.growth_state.optimizer_files import (
 )
 from hf_grow.training.growth_state.optimizer_sources import named_state, open_optimizer, optimizer_path
 from hf_grow.training.growth_state.optimizer_state import OptimizerState, in_memory, materialized
-from hf_grow.training.growth_state.state_files import DATA_STATE
+from hf_grow.training.growth_state.state_files import DATA_STATE, read_torch_state
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -248,7 +248,7 @@ def _split_groups(out: Path, state: OptimizerState, factors: Mapping[str, trajec
             origin.append(i)
             lr_factors.append(f.lr)
     if (out / SCHEDULER).is_file():
-        schedule = torch.load(out / SCHEDULER, map_location="cpu", weights_only=True)
+        schedule = read_torch_state(out / SCHEDULER)
         for key, value in schedule.items():
             if isinstance(value, list) and len(value) == len(state.groups):
                 is_rate = key in ("base_lrs", "_last_lr")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from hf_grow.errors import SourceError
 
@@ -33,11 +32,7 @@ def missing_optimizer_error(folder: Path) -> SourceError:
             f"{folder} holds a sharded FSDP optimizer state without .metadata: one file a process, in the order of that process.",
             hint=f"Save with torch.distributed.checkpoint (use_dcp), or grow with --optimizer-policy reset: {reset}.",
         )
-    return SourceError(f"{folder} has no {POSITIONS} and no {NAMES}.", hint="Give a folder that Trainer saved, such as checkpoint-500.")
-
-
-def initial_state(shape: tuple[int, ...]) -> dict[str, Any]:
-    """AdamW's state before the first step."""
-    import torch
-
-    return {"step": torch.zeros(()), "exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape)}
+    return SourceError(
+        f"{folder} has no {POSITIONS}, no {NAMES} and no {SHARDS}.",
+        hint="Give a folder that Trainer or hf-grow train saved, such as checkpoint-500.",
+    )

@@ -11,6 +11,7 @@ from hf_grow.model.meta_model import trainer_param_groups
 from hf_grow.training.growth_state.optimizer_files import POSITIONS, SCHEDULER
 from hf_grow.training.growth_state.optimizer_sources import optimizer_path, read_optimizer
 from hf_grow.training.growth_state.optimizer_state import OptimizerState, materialized
+from hf_grow.training.growth_state.state_files import read_torch_state
 from hf_grow.training.param_updates.parameter_map import bare, parameters
 from hf_grow.training.param_updates.updates import GROUP_KIND
 from hf_grow.training.sharding.local_rows import local_tensor, whole_parameters
@@ -93,9 +94,13 @@ def _unfit(path: Path, error: Exception) -> SourceError:
 
 
 def _local(value: Any, p: Any, name: str) -> Any:
-    """A value of the state of a parameter; a tensor sharded as the parameter is."""
+    """A value of the state of a parameter; a tensor sharded as the parameter is. Raises ValueError for one that cannot be."""
+    from hf_grow.checkpoint.torch_files import SubclassTensor, map_tensors
+
     if not hasattr(p, "placements") or not getattr(value, "shape", ()):
-        return materialized(value)
+        return map_tensors(value, materialized)
+    if isinstance(value, SubclassTensor):
+        raise ValueError(f"{name} is a {value.kind.__name__}, which cannot be cut as the parameter is")
     if tuple(value.shape) != tuple(p.shape):
         raise ValueError(f"{name} has shape {list(value.shape)}, the parameter {list(p.shape)}, which is sharded")
     return local_tensor(p, whole_parameters({name: value.shape}), HeldRows({name: value}), value.dtype, p.device)
@@ -134,8 +139,6 @@ def load_optimizer_and_scheduler(
     length of the schedule are always this run's. Returns what differed: argument -> (value that holds, 'recipe' or 'checkpoint').
     ``grown``: the state of a smaller model's checkpoint, grown; loaded in its place. Raises SourceError for a state that does not fit.
     """
-    import torch
-
     own = [dict(g) for g in optimizer.param_groups]
     file = optimizer_path(folder)
     if grown is not None:
@@ -143,7 +146,7 @@ def load_optimizer_and_scheduler(
     elif file is not None:
         load_optimizer(file, model, optimizer)
     if (folder / SCHEDULER).is_file():
-        schedule = torch.load(folder / SCHEDULER, map_location="cpu", weights_only=True)
+        schedule = read_torch_state(folder / SCHEDULER)
         rates = schedule.get("base_lrs", ())
         if file is None and len(rates) == len(own):  # as loaded groups would have it
             for group, peak, rate in zip(optimizer.param_groups, rates, schedule["_last_lr"], strict=True):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hf_grow.common.safe_files import read_json
 from hf_grow.errors import ExecutionError, SourceError
 from hf_grow.training.growth_state.optimizer_state import MemoryTensor
+from hf_grow.training.growth_state.state_files import NEXT_STEP
 from hf_grow.training.param_updates.parameter_map import parameters
 
 if TYPE_CHECKING:
@@ -28,11 +29,15 @@ def read_sharded_state(path: Path) -> tuple[list[dict[str, Any]], dict[Any, dict
             n: {k: MemoryTensor(torch.tensor(v, dtype=dtypes[k])) if k in dtypes else v for k, v in numbers.items()}
             for n, numbers in saved["state"].items()
         }
+        count = int(saved.get("tensors", 0))
         if not all(isinstance(n, str) for g in groups for n in g["params"]):
             raise ValueError("its parameters have no names")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise SourceError(f"{path} is damaged: {' '.join(str(error).split())[:200]}.") from None
-    for (stored,), tensor in DistributedCheckpoint(shards).tensors.items() if shards.is_dir() else ():
+    stored_tensors = DistributedCheckpoint(shards).tensors if shards.is_dir() and any(shards.iterdir()) else {}
+    if len(stored_tensors) < count:
+        raise SourceError(f"{shards} holds {len(stored_tensors)} of the {count} tensors of {path.name}.", hint=NEXT_STEP)
+    for (stored,), tensor in stored_tensors.items():
         key, _, name = stored.partition(".")
         state.setdefault(name, {})[key] = tensor
     return groups, state
@@ -58,7 +63,7 @@ def sharded_state(model: Any, optimizer: Any) -> tuple[dict[str, Tensor], dict[s
             elif hasattr(p, "placements") and getattr(value, "placements", None) != p.placements:
                 raise ExecutionError(
                     f"{key}, which {type(optimizer).__name__} keeps for {names[p]}, is not sharded as the parameter is, and cannot be saved.",
-                    hint="Use optim: adamw_torch, or set save_only_model: true.",
+                    hint="Use an optimizer whose state has the shape of the parameter, such as optim: adamw_torch.",
                 )
             else:
                 tensors[f"{key}.{names[p]}"] = value
@@ -67,4 +72,4 @@ def sharded_state(model: Any, optimizer: Any) -> tuple[dict[str, Tensor], dict[s
         | {"params": [names[p] for p in g["params"]]}
         for g in optimizer.param_groups
     ]
-    return tensors, {"param_groups": groups, "state": numbers, "dtypes": dtypes}
+    return tensors, {"param_groups": groups, "state": numbers, "dtypes": dtypes, "tensors": len(tensors)}

@@ -21,6 +21,7 @@ from hf_grow.convert.execute import translate_os_errors
 from hf_grow.convert.metadata import versions
 from hf_grow.errors import InputError, SourceError
 from hf_grow.growth.plan import GrowthPlan, check_source, make_plan
+from hf_grow.growth.tensors import overflow_error
 from hf_grow.methods import METHODS
 from hf_grow.model.config_compat import portable_config
 from hf_grow.model.loading import output_flags, reset_output_flags, transformers_errors
@@ -103,4 +104,7 @@ def _merged_model(base: Path, plan: GrowthPlan | None, adapter: Adapter, dtype: 
         raise SourceError(f"The adapter {adapter.folder} does not match {base}: {' '.join(str(error).split())[:200]}") from None
     load_fully_trained_if_present(wrapped, adapter.folder)
     merged: PreTrainedModel = wrapped.merge_and_unload()
+    overflown = next((n for n, p in merged.named_parameters() if dtype != "auto" and not bool(p.isfinite().all())), None)
+    if overflown is not None:
+        raise overflow_error(overflown, merged.get_parameter(overflown).dtype)
     return merged

@@ -46,6 +46,9 @@ def launch_mistakes(launch: Launch, options: TrainOptions, arguments: TrainingAr
         )
     if launch.sharing == "fsdp2" and options.lora is not None:
         errors.append("lora: adapters are not saved completely under FSDP2. Use DDP: they need little memory.")
+    optim = str(getattr(arguments.optim, "value", arguments.optim))
+    if launch.sharing == "fsdp2" and keeps_uncut_state(optim):
+        errors.append(f"optim: the state of {optim} is not cut as the parameters are, so FSDP2 cannot save it. Use adamw_torch, or DDP.")
     if options.distill is not None and options.distill.shard and launch.sharing not in ("ddp", "fsdp2"):
         errors.append(f"distill.shard: needs several processes (DDP or FSDP2), and this is {launch}. Remove it.")
     if launch.deepspeed:
@@ -108,6 +111,11 @@ def parallelism_mistakes(
             "Set accelerator_config: {dispatch_batches: false}."
         )
     return errors
+
+
+def keeps_uncut_state(optim: str) -> bool:
+    """Whether the state of an optimizer, by transformers' name, has other shapes than the parameters: means of rows and columns, blocks of codes."""
+    return any(kind in optim for kind in ("adafactor", "8bit", "4bit"))
 
 
 def _keys_inside_a_step(options: TrainOptions) -> list[str]:

@@ -20,22 +20,27 @@ def is_first() -> bool:
 
 @contextmanager
 def on_every_process(folder: Path) -> Iterator[None]:
-    """Waits for all processes at the end; an error of one while it writes to `folder` is raised on all."""
-    failed: GrowError | None = None
+    """Waits for all processes at the end; any error of one while it writes to `folder` is raised on all."""
+    failed: Exception | None = None
     try:
         yield
-    except GrowError as error:
-        failed = error
     except OSError as error:
         failed = ExecutionError(f"{folder} could not be written: {error_text(error)}.", hint="Free some disk space, or choose another.")
+    except Exception as error:
+        failed = error
     if distributed.is_initialized():
         found: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(found, None if failed is None else (failed.message, failed.hint))
+        distributed.all_gather_object(found, None if failed is None else _texts(failed))
         first = next((f for f in found if f is not None), None)
         if failed is None and first is not None:
             failed = ExecutionError(first[0], hint=first[1])
     if failed is not None:
         raise failed
+
+
+def _texts(error: Exception) -> tuple[str, str]:
+    """Message and hint of an error for the other processes."""
+    return (error.message, error.hint) if isinstance(error, GrowError) else (f"Another process failed: {type(error).__name__}: {error}", "")
 
 
 def make_shared_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ from hf_grow.convert.execute import translate_os_errors
 from hf_grow.convert.in_memory import disk_tensors
 from hf_grow.errors import SourceError
 from hf_grow.growth.source_info import DTYPE_NAMES, TensorInfo
-from hf_grow.growth.tensors import raw_bytes, torch_dtype
+from hf_grow.growth.tensors import overflow_error, raw_bytes, torch_dtype
 from hf_grow.model.config_compat import portable_config
 from hf_grow.model.meta_model import meta_model
 from hf_grow.training.param_updates.parameter_map import ParameterRows, bare, parameter_map
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 def merge_shards(folder: Path, out: Path, *, dtype: str = "auto", overwrite: bool = False, max_shard_size: int = DEFAULT_SHARD_SIZE) -> int:
     """Writes to ``out`` the plain model of checkpoint ``folder``; returns its number of layers. Memory: a block of rows.
 
-    ``dtype``: of torch, by its name; auto keeps the dtypes of the training. Raises SourceError for a folder without shards, and where they
-    are not those of its config.json; OutputError for an output that exists.
+    ``dtype``: of parameters, by torch's name; auto keeps the dtypes of the training, as buffers always do. Raises SourceError for a folder
+    without shards, where they are not those of its config.json, and for values that overflow in `dtype`; OutputError for an output that exists.
     """
     shards_folder = sharded_weights(folder)
     if shards_folder is None:
@@ -46,10 +46,14 @@ def merge_shards(folder: Path, out: Path, *, dtype: str = "auto", overwrite: boo
     if wrong:
         raise SourceError(f"{shards_folder} does not fit {folder / 'config.json'}: {wrong[0]} ({len(wrong)} such tensors).")
     expected, places = disk_tensors(made), dict(parameter_map(made))
+    parameters = set(places)
     places |= whole_parameters({n: t.shape for n, t in expected.items() if n not in places})  # buffers
     short = {torch_dtype(n): n for n in DTYPE_NAMES}
     chosen = {name: n for n, name in DTYPE_NAMES.items()}.get(dtype)
-    infos = {n: TensorInfo(chosen or short[rows.dtype(places[n].parameter)], tuple(t.shape)) for n, t in expected.items()}
+    infos = {
+        n: TensorInfo((chosen if n in parameters else None) or short[rows.dtype(places[n].parameter)], tuple(t.shape))
+        for n, t in expected.items()
+    }
     shards = layout(infos, max_shard_size)
     check_disk_space(out, sum(s.size for s in shards))
     with (
@@ -78,17 +82,20 @@ def _shape(rows: ShardRows, name: str) -> tuple[int, ...] | None:
 
 
 def _blocks(slot: Slot, place: ParameterRows, rows: ShardRows) -> Iterator[Tensor]:
-    """A tensor on disk from its parameter, in blocks of rows."""
+    """A tensor on disk from its parameter, in blocks of rows. Raises SourceError where a finite value overflows in the dtype on disk."""
     import torch
 
-    shape, dtype = slot.info.shape, torch_dtype(slot.info.dtype)
+    shape, dtype, stored = slot.info.shape, torch_dtype(slot.info.dtype), rows.dtype(place.parameter)
     width = shape[-1] if len(shape) > 1 else 1
     step = row_step((0, width))
     for start in range(place.start, place.stop, step):
         stop = min(start + step, place.stop)
-        block = torch.empty(stop - start, width, dtype=dtype)
+        block = torch.empty(stop - start, width, dtype=stored)
         read_rows(block, place.parameter, start, stop, range(width), rows)
-        yield block
+        written = block.to(dtype)
+        if stored != dtype and bool((block.isfinite() & ~written.isfinite()).any()):
+            raise overflow_error(slot.name, dtype)
+        yield written
 
 
 def _with_files(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.errors import SourceError
 from hf_grow.model.loading import reset_output_flags, transformers_errors
 from hf_grow.training.param_updates.parameter_map import bare, parameter_map, parameters
@@ -138,10 +137,3 @@ def held_tensors(model: Any) -> dict[str, Tensor]:
     saved = {bare(n) for n in model.state_dict()}
     held: dict[str, Tensor] = {n: p.detach() for n, p in parameters(model).items()}
     return held | {bare(n): b for n, b in model.named_buffers() if bare(n) in saved}
-
-
-def places_of(checkpoint: Checkpoint) -> Places:
-    """`parameter_map` of a checkpoint's model."""
-    from hf_grow.model.meta_model import meta_model
-
-    return parameter_map(meta_model(checkpoint.config))

@@ -4,9 +4,7 @@
     recompute    what a backward pass computes again: checkpointed activations, the scores of fused attention
     teacher      forward passes of teachers, also those whose logits are kept
     evaluation   forward passes that measure: named sets, contributions of blocks, the source as a baseline
-    fisher       gradients that importances are estimated from
     sampling     text for self-replay
-    growth       growing a model: almost none, so its seconds and bytes are kept too
     discarded    all of these that a rollback threw away
 
 Each process adds what it computes; `collect` adds up all of them. Whole numbers throughout, so that nothing depends on the order of addition.
@@ -23,10 +21,10 @@ from hf_grow.model.flops import Batch, Cost, ModelFlops, Window, row_pairs, skip
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PURPOSES = ("train", "recompute", "teacher", "evaluation", "fisher", "sampling", "growth", "discarded")
+PURPOSES = ("train", "recompute", "teacher", "evaluation", "sampling", "discarded")
 TRAINING = ("train", "teacher")
 """What a step needs, however it is computed: the FLOPs of a training that logs and results name."""
-MEASURES = ("flops", "tokens", "milliseconds", "bytes")
+MEASURES = ("flops", "tokens")
 _HALF = 2**31
 Counts = dict[str, dict[str, int]]
 
@@ -37,9 +35,9 @@ class Ledger:
     def __init__(self) -> None:
         self._collected, self._own = _zeros(), _zeros()
 
-    def add(self, purpose: str, flops: int = 0, *, tokens: int = 0, milliseconds: int = 0, nbytes: int = 0) -> None:
+    def add(self, purpose: str, flops: int = 0, *, tokens: int = 0) -> None:
         """Adds what this process computed."""
-        for measure, count in zip(MEASURES, (flops, tokens, milliseconds, nbytes), strict=True):
+        for measure, count in zip(MEASURES, (flops, tokens), strict=True):
             self._own[measure][purpose] += count
 
     def collect(self, sum_over_processes: Callable[[Sequence[int]], Sequence[int]]) -> None:

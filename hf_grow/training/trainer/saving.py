@@ -15,8 +15,9 @@ from hf_grow.training.growth_state.grow_optimizer import SOURCE_KEYS, grown_opti
 from hf_grow.training.growth_state.optimizer_files import SCHEDULER, SHARDS, TRAINER_STATE
 from hf_grow.training.growth_state.resume import load_optimizer_and_scheduler
 from hf_grow.training.growth_state.sharded_state import sharded_state
-from hf_grow.training.growth_state.state_files import GROWTH_STATE
+from hf_grow.training.growth_state.state_files import GROWTH_STATE, damaged_state, read_torch_state
 from hf_grow.training.param_updates.updates import unwrapped
+from hf_grow.training.sharding.collective import on_every_process
 from hf_grow.training.sharding.local_rows import fill_tensors, whole_parameters
 from hf_grow.training.sharding.plain_files import write_plain
 from hf_grow.training.sharding.shard_files import ShardRows, write_shards
@@ -97,10 +98,10 @@ class CheckpointTrainer(ShardedStartTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # A checkpoint of the same step, by other processes perhaps, must not remain in part.
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.exists():
-            (folder / TRAINER_STATE).unlink(missing_ok=True)
-            shutil.rmtree(folder)
-        self.accelerator.wait_for_everyone()
+        with on_every_process(folder):
+            if self.args.should_save and folder.exists():
+                (folder / TRAINER_STATE).unlink(missing_ok=True)
+                shutil.rmtree(folder)
         super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -124,7 +125,8 @@ class CheckpointTrainer(ShardedStartTrainer):
         import torch
 
         tensors, record = sharded_state(self.model, unwrapped(self.optimizer))
-        write_shards((folder / SHARDS).with_suffix(""), tensors)
+        if tensors:  # SGD without momentum keeps none
+            write_shards((folder / SHARDS).with_suffix(""), tensors)
         if self.args.should_save:
             write_json(folder / SHARDS, record)
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
@@ -200,6 +202,10 @@ class CheckpointTrainer(ShardedStartTrainer):
             if differing:
                 facts = {k: list(v) for k, v in differing.items()}
                 self.growth.events.write("settings", int(self.state.global_step), checkpoint=checkpoint, **facts)
+        with damaged_state(folder / GROWTH_STATE):
+            self._load_growth_state(folder)
+
+    def _load_growth_state(self, folder: Path) -> None:
         saved = read_json(folder / GROWTH_STATE) if (folder / GROWTH_STATE).is_file() else None
         if saved is not None and not self._grows_from(folder):
             self.growth_state.load(saved)
@@ -221,8 +227,6 @@ class CheckpointTrainer(ShardedStartTrainer):
         self.rolled_back = False
 
     def load_penalty(self, checkpoint: Path) -> None:
-        import torch
-
         penalty = self.growth.penalty
         if penalty is None or self._begins_stage(checkpoint):  # its state is of another model, or has been consolidated
             return
@@ -233,4 +237,4 @@ class CheckpointTrainer(ShardedStartTrainer):
                 check_same_tensors(own, rows, checkpoint)
                 fill_tensors(own, whole_parameters({n: t.shape for n, t in own.items()}), rows)
         elif (checkpoint / PENALTY).is_file():  # mapped: a sharded run reads its own rows
-            penalty.load_whole_state(torch.load(checkpoint / PENALTY, map_location="cpu", weights_only=True, mmap=True))
+            penalty.load_whole_state(read_torch_state(checkpoint / PENALTY, mmap=True))

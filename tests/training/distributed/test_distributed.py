@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from sharded import free_port
 from trained import logged, recipe, run, tokenizer
 from transformers import AutoModelForCausalLM
+from transformers.training_args import OptimizerNames
 from two_processes import assert_same_weights, model, together
 
 from hf_grow.cli import main
@@ -26,6 +27,7 @@ from hf_grow.errors import InputError
 from hf_grow.training.config.train_config import read_recipe
 from hf_grow.training.distributed.launch import Launch, close_process_group, current_launch, launch_from_file
 from hf_grow.training.dry_run import memory
+from hf_grow.training.setup.launch_checks import keeps_uncut_state
 from hf_grow.training.setup.recipe_checks import arguments_for
 from hf_grow.training.trainer.events import read_events
 
@@ -309,6 +311,19 @@ def test_unsupported_settings_under_fsdp_and_deepspeed_fail(tmp_path: Path, caps
     assert "regularizer.collapsed: needs whole matrices, and FSDP2, 8 processes shards them" in output
     output = run(capsys, "train", recipe(tmp_path, grown, lora={}), *dry, FILES / "fsdp2.yaml", status=2)["error"]
     assert "lora: adapters are not saved completely under FSDP2" in output
+    output = run(capsys, "train", recipe(tmp_path, grown, optim="adafactor"), *dry, FILES / "fsdp2.yaml", status=2)["error"]
+    assert "optim: the state of adafactor is not cut as the parameters are" in output
+    refused = {n.value for n in OptimizerNames if keeps_uncut_state(n.value)}
+    assert refused >= {
+        "adafactor",
+        "adamw_torch_4bit",
+        "adamw_torch_8bit",
+        "adamw_bnb_8bit",
+        "paged_adamw_8bit",
+        "lion_8bit",
+        "rmsprop_bnb_8bit",
+    }
+    assert not refused & {"adamw_torch", "adamw_torch_fused", "sgd", "paged_adamw_32bit", "lion_32bit"}
     everything = {**WARM, "regularizer": {"kind": "l2sp"}, "monitor": {"on_instability": "lower_lr"}}
     output = run(capsys, "train", recipe(tmp_path, grown, **everything), *dry, FILES / "deepspeed_zero3.yaml", status=2)["error"]
     for key in ("regularizer", "warmup.lr", "warmup.steps", "phases", "after_growth.settle_steps", "monitor.on_instability"):

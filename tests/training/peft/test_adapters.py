@@ -84,6 +84,17 @@ def test_merge_in_bf16_with_base_from_config(tmp_path: Path, capsys: pytest.Capt
     assert (logits(merged) - there).abs().max() < 0.05 * there.abs().max()
 
 
+def test_merge_into_a_dtype_that_overflows_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make(BY_NAME["llama"])
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = 1e5
+    base = save(model, tmp_path / "base")
+    adapter(base, tmp_path / "adapter", pairs=None)
+    said = run(capsys, "merge", tmp_path / "adapter", "-o", tmp_path / "out", "--dtype", "float16", status=2)["error"]
+    assert "layers.1.mlp.up_proj.weight has values that float16 cannot hold" in said and not (tmp_path / "out").exists()
+    run(capsys, "merge", tmp_path / "adapter", "-o", tmp_path / "out", "--dtype", "bfloat16")
+
+
 def test_merge_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = save(make(BY_NAME["llama"]), tmp_path / "base")
     adapter(base, tmp_path / "adapter", pairs=[[0, 3], [1, 4]])

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import shard_writers
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.errors import SourceError
-from hf_grow.training.sharding.merge_shards import merge_shards
-from hf_grow.training.sharding.shard_files import ShardRows
+from hf_grow.model.meta_model import meta_model
+from hf_grow.training.sharding import merge_shards
+from hf_grow.training.sharding.shard_files import ShardRows, write_shards
+from hf_grow.training.sharding.sharded_model import held_tensors
 from hf_grow.training.trainer.weights import load_weights
 
 CASES = ("llama-tied", "mixtral")
@@ -37,7 +40,7 @@ def check(tmp_path: Path, processes: int, half: bool) -> None:
             folder = tmp_path / f"{kind}{case}"
             assert len(json.loads((folder / "plain" / "model.safetensors.index.json").read_text())["weight_map"]) > 10
             assert_same_model(folder / "plain", whole, half)
-            merge_shards(folder / "checkpoint", folder / "merged")
+            merge_shards.merge_shards(folder / "checkpoint", folder / "merged")
             assert_same_model(folder / "merged", whole)
             again = shard_writers.drawn(case)
             with torch.no_grad():
@@ -77,7 +80,7 @@ def test_incomplete_shards_fail(tmp_path: Path) -> None:
         shutil.copytree(checkpoint, broken)
         next((broken / "weights").glob(f"shard-0000{rank}-*")).unlink()
         with pytest.raises(SourceError):
-            merge_shards(broken, tmp_path / f"out-{rank}")
+            merge_shards.merge_shards(broken, tmp_path / f"out-{rank}")
         assert not (tmp_path / f"out-{rank}").exists()
 
 
@@ -89,3 +92,42 @@ def test_memory_of_writing_and_reading_shards(tmp_path: Path) -> None:
     local_shards = 4 * shard_writers.LARGE // 2
     for rank in range(2):
         assert int((tmp_path / f"grown-{rank}").read_text()) < local_shards
+
+
+def sharded_checkpoint(folder: Path, model: Any) -> Path:
+    """What one process writes of a model."""
+    write_shards(folder / "weights", held_tensors(model))
+    model.config.save_pretrained(folder)
+    return folder
+
+
+def test_merge_into_a_dtype_that_overflows_fails(tmp_path: Path) -> None:
+    model = shard_writers.drawn("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = 1e5
+    checkpoint = sharded_checkpoint(tmp_path / "checkpoint", model)
+    with pytest.raises(SourceError, match=r"layers\.1\.mlp\.up_proj\.weight has values that float16 cannot hold") as raised:
+        merge_shards.merge_shards(checkpoint, tmp_path / "half", dtype="float16")
+    assert "bfloat16" in raised.value.hint and not (tmp_path / "half").exists()
+    merge_shards.merge_shards(checkpoint, tmp_path / "brain", dtype="bfloat16")
+    with torch.no_grad():  # what was infinite already is kept
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.inf
+    merge_shards.merge_shards(sharded_checkpoint(tmp_path / "infinite", model), tmp_path / "kept", dtype="float16")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "kept")
+    assert loaded.dtype == torch.float16 and int(loaded.model.layers[1].mlp.up_proj.weight.isinf().sum()) == 1
+
+
+def test_merge_casts_parameters_and_no_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_buffer(config: Any) -> Any:
+        made = meta_model(config)
+        made.model.register_buffer("bias", torch.empty(3, device="meta"))
+        return made
+
+    model = shard_writers.drawn("llama")
+    model.model.register_buffer("bias", torch.tensor([1e5, 1.0001, 0.0]))
+    checkpoint = sharded_checkpoint(tmp_path / "checkpoint", model)
+    monkeypatch.setattr(merge_shards, "meta_model", with_buffer)
+    merge_shards.merge_shards(checkpoint, tmp_path / "half", dtype="float16")
+    merged = load_file(tmp_path / "half" / "model.safetensors")
+    assert torch.equal(merged.pop("model.bias"), model.model.bias)
+    assert {t.dtype for t in merged.values()} == {torch.float16}
