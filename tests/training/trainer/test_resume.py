@@ -93,6 +93,22 @@ def test_resume_from_checkpoint_of_another_model_fails(tmp_path: Path, capsys: p
     assert "is a checkpoint of another model" in run(capsys, "train", path, status=2)["error"]
 
 
+def test_damaged_state_files_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, grown(tmp_path), regularizer={"kind": "si", "lambda": 0.5}, **{**SMALL, "save_steps": 2})
+    out = tmp_path / "out"
+    run(capsys, "train", path, "-o", out, "--max_steps", 2)
+    for name in ("scheduler.pt", "penalty.pt", "growth_state.json"):
+        file = out / "checkpoint-2" / name
+        whole = file.read_bytes()
+        contents = [whole[: len(whole) // 2], b"{}"] if name == "growth_state.json" else [whole[: len(whole) // 2]]
+        for content in contents:
+            file.write_bytes(content)
+            error = run(capsys, "train", path, "-o", out, "--resume", status=2)["error"]
+            assert name in error and "resume from an earlier one" in error
+        file.write_bytes(whole)
+    run(capsys, "train", path, "-o", out, "--resume")
+
+
 @pytest.mark.parametrize("case", [BY_NAME[n] for n in CASES], ids=str)
 def test_load_weights_restores_every_tensor(case: Any, tmp_path: Path) -> None:
     """Also those that transformers fuses in memory."""
