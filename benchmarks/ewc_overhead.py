@@ -25,10 +25,11 @@ import torch
 import transformers
 from results_file import RESULTS, markdown_table
 
+from hf_grow.convert.in_memory import disk_names
 from hf_grow.training.config.fisher_options import FisherOptions
 from hf_grow.training.config.regularizer_options import PenaltyOptions
 from hf_grow.training.regularizers.build import make_penalty
-from hf_grow.training.regularizers.fisher import by_names_on_disk, estimate_fisher
+from hf_grow.training.regularizers.fisher import estimate_fisher
 from hf_grow.training.regularizers.importance_file import model_fingerprint, write_importance
 from hf_grow.training.regularizers.penalty import Penalty, QuadraticPenalty
 
@@ -120,7 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         fisher = Path(folder) / "fisher.safetensors"
         found, _ = estimate_fisher(model, ids[:4], FisherOptions(batch=4))
-        tensors = dict(by_names_on_disk(model, found))
+        tensors = disk_names(model, found)
         write_importance(
             fisher, {n: tuple(t.shape) for n, t in tensors.items()}, iter(tensors.items()), {"sample": model_fingerprint(model)}
         )

@@ -108,9 +108,9 @@ def _pretrain(stage: Stage, texts: Domains) -> None:
     import torch
     from transformers import TrainingArguments
 
+    from hf_grow.convert.in_memory import disk_names
     from hf_grow.training.config.regularizer_options import PenaltyOptions
     from hf_grow.training.regularizers.build import make_penalty
-    from hf_grow.training.regularizers.fisher import by_names_on_disk
     from hf_grow.training.regularizers.importance_file import model_fingerprint, write_importance
     from hf_grow.training.regularizers.si import SynapticIntelligence
     from hf_grow.training.trainer.state import GrowthSettings
@@ -137,7 +137,7 @@ def _pretrain(stage: Stage, texts: Domains) -> None:
     penalty.consolidate()
     model.save_pretrained(stage.model(""))
     tokenizer.save_pretrained(stage.model(""))
-    tensors = dict(by_names_on_disk(model, penalty.importances()))
+    tensors = disk_names(model, {n: h.importance for n, h in penalty.held.items() if isinstance(h.importance, torch.Tensor)})
     facts = {"kind": "si", "tokens": wanted * s.length, "model": "source", "sample": model_fingerprint(model)}
     write_importance(Path(stage.fisher("si", "")), {n: t.shape for n, t in tensors.items()}, tensors.items(), facts)
 

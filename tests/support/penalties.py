@@ -57,3 +57,8 @@ def fisher_of(model: Path, path: Path, *, twin: Any = None) -> Path:
     tensors = {n: torch.ones_like(t, dtype=torch.float32) for n, t in load_file(model / "model.safetensors").items()}
     save_file(tensors, path, metadata={"format": FORMAT, "sample": model_fingerprint(held), "model": str(model), "kind": "fisher"})
     return path
+
+
+def importances(penalty: Any) -> Tensors:
+    """F of a penalty of one process by parameter name."""
+    return {n: h.importance.cpu() for n, h in penalty.held.items() if isinstance(h.importance, Tensor)}

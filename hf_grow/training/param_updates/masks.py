@@ -56,13 +56,6 @@ class RowMask:
         return RowMask(tuple(map(len, window)), kinds[tuple(leading)].reshape(-1), self.lines[:, last])
 
 
-def mask_of(tensor: Tensor) -> Mask:
-    """The mask of a bool tensor."""
-    columns = tensor.shape[-1] if tensor.dim() > 1 else 1
-    lines, kinds = _unique(tensor.reshape(-1, columns), dim=0)
-    return _reduced(tuple(tensor.shape), kinds, lines)
-
-
 def product_mask(vectors: Sequence[Tensor]) -> Mask:
     """The entries whose every coordinate is True in the vector of its dimension."""
     import torch

@@ -35,7 +35,7 @@ from hf_grow.training.data import packing
 from hf_grow.training.data.document_masking import LENGTHS, forward_arguments, position_ids, split_lengths
 from hf_grow.training.data.sources import explain_read_errors, find_text
 from hf_grow.training.distributed.processes import ALONE, Processes
-from hf_grow.training.param_updates.parameter_map import bare, parameter_map, parameters
+from hf_grow.training.param_updates.parameter_map import bare, parameters
 from hf_grow.training.param_updates.shards import is_sharded, local, local_window
 from hf_grow.training.sharding.local_rows import Places, by_parameter, held_rows
 
@@ -269,14 +269,8 @@ Part = tuple[str, int, Tensor]
 """Rows of a tensor: its name on disk, the first row, the rows."""
 
 
-def by_names_on_disk(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name on disk, tensor) of whole tensors by parameter name in memory, as views."""
-    for name, rows in parameter_map(model).items():
-        yield name, rows.of(tensors[rows.parameter])
-
-
 def held_on_disk(model: PreTrainedModel, tensors: Mapping[str, Tensor], places: Places) -> Iterator[Part]:
-    """The same of tensors of the shape of what this process holds of a sharded parameter. ``places``: `parameter_map` before it was sharded."""
+    """(name on disk, first row, rows) of tensors of the shape of what this process holds of a sharded parameter. ``places``: `parameter_map` before it was sharded."""
     params = parameters(model)
     for name, held in by_parameter(places).items():
         yield from held_rows(tensors[name], params[name].shape, local_window(params[name]), held)

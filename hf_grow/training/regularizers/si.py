@@ -119,10 +119,6 @@ class SynapticIntelligence(QuadraticPenalty):
             omega.zero_()
             local(h.anchor).copy_(p)
 
-    def importances(self) -> dict[str, Tensor]:
-        """F by parameter name, unsharded, on the CPU. A collective for sharded parameters."""
-        return {n: full_tensor(h.importance).cpu() for n, h in self.held.items() if isinstance(h.importance, Tensor)}
-
     def finish(self, folder: Path, model: PreTrainedModel) -> None:
         """Consolidates, and writes IMPORTANCE_FILE: the `fisher` of a later run that starts from these weights."""
         if not self.collect:

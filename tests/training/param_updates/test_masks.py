@@ -15,10 +15,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from hf_grow.convert.in_memory import grow_model
-from hf_grow.training.param_updates.masks import RowMask, both, either, inverse, mask_of, product_mask, stacked_mask
+from hf_grow.training.param_updates.masks import RowMask, both, either, inverse, product_mask, stacked_mask
 from hf_grow.training.param_updates.param_provenance import new_masks
 from hf_grow.training.param_updates.selection import MOST_BLOCKS, Selection
 from hf_grow.training.param_updates.shards import holders, is_first_holder, local
+
+
+def mask_of(tensor: Tensor) -> Any:
+    """The mask of a bool tensor."""
+    lines = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
+    mask = RowMask(tuple(tensor.shape), torch.arange(len(lines)), lines)
+    return both(mask, mask)  # in its smallest form
 
 
 def random_bools(*shape: int, seed: int = 0) -> Tensor:

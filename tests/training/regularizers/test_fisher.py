@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArgum
 
 from hf_grow.checkpoint.reader import open_folder
 from hf_grow.cli import main
+from hf_grow.convert.in_memory import disk_names
 from hf_grow.errors import ExecutionError, InputError
 from hf_grow.training.calibrate import calibrate, shortened
 from hf_grow.training.config.fisher_options import FisherOptions
@@ -28,7 +29,6 @@ from hf_grow.training.data.source_model import load_with_tokenizer
 from hf_grow.training.distributed.processes import Processes
 from hf_grow.training.regularizers.build import make_penalty
 from hf_grow.training.regularizers.fisher import _sample_labels, estimate_fisher, sample_sequences, sequence_seed
-from hf_grow.training.regularizers.fisher import by_names_on_disk as by_disk_names
 from hf_grow.training.regularizers.importance_file import open_importance, write_importance
 from hf_grow.training.regularizers.importance_growth import grow_importance
 from hf_grow.training.regularizers.penalty import QuadraticPenalty
@@ -338,7 +338,7 @@ def test_fisher_command_writes_file_for_penalty(folder: Path, tmp_path: Path, ca
     assert file.metadata["tokens"] == "512"
     ids, _ = sample_sequences([str(old)], model, read, length=16, count=32, seed=0)
     found, _ = estimate_fisher(model, ids, options(batch=8))
-    assert all(torch.equal(file.read(n), f) for n, f in by_disk_names(model, found))
+    assert all(torch.equal(file.read(n), f) for n, f in disk_names(model, found).items())
     penalty = make_penalty(PenaltyOptions(kind="ewc", fisher=(out,)), small())
     assert penalty is not None
     assert fisher(folder, "--text", old, "-o", out) == 2

@@ -11,7 +11,7 @@ import pytest
 import torch
 from grown import dense_mask, plan_of
 from models import BY_NAME, make, on_disk, tokens
-from penalties import backward, grads_on_disk, plain_penalty, random_importance, shaken
+from penalties import backward, grads_on_disk, importances, plain_penalty, random_importance, shaken
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -293,7 +293,7 @@ def test_si_path_uses_task_gradient_only() -> None:
         if step % 3 == 0:
             f = [x + 2 * o.clamp(min=0) / ((p - s) ** 2 + 0.01) for x, o, p, s in zip(f, omega, weights(), start, strict=True)]
             anchor, start, omega = weights(), weights(), [0.0 for _ in names]
-    found = penalty.importances()
+    found = importances(penalty)
     for n, right in zip(names, f, strict=True):
         torch.testing.assert_close(found[n].double(), right, rtol=1e-5, atol=1e-6)
         assert (found[n] >= 0).all() and (found[n] > 0).any()
@@ -328,7 +328,7 @@ def test_si_importance_of_quadratic_loss() -> None:
     gained = first - float(bowl.loss().detach())
     assert float(penalty.path["w"]["omega"].sum()) == pytest.approx(gained, rel=1e-2)
     penalty.consolidate()
-    f = penalty.importances()["w"]
+    f = importances(penalty)["w"]
     torch.testing.assert_close(f[:3], bowl.h[:3], rtol=1e-2, atol=0)
     assert f[3] == 0  # it never moved
 
@@ -383,7 +383,7 @@ def test_si_importance_file_is_read_by_later_run(name: str, tmp_path: Path) -> N
     assert isinstance(later, SynapticIntelligence) and not later.collect
     later.attach(model)
     assert later.value() == 0
-    assert all(torch.equal(f, penalty.importances()[n]) for n, f in later.importances().items())
+    assert all(torch.equal(f, importances(penalty)[n]) for n, f in importances(later).items())
     shaken(model)
     assert later.value() > 0
     with pytest.raises(InputError, match="the weights differ"):

@@ -20,6 +20,7 @@ import torch
 import yaml
 from grown import dense_mask
 from models import BY_NAME, make, tokens
+from penalties import importances
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from trained import FAST, grown, logged, override_eval_loss, recipe, run, source, text
@@ -365,7 +366,7 @@ def test_si_path_integral_is_zero_for_frozen_rows(tmp_path: Path) -> None:
     trainer(model, tmp_path, GrowthSettings(updates=ParamUpdates(masks, masks), penalty=path), max_steps=4).train()
     path.consolidate()
     some = 0
-    for n, found in path.importances().items():
+    for n, found in importances(path).items():
         stayed = ~dense_mask(masks[n], found.shape)
         assert not found[stayed].any(), n
         assert not stayed.any() or torch.equal(dict(model.named_parameters())[n].detach()[stayed], before[n][stayed])
