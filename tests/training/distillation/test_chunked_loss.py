@@ -179,7 +179,7 @@ def test_chunked_loss_in_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     """Under autocast, with LoRA, with checkpointing, and without teachers, near the loss of all logits; what it does not work with is refused."""
     model = grown(tmp_path)
     ways: dict[str, dict[str, Any]] = {
-        "bf16": {"distill": {}, "bf16": True}, "lora": {"distill": {}, "lora": {}}, "checkpointing": {"distill": {}, "gradient_checkpointing": True},
+        "bf16": {"distill": {}, "bf16": True}, "lora": {"distill": {}, "lora": {}}, "checkpointing": {"distill": {}, "activation_checkpointing": True},
         "text": {},
     }  # fmt: skip
     for name, settings in ways.items():

@@ -15,7 +15,7 @@ from hf_grow.cli import main
 from hf_grow.convert.in_memory import disk_names
 from hf_grow.model.meta_model import trainer_param_groups
 from hf_grow.training.config.regularizer_options import PenaltyOptions
-from hf_grow.training.growth_state.optimizer_files import by_name
+from hf_grow.training.growth_state.resume import by_name
 from hf_grow.training.regularizers.build import make_penalty
 from hf_grow.training.regularizers.importance_file import open_importance
 
@@ -50,7 +50,8 @@ def write(folder: Path, state: Any, form: str = "optimizer.pt", **trainer_state:
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": STEPS, **trainer_state}))
     whole = state["whole"]
     if form == "optimizer.bin":
-        whole = by_name(whole["param_groups"], whole["state"], state["groups"])
+        groups, by_parameter = by_name(whole["param_groups"], whole["state"], state["groups"])
+        whole = {"state": by_parameter, "param_groups": groups}
     torch.save(whole, checkpoint / form)
     return checkpoint
 
