@@ -9,13 +9,13 @@ per step, since it touches every weight once whatever the batch. Result: results
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 import transformers
-from results_file import RESULTS, markdown_table
+from results_file import markdown_table
+from step_model import VOCAB, make_model, parse_arguments
 
 from hf_grow.convert.in_memory import disk_names
 from hf_grow.training.config.fisher_options import FisherOptions
@@ -38,7 +39,6 @@ SIZES = {
     "12m": {"hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4},
     "43m": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 4},
 }
-VOCAB = 8192
 COLUMNS = (
     "penalty", "step, wall, s", "step, CPU, ms: median (min - max)", "over the plain step", "penalty alone, ms", "of the plain step", "memory, MB",
     "x the weights",
@@ -102,20 +102,8 @@ def step(model: Any, optimizer: Any, ids: torch.Tensor, arm: Arm) -> tuple[float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="12m")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=RESULTS / "ewc-overhead.md")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, max_position_embeddings=options.length, tie_word_embeddings=True, **SIZES[options.size]
-    )
-    model = transformers.LlamaForCausalLM(config)
+    options = parse_arguments(__doc__, SIZES, "ewc-overhead.md", size="12m", rounds=20)
+    model = make_model(SIZES, options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(0, VOCAB, (options.batch, options.length))
     with tempfile.TemporaryDirectory() as folder:
@@ -146,9 +134,7 @@ def main() -> None:
     print(text)
 
 
-def report(
-    chosen: list[Arm], times: dict[str, list[tuple[float, float, float]]], count: int, options: argparse.Namespace, load: str
-) -> str:
+def report(chosen: list[Arm], times: dict[str, list[tuple[float, float, float]]], count: int, options: Namespace, load: str) -> str:
     plain = [t for _, t, _ in times["none"]]
     base = statistics.median(plain)
     flags = f"--size {options.size} --batch {options.batch} --length {options.length} --rounds {options.rounds} --threads {options.threads}"

@@ -11,19 +11,20 @@ tensor with a mask would take. Result: results/trainer-overhead.md.
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from results_file import RESULTS, markdown_table
+from results_file import markdown_table
+from step_model import VOCAB, make_model, parse_arguments
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_grow import api
@@ -39,7 +40,6 @@ from hf_grow.training.regularizers.importance_file import model_fingerprint, wri
 from hf_grow.training.trainer.state import GrowthSettings
 from hf_grow.training.trainer.trainer import BaseGrowTrainer
 
-VOCAB = 8192
 SIZES = {
     "tiny": {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
     "10m": {"hidden_size": 144, "intermediate_size": 400, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -82,21 +82,8 @@ class Copies:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="10m")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS / "trainer-overhead.md")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, max_position_embeddings=options.length, tie_word_embeddings=True, **SIZES[options.size]
-    )
-    source = transformers.LlamaForCausalLM(config)
+    options = parse_arguments(__doc__, SIZES, "trainer-overhead.md", size="10m", rounds=8, steps=6)
+    source = make_model(SIZES, options)
     plan = api.plan(source, "tile", factor=2)
     model = grow_model(source, plan)
     del source
@@ -156,7 +143,7 @@ def held_bytes(model: Any, masks: dict[str, Mask], copies: int) -> list[tuple[st
 
 def report(
     times: dict[str, list[float]],
-    options: argparse.Namespace,
+    options: Namespace,
     model: Any,
     device: torch.device,
     load: float,

@@ -74,11 +74,11 @@ def chunked_loss(
                 del log_q
             for weight, teacher in teachers:
                 assert distiller is not None
-                said, ids = teacher(chosen)
-                loss += alpha * weight * kl_divergence(z, said, distiller.temperature, ids).sum()
+                targets, ids = teacher(chosen)
+                loss += alpha * weight * kl_divergence(z, targets, distiller.temperature, ids).sum()
                 if wanted:
-                    gradient.add_(kl_gradient(z, said, distiller.temperature, ids), alpha=alpha * weight)
-                del said, ids
+                    gradient.add_(kl_gradient(z, targets, distiller.temperature, ids), alpha=alpha * weight)
+                del targets, ids
             return loss, gradient
 
         def instead(hidden: Tensor) -> Tensor:

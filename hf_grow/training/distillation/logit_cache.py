@@ -1,4 +1,4 @@
-"""What a teacher says on disk, for distillation without the teacher in memory: its top-k logits, or draws from its distribution (`sampled_tokens`).
+"""Teacher outputs on disk, for distillation without the teacher in memory: top-k logits, or tokens sampled from its distribution (`sampled_tokens`).
 
 Memory-mapped .npy files, found by a hash of each row of token ids, so that any order and mixture of rows is served. Top-k logits are stored relative
 to the largest of their position. With k = vocabulary size nothing is left out; with less, the gradient is that of another distribution.
@@ -34,7 +34,7 @@ class LogitCache:
         try:
             self.meta = read_json(folder / "meta.json")
             keys = np.load(folder / "keys.npy", allow_pickle=False)
-            self.said = SampledTokens(folder) if "samples" in self.meta else TopKLogits(folder)
+            self.outputs = SampledTokens(folder) if "samples" in self.meta else TopKLogits(folder)
         except (SourceError, OSError, ValueError) as error:
             raise InputError(
                 f"The teacher's logits in {folder} cannot be read: {error}.", hint="Delete the folder; the logits are then computed again."
@@ -58,14 +58,14 @@ class LogitCache:
                 f"{self.folder} has no logits for a training row.",
                 hint="The data changed since: delete the folder to compute the logits again.",
             ) from None
-        said, token_ids = self.said.rows(rows)
-        return torch.from_numpy(said).to(input_ids.device), torch.from_numpy(token_ids).to(input_ids.device, torch.int64)
+        values, token_ids = self.outputs.rows(rows)
+        return torch.from_numpy(values).to(input_ids.device), torch.from_numpy(token_ids).to(input_ids.device, torch.int64)
 
     @contextmanager
     def in_chunks(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
         """The same, [n, k], of positions that are numbered through all rows."""
-        said, token_ids = (found.flatten(0, 1) for found in self(input_ids, position_ids) if found is not None)
-        yield lambda positions: (said[positions], token_ids[positions])
+        values, token_ids = (found.flatten(0, 1) for found in self(input_ids, position_ids) if found is not None)
+        yield lambda positions: (values[positions], token_ids[positions])
 
 
 class TopKLogits:

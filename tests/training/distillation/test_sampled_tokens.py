@@ -119,16 +119,16 @@ def test_cache_holds_the_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for position, drawn in zip(token_ids.flatten(0, 1), counts.flatten(0, 1), strict=True):
         kept = position[drawn > 0].tolist()
         assert len(set(kept)) == len(kept)
-    assert isinstance(one.said, sampled_tokens.SampledTokens)
-    assert one.meta["distinct"] == len(one.said.counts) / 50
-    assert (one.said.token_ids.dtype, one.said.counts.dtype, one.said.distinct.dtype) == (np.uint8,) * 3
+    assert isinstance(one.outputs, sampled_tokens.SampledTokens)
+    assert one.meta["distinct"] == len(one.outputs.counts) / 50
+    assert (one.outputs.token_ids.dtype, one.outputs.counts.dtype, one.outputs.distinct.dtype) == (np.uint8,) * 3
     with torch.no_grad():
         p = (teacher(ids_of(some)).logits / 2).softmax(-1).flatten(0, 1).numpy()
-    positions = np.repeat(np.arange(50), one.said.distinct.ravel())
-    assert one.meta["covered"] == pytest.approx(p[positions, one.said.token_ids].sum() / 50, abs=1e-9)
+    positions = np.repeat(np.arange(50), one.outputs.distinct.ravel())
+    assert one.meta["covered"] == pytest.approx(p[positions, one.outputs.token_ids].sum() / 50, abs=1e-9)
 
     def said(row: int, cache: LogitCache) -> list[int]:
-        found: list[int] = cache.said.token_ids[cache.said.starts[row] : cache.said.starts[row + 1]].tolist()  # type: ignore[union-attr]
+        found: list[int] = cache.outputs.token_ids[cache.outputs.starts[row] : cache.outputs.starts[row + 1]].tolist()  # type: ignore[union-attr]
         return found
 
     other = write_logit_cache(teacher, some, tmp_path / "other", samples=7, temperature=2.0, seed=1, identity="t")
