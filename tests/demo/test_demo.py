@@ -114,6 +114,7 @@ def test_second_run_takes_the_cached_model(first: tuple[Path, subprocess.Complet
     assert (folder / "demo-out" / "small" / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_runs_again(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hf_grow", "demo", "--quick"]
     with subprocess.Popen(command, cwd=tmp_path, env=_environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -141,6 +142,7 @@ class _Commands:
         return 0
 
 
+@pytest.mark.slow
 def test_the_cache_is_reused_replaced_and_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     out = tmp_path / "out"

@@ -206,6 +206,7 @@ def check_other_number_of_processes(folder: Path, capsys: pytest.CaptureFixture[
         assert_same_weights(folder / "one", folder / f"{name}-resumed", 1e-9)
 
 
+@pytest.mark.slow
 def test_stream_resumes_with_another_number_of_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_other_number_of_processes(tmp_path, capsys, **RESUMED["streamed"])
 

@@ -64,6 +64,7 @@ def test_chunked_loss_on_two_processes(case: str, how: str, tmp_path: Path, caps
     assert_same_weights(tmp_path / "out", tmp_path / "whole", 1e-5)  # transformers computes cross entropy in fp32
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is told by /proc")
 def test_sharded_teacher_holds_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes; logits bit for bit those of a whole teacher, at less memory: half of the weights and the largest unit."""

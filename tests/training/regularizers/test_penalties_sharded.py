@@ -36,6 +36,7 @@ EXACT: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_sharded_penalties_equal_those_of_one_process_exactly(tmp_path: Path) -> None:
     """A wider model in fp64 over two processes: no values are gathered, and a log takes one all-reduce."""
     made = make(BY_NAME["llama"], num_hidden_layers=2).double()
