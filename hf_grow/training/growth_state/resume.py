@@ -100,7 +100,7 @@ def _local(value: Any, p: Any, name: str) -> Any:
     if not hasattr(p, "placements") or not getattr(value, "shape", ()):
         return map_tensors(value, materialized)
     if isinstance(value, SubclassTensor):
-        raise ValueError(f"{name} is a {value.kind.__name__}, which cannot be cut as the parameter is")
+        raise ValueError(f"{name} is a {value.kind.__name__}, which cannot be sharded as the parameter is")
     if tuple(value.shape) != tuple(p.shape):
         raise ValueError(f"{name} has shape {list(value.shape)}, the parameter {list(p.shape)}, which is sharded")
     return local_tensor(p, whole_parameters({name: value.shape}), HeldRows({name: value}), value.dtype, p.device)

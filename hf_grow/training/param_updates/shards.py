@@ -1,6 +1,6 @@
 """The part of a tensor that this process holds, where a parameter is sharded (DTensor): windows, local parts, and sums over the parts.
 
-A DTensor may be sharded along any dimensions, over any mesh: FSDP2 cuts dimension 0, tensor parallelism the first or the last.
+A DTensor may be sharded along any dimensions, over any mesh: FSDP2 shards dimension 0, tensor parallelism the first or the last.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _positions(length: int, dim: int, like: Any) -> Tensor:
     def along(placement: Any) -> Any:
         if not placement.is_shard(dim):
             return Replicate()
-        # FSDP2 over tensor parallelism cuts in strides, by a placement of its own kind.
+        # FSDP2 over tensor parallelism shards in strides, by a placement of its own kind.
         return Shard(0) if type(placement) is Shard else type(placement)(0, split_factor=placement.split_factor)
 
     device = like.to_local().device

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hf_grow.checkpoint.reader import Checkpoint
 from hf_grow.training.distributed.launch import PARALLELISM, Launch, current_launch
+from hf_grow.training.sharding.shard_files import can_write_shards
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from hf_grow.training.config.train_options import TrainOptions
 
 _REFUSED = {
-    "tp": "cuts weights within rows and columns, for which rows to load, masks, regularizers and checkpoints are not made. Use FSDP2.",
+    "tp": "shards weights within rows and columns, for which rows to load, masks, regularizers and checkpoints are not made. Use FSDP2.",
     "sp": "needs DeepSpeed, whose attention across processes is not supported here. Use cp_size, or FSDP2.",
     "dp_replicate": "would count regularizers and their state once per replica. Use dp_shard_size for all processes.",
 }
@@ -35,6 +36,10 @@ def launch_mistakes(launch: Launch, options: TrainOptions, arguments: TrainingAr
         )
     if launch.sharing == "fsdp1":
         errors.append("launch: FSDP1 flattens the parameters, so single parameters cannot be frozen or scaled. Set fsdp_version: 2.")
+    if launch.sharing == "fsdp2" and not can_write_shards():
+        errors.append(
+            "launch: this version of torch cannot write checkpoints in shards as safetensors, which FSDP2 needs here. Update torch."
+        )
     if launch.sharing == "fsdp2" and launch.cpu_ram_efficient_loading:
         errors.append(
             "launch: every process reads the rows that it holds. With fsdp_cpu_ram_efficient_loading, what transformers loads would have no "
@@ -47,8 +52,10 @@ def launch_mistakes(launch: Launch, options: TrainOptions, arguments: TrainingAr
     if launch.sharing == "fsdp2" and options.lora is not None:
         errors.append("lora: adapters are not saved completely under FSDP2. Use DDP: they need little memory.")
     optim = str(getattr(arguments.optim, "value", arguments.optim))
-    if launch.sharing == "fsdp2" and keeps_uncut_state(optim):
-        errors.append(f"optim: the state of {optim} is not cut as the parameters are, so FSDP2 cannot save it. Use adamw_torch, or DDP.")
+    if launch.sharing == "fsdp2" and keeps_unsharded_state(optim):
+        errors.append(
+            f"optim: the state of {optim} is not sharded as the parameters are, so FSDP2 cannot save it. Use adamw_torch, or DDP."
+        )
     if options.distill is not None and options.distill.shard and launch.sharing not in ("ddp", "fsdp2"):
         errors.append(f"distill.shard: needs several processes (DDP or FSDP2), and this is {launch}. Remove it.")
     if launch.deepspeed:
@@ -113,7 +120,7 @@ def parallelism_mistakes(
     return errors
 
 
-def keeps_uncut_state(optim: str) -> bool:
+def keeps_unsharded_state(optim: str) -> bool:
     """Whether the state of an optimizer, by transformers' name, has other shapes than the parameters: means of rows and columns, blocks of codes."""
     return any(kind in optim for kind in ("adafactor", "8bit", "4bit"))
 

@@ -128,9 +128,9 @@ def local_tensor(like: Any, places: Places, source: RowSource, dtype: torch.dtyp
 
 
 def held_rows(held: Tensor, shape: Sequence[int], window: Window, places: Places) -> Iterator[tuple[str, int, Tensor]]:
-    """(name on disk, first row, rows) of what a process holds of a parameter of shape `shape`, cut along dimension 0 (FSDP2): views of `held`."""
+    """(name on disk, first row, rows) of what a process holds of a parameter of shape `shape`, sharded along dimension 0 (FSDP2): views of `held`."""
     if any(len(kept) != length for kept, length in zip(window[1:], shape[1:], strict=True)):
-        raise ExecutionError(f"A shard of {list(shape)} is cut along other dimensions than the first.")
+        raise ExecutionError(f"A shard of {list(shape)} is sharded along another dimension than the first.")
     matrix = held.view(-1, shape[-1]) if len(shape) > 1 else held
     first = window[0].start * math.prod(shape[1:-1])
     for name, place in places.items():

@@ -5,6 +5,7 @@ torch.distributed.checkpoint writes them as safetensors, without pickles; a file
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
 FILE_BYTES = 128 << 20
 """About how much one process writes to a file. torch copies a file's tensors into memory to write it."""
+
+
+def can_write_shards() -> bool:
+    """Whether torch has the writer that `write_shards` uses."""
+    try:
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    except ImportError:
+        return False
+    return "save_distributed" in inspect.signature(HuggingFaceStorageWriter).parameters
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:

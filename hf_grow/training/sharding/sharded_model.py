@@ -1,4 +1,4 @@
-"""A model that is sharded before it has weights: built on the meta device, cut by FSDP2, then filled by every process from the rows it holds."""
+"""A model that is sharded before it has weights: built on the meta device, sharded by FSDP2, then filled by every process from the rows it holds."""
 
 from __future__ import annotations
 
@@ -96,14 +96,14 @@ def shard_frozen(model: PreTrainedModel, source: RowSource, accelerator: Any) ->
         if mesh is None
         else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     )
-    cut: Any = partial(fully_shard, mesh=mesh, offload_policy=OffloadPolicy() if plugin is None else plugin.cpu_offload)
+    shard: Any = partial(fully_shard, mesh=mesh, offload_policy=OffloadPolicy() if plugin is None else plugin.cpu_offload)
     for layer in decoder_layers(model):
-        cut(layer)
+        shard(layer)
     head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
     if not tied:
-        cut(head, reshard_after_forward=False)
-    cut(model, reshard_after_forward=not tied)
+        shard(head, reshard_after_forward=False)
+    shard(model, reshard_after_forward=not tied)
     fill_model(model, places, source, shard_device(accelerator))
 
 

@@ -24,7 +24,7 @@ class ShardedStartTrainer(DataPositionTrainer):
             self.accelerator.gradient_state.plugin_kwargs.setdefault("sync_each_batch", True)
 
     def shard_model(self) -> None:
-        """Cuts a model on the meta device as accelerate does, and fills this process's shards. Does nothing the second time."""
+        """Shards a model on the meta device as accelerate does, and fills this process's shards. Does nothing the second time."""
         source = self.growth.weights
         if source is None or not any(p.is_meta for p in self.model.parameters()):
             return

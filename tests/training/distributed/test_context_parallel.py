@@ -60,7 +60,7 @@ def test_tokens_and_memory_of_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("sizes", "settings", "message"),
     [
-        ({"tp": 2}, {}, "tensor parallelism (tp_size 2) cuts weights within rows and columns"),
+        ({"tp": 2}, {}, "tensor parallelism (tp_size 2) shards weights within rows and columns"),
         ({"sp": 2}, {}, "sequence parallelism (sp_size 2) needs DeepSpeed"),
         ({"dp_replicate": 2}, {}, "would count regularizers and their state once per replica"),
         ({"dp_shard": 2}, {}, "dp_shard_size 2 x cp_size 2 is not the number of processes, 2."),

@@ -27,7 +27,7 @@ from hf_grow.errors import InputError
 from hf_grow.training.config.train_config import read_recipe
 from hf_grow.training.distributed.launch import Launch, close_process_group, current_launch, launch_from_file
 from hf_grow.training.dry_run import memory
-from hf_grow.training.setup.launch_checks import keeps_uncut_state
+from hf_grow.training.setup.launch_checks import keeps_unsharded_state
 from hf_grow.training.setup.recipe_checks import arguments_for
 from hf_grow.training.trainer.events import read_events
 
@@ -313,8 +313,8 @@ def test_unsupported_settings_under_fsdp_and_deepspeed_fail(tmp_path: Path, caps
     output = run(capsys, "train", recipe(tmp_path, grown, lora={}), *dry, FILES / "fsdp2.yaml", status=2)["error"]
     assert "lora: adapters are not saved completely under FSDP2" in output
     output = run(capsys, "train", recipe(tmp_path, grown, optim="adafactor"), *dry, FILES / "fsdp2.yaml", status=2)["error"]
-    assert "optim: the state of adafactor is not cut as the parameters are" in output
-    refused = {n.value for n in OptimizerNames if keeps_uncut_state(n.value)}
+    assert "optim: the state of adafactor is not sharded as the parameters are" in output
+    refused = {n.value for n in OptimizerNames if keeps_unsharded_state(n.value)}
     assert refused >= {
         "adafactor",
         "adamw_torch_4bit",

@@ -17,7 +17,7 @@ from hf_grow.checkpoint.reader import open_folder
 from hf_grow.errors import SourceError
 from hf_grow.model.meta_model import meta_model
 from hf_grow.training.sharding import merge_shards
-from hf_grow.training.sharding.shard_files import ShardRows, write_shards
+from hf_grow.training.sharding.shard_files import ShardRows, can_write_shards, write_shards
 from hf_grow.training.sharding.sharded_model import held_tensors
 from hf_grow.training.trainer.weights import load_weights
 
@@ -131,3 +131,16 @@ def test_merge_casts_parameters_and_no_buffers(tmp_path: Path, monkeypatch: pyte
     merged = load_file(tmp_path / "half" / "model.safetensors")
     assert torch.equal(merged.pop("model.bias"), model.model.bias)
     assert {t.dtype for t in merged.values()} == {torch.float16}
+
+
+def test_a_torch_without_the_writer_of_shards_is_told_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.checkpoint import hf_storage
+
+    class Older:
+        def __init__(self, path: str) -> None: ...
+
+    assert can_write_shards()
+    monkeypatch.setattr(hf_storage, "HuggingFaceStorageWriter", Older)
+    assert not can_write_shards()
+    monkeypatch.delattr(hf_storage, "HuggingFaceStorageWriter")
+    assert not can_write_shards()
