@@ -16,6 +16,7 @@ from sharded import free_port
 from trained import FAST
 
 from hf_grow import L2SP, GrowConfig, GrowTrainer
+from hf_grow.training.distributed.launch import close_process_group
 
 
 def documents(folder: Path, name: str) -> Dataset:
@@ -59,4 +60,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     train(Path(sys.argv[1]), Path(sys.argv[2]), 1, **json.loads(sys.argv[3]))
     assert torch.distributed.get_world_size() == 2
-    torch.distributed.destroy_process_group()
+    close_process_group()  # joins gloo's threads, which may abort the process at exit otherwise
