@@ -73,7 +73,7 @@ def test_quantized_state_of_a_sharded_parameter_fails() -> None:
     quantized = SubclassTensor(torch.Tensor, {"codes": MemoryTensor(torch.ones(8))}, None, (4, 2), torch.float32)
     optimizer = torch.optim.AdamW(model.parameters())
     groups = [{**optimizer.param_groups[0], "params": ["w"]}]
-    with pytest.raises(SourceError, match="exp_avg of w is a Tensor, which cannot be cut"):
+    with pytest.raises(SourceError, match="exp_avg of w is a Tensor, which cannot be sharded"):
         load_named(OptimizerState(groups, {"w": {"exp_avg": quantized}}), model, optimizer, Path("optimizer.json"))
 
 
